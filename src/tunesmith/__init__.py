@@ -1,0 +1,54 @@
+"""tunesmith: full fine-tuning, LoRA or QLoRA: trained, proven and compared on your data.
+
+Each stage is a function here and a command of the same name; importing the package imports no torch.
+
+Layers, each importing only what stands below it (enforced by import-linter):
+
+    cli > pipeline > demo, stages (prepare, train, export, evaluate, compare) > methods > packing, chat, models, hardware
+    > run > recipe > io > errors
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tunesmith.pipeline import run, run_methods
+    from tunesmith.recipe import load_recipe
+    from tunesmith.runs import create_run, open_run
+    from tunesmith.stages.compare import compare
+    from tunesmith.stages.evaluate import evaluate
+    from tunesmith.stages.export import export
+    from tunesmith.stages.prepare import prepare
+    from tunesmith.stages.train import train
+
+__all__ = [
+    "compare",
+    "create_run",
+    "evaluate",
+    "export",
+    "load_recipe",
+    "open_run",
+    "prepare",
+    "run",
+    "run_methods",
+    "train",
+]
+
+_HOMES = {
+    "load_recipe": "tunesmith.recipe",
+    "create_run": "tunesmith.runs",
+    "open_run": "tunesmith.runs",
+    "run": "tunesmith.pipeline",
+    "run_methods": "tunesmith.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of `__all__`, imported when first used."""
+    if name in __all__:
+        return getattr(import_module(_HOMES.get(name, f"tunesmith.stages.{name}")), name)
+    raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")

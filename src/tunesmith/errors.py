@@ -1,0 +1,116 @@
+"""Every error that a user can cause or mend, as one tree.
+
+A `Problem` says what is wrong, where, why it matters and what to do. A `TunesmithError` carries one or more of
+them: checks collect all problems and raise once. The command line turns a `TunesmithError` into readable text and
+exit code 2; anything else that escapes is a defect of tunesmith and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: Stable codes. A code is never re-used for another meaning.
+CODES: dict[str, str] = {
+    "TS001": "recipe-unreadable",
+    "TS002": "recipe-unknown-key",
+    "TS003": "recipe-bad-value",
+    "TS004": "recipe-missing-key",
+    "TS010": "run-not-found",
+    "TS011": "stage-missing",
+    "TS012": "run-belongs-to-another-recipe",
+    "TS013": "folder-not-writable",
+    "TS101": "data-file-missing",
+    "TS102": "data-malformed-json",
+    "TS103": "data-empty-file",
+    "TS104": "data-wrong-columns",
+    "TS105": "data-unknown-role",
+    "TS106": "data-empty-answer",
+    "TS107": "data-no-assistant-turn",
+    "TS108": "data-bad-value",
+    "TS109": "data-nothing-left",
+    "TS110": "data-too-long",
+    "TS111": "data-duplicate",
+    "TS120": "template-missing",
+    "TS121": "template-refused-row",
+    "TS122": "template-rewrites-answer",
+    "TS123": "template-invalid",
+    "TS201": "model-folder-missing",
+    "TS202": "model-folder-incomplete",
+    "TS203": "model-unsafe-file",
+    "TS204": "model-runs-code",
+    "TS205": "model-index-escapes",
+    "TS206": "model-unavailable",
+    "TS207": "model-download-corrupt",
+    "TS301": "train-not-finite",
+    "TS302": "train-unsupported-hardware",
+    "TS401": "export-not-equal",
+    "TS402": "export-missing",
+    "TS501": "evaluate-schema-invalid",
+    "TS502": "evaluate-no-test-rows",
+    "TS503": "evaluate-bad-reference",
+    "TS601": "compare-different-tests",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: a stable `code`, and `what`, `where`, `why` it matters, how to `fix` it."""
+
+    code: str
+    what: str
+    where: str
+    why: str
+    fix: str
+
+    @property
+    def name(self) -> str:
+        """The code's readable name, such as `recipe-unknown-key`."""
+        return CODES[self.code]
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.name}: {self.where}: {self.what}\n  why: {self.why}\n  fix: {self.fix}"
+
+
+class TunesmithError(Exception):
+    """Base of everything that tunesmith raises on purpose; holds all problems found by one check."""
+
+    def __init__(self, problems: Sequence[Problem] | Problem) -> None:
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class RecipeError(TunesmithError):
+    """The recipe cannot be read, or holds unknown keys or values out of range."""
+
+
+class DataError(TunesmithError):
+    """Rows cannot be read, or cannot be turned into conversations."""
+
+
+class ModelError(TunesmithError):
+    """A model, tokenizer or template cannot be found, or is not safe to open."""
+
+
+class TrainError(TunesmithError):
+    """Training was stopped on purpose, for instance because the loss is not finite."""
+
+
+class RunError(TunesmithError):
+    """A run folder is missing, incomplete, or belongs to something else."""
+
+
+class ExportError(TunesmithError):
+    """An exported model differs from what was trained."""
+
+
+class EvaluateError(TunesmithError):
+    """A task cannot be scored as the recipe asks."""
+
+
+class StageFailedError(TunesmithError):
+    """A stage that ran as a process of its own ended with an error, which it has printed itself."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__([])
+        self.exit_code = exit_code

@@ -1,0 +1,1 @@
+"""Borders with the disk: atomic commits (`atomic`), rows with their place (`rows`), foreign folders (`safe`)."""

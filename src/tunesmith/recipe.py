@@ -1,0 +1,361 @@
+"""The recipe: the one config of a run, read from YAML, checked whole, printable with each value's origin.
+
+Config is data: frozen, unknown keys refused with the nearest name, all problems reported together. `auto` stands
+for a value that a stage settles from facts that it alone has (rows, hardware); it writes what it settled on, and
+why, into its own folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunesmith.errors import Problem, RecipeError
+from tunesmith.io.atomic import sha256_json
+
+Method = Literal["full", "lora", "qlora"]
+Auto = Literal["auto"]
+Origin = Literal["default", "file", "override"]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DataSection(Section):
+    """What is trained on, and what is kept aside."""
+
+    train: str
+    """Rows to train on: a .jsonl or .json file, relative to the recipe."""
+    test: str | None = None
+    """Rows of the task's test set; never trained on. Without it `evaluate` uses the held-out rows."""
+    format: Literal["auto", "messages", "alpaca", "sharegpt"] = "auto"
+    """How rows are written; `auto` reads it off each row's columns."""
+    system: str | None = None
+    """A system turn put before conversations that have none."""
+    heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the train rows kept aside for the eval loss (a seeded draw)."""
+    max_rows: PositiveInt | None = None
+    """Train on at most this many rows (a seeded draw; the rest count as rejected, reason `over-max-rows`)."""
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Longest row in tokens; longer rows are rejected, never cut."""
+    on_bad_row: Literal["error", "reject"] = "error"
+    """What a row that cannot be used does: stop `prepare` with every such row named, or be left out and counted."""
+    chat_template: str | None = None
+    """A Jinja file to use instead of the tokenizer's own chat template."""
+
+
+class LoraSection(Section):
+    """The adapter of LoRA and QLoRA, in PEFT's words."""
+
+    r: PositiveInt | Auto = "auto"
+    """Rank; `auto` goes by the number of train rows."""
+    lora_alpha: PositiveInt | Auto = "auto"
+    """Scale of the adapter's output (alpha / r); `auto` is 2 r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Which linear layers get an adapter; `all-linear` is all but the head."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+
+
+class TrainSection(Section):
+    """The training loop, in transformers' words."""
+
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the train rows."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps; overrides num_train_epochs."""
+    learning_rate: Rate | Auto = "auto"
+    """Peak rate; `auto` is 2e-4 for LoRA and QLoRA, 2e-5 for full."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """How the rate moves after the warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which the rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decay, on matrices only."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm when they exceed it."""
+    effective_batch_size: PositiveInt | Auto = "auto"
+    """Rows for each optimizer step over all devices; `auto` is 32 to 128 where the data allows."""
+    per_device_train_batch_size: PositiveInt = 8
+    """Rows that go through the model at once on one device."""
+    gradient_accumulation_steps: PositiveInt | Auto = "auto"
+    """Micro-batches for each optimizer step; `auto` follows from effective_batch_size."""
+    packing: bool = True
+    """Lay the rows of a micro-batch out as a prefix tree, so that what they share is computed once; else pad them."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products; `auto` is bfloat16 where the hardware multiplies it faster than float32."""
+
+
+class ExportSection(Section):
+    """What `export` writes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "merged"
+    """Folder below export/."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file."""
+
+
+class EvaluateSection(Section):
+    """How the task is scored."""
+
+    task: Literal["json", "text"] = "json"
+    """`json` scores fields of a JSON answer, `text` exact matches."""
+    json_schema: str | None = None
+    """A JSON Schema file that answers must satisfy."""
+    label: str | None = None
+    """The field whose macro-F1 is reported."""
+    max_rows: PositiveInt | None = None
+    """Score at most this many test rows (the first ones)."""
+    max_new_tokens: PositiveInt = 128
+    """Longest answer generated."""
+    batch_size: PositiveInt = 32
+    """Prompts generated at once."""
+
+
+class Recipe(Section):
+    """One run: a model, a method, data, and how to train, export and evaluate."""
+
+    model: str
+    """`smollm2-135m-instruct` (built in), a local folder, or a hub id."""
+    revision: str | None = None
+    """A hub revision; a commit makes the run repeatable."""
+    method: Method = "lora"
+    """full, lora or qlora."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seeds every draw: the held-out rows, the row order, the adapter's start, dropout."""
+    data: DataSection
+    """What is trained on."""
+    lora: LoraSection = LoraSection()
+    """The adapter."""
+    train: TrainSection = TrainSection()
+    """The training loop."""
+    export: ExportSection = ExportSection()
+    """The exported model."""
+    evaluate: EvaluateSection = EvaluateSection()
+    """The score."""
+
+    def section_digest(self, *names: str) -> str:
+        """sha256 over the named top-level keys, for a stage's no-op check."""
+        dumped = self.model_dump(mode="json")
+        return sha256_json({name: dumped[name] for name in names})
+
+
+class ResolvedRecipe(Section):
+    """A recipe with the origin of each value, keyed by dotted name (`train.learning_rate`)."""
+
+    recipe: Recipe
+    origins: dict[str, Origin]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+    """The recipe in a YAML file, with `key.subkey=value` overrides applied.
+
+    Paths of data files are made absolute, seen from the recipe's folder. Raises RecipeError with every problem.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            Problem("TS001", f"cannot read the recipe: {error}", str(path), "a run starts from its recipe", "check the path")
+        ) from error
+    return parse_recipe(text, source=str(path), base=path.resolve().parent, overrides=overrides)
+
+
+def parse_recipe(text: str, source: str, base: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
+    """The recipe in YAML `text`; `source` names it in messages, `base` is where relative paths start."""
+    values = _parse_yaml(text, source)
+    origins: dict[str, Origin] = dict.fromkeys(_dotted(values), "file")
+    for override in overrides:
+        key, value = _parse_override(override)
+        _assign(values, key, value, override)
+        origins[key] = "override"
+    problems = [*_unknown_keys(Recipe, values, (), source)]
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += _validation_problems(error, source)
+        raise RecipeError(problems) from error
+    recipe = _with_absolute_paths(recipe, base)
+    defaults: dict[str, Origin] = dict.fromkeys(_dotted(recipe.model_dump(mode="json")), "default")
+    known = {key: origin for key, origin in origins.items() if key in defaults}
+    return ResolvedRecipe(recipe=recipe, origins=defaults | known)
+
+
+def dump_recipe(resolved: ResolvedRecipe) -> str:
+    """YAML of the whole recipe, each value followed by its origin as a comment; `parse_recipe` reads it back."""
+    lines: list[str] = []
+    dumped = resolved.recipe.model_dump(mode="json")
+    for key, value in dumped.items():
+        if isinstance(value, dict):
+            lines.append(f"{key}:")
+            lines += [f"  {_yaml_line(k, v)}  # {resolved.origins[f'{key}.{k}']}" for k, v in value.items()]
+        else:
+            lines.append(f"{_yaml_line(key, value)}  # {resolved.origins[key]}")
+    return "\n".join(lines) + "\n"
+
+
+def parse_dumped_recipe(text: str, source: str) -> ResolvedRecipe:
+    """What `dump_recipe` wrote, with the origins that it noted."""
+    resolved = parse_recipe(text, source, base=Path("/"))
+    origins = dict(resolved.origins)
+    section = ""
+    for line in text.splitlines():
+        key = line.strip().partition(":")[0]
+        if not line.startswith(" "):
+            section = key if line.endswith(":") else ""
+        noted = line.rpartition("# ")[2]
+        origin = next((known for known in get_args(Origin) if known == noted), None)
+        dotted = f"{section}.{key}" if section and line.startswith(" ") else key
+        if origin is not None and dotted in origins:
+            origins[dotted] = origin
+    return ResolvedRecipe(recipe=resolved.recipe, origins=origins)
+
+
+def _yaml_line(key: str, value: Any) -> str:
+    return yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=False, width=10**9).strip()[1:-1]
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    why = "the recipe is the run's only config"
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        detail = getattr(error, "problem", None) or str(error)
+        raise RecipeError(Problem("TS001", f"not valid YAML: {detail}", where, why, "correct that line")) from error
+    except RecursionError as error:
+        raise RecipeError(Problem("TS001", "nested too deeply", source, why, "flatten the recipe")) from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        found = "nothing" if values is None else type(values).__name__
+        fix = "write at least `model: smollm2-135m-instruct` and `data: {train: rows.jsonl}`"
+        raise RecipeError(Problem("TS001", f"a recipe is a mapping of names to values, found {found}", source, why, fix))
+    return values
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(
+            Problem("TS003", f"{text!r} is not key=value", "override", "it would change nothing", "write train.max_steps=10")
+        )
+    return key, _parse_yaml(f"value: {value}", f"override {key}")["value"]
+
+
+def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *path, last = key.split(".")
+    section: Any = values
+    for name in path:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            why = "the override reaches into a plain value"
+            raise RecipeError(Problem("TS003", f"{name!r} is not a section", f"override {override!r}", why, "check the key"))
+    section[last] = value
+
+
+def _dotted(values: Mapping[str, Any]) -> Iterable[str]:
+    """Names of the recipe's values: top-level keys, and the keys of sections as `section.key`."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from (f"{key}.{inner}" for inner in value)
+        else:
+            yield key
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _all_keys(model: type[Section], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        inner = _section_of(field.annotation)
+        yield f"{prefix}{name}"
+        if inner is not None:
+            yield from _all_keys(inner, f"{prefix}{name}.")
+
+
+def _unknown_keys(model: type[Section], values: Mapping[str, Any], path: tuple[str, ...], source: str) -> Iterable[Problem]:
+    for key, value in values.items():
+        field = model.model_fields.get(str(key))
+        if field is None:
+            dotted = ".".join((*path, str(key)))
+            yield Problem(
+                "TS002",
+                f"unknown key {dotted!r}",
+                source,
+                "a key that nothing reads would be silently without effect",
+                _nearest(dotted),
+            )
+        elif isinstance(value, dict) and (inner := _section_of(field.annotation)) is not None:
+            yield from _unknown_keys(inner, value, (*path, str(key)), source)
+
+
+def _nearest(dotted: str) -> str:
+    known = list(_all_keys(Recipe))
+    last = dotted.rpartition(".")[2]
+    by_last = {name.rpartition(".")[2]: name for name in known}
+    match = difflib.get_close_matches(dotted, known, 1, 0.75) or [
+        by_last[name] for name in difflib.get_close_matches(last, list(by_last), 1, 0.7)
+    ]
+    return f"did you mean {match[0]!r}?" if match else "see docs/recipe.md for all keys"
+
+
+def _validation_problems(error: ValidationError, source: str) -> Iterable[Problem]:
+    """Pydantic's errors as problems, one for each key (a union reports each of its branches)."""
+    seen: set[str] = set()
+    for item in error.errors(include_url=False):
+        if item["type"] == "extra_forbidden":
+            continue
+        names = [str(part) for part in item["loc"]]
+        known = set(_all_keys(Recipe))
+        while len(names) > 1 and ".".join(names) not in known:
+            names.pop()  # the rest names a branch of a union, not a key
+        dotted = ".".join(names) or "recipe"
+        if dotted in seen:
+            continue
+        seen.add(dotted)
+        if item["type"] == "missing":
+            yield Problem("TS004", f"key {dotted!r} is missing", source, "there is no sensible default", f"add {dotted!r}")
+        else:
+            given = repr(item["input"])
+            allowed = "; ".join(
+                dict.fromkeys(
+                    e["msg"] for e in error.errors(include_url=False) if e["loc"][: len(names)] == item["loc"][: len(names)]
+                )
+            )
+            what = f"{dotted} = {given[:80]}: {allowed}"
+            yield Problem("TS003", what, source, "the run would not do what the recipe says", f"correct {dotted!r}")
+
+
+def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
+    def absolute(value: str | None) -> str | None:
+        return None if value is None else str((base / value).resolve())
+
+    data = {key: absolute(getattr(recipe.data, key)) for key in ("train", "test", "chat_template")}
+    model = recipe.model
+    if model.startswith((".", "/", "~")):
+        model = str((base / Path(model).expanduser()).resolve())
+    return recipe.model_copy(
+        update={
+            "model": model,
+            "data": recipe.data.model_copy(update=data),
+            "evaluate": recipe.evaluate.model_copy(update={"json_schema": absolute(recipe.evaluate.json_schema)}),
+        }
+    )

@@ -1,0 +1,153 @@
+"""The run folder: the one place where stages meet.
+
+`run.json` holds, for each stage, the digests of what it read and of its part of the recipe, and what it wrote; a stage
+whose digests are unchanged and whose files are still there is a no-op. Nothing of a run lives in memory alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import Problem, RunError
+from tunesmith.io.atomic import append_jsonl, commit_folder, sha256_file, sha256_json, write_json, write_text
+from tunesmith.recipe import Recipe, ResolvedRecipe, dump_recipe, parse_dumped_recipe
+
+_PACKAGES = ("tunesmith", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers, without importing them."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and its resolved recipe."""
+
+    path: Path
+    resolved: ResolvedRecipe
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of this run."""
+        return self.resolved.recipe
+
+    def status(self) -> dict[str, Any]:
+        """The content of run.json."""
+        value: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        return value
+
+    def outputs_digest(self, stage: str) -> str:
+        """A digest of what a finished stage wrote, for the stages that read it. Raises RunError if it has not run."""
+        entry = self.status()["stages"].get(stage)
+        if entry is None or entry["status"] != "done":
+            fix = f"run `tunesmith {stage.partition('/')[0]} {self.path}` first"
+            why = "a later stage reads what it writes"
+            raise RunError(Problem("TS011", f"stage {stage!r} has not been run", str(self.path), why, fix))
+        return sha256_json(entry["outputs"])
+
+    def is_current(self, stage: str, inputs: Mapping[str, str]) -> bool:
+        """Whether the stage is done with exactly these inputs and each file it wrote is still as it was."""
+        entry = self.status()["stages"].get(stage)
+        if entry is None or entry["status"] != "done" or entry["inputs"] != dict(inputs):
+            return False
+        return all(
+            (self.path / name).is_file() and sha256_file(self.path / name) == digest
+            for name, digest in entry["outputs"].items()
+        )
+
+    def event(self, folder: Path, code: str, message: str, **facts: Any) -> None:
+        """Record in `folder`/events.jsonl that something differs from what was asked for."""
+        append_jsonl(folder / "events.jsonl", {"code": code, "message": message, **facts})
+
+    def events(self, stage_folder: str) -> list[dict[str, Any]]:
+        """Events that a stage recorded, oldest first."""
+        return read_jsonl(self.path / stage_folder / "events.jsonl")
+
+    def _record(self, stage: str, entry: dict[str, Any]) -> None:
+        status = self.status()
+        status["stages"][stage] = entry
+        write_json(self.path / "run.json", status)
+
+    @contextlib.contextmanager
+    def perform(self, stage: str, folder: str, inputs: Mapping[str, str], *, live: bool = False) -> Iterator[Path]:
+        """Yield the folder to write a stage's output into; on success it is committed as `folder` and recorded.
+
+        `live` fills the folder in place, so that it can be watched (training); it is emptied first. An error leaves
+        the previous output of a stage that is not live, and nothing half-written.
+        """
+        final = self.path / folder
+        begun = time.time()
+        if live:
+            self._record(stage, {"status": "running", "inputs": dict(inputs), "outputs": {}, "argv": sys.argv})
+            shutil.rmtree(final, ignore_errors=True)
+            final.mkdir(parents=True)
+            try:
+                yield final
+            except BaseException:
+                self._record(stage, {"status": "failed", "inputs": dict(inputs), "outputs": {}, "argv": sys.argv})
+                raise
+        else:
+            with commit_folder(final) as partial:
+                yield partial
+        names = sorted(p for p in final.rglob("*") if p.is_file())
+        outputs = {p.relative_to(self.path).as_posix(): sha256_file(p) for p in names}
+        entry = {"status": "done", "inputs": dict(inputs), "outputs": outputs, "seconds": round(time.time() - begun, 3)}
+        self._record(stage, {**entry, "argv": sys.argv, "versions": installed_versions()})
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All lines of a JSONL file that tunesmith wrote; none where it does not exist."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def default_name(recipe: Recipe) -> str:
+    """`<time>-<model>-<method>-<digest>`, unique enough to sort and to tell runs apart."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    model = Path(recipe.model).name[:40]
+    return f"{now}-{model}-{recipe.method}-{sha256_json(recipe.model_dump(mode='json'))[:8]}"
+
+
+def create_run(resolved: ResolvedRecipe, path: Path) -> Run:
+    """The run in `path`: made if new, opened if it holds the same recipe.
+
+    A changed recipe replaces the old one; each stage then redoes its work if its own part changed. Raises RunError
+    where the folder holds something that is not a run, or cannot be written.
+    """
+    if path.exists() and not (path / "run.json").is_file() and any(path.iterdir()):
+        why = "a run would mix its files with what is there"
+        raise RunError(Problem("TS010", "the folder is not empty and is not a run", str(path), why, "name another folder"))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "recipe.yaml", dump_recipe(resolved))
+        if not (path / "run.json").is_file():
+            write_json(path / "run.json", {"format": 1, "stages": {}})
+    except OSError as error:
+        raise RunError(Problem("TS013", f"cannot write: {error}", str(path), "a run is a folder", "choose another")) from error
+    return Run(path, resolved)
+
+
+def open_run(path: Path) -> Run:
+    """The run in an existing folder. Raises RunError where there is none."""
+    if not (path / "run.json").is_file() or not (path / "recipe.yaml").is_file():
+        fix = "give the folder that `tunesmith run` or `tunesmith prepare` made"
+        raise RunError(Problem("TS010", "not a run folder", str(path), "stages meet in a run folder", fix))
+    text = (path / "recipe.yaml").read_text(encoding="utf-8")
+    return Run(path, parse_dumped_recipe(text, str(path / "recipe.yaml")))
