@@ -1,0 +1,117 @@
+"""From a name to a checked folder, and from a folder to a tokenizer or a model; the one place that calls from_pretrained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import ModelError, Problem
+from tunesmith.io import safe
+from tunesmith.io.atomic import sha256_file, sha256_json, write_json
+from tunesmith.models import builtin
+from tunesmith.models.cache import cache_folder
+
+#: What a model folder is made of. Nothing else is fetched from a hub or counted in a digest.
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The folder of a base model: the built-in one, a local folder, or a hub id's snapshot; checked before use.
+
+    Raises ModelError where it does not exist, cannot be had, or is not safe to open.
+    """
+    if name == builtin.NAME:
+        folder = builtin.ensure()
+    elif Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        folder = Path(name).expanduser()
+    else:
+        folder = _from_hub(name, revision)
+    safe.check_model_folder(folder)
+    return folder
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        detail = str(error).strip().splitlines()[0]
+        why = "neither a local folder of that name nor a model of the hub could be opened"
+        fix = f"check the spelling and the network, or use {builtin.NAME!r} or a local folder"
+        raise ModelError(Problem("TS206", f"cannot get {name!r}: {detail}", name, why, fix)) from error
+
+
+def _digest_entry(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+
+
+def model_digest(folder: Path) -> str:
+    """sha256 over the names and contents of a model folder's files.
+
+    Hashes of files over 1 MB are kept in the cache under (path, size, mtime), as re-hashing 140 GB takes minutes.
+    """
+    ledger_path = cache_folder() / "digests.json"
+    try:
+        ledger: dict[str, str] = json.loads(ledger_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        ledger = {}
+    known = len(ledger)
+    digests: dict[str, str] = {}
+    for path in sorted(p for pattern in PATTERNS for p in folder.glob(pattern)):
+        if path.name == "proof.json":
+            continue  # tells of the model, is no part of it
+        if path.stat().st_size < 1_000_000:
+            digests[path.name] = sha256_file(path)
+        else:
+            digests[path.name] = ledger.setdefault(_digest_entry(path), "") or sha256_file(path)
+            ledger[_digest_entry(path)] = digests[path.name]
+    if len(ledger) != known:
+        write_json(ledger_path, ledger)
+    return sha256_json(digests)
+
+
+def quiet() -> None:
+    """Silence progress bars and advice that libraries print while they load; errors still come as exceptions."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # bitsandbytes asks for an optional package of faster CPU kernels each time it loads without it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, as it is (a missing pad token stays missing)."""
+    from transformers import AutoTokenizer
+
+    quiet()
+    safe.check_model_folder(folder, weights=False)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def load_model(folder: Path, *, dtype: str, quantization_config: Any = None) -> Any:
+    """The folder's causal language model in `dtype` ("float32" or "bfloat16"), on the GPU where there is one.
+
+    Attention is SDPA. Raises ModelError for a folder that is not safe to open.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quiet()
+    safe.check_model_folder(folder)
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, dtype),
+        device_map={"": 0} if torch.cuda.is_available() else None,
+        quantization_config=quantization_config,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
