@@ -1,0 +1,125 @@
+"""One conversation out of a row, whatever the row's format: messages, alpaca or sharegpt.
+
+Each reader returns messages or the problems that the row has; nothing is guessed or repaired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from tunesmith.errors import Problem
+
+Role = Literal["system", "user", "assistant"]
+Message = dict[str, str]  # {"role": Role, "content": str}, as chat templates read it
+
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+SHAREGPT_ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+
+_WHY_COLUMNS = "columns of another meaning would be trained on as if they were a conversation"
+
+
+def _wrong_columns(row: Mapping[str, Any], where: str, wanted: str) -> Problem:
+    found = ", ".join(sorted(map(str, row)))[:200] or "none"
+    fix = f"give rows {wanted}, or set data.format"
+    return Problem("TS104", f"columns do not match, found: {found}", where, _WHY_COLUMNS, fix)
+
+
+def _turns(row: Mapping[str, Any], where: str, column: str, role_key: str, text_key: str) -> list[dict[str, Any]] | Problem:
+    turns = row.get(column)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return _wrong_columns(row, where, f"with {column!r}: a list of turns")
+    for turn in turns:
+        if role_key not in turn or text_key not in turn:
+            return _wrong_columns(turn, f"{where} {column}", f"whose turns have {role_key!r} and {text_key!r}")
+    return turns
+
+
+def _from_messages(row: Mapping[str, Any], where: str) -> list[Message] | Problem:
+    turns = _turns(row, where, "messages", "role", "content")
+    if isinstance(turns, Problem):
+        return turns
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def _from_sharegpt(row: Mapping[str, Any], where: str) -> list[Message] | Problem:
+    turns = _turns(row, where, "conversations", "from", "value")
+    if isinstance(turns, Problem):
+        return turns
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return system + [{"role": SHAREGPT_ROLES.get(str(t["from"]), t["from"]), "content": t["value"]} for t in turns]
+
+
+def _from_alpaca(row: Mapping[str, Any], where: str) -> list[Message] | Problem:
+    if "instruction" not in row or "output" not in row:
+        return _wrong_columns(row, where, "with 'instruction', 'output' and optionally 'input', 'system', 'history'")
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        return Problem("TS108", "'history' is not a list of [question, answer]", where, _WHY_COLUMNS, "correct the row")
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for question, answer in history:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    question = row["instruction"]
+    if row.get("input") and isinstance(question, str) and isinstance(row["input"], str):
+        question = f"{question}\n\n{row['input']}"
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+
+
+_READERS: dict[str, tuple[str, Callable[[Mapping[str, Any], str], list[Message] | Problem]]] = {
+    "messages": ("messages", _from_messages),
+    "sharegpt": ("conversations", _from_sharegpt),
+    "alpaca": ("instruction", _from_alpaca),
+}
+
+
+def _message_problem(message: Mapping[str, Any], number: int, where: str) -> Problem | None:
+    at = f"{where} turn {number}"
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        known = ", ".join(ROLES)
+        why = "a turn whose role is not known cannot be put into the template"
+        return Problem("TS105", f"unknown role {str(role)[:40]!r}", at, why, f"use one of: {known}")
+    if not isinstance(content, str):
+        why = "only text is trained on"
+        return Problem("TS108", f"the content is {type(content).__name__}, not text", at, why, "write the content as a string")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        return Problem("TS108", "half of a surrogate pair in the text", at, "it cannot be tokenized", "repair the text")
+    if role == "assistant" and not content.strip():
+        why = "the model would learn to answer with nothing"
+        return Problem("TS106", "the assistant's answer is empty", at, why, "write the answer or delete the row")
+    return None
+
+
+def to_messages(
+    row: Mapping[str, Any], where: str, row_format: str = "auto", system: str | None = None
+) -> list[Message] | Problem:
+    """The row's conversation, with `system` put first where it has no system turn; or the row's first problem.
+
+    `row_format` is `messages`, `sharegpt`, `alpaca`, or `auto` (told by the column that only that format has).
+    """
+    if row_format == "auto":
+        reader = next((read for column, read in _READERS.values() if column in row), None)
+        if reader is None:
+            return _wrong_columns(row, where, "as messages, sharegpt (conversations) or alpaca (instruction, output)")
+    else:
+        reader = _READERS[row_format][1]
+    messages = reader(row, where)
+    if isinstance(messages, Problem):
+        return messages
+    for number, message in enumerate(messages, start=1):
+        if problem := _message_problem(message, number, where):
+            return problem
+    if not any(message["role"] == "assistant" for message in messages):
+        why = "without an answer there is nothing to learn"
+        return Problem("TS107", "no assistant turn", where, why, "add the answer or delete the row")
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages

@@ -1,0 +1,341 @@
+"""Conversations to token ids with a loss mask, for any chat template.
+
+How the mask is found: the template is rendered once with a marker word in place of every turn's content. What
+stands between the markers is the template's own text; the real rendering is that text with the contents put
+back (trimmed where the template trims). So each character of the rendering is known to be template or content, and the
+trained part is an assistant's content plus the end-of-turn that follows it. Nothing is derived from pad ids
+(pad may equal eos) or from a list of known templates.
+
+How a turn cannot be forged: text such as `<|im_end|>` inside content is encoded as plain text, cut so that no control
+id comes out of it. Everything else is encoded as the model will see it when it is served.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from tunesmith.chat.formats import Message
+from tunesmith.errors import ModelError, Problem
+
+_TRIMS = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to contents
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a rendering; `turn` is the index of the message whose content it is, None for template text."""
+
+    text: str
+    turn: int | None
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch to encode apart: `trained` carries loss, `content` must not yield control ids."""
+
+    text: str
+    trained: bool
+    content: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row: `input_ids` and, of the same length, whether each id is trained on.
+
+    `notes` names what differs from the plain reading: `last-answer-only`, `end-of-turn-added`, `system-dropped`.
+    """
+
+    input_ids: list[int]
+    trained: list[bool]
+    notes: tuple[str, ...] = ()
+
+
+class ChatTemplate:
+    """A chat template with its tokenizer. Raises ModelError where there is no template, or it is not valid Jinja."""
+
+    def __init__(self, tokenizer: Any, source: str | None = None, name: str = "the tokenizer") -> None:
+        template = source if source is not None else tokenizer.chat_template
+        why = "rows must be trained on in the form in which the model will be asked"
+        if not isinstance(template, str):
+            fix = "name a Jinja file in data.chat_template"
+            raise ModelError(Problem("TS120", "no chat template", name, why, fix))
+        self.tokenizer = tokenizer
+        self.source = template
+        self._check(name, why)
+        self._control = _control_pattern(tokenizer)
+        self._control_ids = frozenset(tokenizer.added_tokens_decoder)
+        self._skeletons: dict[tuple[str, ...], list[Piece] | str] = {}
+        self._turn_end = self._shared_turn_end()
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer("Hi", add_special_tokens=False)["input_ids"])
+        #: SentencePiece-like tokenizers put a space before whatever they encode; their text is never cut up.
+        self._prefixes_space = tokens[0].startswith("\u2581")
+
+    def _check(self, name: str, why: str) -> None:
+        from jinja2 import TemplateSyntaxError
+
+        try:
+            self.render([{"role": "user", "content": "Hi"}])
+        except TemplateSyntaxError as error:
+            fix = "correct the template"
+            raise ModelError(Problem("TS123", f"not valid Jinja: {error}", name, why, fix)) from error
+        except Exception:  # noqa: BLE001 - a template may refuse this probe in any way of its own; rows will tell
+            return
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The conversation as text, by the renderer that transformers and vLLM use. Template errors pass through."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, _ = render_jinja_template(
+            [list(messages)],
+            chat_template=self.source,
+            add_generation_prompt=add_generation_prompt,
+            # transformers 4 gave templates this list too, and some count on it (GigaChat).
+            additional_special_tokens=list(getattr(self.tokenizer, "extra_special_tokens", None) or ()),
+            **self.tokenizer.special_tokens_map,
+        )
+        return str(texts[0])
+
+    def encode(self, rows: Sequence[Sequence[Message]]) -> list[Encoded | Problem]:
+        """Token ids and loss mask of each conversation, or the problem that keeps it from being encoded.
+
+        The tokenizer is called once for all rows.
+        """
+        plans = [self._plan(messages) for messages in rows]
+        return self._encode_plans(plans)
+
+    def encode_prompts(self, rows: Sequence[Sequence[Message]]) -> list[Encoded | Problem]:
+        """Token ids of each conversation with the generation prompt at its end, as it is asked when serving."""
+        return self._encode_plans([self._plan(messages, prompt=True) for messages in rows])
+
+    def _plan(self, messages: Sequence[Message], *, prompt: bool = False) -> tuple[list[Span], tuple[str, ...]] | Problem:
+        try:
+            text = self.render(messages, add_generation_prompt=prompt)
+            pieces = self._pieces(messages, text, prompt)
+            if pieces is not None:
+                spans, notes = self._spans(messages, pieces, train=not prompt)
+                notes += self._dropped(messages, pieces)
+            elif prompt:
+                spans, notes = [Span(text, trained=False, content=False)], ()
+            else:
+                spans, notes = self._last_answer(messages, text)
+        except Exception as error:  # noqa: BLE001 - a template is foreign code: whatever it raises concerns this row
+            detail = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            why = "this conversation has no form that the model knows"
+            return Problem("TS121", f"the chat template refused the row: {detail[0][:200]}", "", why, "reorder the turns")
+        if not prompt and not any(span.trained and span.text for span in spans):
+            why = "which tokens are the answer cannot be told, so the loss would be wrong"
+            what = "the chat template rewrites the answer"
+            return Problem("TS122", what, "", why, "use another template, or write answers as it does")
+        if self._forged_in(spans, pieces is None):
+            what = "control tokens written out inside the content"
+            why = "with this tokenizer they would become real turns"
+            return Problem("TS108", what, "", why, "remove them from the row")
+        return spans, notes
+
+    @staticmethod
+    def _dropped(messages: Sequence[Message], pieces: Sequence[Piece]) -> tuple[str, ...]:
+        """`system-dropped` where the template leaves a system turn out without a word."""
+        shown = {piece.turn for piece in pieces}
+        lost = any(message["role"] == "system" and turn not in shown for turn, message in enumerate(messages))
+        return ("system-dropped",) if lost else ()
+
+    def _forged_in(self, spans: Iterable[Span], unknown_pieces: bool) -> bool:
+        """Whether contents hold control tokens in a case where they cannot be encoded apart."""
+        if unknown_pieces:
+            return False  # the caller found no way to tell contents; `_last_answer` checks for itself
+        return self._prefixes_space and any(span.content and self._control.search(span.text) for span in spans)
+
+    def _skeleton(self, roles: tuple[str, ...], prompt: bool) -> list[Piece] | str:
+        """The rendering of a conversation of these roles with marker words as contents, cut at the markers."""
+        key = (*roles, "+") if prompt else roles
+        if key not in self._skeletons:
+            messages = [{"role": role, "content": f"zq{turn:05d}qz"} for turn, role in enumerate(roles)]
+            try:
+                marked = self.render(messages, add_generation_prompt=prompt)
+            except Exception as error:  # noqa: BLE001 - see _plan
+                self._skeletons[key] = str(error)
+                return self._skeletons[key]
+            parts = re.split(r"zq(\d{5})qz", marked)
+            self._skeletons[key] = [
+                Piece(part, None) if number % 2 == 0 else Piece("", int(part)) for number, part in enumerate(parts)
+            ]
+        return self._skeletons[key]
+
+    def _pieces(self, messages: Sequence[Message], text: str, prompt: bool) -> list[Piece] | None:
+        """`text` cut into template and content, or None where the template does more than trim the contents."""
+        skeleton = self._skeleton(tuple(message["role"] for message in messages), prompt)
+        if isinstance(skeleton, str):
+            return None
+        pieces: list[Piece] = []
+        position = 0
+        for index, piece in enumerate(skeleton):
+            if piece.turn is None:
+                if not text.startswith(piece.text, position):
+                    return None
+                found = piece.text
+            else:
+                content, after = messages[piece.turn]["content"], skeleton[index + 1].text
+                variants = (trim(content) for trim in _TRIMS)
+                match = next((v for v in variants if text.startswith(v + after, position)), None)
+                if match is None:
+                    return None
+                found = match
+            pieces.append(Piece(found, piece.turn))
+            position += len(found)
+        return pieces if position == len(text) else None
+
+    def _spans(
+        self, messages: Sequence[Message], pieces: Sequence[Piece], *, train: bool
+    ) -> tuple[list[Span], tuple[str, ...]]:
+        spans: list[Span] = []
+        notes = tuple[str, ...]()
+        answered = False  # whether the piece before was an assistant's content
+        for number, piece in enumerate(pieces):
+            if piece.turn is not None:
+                answered = train and messages[piece.turn]["role"] == "assistant"
+                spans.append(Span(piece.text, trained=answered, content=True))
+                continue
+            end = self._end_of_turn(piece.text) if answered else 0
+            if end:
+                spans.append(Span(piece.text[:end], trained=True, content=False))
+            elif answered and number == len(pieces) - 1 and self.tokenizer.eos_token:
+                spans.append(Span(self.tokenizer.eos_token, trained=True, content=False))
+                notes = ("end-of-turn-added",)
+            spans.append(Span(piece.text[end:], trained=False, content=False))
+            answered = False
+        return [span for span in spans if span.text], notes
+
+    def _end_of_turn(self, text: str) -> int:
+        """How many characters of the template's `text` after an answer end the turn; 0 where nothing does.
+
+        What follows both an answer in the middle and one at the end ends a turn (`_shared_turn_end`). Where they
+        differ (gpt-oss ends the last turn with a token of its own) it is the first control token.
+        """
+        if self._turn_end and text.startswith(self._turn_end):
+            return len(self._turn_end)
+        match = self._control.search(text)
+        return match.end() if match and not text[: match.start()].strip() else 0
+
+    def _shared_turn_end(self) -> str:
+        """What the template writes after an answer wherever it stands, as far as it ends the turn.
+
+        Up to the last control token in it, or else the plain text without trailing blanks. Empty where the template
+        ends no turns, or refuses the probe.
+        """
+        skeleton = self._skeleton(("user", "assistant", "user", "assistant"), prompt=False)
+        if isinstance(skeleton, str):
+            return ""
+        turns = [piece.turn for piece in skeleton]
+        if turns.count(1) != 1 or turns.count(3) != 1:
+            return ""
+        after = [skeleton[turns.index(turn) + 1].text for turn in (1, 3)]
+        shared = os.path.commonprefix(after)  # noqa: RUF071 - texts, compared character by character
+        ends = []
+        for match in self._control.finditer(after[0]):
+            if match.group() == self._opener(skeleton[0].text):
+                break
+            if match.end() > len(shared):
+                shared = shared[: match.start()]  # two control tokens that begin alike
+                break
+            ends.append(match.end())
+        return shared[: ends[-1]] if ends else shared.rstrip()
+
+    def _opener(self, text: str) -> str | None:
+        """The control token that opens a turn: the first one of a rendering that is not the tokenizer's bos."""
+        found = (match.group() for match in self._control.finditer(text))
+        return next((token for token in found if token != self.tokenizer.bos_token), None)
+
+    def _last_answer(self, messages: Sequence[Message], text: str) -> tuple[list[Span], tuple[str, ...]]:
+        """Spans with only the last answer trained: what follows the generation prompt. Empty where that cannot be told.
+
+        For templates that rewrite answers, as those of reasoning models do.
+        """
+        contents = "".join(message["content"] for message in messages)
+        if messages[-1]["role"] != "assistant" or self._control.search(contents):
+            return [], ()
+        prompt = self.render(messages[:-1], add_generation_prompt=True)
+        if not text.startswith(prompt):
+            return [], ()
+        answer = text[len(prompt) :]
+        ends = [m.end() for m in self._control.finditer(answer) if not answer[m.end() :].strip()]
+        end = ends[0] if ends else len(answer.rstrip())
+        spans = [Span(prompt, False, False), Span(answer[:end], True, False), Span(answer[end:], False, False)]
+        return [span for span in spans if span.text], ("last-answer-only",)
+
+    def _encode_plans(self, plans: Sequence[tuple[list[Span], tuple[str, ...]] | Problem]) -> list[Encoded | Problem]:
+        by_offsets = self._prefixes_space
+        texts: list[str] = []
+        for plan in plans:
+            if not isinstance(plan, Problem):
+                joined = [(span.text, False) for span in plan[0]] if by_offsets else self._parts(plan[0])
+                texts += ["".join(t for t, _ in joined)] if by_offsets else [t for t, _ in joined]
+        encoded = self._tokenize(texts, offsets=by_offsets)
+        cursor = 0
+        rows: list[Encoded | Problem] = []
+        for plan in plans:
+            if isinstance(plan, Problem):
+                rows.append(plan)
+            elif by_offsets:
+                rows.append(_by_offsets(plan, encoded["input_ids"][cursor], encoded["offset_mapping"][cursor]))
+                cursor += 1
+            else:
+                ids: list[int] = []
+                trained: list[bool] = []
+                for _, flag in self._parts(plan[0]):
+                    ids += encoded["input_ids"][cursor]
+                    trained += [flag] * len(encoded["input_ids"][cursor])
+                    cursor += 1
+                rows.append(Encoded(ids, trained, plan[1]))
+        return rows
+
+    def _tokenize(self, texts: list[str], *, offsets: bool) -> Mapping[str, Any]:
+        if not texts:
+            return {"input_ids": [], "offset_mapping": []}
+        result: Mapping[str, Any] = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=offsets, return_attention_mask=False
+        )
+        return result
+
+    def _parts(self, spans: Sequence[Span]) -> list[tuple[str, bool]]:
+        """Texts to encode one by one: neighbours of the same kind joined, control tokens in contents cut in two."""
+        parts: list[tuple[str, bool]] = []
+        joinable = False
+        for span in spans:
+            cuts = _cuts(self._control, span.text) if span.content else []
+            edges = [0, *cuts, len(span.text)]
+            for number, (start, end) in enumerate(pairwise(edges)):
+                if joinable and number == 0 and parts[-1][1] == span.trained:
+                    parts[-1] = (parts[-1][0] + span.text[start:end], span.trained)
+                else:
+                    parts.append((span.text[start:end], span.trained))
+                joinable = True
+        return parts
+
+
+def _by_offsets(plan: tuple[list[Span], tuple[str, ...]], ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+    """The mask of a text encoded whole: an id is trained when it covers any trained character."""
+    flags: list[bool] = []
+    for span in plan[0]:
+        flags += [span.trained] * len(span.text)
+    return Encoded(list(ids), [any(flags[start:end]) for start, end in offsets], plan[1])
+
+
+def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Matches the text of any token that the tokenizer takes out of a text whole: special and added ones."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    words = sorted({word for word in added if word.strip()}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words)) if words else r"(?!)")
+
+
+def _cuts(control: re.Pattern[str], text: str) -> list[int]:
+    """Where to cut `text` so that no piece holds a whole control token: inside each occurrence, overlaps included."""
+    cuts: list[int] = []
+    position = 0
+    while match := control.search(text, position):
+        cuts.append(match.start() + 1)
+        position = match.start() + 1
+    return cuts
