@@ -1,0 +1,144 @@
+"""Attention along a prefix tree: each token sees its ancestors and what stands before it in its own node.
+
+Shapes: B batch (1), H heads, T tokens of the sequence, D head size. On CPU no mask is ever made: a node's own tokens are one
+causal block, and the keys of a node with children are one full block for the queries of all its descendants, which follow
+it directly. The blocks' results are merged by their log-sum-exp, as flash attention merges its tiles (Dao et al. 2022, arXiv
+2205.14135, section 3.1); the backward pass gives each block the merged result and log-sum-exp, which makes its
+gradients exact. Elsewhere a dense mask is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tunesmith.packing.tree import Node
+
+NAME = "tunesmith_tree"
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@dataclass
+class Layout:
+    """What attention needs to know of a tree; travels with the batch through the model's keyword arguments."""
+
+    nodes: Sequence[Node]
+    length: int
+    _mask: torch.Tensor | None = field(default=None, repr=False)
+
+    def mask(self, device: torch.device) -> torch.Tensor:
+        """(T, T) booleans: whether the query of a row sees the key of a column."""
+        if self._mask is None or self._mask.device != device:
+            mask = torch.zeros((self.length, self.length), dtype=torch.bool)
+            for node in self.nodes:
+                mask[node.start : node.subtree_end, node.start : node.end] = True
+            self._mask = mask.tril_().to(device)
+        return self._mask
+
+
+class _TreeAttention(torch.autograd.Function):
+    """softmax(q k^T scale) v over the blocks of a tree; q, k, v and the result are (1, H, T, D)."""
+
+    @staticmethod
+    def forward(
+        context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Sequence[Node], scale: float
+    ) -> torch.Tensor:
+        exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+        merged = torch.empty(query.shape, dtype=exact)
+        # Log-sum-exp of each query's scores so far, laid out in memory as the kernel lays out its own.
+        batch, heads, length, _ = query.shape
+        weight = torch.empty((batch, length, heads), dtype=exact).transpose(1, 2)
+        for node in nodes:
+            own = slice(node.start, node.end)
+            merged[:, :, own], weight[:, :, own] = _block(query, key, value, own, own, scale, causal=True)
+        for node in nodes:
+            if node.subtree_end > node.end:
+                below = slice(node.end, node.subtree_end)
+                part, part_weight = _block(query, key, value, below, slice(node.start, node.end), scale, causal=False)
+                total = torch.logaddexp(weight[:, :, below], part_weight)
+                merged[:, :, below] *= (weight[:, :, below] - total).exp_().unsqueeze(-1)
+                merged[:, :, below] += part * (part_weight - total).exp_().unsqueeze(-1)
+                weight[:, :, below] = total
+        result = merged.to(query.dtype)
+        context.save_for_backward(query, key, value, result, weight)
+        context.nodes, context.scale = nodes, scale
+        return result
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        query, key, value, result, weight = context.saved_tensors
+        exact = weight.dtype
+        grads = [torch.zeros(tensor.shape, dtype=exact) for tensor in (query, key, value)]
+        gradient = gradient.contiguous()
+        for node in context.nodes:
+            own = slice(node.start, node.end)
+            for queries, causal in ((own, True), (slice(node.end, node.subtree_end), False)):
+                if queries.stop == queries.start:
+                    continue
+                parts = _backward(
+                    gradient[:, :, queries],
+                    query[:, :, queries],
+                    key[:, :, own],
+                    value[:, :, own],
+                    result[:, :, queries],
+                    weight[:, :, queries],
+                    0.0,
+                    causal,
+                    scale=context.scale,
+                )
+                for total, part, where in zip(grads, parts, (queries, own, own), strict=True):
+                    total[:, :, where] += part
+        return (*(grad.to(query.dtype) for grad in grads), None, None)
+
+
+def _block(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: slice, keys: slice, scale: float, *, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of some queries to some keys, and the log-sum-exp of their scores."""
+    parts = (query[:, :, queries], key[:, :, keys], value[:, :, keys])
+    result, weight = _forward(*parts, 0.0, causal, scale=scale)
+    return result, weight
+
+
+def tree_attention(
+    _module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    tree_layout: Layout | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention interface of transformers: (B, H, T, D) in, (B, T, H, D) out; `tree_layout` comes from the batch.
+
+    Raises ValueError where the batch has no layout, or something was asked for that would not be exact.
+    """
+    if tree_layout is None or attention_mask is not None or dropout:
+        raise ValueError("tree attention needs a tree layout, and neither a mask nor attention dropout")
+    device = query.device.type
+    # As autocast does for SDPA: rotary embeddings leave query and key in float32.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if device == "cpu":
+        result: torch.Tensor = _TreeAttention.apply(query, key, value, tree_layout.nodes, scale)  # type: ignore[no-untyped-call]
+    else:
+        mask = tree_layout.mask(query.device)
+        result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return result.transpose(1, 2), None
+
+
+# Not registered as a mask function: for an attention without one, transformers makes no mask and passes None.
+ALL_ATTENTION_FUNCTIONS.register(NAME, tree_attention)

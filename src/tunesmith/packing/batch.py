@@ -1,0 +1,120 @@
+"""Rows of token ids to the tensors of one forward pass: as a prefix tree, or padded.
+
+Both give the same keys, so the loss does not know which it was. Shapes: B rows in the batch (1 for a tree), L tokens in
+each, N labelled places.
+
+    input_ids (B, L)       token ids
+    position_ids (B, L)    each token's place in its own row
+    sources (N,)           index into the flattened (B x L) hidden states of the one that predicts the label
+    targets (N,)           the label's id
+    weights (N,)           how many rows have this label at this place
+    row_tokens             tokens of all rows, each counted with its whole prefix (an int)
+    tree_layout            a tree's nodes, for attention (tree only)
+    attention_mask (B, L)  1 for real tokens (padded only, and only where rows differ in length)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from tunesmith.packing.attention import Layout
+from tunesmith.packing.tree import build_tree
+
+Batch = dict[str, Any]
+Rows = Sequence[Mapping[str, Any]]  # dataset rows: `input_ids`, and `trained` of the same length
+
+
+class Collator(Protocol):
+    """Makes a batch of rows."""
+
+    def __call__(self, rows: Rows) -> Batch:
+        """The batch, with the keys that this module names."""
+        ...
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def labelled_count(batch: Mapping[str, Any]) -> int:
+    """Labelled tokens of the batch, counted in every row; a row's first token has nothing before it to be told from."""
+    return int(batch["weights"].sum())
+
+
+def collate_tree(rows: Rows) -> Batch:
+    """The rows as one sequence in which each shared prefix stands once."""
+    tree = build_tree([row["input_ids"] for row in rows])
+    labels: Counter[tuple[int, int]] = Counter()
+    for row, path in zip(rows, tree.paths, strict=True):
+        trained = row["trained"]
+        labels.update((path[i - 1], path[i]) for i in range(1, len(path)) if trained[i])
+    sources, targets = [place for place, _ in labels], [tree.ids[place] for _, place in labels]
+    return {
+        "input_ids": torch.tensor([tree.ids], dtype=torch.long),
+        "position_ids": torch.tensor([tree.positions], dtype=torch.long),
+        "sources": torch.tensor(sources, dtype=torch.long),
+        "targets": torch.tensor(targets, dtype=torch.long),
+        "weights": torch.tensor(list(labels.values()), dtype=torch.float32),
+        "row_tokens": sum(map(len, tree.paths)),
+        "tree_layout": Layout(tree.nodes, len(tree.ids)),
+    }
+
+
+class PaddedCollator:
+    """The rows one below the other, padded on the right and told apart by their lengths: pad may equal eos."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Rows) -> Batch:
+        lengths = [len(row["input_ids"]) for row in rows]
+        longest = max(lengths)
+        input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.long)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        sources, targets = [], []
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            ids = torch.tensor(row["input_ids"], dtype=torch.long)
+            input_ids[number, :length] = ids
+            mask[number, :length] = 1
+            places = torch.tensor(row["trained"], dtype=torch.bool)[1:].nonzero().flatten()
+            sources.append(places + number * longest)
+            targets.append(ids[1:][places])
+        batch: Batch = {
+            "input_ids": input_ids,
+            "position_ids": torch.arange(longest).expand(len(rows), -1).contiguous(),
+            "sources": torch.cat(sources),
+            "targets": torch.cat(targets),
+            "row_tokens": sum(lengths),
+        }
+        batch["weights"] = torch.ones(len(batch["targets"]), dtype=torch.float32)
+        return batch if min(lengths) == longest else batch | {"attention_mask": mask}
+
+
+#: Architectures whose attention a tree reproduces exactly: causal, rotary positions, no sinks, no soft-capping.
+#: tests/invariant/test_packing.py proves each.
+TREE_ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+
+
+def reason_against_tree(config: Any, longest: int) -> str | None:
+    """Why rows of up to `longest` tokens cannot be laid out as a tree for this model, or None if they can."""
+    if config.model_type not in TREE_ARCHITECTURES:
+        return f"exactness is not proven for the architecture {config.model_type!r}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
+        return f"rows of {longest} tokens reach beyond the sliding window of {window}"
+    if getattr(config, "attention_dropout", 0.0):
+        return "the model has attention dropout"
+    return None
+
+
+def choose_collator(config: Any, pad_id: int | None, longest: int) -> tuple[Collator, str | None]:
+    """The tree collator where it is exact for this model, else the padded one and the reason for it."""
+    reason = reason_against_tree(config, longest)
+    if reason is None:
+        return collate_tree, None
+    return PaddedCollator(pad_id if pad_id is not None else 0), reason
