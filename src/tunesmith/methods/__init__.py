@@ -1,0 +1,28 @@
+"""Full fine-tuning, LoRA and QLoRA as three small values of one interface (`base.Method`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.methods.base import AdapterSettings, Method
+from tunesmith.methods.full import Full
+from tunesmith.methods.lora import Lora
+from tunesmith.methods.qlora import QLora
+from tunesmith.recipe import Recipe
+
+METHODS: dict[str, type[Method]] = {"full": Full, "lora": Lora, "qlora": QLora}
+
+__all__ = ["METHODS", "AdapterSettings", "Method", "make_method"]
+
+
+def make_method(recipe: Recipe, folder: Path, *, compute_dtype: str, r: int, lora_alpha: int) -> Method:
+    """The recipe's method for the model in `folder`, with what the recipe left to `auto` settled."""
+    adapter = AdapterSettings(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=recipe.lora.lora_dropout,
+        target_modules=recipe.lora.target_modules,
+        use_rslora=recipe.lora.use_rslora,
+        seed=recipe.seed,
+    )
+    return METHODS[recipe.method](folder, compute_dtype, adapter, recipe.train.gradient_checkpointing)

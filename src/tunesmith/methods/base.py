@@ -1,0 +1,66 @@
+"""The interface of a method: how to load, what is trainable, how to save, how to merge.
+
+The training loop, export and evaluate know this interface alone; no line of theirs asks which method it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """PEFT's LoRA settings, settled. `seed` decides the adapter's random start."""
+
+    r: int
+    lora_alpha: int
+    lora_dropout: float
+    target_modules: str | list[str]
+    use_rslora: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to adapt the model in `folder`, multiplying in `compute_dtype` ("float32" or "bfloat16")."""
+
+    folder: Path
+    compute_dtype: str
+    adapter: AdapterSettings
+    gradient_checkpointing: bool = False
+
+    name: ClassVar[str]
+    #: Peak learning rate where the recipe says `auto`.
+    default_learning_rate: ClassVar[float]
+
+    @abstractmethod
+    def build(self) -> Any:
+        """The model ready to train: loaded, prepared, with exactly the trainable parameters requiring gradients."""
+
+    @abstractmethod
+    def save(self, model: Any, folder: Path) -> None:
+        """Write what was trained (weights or adapter) into `folder`, as safetensors and JSON only."""
+
+    @abstractmethod
+    def load_trained(self, folder: Path) -> Any:
+        """The trained model from what `save` wrote, computing in float32: what an export is compared with.
+
+        Its weights are those that training saw, rounded or quantised as they were.
+        """
+
+    @abstractmethod
+    def merge(self, model: Any) -> Any:
+        """One plain float32 transformers model that computes what `model` (from `load_trained`) does; uses `model` up."""
+
+    def trainable_parameters(self, model: Any) -> int:
+        """Number of parameters that training changes."""
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass (non-reentrant, which works with frozen inputs)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()

@@ -1,0 +1,31 @@
+"""Full fine-tuning: every parameter is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tunesmith.methods.base import Method, enable_checkpointing
+from tunesmith.models.load import load_model
+
+
+class Full(Method):
+    """All weights, kept in float32 so that small updates are not rounded away; products run in the compute dtype."""
+
+    name: ClassVar[str] = "full"
+    default_learning_rate: ClassVar[float] = 2e-5
+
+    def build(self) -> Any:
+        model = load_model(self.folder, dtype="float32")
+        if self.gradient_checkpointing:
+            enable_checkpointing(model)
+        return model
+
+    def save(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(folder)
+
+    def load_trained(self, folder: Path) -> Any:
+        return load_model(folder, dtype="float32")
+
+    def merge(self, model: Any) -> Any:
+        return model

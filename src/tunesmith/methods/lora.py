@@ -1,0 +1,56 @@
+"""LoRA: the base is frozen, low-rank adapters on its linear layers are trained (Hu et al. 2021, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tunesmith.methods.base import Method, enable_checkpointing
+from tunesmith.models.load import load_model
+
+
+class Lora(Method):
+    """Frozen base in the compute dtype, adapters in float32."""
+
+    name: ClassVar[str] = "lora"
+    default_learning_rate: ClassVar[float] = 2e-4
+
+    def load_base(self) -> Any:
+        """The frozen base model."""
+        return load_model(self.folder, dtype=self.compute_dtype)
+
+    def prepare_base(self, base: Any) -> Any:
+        """The base as it goes into PEFT."""
+        if self.gradient_checkpointing:
+            enable_checkpointing(base)
+        return base
+
+    def build(self) -> Any:
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        base = self.prepare_base(self.load_base())
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.adapter.r,
+            lora_alpha=self.adapter.lora_alpha,
+            lora_dropout=self.adapter.lora_dropout,
+            target_modules=self.adapter.target_modules,
+            use_rslora=self.adapter.use_rslora,
+            bias="none",
+        )
+        torch.manual_seed(self.adapter.seed)
+        return get_peft_model(base, config)
+
+    def save(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(folder)
+        for extra in folder.glob("README.md"):
+            extra.unlink()  # PEFT's model card is an empty form
+
+    def load_trained(self, folder: Path) -> Any:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(self.load_base(), folder).float()
+
+    def merge(self, model: Any) -> Any:
+        return model.merge_and_unload(safe_merge=True)

@@ -1,0 +1,67 @@
+"""QLoRA: LoRA on a base kept in 4-bit NormalFloat (Dettmers et al. 2023, arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tunesmith.methods.lora import Lora
+from tunesmith.models.load import load_model
+
+
+class QLora(Lora):
+    """Frozen base in NF4 with double quantisation, adapters in float32.
+
+    The adapter is trained against the quantised weights, so it is merged into those (dequantised), not into the
+    original ones: merging into the original base is a different model from the one that was trained.
+    """
+
+    name: ClassVar[str] = "qlora"
+
+    def load_base(self) -> Any:
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
+        )
+        return load_model(self.folder, dtype=self.compute_dtype, quantization_config=config)
+
+    def prepare_base(self, base: Any) -> Any:
+        from peft import prepare_model_for_kbit_training
+
+        return prepare_model_for_kbit_training(
+            base,
+            use_gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+
+    def load_trained(self, folder: Path) -> Any:
+        import torch
+        from bitsandbytes.nn import Linear4bit
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(self.load_base(), folder)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.compute_dtype = torch.float32
+        return model
+
+    def merge(self, model: Any) -> Any:
+        import torch
+        from peft import get_peft_model
+
+        config = model.peft_config["default"]
+        adapter = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+        base = model.unload().dequantize().to(torch.float32)
+        merged = get_peft_model(base, config)
+        unplaced = merged.load_state_dict(adapter, strict=False).unexpected_keys
+        if unplaced:
+            raise AssertionError(f"adapter parameters without a place in the base: {unplaced[:3]}")
+        return merged.merge_and_unload(safe_merge=True)
