@@ -1,0 +1,5 @@
+"""Stage `compare`: several runs in, one table out (compare.json, report.html)."""
+
+from tunesmith.stages.compare.stage import compare
+
+__all__ = ["compare"]

@@ -1,0 +1,47 @@
+"""report.html: one self-contained page, made from the table and the runs' own files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tunesmith.stages.compare import plots
+from tunesmith.stages.compare.text import HEADERS, cells, percent, verdict
+
+
+def render(
+    table: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, Any]]], details: Sequence[Mapping[str, Any]]
+) -> str:
+    """The page's HTML. Everything that came from data or recipes is escaped; there is no script and no outside link."""
+    environment = Environment(loader=PackageLoader("tunesmith.stages.compare"), autoescape=True, undefined=StrictUndefined)
+    rows = table["rows"]
+    return environment.get_template("report.html.jinja").render(
+        table=table,
+        verdict=verdict(rows),
+        headers=HEADERS,
+        columns=cells(rows),
+        chart_titles=("Task score", "Memory", "Time"),
+        details=details,
+        curves=Markup(plots.loss_curves(curves, {row["model"]: row["method"] for row in rows})),  # noqa: S704 - our SVG
+        charts=[Markup(chart) for chart in _charts(rows)],  # noqa: S704 - our SVG
+        fields=sorted({name for row in rows for name in (row["field_accuracy"] or {})}),
+        percent=percent,
+    )
+
+
+def _charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    def chart(key: str, title: str, scale: float, form: str) -> str:
+        shown = [row for row in rows if row[key] is not None]
+        names = [row["model"] for row in shown]
+        values = [row[key] / scale for row in shown]
+        shades = [plots.colour(row["method"], number) for number, row in enumerate(shown)]
+        return plots.bars(names, values, [form.format(value) for value in values], shades, title)
+
+    return [
+        chart("task_score", "task score (%)", 0.01, "{:.1f} %"),
+        chart("peak_memory_bytes", "peak training memory (GiB)", 2**30, "{:.2f}"),
+        chart("seconds_per_step", "seconds for each optimizer step", 1, "{:.2f}"),
+    ]

@@ -1,0 +1,166 @@
+"""The compare stage: the article's table, measured on your data, one row for each model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import Problem, RunError
+from tunesmith.io.atomic import commit_folder, write_json, write_text
+from tunesmith.runs import Run, installed_versions, read_jsonl
+
+BOOTSTRAP_DRAWS = 10_000
+BOOTSTRAP_SEED = 0
+
+
+def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
+    """Write `target`/compare.json and report.html and return the table.
+
+    `rows` begins with the base model, then one row for each run. *Effectiveness* is a model's task score over that of
+    full fine-tuning, in percent, with a 95 % interval by paired bootstrap over the test rows; it is null where no run
+    is a full fine-tune. Raises RunError where a run is not evaluated, or the runs were scored on different rows.
+    """
+    evaluated = [_evaluated(run) for run in runs]
+    _check_same_rows(runs, evaluated)
+    base = next((found for run in runs if (found := _base_results(run, evaluated)) is not None), None)
+    rows = [] if base is None else [_row("base", None, None, base)]
+    rows += [_run_row(run, results) for run, results in zip(runs, evaluated, strict=True)]
+    _add_effectiveness(rows)
+    curves = [read_jsonl(run.path / "train" / "metrics.jsonl") for run in runs]
+    table = {
+        "rows": [{key: value for key, value in row.items() if key != "scores"} for row in rows],
+        "task": _task_facts(runs[0], evaluated[0]),
+        "hardware": _settings(runs[0])["hardware"],
+        "versions": installed_versions(),
+        "runs": [run.path.name for run in runs],
+    }
+    from tunesmith.stages.compare.report import render
+
+    page = render(table, {row["model"]: curve for row, curve in zip(rows[-len(runs) :], curves, strict=True)}, _details(runs))
+    with commit_folder(target) as folder:
+        write_json(folder / "compare.json", table)
+        write_text(folder / "report.html", page)
+    return table
+
+
+def _load(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def _all_results(run: Run) -> list[dict[str, Any]]:
+    """Every evaluation of a run that finished, with each row's score under `scores`."""
+    found = []
+    for stage, entry in run.status()["stages"].items():
+        if stage.startswith("eval/") and entry["status"] == "done":
+            results = _load(run.path / stage / "results.json")
+            results["scores"] = [sample["score"] for sample in read_jsonl(run.path / stage / "samples.jsonl")]
+            found.append(results)
+    return found
+
+
+def _evaluated(run: Run) -> dict[str, Any]:
+    """The evaluation of the run's export."""
+    wanted = str(run.path / "export" / run.recipe.export.name)
+    for results in _all_results(run):
+        if Path(results["model"]).resolve() == Path(wanted).resolve():
+            return results
+    fix = f"run `tunesmith evaluate {run.path}` first"
+    raise RunError(Problem("TS011", "the run's export is not evaluated", str(run.path), "there is no score to compare", fix))
+
+
+def _base_results(run: Run, evaluated: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The evaluation of the untouched base model, if this run holds one."""
+    exports = {results["model_digest"] for results in evaluated}
+    others = [r for r in _all_results(run) if r["model_digest"] not in exports]
+    return others[0] if others else None
+
+
+def _check_same_rows(runs: Sequence[Run], evaluated: Sequence[dict[str, Any]]) -> None:
+    if len({results["rows_digest"] for results in evaluated}) > 1:
+        where = ", ".join(run.path.name for run in runs)
+        why = "scores on different rows say nothing about the methods"
+        fix = "give the runs the same data.test and evaluate section"
+        raise RunError(Problem("TS601", "the runs were scored on different test rows", where, why, fix))
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return _load(run.path / "train" / "settings.json")
+
+
+def _row(model: str, method: str | None, summary: dict[str, Any] | None, results: dict[str, Any]) -> dict[str, Any]:
+    trained = summary or {}
+    return {
+        "model": model,
+        "method": method or model,
+        "trainable_parameters": trained.get("trainable_parameters"),
+        "peak_memory_bytes": trained.get("peak_memory_bytes"),
+        "seconds_per_step": trained.get("seconds_per_step"),
+        "tokens_per_second": trained.get("tokens_per_second"),
+        "train_seconds": trained.get("seconds"),
+        "checkpoint_bytes": trained.get("checkpoint_bytes"),
+        "eval_loss": results["eval_loss"],
+        "task_score": results["task_score"],
+        "json_parse_rate": results.get("json_parse_rate"),
+        "schema_valid_rate": results.get("schema_valid_rate"),
+        "field_accuracy": results.get("field_accuracy"),
+        "macro_f1": results.get("macro_f1"),
+        "effectiveness": None,
+        "effectiveness_interval": None,
+        "scores": results["scores"],
+    }
+
+
+def _run_row(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+    return _row(run.path.name, run.recipe.method, _load(run.path / "train" / "summary.json"), results)
+
+
+def _add_effectiveness(rows: list[dict[str, Any]]) -> None:
+    """Fill in `effectiveness` and its interval against the first full fine-tune, where its score is above 0."""
+    full = next((row for row in rows if row["method"] == "full"), None)
+    if full is None or full["task_score"] <= 0:
+        return
+    for row in rows:
+        row["effectiveness"] = 100 * row["task_score"] / full["task_score"]
+        row["effectiveness_interval"] = bootstrap_ratio(row["scores"], full["scores"])
+
+
+def bootstrap_ratio(scores: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """95 % percentile interval of 100 x mean(scores) / mean(reference), both drawn over the same rows.
+
+    Paired, since both models answered the same questions (Efron and Tibshirani 1993, chapter 13). Draws whose
+    reference mean is 0 are left out.
+    """
+    import numpy as np
+
+    left, right = np.asarray(scores, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    picks = generator.integers(0, len(left), size=(BOOTSTRAP_DRAWS, len(left)))
+    tops, bottoms = left[picks].mean(axis=1), right[picks].mean(axis=1)
+    usable = bottoms > 0
+    low, high = np.percentile(100 * tops[usable] / bottoms[usable], [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def _task_facts(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+    ledger = _load(run.path / "data" / "ledger.json")
+    keys = ("rows_in", "rows_train", "rows_heldout", "rows_rejected", "reasons")
+    return {"base_model": Path(run.recipe.model).name, "test_rows": results["rows"], **{key: ledger[key] for key in keys}}
+
+
+def _details(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For each run: its settled settings with reasons, the proof of its export, its recorded events."""
+    details = []
+    for run in runs:
+        proof = run.path / "export" / run.recipe.export.name / "proof.json"
+        details.append(
+            {
+                "name": run.path.name,
+                "settings": _settings(run),
+                "proof": _load(proof) if proof.is_file() else None,
+                "events": [*run.events("data"), *run.events("train")],
+            }
+        )
+    return details

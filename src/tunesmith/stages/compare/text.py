@@ -1,0 +1,93 @@
+"""Numbers as a person reads them, and the cells of the comparison, for terminal and page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ABSENT = "-"
+
+#: Titles of the columns, in two lines where that keeps the table within 80 characters.
+HEADERS = (
+    "model",
+    "trainable\nparams",
+    "peak\nGiB",
+    "s/step",
+    "tok/s",
+    "eval\nloss",
+    "task\nscore",
+    "effectiveness\n(95 % interval)",
+    "adapter\nMB",
+)
+
+
+def amount(count: float | None) -> str:
+    """1,234 as 1.2 K, 134,515,008 as 134.5 M."""
+    if count is None:
+        return ABSENT
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f}"
+
+
+def gigabytes(size: float | None) -> str:
+    """Bytes as GiB with two digits."""
+    return ABSENT if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def percent(value: float | None) -> str:
+    """0.915 as 91.5 %."""
+    return ABSENT if value is None else f"{100 * value:.1f} %"
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    """A 95 % interval."""
+    return ABSENT if bounds is None else f"{bounds[0]:.0f} to {bounds[1]:.0f} %"
+
+
+def _number(value: float | None, form: str) -> str:
+    return ABSENT if value is None else format(value, form)
+
+
+def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table's cells as text, a list for each model in the order of `HEADERS`."""
+    result = []
+    for row in rows:
+        effect = ABSENT if row["effectiveness"] is None else f"{row['effectiveness']:.1f} %"
+        if row["effectiveness_interval"] is not None and row["method"] != "full":
+            effect += f" ({interval(row['effectiveness_interval'])})"
+        peak, size = row["peak_memory_bytes"], row["checkpoint_bytes"]
+        result.append(
+            [
+                row["model"],
+                amount(row["trainable_parameters"]),
+                _number(None if peak is None else peak / 2**30, ".2f"),
+                _number(row["seconds_per_step"], ".2f"),
+                _number(row["tokens_per_second"], ".0f"),
+                _number(row["eval_loss"], ".3f"),
+                percent(row["task_score"]),
+                effect,
+                _number(None if size is None else size / 1e6, ".1f"),
+            ]
+        )
+    return result
+
+
+def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence: which model scored best, and what the cheapest one that is statistically level with it costs."""
+    tuned = [row for row in rows if row["method"] != "base"]
+    best = max(tuned, key=lambda row: row["task_score"])
+    sentence = f"{best['model']} scored best: {percent(best['task_score'])} of the task"
+    base = next((row for row in rows if row["method"] == "base"), None)
+    if base is not None:
+        sentence += f" against {percent(base['task_score'])} for the base model"
+    level = [row for row in tuned if row["effectiveness_interval"] and row["effectiveness_interval"][1] >= 100]
+    lean = min(level, key=lambda row: row["peak_memory_bytes"]) if level else None
+    if lean is not None and lean["method"] != "full":
+        share = f"{amount(lean['trainable_parameters'])} trainable parameters, {gigabytes(lean['peak_memory_bytes'])} at peak"
+        sentence += (
+            f". {lean['model']} reaches {lean['effectiveness']:.1f} % of full fine-tuning's score "
+            f"({interval(lean['effectiveness_interval'])}) with {share}"
+        )
+    return sentence + "."

@@ -1,0 +1,5 @@
+"""Stage `evaluate`: a model folder and the run's test rows in, `eval/<model-digest>/<suite>/` out."""
+
+from tunesmith.stages.evaluate.stage import evaluate
+
+__all__ = ["evaluate"]

@@ -1,0 +1,106 @@
+"""Scores of generated answers, row by row and over a set. No model here: text in, numbers out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsonschema.exceptions import SchemaError
+from jsonschema.validators import validator_for
+
+from tunesmith.errors import EvaluateError, Problem
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A test row's reference and what the model answered. `where` names the row."""
+
+    where: str
+    reference: str
+    answer: str
+
+
+def _parse(text: str) -> tuple[bool, Any]:
+    """Whether the whole text is one JSON value, and the value."""
+    try:
+        return True, json.loads(text)
+    except (ValueError, RecursionError):
+        return False, None
+
+
+def schema_validator(schema: Any, source: str) -> Any:
+    """A validator of the schema's own draft. Raises EvaluateError where the schema itself is not valid."""
+    kind = validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        why = "no answer could be checked against it"
+        raise EvaluateError(Problem("TS501", f"not a valid JSON Schema: {error.message}", source, why, "correct it")) from error
+    return kind(schema)
+
+
+def reference_fields(answer: Answer) -> dict[str, Any]:
+    """The reference's fields. Raises EvaluateError where it is not a JSON object."""
+    ok, value = _parse(answer.reference)
+    if not ok or not isinstance(value, dict) or not value:
+        why = "fields are scored one by one against the reference"
+        fix = "write references as JSON objects, or set evaluate.task: text"
+        raise EvaluateError(Problem("TS503", "the reference answer is not a JSON object", answer.where, why, fix))
+    return value
+
+
+def score_json(answer: Answer, validator: Any | None) -> dict[str, Any]:
+    """One row: whether it parses, whether the schema accepts it, which fields equal the reference, their mean as score."""
+    wanted = reference_fields(answer)
+    parsed, value = _parse(answer.answer)
+    got = value if isinstance(value, dict) else {}
+    fields = {name: name in got and got[name] == want for name, want in wanted.items()}
+    return {
+        "parsed": parsed,
+        "valid": parsed and validator is not None and bool(validator.is_valid(value)),
+        "fields": fields,
+        "predicted": got,
+        "wanted": wanted,
+        "score": sum(fields.values()) / len(fields),
+    }
+
+
+def score_text(answer: Answer) -> dict[str, Any]:
+    """One row: 1 where the answer equals the reference but for surrounding blanks."""
+    return {"score": float(answer.answer.strip() == answer.reference.strip())}
+
+
+def summarise_json(scores: Sequence[dict[str, Any]], label: str | None, has_schema: bool) -> dict[str, Any]:
+    """Rates over all rows; `field_accuracy` for each field over the rows whose reference has it; macro-F1 of `label`.
+
+    Macro-F1 is the unweighted mean over the classes that occur in the references (scikit-learn); an answer that is
+    missing or of another class counts against the class that it should have been.
+    """
+    total = len(scores)
+    names = sorted({name for score in scores for name in score["fields"]})
+    accuracy = {}
+    for name in names:
+        hits = [score["fields"][name] for score in scores if name in score["fields"]]
+        accuracy[name] = sum(hits) / len(hits)
+    return {
+        "task_score": sum(score["score"] for score in scores) / total,
+        "json_parse_rate": sum(score["parsed"] for score in scores) / total,
+        "schema_valid_rate": sum(score["valid"] for score in scores) / total if has_schema else None,
+        "field_accuracy": accuracy,
+        "macro_f1": macro_f1(scores, label) if label is not None else None,
+    }
+
+
+def macro_f1(scores: Sequence[dict[str, Any]], label: str) -> float:
+    """Macro-F1 of one field; values are compared as JSON text, so null and numbers are classes too."""
+    from sklearn.metrics import f1_score
+
+    if not all(label in score["wanted"] for score in scores):
+        why = "its macro-F1 was asked for"
+        raise EvaluateError(Problem("TS503", f"references without a field {label!r}", "evaluate.label", why, "check the name"))
+    missing = "\0"  # no JSON text
+    truth = [json.dumps(score["wanted"][label]) for score in scores]
+    guess = [json.dumps(score["predicted"][label]) if label in score["predicted"] else missing for score in scores]
+    return float(f1_score(truth, guess, labels=sorted(set(truth)), average="macro", zero_division=0))

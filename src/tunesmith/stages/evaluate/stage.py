@@ -1,0 +1,195 @@
+"""The evaluate stage: any model folder, scored on the run's task and on the loss over its held-out rows."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+
+from tunesmith.chat.template import ChatTemplate
+from tunesmith.errors import EvaluateError, Problem
+from tunesmith.hardware import detect
+from tunesmith.io.atomic import sha256_file, sha256_json, write_json, write_text
+from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest
+from tunesmith.packing.batch import choose_collator, labelled_count, to_device
+from tunesmith.packing.loss import summed_loss, use_tree_attention
+from tunesmith.runs import Run, read_jsonl
+from tunesmith.stages.evaluate.generate import generate
+from tunesmith.stages.evaluate.score import Answer, schema_validator, score_json, score_text, summarise_json
+
+SUITE = "task"
+
+
+def eval_folder(digest: str) -> str:
+    """Where the scores of a model stand in a run folder."""
+    return f"eval/{digest[:16]}/{SUITE}"
+
+
+def evaluate(run: Run, model: Path | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Score `model` (default: the run's export) and return results.json; a no-op when nothing it reads has changed.
+
+    Raises EvaluateError where there are no test rows, or a reference or the schema cannot be used; RunError where the
+    export is missing.
+    """
+    recipe = run.recipe
+    if model is None:
+        run.outputs_digest(f"export/{recipe.export.name}")
+        model = run.path / "export" / recipe.export.name
+    digest = model_digest(model)
+    schema_path = recipe.evaluate.json_schema
+    inputs = {
+        "recipe": recipe.section_digest("evaluate"),
+        "data": run.outputs_digest("prepare"),
+        "model": digest,
+        "schema": _schema_digest(schema_path),
+    }
+    folder = eval_folder(digest)
+    if not run.is_current(folder, inputs):
+        with run.perform(folder, folder, inputs) as target:
+            _evaluate(run, model, digest, target, console or Console(stderr=True))
+    results: dict[str, Any] = json.loads((run.path / folder / "results.json").read_text(encoding="utf-8"))
+    return results
+
+
+def evaluate_base(run: Run, console: Console | None = None) -> dict[str, Any]:
+    """Score the run's base model, untouched."""
+    return evaluate(run, locate(run.recipe.model, run.recipe.revision), console)
+
+
+def _schema_digest(path: str | None) -> str:
+    if path is None:
+        return "none"
+    if not Path(path).is_file():
+        why = "answers are checked against it"
+        raise EvaluateError(Problem("TS501", "the JSON Schema file does not exist", path, why, "check evaluate.json_schema"))
+    return sha256_file(Path(path))
+
+
+def _validator(path: str | None) -> Any | None:
+    if path is None:
+        return None
+    try:
+        schema = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluateError(
+            Problem("TS501", f"not JSON: {error}", path, "answers are checked against it", "correct it")
+        ) from error
+    return schema_validator(schema, path)
+
+
+def _test_rows(run: Run) -> list[dict[str, Any]]:
+    recipe = run.recipe
+    name = "test.jsonl" if recipe.data.test is not None else "heldout.jsonl"
+    rows = [row for row in read_jsonl(run.path / "data" / name) if row["messages"][-1]["role"] == "assistant"]
+    if not rows:
+        why = "a score needs rows that were not trained on"
+        fix = "name a file in data.test, or raise data.heldout"
+        raise EvaluateError(Problem("TS502", "no test rows", str(run.path / "data" / name), why, fix))
+    return rows[: recipe.evaluate.max_rows]
+
+
+def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: Console) -> None:
+    settings, rows = run.recipe.evaluate, _test_rows(run)
+    validator = _validator(settings.json_schema)
+    references = [Answer(row["where"], row["messages"][-1]["content"], "") for row in rows]
+    _score(references, settings.task, validator)  # a bad reference shows before the model is loaded
+    tokenizer = load_tokenizer(model_folder)
+    template = ChatTemplate(tokenizer, (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8"))
+    prompts = _prompts(template, rows)
+    dtype = detect().compute_dtype
+    model = load_model(model_folder, dtype=dtype)
+    begun = time.perf_counter()
+
+    def report(done: int) -> None:
+        console.print(f"evaluate {model_folder.name}: {done}/{len(rows)} answers", highlight=False)
+
+    answers = generate(
+        model,
+        prompts,
+        stop_ids=_stop_ids(model, tokenizer),
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        on_batch=report,
+    )
+    seconds = time.perf_counter() - begun
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    scored = [Answer(ref.where, ref.reference, text) for ref, text in zip(references, texts, strict=True)]
+    scores = _score(scored, settings.task, validator)
+    if settings.task == "json":
+        summary = summarise_json(scores, settings.label, validator is not None)
+    else:
+        summary = {"task_score": sum(score["score"] for score in scores) / len(scores)}
+    generated = sum(map(len, answers))
+    samples = [
+        {"where": a.where, "reference": a.reference, "answer": a.answer, "score": s["score"], "new_tokens": len(ids)}
+        for a, s, ids in zip(scored, scores, answers, strict=True)
+    ]
+    write_text(target / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    write_json(
+        target / "results.json",
+        {
+            "model": str(model_folder),
+            "model_digest": digest,
+            "suite": SUITE,
+            "rows": len(rows),
+            "rows_digest": sha256_json(rows),
+            **summary,
+            "eval_loss": heldout_loss(run, model, tokenizer),
+            "unfinished_answers": sum(len(ids) >= settings.max_new_tokens for ids in answers),
+            "generated_tokens": generated,
+            "generate_seconds": seconds,
+            "generated_tokens_per_second": generated / seconds,
+            "compute_dtype": dtype,
+        },
+    )
+
+
+def _score(answers: Sequence[Answer], task: str, validator: Any | None) -> list[dict[str, Any]]:
+    return [score_json(answer, validator) if task == "json" else score_text(answer) for answer in answers]
+
+
+def _prompts(template: ChatTemplate, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    prompts = []
+    for row, encoded in zip(rows, template.encode_prompts([row["messages"][:-1] for row in rows]), strict=True):
+        if isinstance(encoded, Problem):
+            raise EvaluateError(Problem(encoded.code, encoded.what, row["where"], encoded.why, encoded.fix))
+        prompts.append(encoded.input_ids)
+    return prompts
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Where an answer ends: what the model's generation config says, and the tokenizer's eos."""
+    stops = model.generation_config.eos_token_id
+    known = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
+        known.append(tokenizer.eos_token_id)
+    if not known:
+        why = "every answer would run to its longest"
+        raise EvaluateError(
+            Problem("TS503", "the model has no end-of-turn token", "generation_config", why, "set eos_token_id")
+        )
+    return known
+
+
+def heldout_loss(run: Run, model: Any, tokenizer: Any) -> float | None:
+    """Mean loss (nats a labelled token) over `data/heldout.arrow`; None where no rows are held out."""
+    rows = sorted(Dataset.from_file(str(run.path / "data" / "heldout.arrow")), key=lambda row: row["length"])
+    if not rows:
+        return None
+    collate, reason = choose_collator(model.config, tokenizer.pad_token_id, max(row["length"] for row in rows))
+    use_tree_attention(model, on=reason is None)
+    total, count, size = 0.0, 0, run.recipe.train.per_device_train_batch_size
+    model.eval()
+    for start in range(0, len(rows), size):
+        batch = to_device(collate(rows[start : start + size]), model.device)
+        with torch.no_grad():
+            total += float(summed_loss(model, batch))
+        count += labelled_count(batch)
+    use_tree_attention(model, on=False)
+    return total / count

@@ -1,0 +1,5 @@
+"""Stage `prepare`: raw rows in, `data/` out (Arrow with token ids and loss mask, ledger, rejects, samples)."""
+
+from tunesmith.stages.prepare.stage import prepare
+
+__all__ = ["prepare"]

@@ -1,0 +1,243 @@
+"""The data stage: every row that comes in is trained on, held out, or rejected with a reason."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.chat.formats import Message, to_messages
+from tunesmith.chat.template import ChatTemplate, Encoded
+from tunesmith.errors import CODES, DataError, Problem
+from tunesmith.io.atomic import sha256_bytes, sha256_file, write_json, write_text
+from tunesmith.io.rows import read_rows
+from tunesmith.models.load import load_tokenizer, locate, model_digest
+from tunesmith.recipe import DataSection, Recipe
+from tunesmith.runs import Run
+from tunesmith.stages.prepare.files import marked_sample, write_arrow
+
+_MAX_SHOWN = 20  # problems named in one error; the rest are counted
+_CHUNK = 1000  # rows encoded with one call of the tokenizer
+_SAMPLES = 20  # rows shown in samples.txt
+
+#: Why a row is left out, by the code of its problem, as `ledger.json` spells it.
+_REASONS = {code: name.removeprefix("data-") for code, name in CODES.items()}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row on its way: where it stands, its conversation, and once encoded, its token ids."""
+
+    where: str
+    messages: list[Message]
+    encoded: Encoded | None = None
+
+    @property
+    def key(self) -> str:
+        """Equal for rows with the same conversation."""
+        return sha256_bytes(json.dumps(self.messages, sort_keys=True).encode("utf-8", "surrogatepass"))
+
+
+@dataclass
+class Ledger:
+    """Counts that add up: rows_in = rows_train + rows_heldout + rows_rejected."""
+
+    rows_in: int = 0
+    rows_train: int = 0
+    rows_heldout: int = 0
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    test: dict[str, Any] = field(default_factory=dict)
+    tokens_train: int = 0
+    tokens_trained_on: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def reject(self, where: str, reason: str, detail: str) -> None:
+        """Count one row out."""
+        self.rejects.append({"where": where, "reason": reason, "detail": detail})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of ledger.json; `reasons` maps each reason to its count."""
+        if self.rows_in != self.rows_train + self.rows_heldout + len(self.rejects):
+            raise AssertionError("rows in and rows out do not add up")
+        return {
+            "rows_in": self.rows_in,
+            "rows_train": self.rows_train,
+            "rows_heldout": self.rows_heldout,
+            "rows_rejected": len(self.rejects),
+            "reasons": dict(sorted(Counter(entry["reason"] for entry in self.rejects).items())),
+            "tokens_train": self.tokens_train,
+            "tokens_trained_on": self.tokens_trained_on,
+            "notes": dict(sorted(self.notes.items())),
+            "test": self.test,
+        }
+
+
+def prepare(run: Run) -> dict[str, Any]:
+    """Write the run's `data/` and return its ledger; a no-op when rows, template and settings are unchanged.
+
+    Raises DataError naming every bad row (up to 20) unless the recipe rejects bad rows; nothing is written then.
+    """
+    recipe = run.recipe
+    folder = locate(recipe.model, recipe.revision)
+    inputs = _inputs(recipe, folder)
+    if not run.is_current("prepare", inputs):
+        with run.perform("prepare", "data", inputs) as target:
+            _write(recipe, folder, target)
+    ledger: dict[str, Any] = json.loads((run.path / "data" / "ledger.json").read_text(encoding="utf-8"))
+    return ledger
+
+
+def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
+    inputs = {"recipe": recipe.section_digest("data", "seed"), "model": model_digest(folder)}
+    for name in ("train", "test", "chat_template"):
+        path = getattr(recipe.data, name)
+        if path is not None:
+            inputs[name] = sha256_file(Path(path)) if Path(path).is_file() else "missing"
+    return inputs
+
+
+def _write(recipe: Recipe, model_folder: Path, target: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    template = ChatTemplate(tokenizer, _template_source(recipe.data), str(model_folder))
+    data = recipe.data
+    ledger = Ledger()
+    candidates = _draw(_unique(_read(Path(data.train), data, ledger), ledger), recipe, ledger)
+    rows = _encode(candidates, template, data, ledger)
+    if not rows:
+        why = f"{ledger.rows_in} rows came in and {len(ledger.rejects)} were rejected"
+        detail = ", ".join(f"{n} {reason}" for reason, n in Counter(e["reason"] for e in ledger.rejects).items())
+        raise DataError(Problem("TS109", f"no row is left to train on ({detail})", data.train, why, "correct the data"))
+    heldout, train = _split(rows, recipe)
+    ledger.rows_train, ledger.rows_heldout = len(train), len(heldout)
+    ledger.tokens_train = sum(len(row.encoded.input_ids) for row in train if row.encoded)
+    ledger.tokens_trained_on = sum(sum(row.encoded.trained) for row in train if row.encoded)
+    if data.test is not None:
+        _write_test(Path(data.test), data, target, ledger)
+    write_arrow(target / "train.arrow", train)
+    write_arrow(target / "heldout.arrow", heldout)
+    _write_jsonl(target / "heldout.jsonl", [{"where": row.where, "messages": row.messages} for row in heldout])
+    _write_jsonl(target / "rejects.jsonl", ledger.rejects)
+    write_json(target / "ledger.json", ledger.as_dict())
+    write_text(target / "chat_template.jinja", template.source)
+    write_text(target / "samples.txt", "\n".join(marked_sample(row, tokenizer) for row in train[:_SAMPLES]))
+
+
+def _template_source(data: DataSection) -> str | None:
+    if data.chat_template is None:
+        return None
+    path = Path(data.chat_template)
+    if not path.is_file():
+        why = "rows must be trained on in the form in which the model will be asked"
+        raise DataError(Problem("TS120", "the chat template file does not exist", str(path), why, "check the path"))
+    return path.read_text(encoding="utf-8")
+
+
+def _read(path: Path, data: DataSection, ledger: Ledger) -> list[Candidate]:
+    """All usable rows; bad ones are rejected, or raised together, as the recipe says."""
+    candidates: list[Candidate] = []
+    problems: list[Problem] = []
+    for row in read_rows(path):
+        ledger.rows_in += 1
+        result = row.problem or to_messages(row.value or {}, row.where, data.format, data.system)
+        if not isinstance(result, Problem):
+            candidates.append(Candidate(row.where, result))
+        elif data.on_bad_row == "reject":
+            ledger.reject(row.where, _REASONS[result.code], result.what)
+        else:
+            problems.append(result)
+    if problems:
+        raise DataError(_shortened(problems))
+    if ledger.rows_in == 0:
+        why = "there is nothing to train on"
+        raise DataError(Problem("TS103", "the data file holds no rows", str(path), why, "write rows, or check the path"))
+    return candidates
+
+
+def _shortened(problems: list[Problem]) -> list[Problem]:
+    """The first problems, the last of them telling how many more there are and how to go on without those rows."""
+    shown = problems[:_MAX_SHOWN]
+    more = f" ({len(problems) - len(shown)} more rows have problems)" if len(problems) > len(shown) else ""
+    last = shown[-1]
+    hint = f"{last.fix}; or set data.on_bad_row: reject to leave such rows out, counted{more}"
+    return [*shown[:-1], Problem(last.code, last.what, last.where, last.why, hint)]
+
+
+def _unique(candidates: Sequence[Candidate], ledger: Ledger) -> list[Candidate]:
+    """The first of each set of equal conversations."""
+    first: dict[str, str] = {}
+    kept = []
+    for candidate in candidates:
+        original = first.setdefault(candidate.key, candidate.where)
+        if original == candidate.where:
+            kept.append(candidate)
+        else:
+            ledger.reject(candidate.where, "duplicate", f"the same conversation as {original}")
+    return kept
+
+
+def _draw(candidates: list[Candidate], recipe: Recipe, ledger: Ledger) -> list[Candidate]:
+    """At most `data.max_rows` of them, drawn by the seed, in their order."""
+    limit = recipe.data.max_rows
+    if limit is None or len(candidates) <= limit:
+        return candidates
+    chosen = set(random.Random(recipe.seed).sample(range(len(candidates)), limit))
+    for index, candidate in enumerate(candidates):
+        if index not in chosen:
+            ledger.reject(candidate.where, "over-max-rows", f"data.max_rows is {limit}")
+    return [candidates[index] for index in sorted(chosen)]
+
+
+def _encode(candidates: Sequence[Candidate], template: ChatTemplate, data: DataSection, ledger: Ledger) -> list[Candidate]:
+    rows: list[Candidate] = []
+    problems: list[Problem] = []
+    for start in range(0, len(candidates), _CHUNK):
+        chunk = candidates[start : start + _CHUNK]
+        for candidate, result in zip(chunk, template.encode([c.messages for c in chunk]), strict=True):
+            if isinstance(result, Problem):
+                problem = Problem(result.code, result.what, candidate.where, result.why, result.fix)
+                problems.append(problem)
+                if data.on_bad_row == "reject":
+                    ledger.reject(candidate.where, _REASONS[problem.code], problem.what)
+            elif len(result.input_ids) > data.max_length:
+                detail = f"{len(result.input_ids)} tokens, data.max_length is {data.max_length}"
+                ledger.reject(candidate.where, "too-long", detail)
+            else:
+                ledger.notes.update(result.notes)
+                rows.append(Candidate(candidate.where, candidate.messages, result))
+    if problems and data.on_bad_row == "error":
+        raise DataError(_shortened(problems))
+    return rows
+
+
+def _split(rows: list[Candidate], recipe: Recipe) -> tuple[list[Candidate], list[Candidate]]:
+    """Held-out and train rows, drawn by the seed; at least one of each where there are two rows and a share is asked."""
+    share = recipe.data.heldout
+    count = min(len(rows) - 1, max(1, round(share * len(rows)))) if share > 0 else 0
+    chosen = set(random.Random(recipe.seed + 1).sample(range(len(rows)), count))
+    return [rows[i] for i in sorted(chosen)], [row for i, row in enumerate(rows) if i not in chosen]
+
+
+def _write_test(path: Path, data: DataSection, target: Path, ledger: Ledger) -> None:
+    """Test rows as conversations; they are generated from, not trained on, so they are not encoded here."""
+    counts = Ledger()
+    rows = _read(path, data, counts)
+    usable = [row for row in rows if row.messages[-1]["role"] == "assistant"]
+    for row in rows:
+        if row.messages[-1]["role"] != "assistant":
+            counts.reject(row.where, "no-reference", "the last turn is not an assistant's")
+    counts.rows_heldout = len(usable)
+    ledger.test = {key: value for key, value in counts.as_dict().items() if key in ("rows_in", "rows_rejected", "reasons")}
+    ledger.test["rows_test"] = len(usable)
+    _write_jsonl(target / "test.jsonl", [{"where": row.where, "messages": row.messages} for row in usable])
+
+
+def _write_jsonl(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    def lines() -> Iterator[str]:
+        for value in values:
+            yield json.dumps(value, ensure_ascii=False) + "\n"
+
+    write_text(path, "".join(lines()))

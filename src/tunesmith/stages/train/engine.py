@@ -1,0 +1,168 @@
+"""The training loop: transformers' `Trainer` with our loss, our metrics and nothing hidden.
+
+Per optimizer step one line of `metrics.jsonl`: `step, loss, grad_norm, learning_rate, tokens, computed_tokens,
+labelled_tokens, seconds`. `loss` is the mean over the labelled tokens of the whole global batch, whatever the
+accumulation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from tunesmith.errors import Problem, TrainError
+from tunesmith.io.atomic import append_jsonl
+from tunesmith.packing.batch import Collator, labelled_count
+from tunesmith.packing.loss import LossModel
+from tunesmith.recipe import Recipe
+from tunesmith.stages.train.settings import Settings
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step.
+
+    `tokens` counts the tokens of all rows, `computed_tokens` those that went through the model: fewer where rows share
+    prefixes, more where they are padded. `seconds` is wall time from the step before.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    computed_tokens: int
+    labelled_tokens: int
+    seconds: float
+
+
+def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu: bool) -> TrainingArguments:
+    """Transformers' arguments for the settled settings; saving, logging and reporting are ours."""
+    return TrainingArguments(
+        output_dir=str(scratch),
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=recipe.train.lr_scheduler_type,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=recipe.train.weight_decay,
+        max_grad_norm=recipe.train.max_grad_norm,
+        optim="adamw_torch_fused",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=not cpu,
+        use_cpu=cpu,
+    )
+
+
+class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
+    """`Trainer` over a `LossModel`: token-mean loss over the global batch, metrics for each step, finite or stopped."""
+
+    def __init__(
+        self,
+        model: LossModel,
+        arguments: TrainingArguments,
+        rows: Any,
+        collator: Collator,
+        *,
+        metrics_path: Path,
+        on_step: Callable[[StepMetrics, int], None],
+    ) -> None:
+        super().__init__(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+        # What Trainer reads off the signature of a transformers model: our loss divides by the global token count.
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(_printer())
+        self.metrics_path = metrics_path
+        self.on_step = on_step
+        self.history: list[StepMetrics] = []
+        self._tokens = 0
+        self._computed = 0
+        self._labelled = 0
+        self._begun = time.perf_counter()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Run all steps; the clock of the first one starts here."""
+        self._begun = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The micro-batch's share of the mean loss over the `num_items_in_batch` labelled tokens of the global batch."""
+        if num_items_in_batch is None or return_outputs:
+            raise AssertionError("the training loop always counts labelled tokens and asks for the loss alone")
+        self._computed += inputs["input_ids"].numel()
+        self._tokens += inputs.pop("row_tokens")
+        self._labelled += labelled_count(inputs)
+        # Gradients are averaged over the ranks, so each gives its share times their number.
+        loss: torch.Tensor = model(**inputs) / num_items_in_batch * self.accelerator.num_processes
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
+        """Labelled tokens of the global batch: of all micro-batches, on all ranks."""
+        count = torch.tensor(sum(map(labelled_count, batch_samples)), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
+        """The gradient norm before clipping; raises TrainError before the optimizer moves if anything is not finite."""
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        loss = float(self._tr_loss)
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            raise TrainError(_not_finite(self.state.global_step + 1, loss, norm))
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002 - the base class's
+        """Called by Trainer after each optimizer step; writes the step's line, and nothing else anywhere."""
+        if "grad_norm" not in logs:
+            return  # the summary at the end, which `train` makes itself
+        now = time.perf_counter()
+        metrics = StepMetrics(
+            step=self.state.global_step,
+            loss=logs["loss"],
+            grad_norm=float(logs["grad_norm"]),
+            learning_rate=float(logs["learning_rate"]),
+            tokens=self._tokens,
+            computed_tokens=self._computed,
+            labelled_tokens=self._labelled,
+            seconds=now - self._begun,
+        )
+        self._begun, self._tokens, self._computed, self._labelled = now, 0, 0, 0
+        self.history.append(metrics)
+        append_jsonl(self.metrics_path, vars(metrics))
+        self.on_step(metrics, self.state.max_steps)
+
+
+def _printer() -> Any:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def _not_finite(step: int, loss: float, norm: float) -> Problem:
+    return Problem(
+        "TS301",
+        f"loss {loss} and gradient norm {norm} at step {step}",
+        "train",
+        "the weights would turn to NaN and every later step would be lost; the optimizer has not moved",
+        "lower train.learning_rate, look at the rows of this step, or set train.compute_dtype: float32",
+    )
