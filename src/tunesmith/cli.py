@@ -1,0 +1,219 @@
+"""The command line: one thin function for each stage; parse, call, render, exit code.
+
+Exit codes: 0 done, 2 the user can mend it (a readable error), 130 interrupted. Nothing here imports torch: a stage does.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith import __version__
+from tunesmith.demodata import MAX_ROWS, TEST_ROWS, write_input
+from tunesmith.errors import Problem, StageFailedError, TunesmithError
+from tunesmith.pipeline import ALL_METHODS
+from tunesmith.recipe import ResolvedRecipe, load_recipe
+from tunesmith.runs import create_run, default_name, open_run
+
+app = typer.Typer(
+    name="tunesmith",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Give it a [bold]model[/], your [bold]data[/] and your [bold]hardware[/]. It trains with full fine-tuning, LoRA or "
+    "QLoRA, proves that the merged model is the one that was trained, and shows which way won.\n\n"
+    "Start with [bold cyan]tunesmith demo[/]: a real model, three ways, on a laptop CPU.",
+)
+
+_BEGIN, _STAGES = "Begin here", "One stage at a time"
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `prepare` or `run` made.")]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", metavar="FOLDER", help="The run folder; default runs/<time>-<model>-<method>-<digest>.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, as train.max_steps=10.")
+]
+Methods = Annotated[str, typer.Option(metavar="LIST", help="Which of full, lora, qlora, separated by commas.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        print(f"tunesmith {__version__}")
+        raise typer.Exit
+
+
+@app.command(rich_help_panel=_BEGIN)
+def demo(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the data, the runs and the report go.")] = Path(
+        "runs/demo"
+    ),
+    methods: Methods = ",".join(ALL_METHODS),
+    rows: Annotated[int, typer.Option(min=40, help="Rows to train on; fewer is faster and worse.")] = MAX_ROWS,
+    test_rows: Annotated[int, typer.Option(min=4, help="Rows to score on.")] = TEST_ROWS,
+) -> None:
+    """Adapt a real chat model to a support-desk task three ways, and see which won."""
+    recipe_path = write_input(out / "input", max_rows=rows, test_rows=test_rows)
+    _compare_methods(load_recipe(recipe_path), out, methods)
+
+
+@app.command(rich_help_panel=_BEGIN)
+def run(
+    recipe: RecipePath,
+    folder: RunOption = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Train several of full, lora, qlora and compare them.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """All stages of a recipe: prepare, train, export, evaluate (and compare)."""
+    from tunesmith import pipeline
+
+    resolved = load_recipe(recipe, overrides or ())
+    target = folder or Path("runs") / default_name(resolved.recipe)
+    if methods is not None:
+        _compare_methods(resolved, target, methods)
+    else:
+        pipeline.run(resolved, target, _err())
+        print(target)
+
+
+@app.command(rich_help_panel=_STAGES)
+def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides = None) -> None:
+    """Rows to token ids with a loss mask; every row accounted for. Prints the run folder."""
+    from tunesmith.pipeline import prepare_shown
+
+    resolved = load_recipe(recipe, overrides or ())
+    this = create_run(resolved, folder or Path("runs") / default_name(resolved.recipe))
+    prepare_shown(this, _err())
+    print(this.path)
+
+
+@app.command(rich_help_panel=_STAGES)
+def train(run: RunPath) -> None:
+    """Train as the run's recipe says."""
+    from tunesmith.stages.train import train as stage
+
+    summary = stage(open_run(run), _err())
+    _facts(summary, "steps", "trainable_parameters", "seconds_per_step", "tokens_per_second", "last_loss", "checkpoint")
+
+
+@app.command(rich_help_panel=_STAGES)
+def export(run: RunPath) -> None:
+    """Merge into one bf16 model folder, opened again and compared with what was trained."""
+    from tunesmith.stages.export import export as stage
+
+    this = open_run(run)
+    proof = stage(this)
+    _facts(proof, "mean_kl", "loss_difference", "top1_agreement", "tokens")
+    print(this.path / "export" / this.recipe.export.name)
+
+
+@app.command(rich_help_panel=_STAGES)
+def evaluate(
+    run: RunPath,
+    base: Annotated[bool, typer.Option("--base", help="Score the untouched base model instead of the export.")] = False,
+    model: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Score another model folder.")] = None,
+) -> None:
+    """Score the task on rows that were not trained on."""
+    from tunesmith.stages.evaluate.stage import evaluate as stage
+    from tunesmith.stages.evaluate.stage import evaluate_base
+
+    this = open_run(run)
+    results = evaluate_base(this, _err()) if base else stage(this, model, _err())
+    _facts(results, "task_score", "json_parse_rate", "schema_valid_rate", "macro_f1", "eval_loss", "rows")
+
+
+@app.command(rich_help_panel=_STAGES)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders that are evaluated.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where compare.json and report.html go.")] = Path("runs/compare"),
+) -> None:
+    """One table of several runs, and the same as a page."""
+    from tunesmith.stages.compare import compare as stage
+
+    _show_table(stage([open_run(path) for path in runs], out), out)
+
+
+def _compare_methods(resolved: ResolvedRecipe, target: Path, methods: str) -> None:
+    from tunesmith import pipeline
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    unknown = [name for name in names if name not in ALL_METHODS]
+    if unknown or not names:
+        what = f"unknown method {', '.join(unknown) or '(none)'}"
+        raise TunesmithError(Problem("TS003", what, "--methods", "nothing could be trained", f"use {', '.join(ALL_METHODS)}"))
+    _show_table(pipeline.run_methods(resolved, target, list(dict.fromkeys(names)), _err()), target / "compare")
+
+
+def _show_table(table: dict[str, Any], folder: Path) -> None:
+    from tunesmith.stages.compare.text import HEADERS, cells, verdict
+
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    for number, header in enumerate(HEADERS):
+        shown.add_column(header, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in cells(table["rows"]):
+        shown.add_row(*row)
+    console = Console()
+    console.print()
+    console.print(shown)
+    console.print()
+    console.print(Text(verdict(table["rows"])))
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _facts(values: dict[str, Any], *names: str) -> None:
+    """Print chosen values, one a line, as `name value`."""
+    for name in names:
+        value = values[name]
+        print(f"{name:>22}  {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def _err() -> Console:
+    """Progress goes to standard error, results to standard output."""
+    return Console(stderr=True)
+
+
+def _plain(text: str) -> str:
+    """Foreign text without control characters, which could drive the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def show_problems(problems: Sequence[Problem]) -> None:
+    """Print problems to standard error: what and where first, then why it matters and what to do."""
+    console = _err()
+    for problem in problems:
+        console.print(
+            Text.assemble((f"error {problem.code} {problem.name}", "bold red"), f"  {_plain(problem.where)}"), soft_wrap=True
+        )
+        for label, text in (("", problem.what), ("why  ", problem.why), ("fix  ", problem.fix)):
+            console.print(Text.assemble("  ", (label, "bold"), _plain(text)), soft_wrap=True)
+
+
+def main() -> NoReturn:
+    """Run the command line and leave with its exit code."""
+    try:
+        app()
+    except StageFailedError as error:
+        sys.exit(error.exit_code)
+    except TunesmithError as error:
+        show_problems(error.problems)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _err().print("interrupted", style="bold red")
+        sys.exit(130)
+    sys.exit(0)
