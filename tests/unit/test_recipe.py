@@ -1,0 +1,98 @@
+"""The recipe: everything wrong is told at once, nothing unknown passes, and origins survive a round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from tunesmith.errors import RecipeError
+from tunesmith.recipe import dump_recipe, load_recipe, parse_dumped_recipe, parse_recipe
+
+GOOD = "model: smollm2-135m-instruct\ndata:\n  train: rows.jsonl\n"
+
+
+def problems(text: str, *overrides: str) -> dict[str, str]:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "recipe.yaml", Path("/base"), overrides)
+    return {p.what: p.fix for p in caught.value.problems}
+
+
+def test_unknown_key_names_the_nearest() -> None:
+    found = problems(GOOD + "train:\n  learning_rte: 0.1\n")
+    assert list(found) == ["unknown key 'train.learning_rte'"]
+    assert "train.learning_rate" in found["unknown key 'train.learning_rte'"]
+
+
+def test_unknown_key_in_the_wrong_section_names_the_right_one() -> None:
+    found = problems(GOOD + "lora_alpha: 16\n")
+    assert "lora.lora_alpha" in found["unknown key 'lora_alpha'"]
+
+
+def test_all_problems_come_together() -> None:
+    found = problems("modle: x\ndata:\n  heldout: 2\ntrain:\n  learning_rate: fast\n  max_steps: 0\n")
+    text = "\n".join(found)
+    for expected in ("'modle'", "'model' is missing", "'data.train' is missing", "data.heldout", "learning_rate", "max_steps"):
+        assert expected in text
+
+
+def test_one_problem_for_each_key_although_a_union_reports_each_branch() -> None:
+    assert len(problems(GOOD + "lora:\n  r: big\n")) == 1
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "42\n", "1: 2\n"])
+def test_not_a_mapping(text: str) -> None:
+    assert "a recipe is a mapping" in next(iter(problems(text)))
+
+
+def test_yaml_error_has_line_and_column() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe("model: a\n  data: [", "r.yaml", Path("/"))
+    assert caught.value.problems[0].where.startswith("r.yaml:2")
+
+
+def test_yaml_tags_are_refused() -> None:
+    assert "not valid YAML" in next(iter(problems("model: !!python/object/apply:os.system ['true']\n")))
+
+
+def test_recipe_is_frozen() -> None:
+    recipe = parse_recipe(GOOD, "r", Path("/base")).recipe
+    with pytest.raises(ValidationError):
+        recipe.method = "full"
+
+
+def test_paths_are_seen_from_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "recipe.yaml"
+    path.write_text("model: ../base-model\ndata:\n  train: rows.jsonl\n", encoding="utf-8")
+    recipe = load_recipe(path).recipe
+    assert recipe.data.train == str(tmp_path / "sub" / "rows.jsonl")
+    assert recipe.model == str(tmp_path / "base-model")
+
+
+def test_origins_and_round_trip() -> None:
+    resolved = parse_recipe(GOOD + "train:\n  max_steps: 7\n", "r", Path("/base"), ["train.learning_rate=0.001", "method=full"])
+    assert resolved.origins["train.max_steps"] == "file"
+    assert resolved.origins["train.learning_rate"] == "override"
+    assert resolved.origins["method"] == "override"
+    assert resolved.origins["train.weight_decay"] == "default"
+    again = parse_dumped_recipe(dump_recipe(resolved), "run")
+    assert again == resolved
+
+
+def test_override_must_be_key_value() -> None:
+    assert "is not key=value" in next(iter(problems(GOOD, "train.max_steps")))
+    assert "is not a section" in next(iter(problems(GOOD, "model.name=1")))
+
+
+def test_missing_file_is_readable() -> None:
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load_recipe(Path("/nowhere/recipe.yaml"))
+
+
+def test_section_digest_moves_with_its_section_alone() -> None:
+    one = parse_recipe(GOOD, "r", Path("/base")).recipe
+    two = parse_recipe(GOOD, "r", Path("/base"), ["train.max_steps=3"]).recipe
+    assert one.section_digest("data") == two.section_digest("data")
+    assert one.section_digest("train") != two.section_digest("train")
