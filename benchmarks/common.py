@@ -1,0 +1,34 @@
+"""What every benchmark writes: hardware, versions, claims and rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.hardware import detect
+from tunesmith.runs import installed_versions
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the option that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
+    return made
+
+
+def claim(name: str, value: float, unit: str) -> dict[str, Any]:
+    """One number that a document may quote."""
+    return {"name": name, "value": value, "unit": unit}
+
+
+def report(path: Path | None, claims: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the claims, and write everything to `path` if one is given."""
+    for entry in claims:
+        print(f"{entry['name']:<48} {entry['value']:.6g} {entry['unit']}")
+    if path is not None:
+        result = {"hardware": detect().as_dict(), "versions": installed_versions(), "claims": claims, "rows": rows}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
