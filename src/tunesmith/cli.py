@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user can mend it (a readable error), 130 interrupted. 
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -206,6 +207,8 @@ def show_problems(problems: Sequence[Problem]) -> None:
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
+    # bitsandbytes asks for an optional package of faster CPU kernels each time it loads without it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except StageFailedError as error:

@@ -23,6 +23,8 @@ from tunesmith.errors import Problem, RunError
 from tunesmith.io.atomic import append_jsonl, commit_folder, sha256_file, sha256_json, write_json, write_text
 from tunesmith.recipe import Recipe, ResolvedRecipe, dump_recipe, parse_dumped_recipe
 
+EVAL_SUITE = "task"
+
 _PACKAGES = ("tunesmith", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
 
@@ -109,6 +111,11 @@ class Run:
         outputs = {p.relative_to(self.path).as_posix(): sha256_file(p) for p in names}
         entry = {"status": "done", "inputs": dict(inputs), "outputs": outputs, "seconds": round(time.time() - begun, 3)}
         self._record(stage, {**entry, "argv": sys.argv, "versions": installed_versions()})
+
+
+def eval_folder(digest: str) -> str:
+    """Where the scores of the model with this digest stand in a run folder."""
+    return f"eval/{digest[:16]}/{EVAL_SUITE}"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ def test_architecture_without_proof_is_padded_and_told(make_recipe: MakeRecipe, 
 def test_loss_falls_and_only_the_adapter_is_saved(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = trained(make_recipe, tmp_path / "run", method="lora", train__max_steps=30, train__learning_rate=0.02)
     losses = [loss for (loss,) in metrics(run, "loss")]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.4
     assert all("lora_" in name for name in weights(run))
     summary = json.loads((run.path / "train" / "summary.json").read_text(encoding="utf-8"))
     assert summary["trainable_parameters"] == sum(value.numel() for value in weights(run).values())

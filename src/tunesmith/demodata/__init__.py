@@ -20,6 +20,8 @@ data:
   test: test.jsonl
   on_bad_row: reject
   max_rows: {max_rows}
+lora:
+  r: 16
 train:
   num_train_epochs: 1
 evaluate:

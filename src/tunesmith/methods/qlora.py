@@ -51,6 +51,10 @@ class QLora(Lora):
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.compute_dtype = torch.float32
+                module.weight.quant_state.dtype = torch.float32  # NF4 values as they are, not rounded on the way
+                # Else bitsandbytes, on CPUs with AVX512-BF16 and outside training only, takes a kernel that rounds
+                # activations to bf16: predictions move by 1e-3 from what training computed.
+                module.support_avx512bf16_for_cpu = False
         return model
 
     def merge(self, model: Any) -> Any:

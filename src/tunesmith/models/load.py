@@ -76,14 +76,10 @@ def model_digest(folder: Path) -> str:
 
 def quiet() -> None:
     """Silence progress bars and advice that libraries print while they load; errors still come as exceptions."""
-    import logging
-
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    # bitsandbytes asks for an optional package of faster CPU kernels each time it loads without it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_tokenizer(folder: Path) -> Any:

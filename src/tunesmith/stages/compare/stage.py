@@ -9,7 +9,8 @@ from typing import Any
 
 from tunesmith.errors import Problem, RunError
 from tunesmith.io.atomic import commit_folder, write_json, write_text
-from tunesmith.runs import Run, installed_versions, read_jsonl
+from tunesmith.models.load import locate, model_digest
+from tunesmith.runs import Run, eval_folder, installed_versions, read_jsonl
 
 BOOTSTRAP_DRAWS = 10_000
 BOOTSTRAP_SEED = 0
@@ -23,8 +24,8 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
     is a full fine-tune. Raises RunError where a run is not evaluated, or the runs were scored on different rows.
     """
     evaluated = [_evaluated(run) for run in runs]
-    _check_same_rows(runs, evaluated)
-    base = next((found for run in runs if (found := _base_results(run, evaluated)) is not None), None)
+    base = _base_results(runs)
+    _check_same_rows(runs, [*evaluated, *([] if base is None else [base])])
     rows = [] if base is None else [_row("base", None, None, base)]
     rows += [_run_row(run, results) for run, results in zip(runs, evaluated, strict=True)]
     _add_effectiveness(rows)
@@ -50,32 +51,33 @@ def _load(path: Path) -> dict[str, Any]:
     return value
 
 
-def _all_results(run: Run) -> list[dict[str, Any]]:
-    """Every evaluation of a run that finished, with each row's score under `scores`."""
-    found = []
-    for stage, entry in run.status()["stages"].items():
-        if stage.startswith("eval/") and entry["status"] == "done":
-            results = _load(run.path / stage / "results.json")
-            results["scores"] = [sample["score"] for sample in read_jsonl(run.path / stage / "samples.jsonl")]
-            found.append(results)
-    return found
+def _results(run: Run, digest: str) -> dict[str, Any] | None:
+    """The run's evaluation of the model with this digest, with each row's score under `scores`; None if there is none."""
+    stage = eval_folder(digest)
+    if run.status()["stages"].get(stage, {}).get("status") != "done":
+        return None
+    results = _load(run.path / stage / "results.json")
+    results["scores"] = [sample["score"] for sample in read_jsonl(run.path / stage / "samples.jsonl")]
+    return results
 
 
 def _evaluated(run: Run) -> dict[str, Any]:
-    """The evaluation of the run's export."""
-    wanted = str(run.path / "export" / run.recipe.export.name)
-    for results in _all_results(run):
-        if Path(results["model"]).resolve() == Path(wanted).resolve():
+    """The evaluation of the run's export, as the export is now."""
+    results = _results(run, model_digest(run.path / "export" / run.recipe.export.name))
+    if results is None:
+        fix = f"run `tunesmith evaluate {run.path}` first"
+        why = "there is no score to compare"
+        raise RunError(Problem("TS011", "the run's export is not evaluated", str(run.path), why, fix))
+    return results
+
+
+def _base_results(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """The evaluation of the untouched base model, from the first run that holds one."""
+    for run in runs:
+        results = _results(run, model_digest(locate(run.recipe.model, run.recipe.revision)))
+        if results is not None:
             return results
-    fix = f"run `tunesmith evaluate {run.path}` first"
-    raise RunError(Problem("TS011", "the run's export is not evaluated", str(run.path), "there is no score to compare", fix))
-
-
-def _base_results(run: Run, evaluated: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The evaluation of the untouched base model, if this run holds one."""
-    exports = {results["model_digest"] for results in evaluated}
-    others = [r for r in _all_results(run) if r["model_digest"] not in exports]
-    return others[0] if others else None
+    return None
 
 
 def _check_same_rows(runs: Sequence[Run], evaluated: Sequence[dict[str, Any]]) -> None:

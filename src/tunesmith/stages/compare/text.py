@@ -16,9 +16,13 @@ HEADERS = (
     "tok/s",
     "eval\nloss",
     "task\nscore",
-    "effectiveness\n(95 % interval)",
-    "adapter\nMB",
+    "of full\n(95 %)",
+    "saved\nMB",
 )
+
+
+#: Effectiveness (percent of full fine-tuning's score) from which a method counts as close to it.
+CLOSE = 95
 
 
 def amount(count: float | None) -> str:
@@ -42,8 +46,8 @@ def percent(value: float | None) -> str:
 
 
 def interval(bounds: Sequence[float] | None) -> str:
-    """A 95 % interval."""
-    return ABSENT if bounds is None else f"{bounds[0]:.0f} to {bounds[1]:.0f} %"
+    """A 95 % interval of percentages, as 93-97."""
+    return ABSENT if bounds is None else f"{bounds[0]:.0f}-{bounds[1]:.0f}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -54,7 +58,8 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The table's cells as text, a list for each model in the order of `HEADERS`."""
     result = []
     for row in rows:
-        effect = ABSENT if row["effectiveness"] is None else f"{row['effectiveness']:.1f} %"
+        # percent of the full fine-tune's score, with the interval's bounds
+        effect = ABSENT if row["effectiveness"] is None else f"{row['effectiveness']:.1f}"
         if row["effectiveness_interval"] is not None and row["method"] != "full":
             effect += f" ({interval(row['effectiveness_interval'])})"
         peak, size = row["peak_memory_bytes"], row["checkpoint_bytes"]
@@ -75,19 +80,19 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence: which model scored best, and what the cheapest one that is statistically level with it costs."""
+    """Which model scored best, and what the leanest one that comes close to full fine-tuning takes."""
     tuned = [row for row in rows if row["method"] != "base"]
     best = max(tuned, key=lambda row: row["task_score"])
     sentence = f"{best['model']} scored best: {percent(best['task_score'])} of the task"
     base = next((row for row in rows if row["method"] == "base"), None)
     if base is not None:
         sentence += f" against {percent(base['task_score'])} for the base model"
-    level = [row for row in tuned if row["effectiveness_interval"] and row["effectiveness_interval"][1] >= 100]
-    lean = min(level, key=lambda row: row["peak_memory_bytes"]) if level else None
-    if lean is not None and lean["method"] != "full":
+    close = [row for row in tuned if row["method"] != "full" and (row["effectiveness"] or 0) >= CLOSE]
+    if close:
+        lean = min(close, key=lambda row: row["peak_memory_bytes"])
         share = f"{amount(lean['trainable_parameters'])} trainable parameters, {gigabytes(lean['peak_memory_bytes'])} at peak"
         sentence += (
             f". {lean['model']} reaches {lean['effectiveness']:.1f} % of full fine-tuning's score "
-            f"({interval(lean['effectiveness_interval'])}) with {share}"
+            f"(95 % interval {interval(lean['effectiveness_interval'])}) with {share}"
         )
     return sentence + "."

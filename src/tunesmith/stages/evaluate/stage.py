@@ -19,16 +19,9 @@ from tunesmith.io.atomic import sha256_file, sha256_json, write_json, write_text
 from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest
 from tunesmith.packing.batch import choose_collator, labelled_count, to_device
 from tunesmith.packing.loss import summed_loss, use_tree_attention
-from tunesmith.runs import Run, read_jsonl
+from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
 from tunesmith.stages.evaluate.generate import generate
 from tunesmith.stages.evaluate.score import Answer, schema_validator, score_json, score_text, summarise_json
-
-SUITE = "task"
-
-
-def eval_folder(digest: str) -> str:
-    """Where the scores of a model stand in a run folder."""
-    return f"eval/{digest[:16]}/{SUITE}"
 
 
 def evaluate(run: Run, model: Path | None = None, console: Console | None = None) -> dict[str, Any]:
@@ -136,7 +129,7 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
         {
             "model": str(model_folder),
             "model_digest": digest,
-            "suite": SUITE,
+            "suite": EVAL_SUITE,
             "rows": len(rows),
             "rows_digest": sha256_json(rows),
             **summary,

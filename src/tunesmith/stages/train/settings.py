@@ -97,7 +97,10 @@ def _batch(recipe: Recipe, rows: int, reasons: dict[str, str]) -> tuple[int, int
         else:
             batch = asked.effective_batch_size
             reasons["effective_batch_size"] = "recipe"
-        micro = min(micro, batch)
-        accumulation = max(1, round(batch / micro))
-    reasons["per_device_train_batch_size"] = "recipe" if micro == asked.per_device_train_batch_size else "lowered to fit"
+        # The largest micro-batch that divides the batch, so that the batch is what was asked for.
+        micro = next(size for size in range(min(micro, batch), 0, -1) if batch % size == 0)
+        accumulation = batch // micro
+    reasons["per_device_train_batch_size"] = (
+        "recipe" if micro == asked.per_device_train_batch_size else f"lowered from {asked.per_device_train_batch_size} to fit"
+    )
     return micro, accumulation, micro * accumulation
