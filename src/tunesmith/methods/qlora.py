@@ -63,7 +63,7 @@ class QLora(Lora):
 
         config = model.peft_config["default"]
         adapter = {name: value for name, value in model.state_dict().items() if "lora_" in name}
-        base = model.unload().dequantize().to(torch.float32)
+        base = model.unload().dequantize(dtype=torch.float32).to(torch.float32)
         merged = get_peft_model(base, config)
         unplaced = merged.load_state_dict(adapter, strict=False).unexpected_keys
         if unplaced:

@@ -101,11 +101,12 @@ def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
 
 
 def _write(recipe: Recipe, model_folder: Path, target: Path) -> None:
-    tokenizer = load_tokenizer(model_folder)
-    template = ChatTemplate(tokenizer, _template_source(recipe.data), str(model_folder))
     data = recipe.data
     ledger = Ledger()
+    # Rows first: what is wrong with them shows before anything heavy is loaded.
     candidates = _draw(_unique(_read(Path(data.train), data, ledger), ledger), recipe, ledger)
+    tokenizer = load_tokenizer(model_folder)
+    template = ChatTemplate(tokenizer, _template_source(data), str(model_folder))
     rows = _encode(candidates, template, data, ledger)
     if not rows:
         why = f"{ledger.rows_in} rows came in and {len(ledger.rejects)} were rejected"
