@@ -28,6 +28,14 @@ _SAMPLES = 20  # rows shown in samples.txt
 _REASONS = {code: name.removeprefix("data-") for code, name in CODES.items()}
 
 
+#: What the notes of an encoded row mean.
+_NOTES = {
+    "last-answer-only": "the template rewrites earlier answers, so only the last one is trained",
+    "end-of-turn-added": "the template ends no turn, so the tokenizer's eos was put after the last answer",
+    "system-dropped": "the template leaves the system turn out",
+}
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A row on its way: where it stands, its conversation, and once encoded, its token ids."""
@@ -86,7 +94,7 @@ def prepare(run: Run) -> dict[str, Any]:
     inputs = _inputs(recipe, folder)
     if not run.is_current("prepare", inputs):
         with run.perform("prepare", "data", inputs) as target:
-            _write(recipe, folder, target)
+            _write(run, folder, target)
     ledger: dict[str, Any] = json.loads((run.path / "data" / "ledger.json").read_text(encoding="utf-8"))
     return ledger
 
@@ -100,8 +108,8 @@ def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
     return inputs
 
 
-def _write(recipe: Recipe, model_folder: Path, target: Path) -> None:
-    data = recipe.data
+def _write(run: Run, model_folder: Path, target: Path) -> None:
+    recipe, data = run.recipe, run.recipe.data
     ledger = Ledger()
     # Rows first: what is wrong with them shows before anything heavy is loaded.
     candidates = _draw(_unique(_read(Path(data.train), data, ledger), ledger), recipe, ledger)
@@ -122,7 +130,12 @@ def _write(recipe: Recipe, model_folder: Path, target: Path) -> None:
     write_arrow(target / "heldout.arrow", heldout)
     _write_jsonl(target / "heldout.jsonl", [{"where": row.where, "messages": row.messages} for row in heldout])
     _write_jsonl(target / "rejects.jsonl", ledger.rejects)
-    write_json(target / "ledger.json", ledger.as_dict())
+    counts = ledger.as_dict()
+    write_json(target / "ledger.json", counts)
+    for reason, count in counts["reasons"].items():
+        run.event(target, "rows-rejected", f"{count} rows left out: {reason}", reason=reason, count=count)
+    for note, count in counts["notes"].items():
+        run.event(target, note, f"{count} rows: {_NOTES[note]}", count=count)
     write_text(target / "chat_template.jinja", template.source)
     write_text(target / "samples.txt", "\n".join(marked_sample(row, tokenizer) for row in train[:_SAMPLES]))
 

@@ -45,7 +45,7 @@ class StepMetrics:
 
 def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu: bool) -> TrainingArguments:
     """Transformers' arguments for the settled settings; saving, logging and reporting are ours."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -69,6 +69,9 @@ def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu
         dataloader_pin_memory=not cpu,
         use_cpu=cpu,
     )
+    # With several GPUs in one process Trainer would wrap the model in DataParallel, which cannot split a tree.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here

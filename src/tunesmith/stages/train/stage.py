@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,17 @@ from rich.console import Console
 from transformers import set_seed
 
 from tunesmith.errors import DataError, Problem
-from tunesmith.hardware import detect
+from tunesmith.hardware import Hardware, detect
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import commit_folder, write_json
 from tunesmith.methods import METHODS, make_method
-from tunesmith.models.load import load_tokenizer, locate
+from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
 from tunesmith.packing.loss import LossModel, use_tree_attention
 from tunesmith.runs import Run
-from tunesmith.stages.train.engine import Engine, training_arguments
+from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
 from tunesmith.stages.train.progress import TrainProgress
-from tunesmith.stages.train.settings import settle
+from tunesmith.stages.train.settings import Settings, settle
 
 
 def train(run: Run, console: Console | None = None) -> dict[str, Any]:
@@ -32,50 +33,38 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
     Raises TrainError when loss or gradients stop being finite; RunError when `prepare` has not run.
     """
     recipe = run.recipe
+    model_folder = locate(recipe.model, recipe.revision)
     inputs = {
         "recipe": recipe.section_digest("model", "revision", "method", "seed", "lora", "train"),
         "data": run.outputs_digest("prepare"),
+        "model": model_digest(model_folder),
     }
     if not run.is_current("train", inputs):
         with run.perform("train", "train", inputs, live=True) as folder:
-            _train(run, folder, console or Console(stderr=True))
+            _train(run, model_folder, folder, console or Console(stderr=True))
     summary: dict[str, Any] = json.loads((run.path / "train" / "summary.json").read_text(encoding="utf-8"))
     return summary
 
 
-def _train(run: Run, folder: Path, console: Console) -> None:
+def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None:
     recipe, hardware = run.recipe, detect()
     rows = Dataset.from_file(str(run.path / "data" / "train.arrow"))
     if len(rows) == 0:
         why = "training over nothing changes nothing"
         raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
-    settings = settle(recipe, len(rows), METHODS[recipe.method].default_learning_rate, hardware)
-    write_json(folder / "settings.json", {**settings.as_dict(), "hardware": hardware.as_dict()})
-    for name, reason in settings.reasons.items():
-        if reason != "recipe":
-            value = getattr(settings, name)
-            run.event(folder, "setting", f"{name} = {value} ({reason})", name=name, value=value, reason=reason)
-
-    model_folder = locate(recipe.model, recipe.revision)
+    settings = _settings(run, len(rows), hardware, folder)
     meter = PeakMemory()
     set_seed(recipe.seed)
-    method = make_method(
-        recipe,
-        model_folder,
-        compute_dtype=settings.compute_dtype,
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-    )
+    dtype, rank, alpha = settings.compute_dtype, settings.r, settings.lora_alpha
+    method = make_method(recipe, model_folder, compute_dtype=dtype, r=rank, lora_alpha=alpha)
     model = method.build()
-    tokenizer = load_tokenizer(model_folder)
-    collator = _collator(run, model, tokenizer.pad_token_id, max(rows["length"]), folder)
+    collator = _collator(run, model, load_tokenizer(model_folder).pad_token_id, max(rows["length"]), folder)
     use_tree_attention(model, on=not isinstance(collator, PaddedCollator))
-    cpu = hardware.device == "cpu"
     meter.reset()
     with tempfile.TemporaryDirectory() as scratch, TrainProgress(recipe.method, settings.max_steps, console) as progress:
         engine = Engine(
             LossModel(model, settings.compute_dtype),
-            training_arguments(recipe, settings, Path(scratch), cpu=cpu),
+            training_arguments(recipe, settings, Path(scratch), cpu=hardware.device == "cpu"),
             rows,
             collator,
             metrics_path=folder / "metrics.jsonl",
@@ -83,30 +72,46 @@ def _train(run: Run, folder: Path, console: Console) -> None:
         )
         engine.train()
     peak = meter.peak_bytes()
-
     checkpoint = folder / "checkpoints" / f"step-{settings.max_steps:06d}"
     with commit_folder(checkpoint) as target:
         method.save(model, target)
-    seconds = [step.seconds for step in engine.history]
-    write_json(
-        folder / "summary.json",
-        {
-            "method": recipe.method,
-            "checkpoint": checkpoint.relative_to(run.path).as_posix(),
-            "checkpoint_bytes": sum(p.stat().st_size for p in checkpoint.glob("*.safetensors")),
-            "steps": len(seconds),
-            "trainable_parameters": method.trainable_parameters(model),
-            "total_parameters": total_parameters(model),
-            "peak_memory_bytes": peak,
-            # The first step also allocates; the median of the others is what a longer run would see.
-            "seconds_per_step": statistics.median(seconds[1:] or seconds),
-            "tokens_per_second": sum(step.tokens for step in engine.history) / sum(seconds),
-            "computed_tokens_per_second": sum(step.computed_tokens for step in engine.history) / sum(seconds),
-            "seconds": sum(seconds),
-            "first_loss": engine.history[0].loss,
-            "last_loss": engine.history[-1].loss,
-        },
-    )
+    summary = {
+        "method": recipe.method,
+        "checkpoint": checkpoint.relative_to(run.path).as_posix(),
+        "checkpoint_bytes": sum(p.stat().st_size for p in checkpoint.glob("*.safetensors")),
+        "trainable_parameters": method.trainable_parameters(model),
+        "total_parameters": total_parameters(model),
+        "peak_memory_bytes": peak,
+    }
+    write_json(folder / "summary.json", summary | _figures(engine.history))
+
+
+def _settings(run: Run, rows: int, hardware: Hardware, folder: Path) -> Settings:
+    """The settled settings, written to settings.json, with an event for each value that the recipe left open."""
+    recipe = run.recipe
+    settings = settle(recipe, rows, METHODS[recipe.method].default_learning_rate, hardware)
+    write_json(folder / "settings.json", {**settings.as_dict(), "hardware": hardware.as_dict()})
+    for name, reason in settings.reasons.items():
+        if reason != "recipe":
+            value = getattr(settings, name)
+            run.event(folder, "setting", f"{name} = {value} ({reason})", name=name, value=value, reason=reason)
+    if hardware.accelerators > 1:
+        run.event(folder, "one-device", f"one of {hardware.accelerators} GPUs is used")
+    return settings
+
+
+def _figures(history: Sequence[StepMetrics]) -> dict[str, Any]:
+    """Speed and loss over all steps; the first step also allocates, so the median leaves it out."""
+    seconds = [step.seconds for step in history]
+    return {
+        "steps": len(seconds),
+        "seconds_per_step": statistics.median(seconds[1:] or seconds),
+        "tokens_per_second": sum(step.tokens for step in history) / sum(seconds),
+        "computed_tokens_per_second": sum(step.computed_tokens for step in history) / sum(seconds),
+        "seconds": sum(seconds),
+        "first_loss": history[0].loss,
+        "last_loss": history[-1].loss,
+    }
 
 
 def _collator(run: Run, model: Any, pad_id: int | None, longest: int, folder: Path) -> Collator:
