@@ -42,6 +42,8 @@ CODES: dict[str, str] = {
     "TS205": "model-index-escapes",
     "TS206": "model-unavailable",
     "TS207": "model-download-corrupt",
+    "TS208": "model-config-incomplete",
+    "TS209": "model-architecture-unknown",
     "TS301": "train-not-finite",
     "TS302": "train-unsupported-hardware",
     "TS401": "export-not-equal",
