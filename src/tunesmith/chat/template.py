@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -54,6 +54,10 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
 
+class _RefusedError(Exception):
+    """The template raised; the text is the first line of what it said."""
+
+
 class ChatTemplate:
     """A chat template with its tokenizer. Raises ModelError where there is no template, or it is not valid Jinja."""
 
@@ -67,7 +71,6 @@ class ChatTemplate:
         self.source = template
         self._check(name, why)
         self._control = _control_pattern(tokenizer)
-        self._control_ids = frozenset(tokenizer.added_tokens_decoder)
         self._skeletons: dict[tuple[str, ...], list[Piece] | str] = {}
         self._turn_end = self._shared_turn_end()
         tokens = tokenizer.convert_ids_to_tokens(tokenizer("Hi", add_special_tokens=False)["input_ids"])
@@ -75,15 +78,23 @@ class ChatTemplate:
         self._prefixes_space = tokens[0].startswith("\u2581")
 
     def _check(self, name: str, why: str) -> None:
+        """Raise ModelError for a template that is not Jinja; one that refuses this probe is left to the rows."""
         from jinja2 import TemplateSyntaxError
 
         try:
-            self.render([{"role": "user", "content": "Hi"}])
-        except TemplateSyntaxError as error:
-            fix = "correct the template"
-            raise ModelError(Problem("TS123", f"not valid Jinja: {error}", name, why, fix)) from error
-        except Exception:  # noqa: BLE001 - a template may refuse this probe in any way of its own; rows will tell
-            return
+            self._render_foreign([{"role": "user", "content": "Hi"}])
+        except _RefusedError as error:
+            if isinstance(error.__cause__, TemplateSyntaxError):
+                problem = Problem("TS123", f"not valid Jinja: {error}", name, why, "correct the template")
+                raise ModelError(problem) from error
+
+    def _render_foreign(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """`render`, with whatever the template raises as `_RefusedError`: it is foreign code and may raise anything."""
+        try:
+            return self.render(messages, add_generation_prompt=add_generation_prompt)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise _RefusedError(lines[0][:200]) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The conversation as text, by the renderer that transformers and vLLM use. Template errors pass through."""
@@ -113,7 +124,7 @@ class ChatTemplate:
 
     def _plan(self, messages: Sequence[Message], *, prompt: bool = False) -> tuple[list[Span], tuple[str, ...]] | Problem:
         try:
-            text = self.render(messages, add_generation_prompt=prompt)
+            text = self._render_foreign(messages, add_generation_prompt=prompt)
             pieces = self._pieces(messages, text, prompt)
             if pieces is not None:
                 spans, notes = self._spans(messages, pieces, train=not prompt)
@@ -122,18 +133,17 @@ class ChatTemplate:
                 spans, notes = [Span(text, trained=False, content=False)], ()
             else:
                 spans, notes = self._last_answer(messages, text)
-        except Exception as error:  # noqa: BLE001 - a template is foreign code: whatever it raises concerns this row
-            detail = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        except _RefusedError as error:
             why = "this conversation has no form that the model knows"
-            return Problem("TS121", f"the chat template refused the row: {detail[0][:200]}", "", why, "reorder the turns")
+            return Problem("TS121", f"the chat template refused the row: {error}", "", why, "reorder the turns")
+        if (pieces is None or self._prefixes_space) and any(self._control.search(m["content"]) for m in messages):
+            what = "control tokens written out inside the content"
+            why = "under this template and tokenizer they cannot be told from real ones and would forge a turn"
+            return Problem("TS108", what, "", why, "remove them from the row")
         if not prompt and not any(span.trained and span.text for span in spans):
             why = "which tokens are the answer cannot be told, so the loss would be wrong"
             what = "the chat template rewrites the answer"
             return Problem("TS122", what, "", why, "use another template, or write answers as it does")
-        if self._forged_in(spans, pieces is None):
-            what = "control tokens written out inside the content"
-            why = "with this tokenizer they would become real turns"
-            return Problem("TS108", what, "", why, "remove them from the row")
         return spans, notes
 
     @staticmethod
@@ -143,20 +153,14 @@ class ChatTemplate:
         lost = any(message["role"] == "system" and turn not in shown for turn, message in enumerate(messages))
         return ("system-dropped",) if lost else ()
 
-    def _forged_in(self, spans: Iterable[Span], unknown_pieces: bool) -> bool:
-        """Whether contents hold control tokens in a case where they cannot be encoded apart."""
-        if unknown_pieces:
-            return False  # the caller found no way to tell contents; `_last_answer` checks for itself
-        return self._prefixes_space and any(span.content and self._control.search(span.text) for span in spans)
-
     def _skeleton(self, roles: tuple[str, ...], prompt: bool) -> list[Piece] | str:
         """The rendering of a conversation of these roles with marker words as contents, cut at the markers."""
         key = (*roles, "+") if prompt else roles
         if key not in self._skeletons:
             messages = [{"role": role, "content": f"zq{turn:05d}qz"} for turn, role in enumerate(roles)]
             try:
-                marked = self.render(messages, add_generation_prompt=prompt)
-            except Exception as error:  # noqa: BLE001 - see _plan
+                marked = self._render_foreign(messages, add_generation_prompt=prompt)
+            except _RefusedError as error:
                 self._skeletons[key] = str(error)
                 return self._skeletons[key]
             parts = re.split(r"zq(\d{5})qz", marked)
@@ -254,10 +258,9 @@ class ChatTemplate:
 
         For templates that rewrite answers, as those of reasoning models do.
         """
-        contents = "".join(message["content"] for message in messages)
-        if messages[-1]["role"] != "assistant" or self._control.search(contents):
+        if messages[-1]["role"] != "assistant":
             return [], ()
-        prompt = self.render(messages[:-1], add_generation_prompt=True)
+        prompt = self._render_foreign(messages[:-1], add_generation_prompt=True)
         if not text.startswith(prompt):
             return [], ()
         answer = text[len(prompt) :]
