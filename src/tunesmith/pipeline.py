@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def run(resolved: ResolvedRecipe, path: Path, console: Console) -> Run:
     """prepare, train, export and evaluate in the run folder `path`; stages that are up to date do nothing."""
     this = create_run(resolved, path)
     prepare_shown(this, console)
-    train_apart(this)
+    train_apart(this, console)
     _export(this, console)
     _evaluate(this, console)
     return this
@@ -46,7 +47,7 @@ def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], 
         if not runs:
             _say(console, "evaluate", "the base model, for comparison")
             evaluate_base(this, console)
-        train_apart(this)
+        train_apart(this, console)
         _export(this, console)
         _evaluate(this, console)
         runs.append(this)
@@ -67,11 +68,22 @@ def prepare_shown(this: Run, console: Console) -> None:
     )
 
 
-def train_apart(this: Run) -> None:
-    """`train` in a process of its own: its memory is all given back, and its peak is its own. Raises StageFailedError."""
-    done = subprocess.run([sys.executable, "-m", "tunesmith", "train", str(this.path)], check=False)
+def train_apart(this: Run, console: Console) -> None:
+    """`train` in a process of its own: its memory is all given back, and its peak is its own. Raises StageFailedError.
+
+    Its progress and errors go to this process's standard error; its facts are told here in a line.
+    """
+    command = [sys.executable, "-m", "tunesmith", "train", str(this.path)]
+    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
     if done.returncode != 0:
         raise StageFailedError(done.returncode)
+    facts = json.loads((this.path / "train" / "summary.json").read_text(encoding="utf-8"))
+    _say(
+        console,
+        "train",
+        f"{this.recipe.method}: {facts['steps']} steps of {facts['seconds_per_step']:.2f} s, loss {facts['first_loss']:.3f} to "
+        f"{facts['last_loss']:.3f}, {facts['peak_memory_bytes'] / 2**30:.2f} GiB at peak",
+    )
 
 
 def _export(this: Run, console: Console) -> None:

@@ -73,3 +73,4 @@ def test_verdict_names_the_leanest_that_is_close_to_full() -> None:
     assert text.startswith("full scored best: 99.0 % of the task against 0.0 % for the base model")
     assert "lora reaches 97.0 %" in text
     assert "qlora" not in text
+    assert verdict([row("base", 0.5), row("lora", 0.5)]).startswith("No method beats the base model's 50.0 %")

@@ -85,6 +85,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     best = max(tuned, key=lambda row: row["task_score"])
     sentence = f"{best['model']} scored best: {percent(best['task_score'])} of the task"
     base = next((row for row in rows if row["method"] == "base"), None)
+    if base is not None and best["task_score"] <= base["task_score"]:
+        return f"No method beats the base model's {percent(base['task_score'])} of the task: train longer, or on more rows."
     if base is not None:
         sentence += f" against {percent(base['task_score'])} for the base model"
     close = [row for row in tuned if row["method"] != "full" and (row["effectiveness"] or 0) >= CLOSE]
