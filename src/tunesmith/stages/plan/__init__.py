@@ -1,0 +1,1 @@
+"""Stage `plan`: what a training would take, before it is run. So far its exact tier: `trace`."""
