@@ -71,7 +71,7 @@ def test_three_methods_and_their_comparison(task: Path) -> None:
 
     again = tunesmith("run", task, "--run", "out", "--methods", "full,lora,qlora", cwd=folder)
     assert again.returncode == 0, again.stderr
-    assert "step" not in again.stderr  # nothing was trained again
+    assert "tok/s" not in again.stderr  # nothing was trained again
     assert "answers" not in again.stderr  # nor evaluated
 
 
@@ -168,6 +168,15 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path, tiny_model: Pa
     ledger = json.loads((tmp_path / "out" / "data" / "ledger.json").read_text(encoding="utf-8"))
     assert (ledger["rows_in"], ledger["rows_rejected"]) == (5, 3)
     assert ledger["reasons"] == {"empty-answer": 1, "malformed-json": 1, "wrong-columns": 1}
+
+
+def test_many_rows_with_one_problem_are_one_error(tmp_path: Path, tiny_model: Path) -> None:
+    write(tmp_path / "d.jsonl", '{"question": "x"}\n' * 500 + "{\n")
+    recipe = write(tmp_path / "r.yaml", f"model: {tiny_model}\ndata: {{train: d.jsonl}}\n")
+    done = tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path)
+    check_readable(done, "TS104", "d.jsonl:1 and 499 more rows")
+    assert done.stderr.count("error TS") == 2
+    assert "d.jsonl:501" in done.stderr
 
 
 def test_run_folder_that_is_something_else_is_not_touched(tmp_path: Path, tiny_model: Path) -> None:

@@ -15,11 +15,13 @@ FULL = Scenario(rows=3, length=48, labelled=20, dtype=torch.float32)
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora", "lora bf16"])
+@pytest.mark.parametrize("method", ["full", "lora", "lora bf16", "qlora"])
 def test_trace_equals_real_allocation(name: str, checkpointing: bool, method: str) -> None:
     facts: dict[str, Any] = {"gradient_checkpointing": checkpointing, "r": None if method == "full" else 4}
     if method == "lora bf16":
         facts |= {"dtype": torch.bfloat16, "adapter_dtype": torch.bfloat16}
+    if method == "qlora":
+        facts |= {"dtype": torch.bfloat16, "nf4": True}
     scenario = Scenario(**{**FULL.__dict__, **facts})
     traced, real = trace(CONFIGS[name], scenario), measure(CONFIGS[name], scenario)
     assert traced.total_bytes == real.total_bytes

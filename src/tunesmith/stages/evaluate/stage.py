@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def _prompts(template: ChatTemplate, rows: Sequence[dict[str, Any]]) -> list[lis
     prompts = []
     for row, encoded in zip(rows, template.encode_prompts([row["messages"][:-1] for row in rows]), strict=True):
         if isinstance(encoded, Problem):
-            raise EvaluateError(Problem(encoded.code, encoded.what, row["where"], encoded.why, encoded.fix))
+            raise EvaluateError(replace(encoded, where=row["where"]))
         prompts.append(encoded.input_ids)
     return prompts
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from bitsandbytes.functional import QuantState, quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -78,26 +80,35 @@ class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch 
         return result
 
 
+class _Faker:
+    """Makes a fake twin for each meta tensor, the same one each time, so that what was tied stays tied."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self._made: dict[int, tuple[Any, torch.Tensor]] = {}  # the original is kept, so that its id stays its own
+
+    def tensor(self, original: torch.Tensor) -> torch.Tensor:
+        """A fake tensor on the CPU of the same shape and dtype; for a parameter a parameter with all that it carries."""
+        if id(original) not in self._made:
+            with self.mode:
+                twin = torch.empty(original.shape, dtype=original.dtype, device="cpu")
+            if isinstance(original, torch.nn.Parameter):
+                twin = torch.nn.Parameter(twin, original.requires_grad)
+                vars(twin).update(vars(original))  # what bitsandbytes keeps on a weight
+            self._made[id(original)] = (original, twin)
+        return self._made[id(original)][1]
+
+
 def as_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Replace a meta model's parameters and buffers by fake tensors on the CPU; ties and `requires_grad` stay."""
-    made: dict[int, torch.Tensor] = {}
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
-            with mode:
-                made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        return made[id(tensor)]
-
-    parameters: dict[int, torch.nn.Parameter] = {}
+    """Replace a meta model's parameters, buffers and quantisation constants by fake tensors on the CPU."""
+    faker = _Faker(mode)
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                if id(parameter) not in parameters:
-                    parameters[id(parameter)] = torch.nn.Parameter(fake(parameter), parameter.requires_grad)
-                module._parameters[name] = parameters[id(parameter)]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = fake(buffer)
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = faker.tensor(tensor)  # type: ignore[assignment] # a parameter for a parameter
+        for holder, name in quant_tensors(module):
+            setattr(holder, name, faker.tensor(getattr(holder, name)))
 
 
 def trace_step(
@@ -110,6 +121,9 @@ def trace_step(
     meter = StorageMeter()
     for tensor in (*model.parameters(), *model.buffers()):
         meter.hold(tensor)
+    for module in model.modules():
+        for holder, name in quant_tensors(module):
+            meter.hold(getattr(holder, name))
     resident = meter.live
     stepper = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
     with meter:
@@ -149,9 +163,10 @@ ALL_ATTENTION_FUNCTIONS.register(PLAIN_ATTENTION, _plain_causal)
 
 @dataclass(frozen=True)
 class Scenario:
-    """A training step: full fine-tuning, or LoRA of rank `r` on all linear layers, over `rows` rows of `length` tokens.
+    """A training step over `rows` rows of `length` tokens, of which `labelled` in each row carry loss.
 
-    `labelled` tokens of each row carry loss. `dtype` is that of the weights, `adapter_dtype` that of the adapter.
+    Full fine-tuning where `r` is None, else LoRA of that rank on all linear layers, on a base in NF4 where `nf4` is set.
+    `dtype` is that of the weights and products, `adapter_dtype` that of the adapter.
     """
 
     rows: int
@@ -160,7 +175,59 @@ class Scenario:
     r: int | None = None
     dtype: torch.dtype = torch.bfloat16
     adapter_dtype: torch.dtype = torch.float32
+    nf4: bool = False
     gradient_checkpointing: bool = False
+
+
+def quantise(model: Any, dtype: torch.dtype) -> None:
+    """Replace the linear layers of all blocks by bitsandbytes' 4-bit ones, on meta or on real weights.
+
+    The weight is a plain parameter with a `quant_state`, as bitsandbytes' own `Params4bit` cannot be made of fake tensors.
+    Double quantisation (QLoRA, section 3): blocks of 64 weights with 8-bit constants, those in blocks of 256.
+    """
+    for name, module in list(model.named_modules()):
+        if type(module) is not torch.nn.Linear or module is model.get_output_embeddings():
+            continue
+        with torch.device("meta"):
+            new = Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype, quant_type="nf4")
+        if module.weight.is_meta:
+            packed, state = _meta_state(module.weight)
+        else:
+            packed, state = quantize_4bit(module.weight.data, compress_statistics=True, quant_type="nf4")
+        new.weight = torch.nn.Parameter(packed, requires_grad=False)
+        new.weight.quant_state, new.weight.compress_statistics, new.weight.quant_type = state, True, "nf4"
+        new.bias = module.bias
+        model.set_submodule(name, new)
+    model.is_loaded_in_4bit = True
+
+
+def _meta_state(weight: torch.Tensor) -> tuple[torch.Tensor, QuantState]:
+    """What `quantize_4bit` would return for a weight, without contents."""
+    blocks = -(-weight.numel() // 64)
+
+    def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    inner = QuantState(absmax=made(-(-blocks // 256)), code=made(256), blocksize=256, dtype=torch.float32)
+    state = QuantState(
+        absmax=made(blocks, dtype=torch.uint8),
+        shape=weight.shape,
+        code=made(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=weight.dtype,
+        offset=made(),
+        state2=inner,
+    )
+    return made(-(-weight.numel() // 2), 1, dtype=torch.uint8), state
+
+
+def quant_tensors(module: torch.nn.Module) -> list[tuple[Any, str]]:
+    """Where a module's quantisation constants stand: (holder, attribute) of each tensor."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if state is None:
+        return []
+    return [(state, "absmax"), (state, "code"), (state, "offset"), (state.state2, "absmax"), (state.state2, "code")]
 
 
 def build_model(config: Any, scenario: Scenario, device: str) -> Any:
@@ -170,6 +237,12 @@ def build_model(config: Any, scenario: Scenario, device: str) -> Any:
         if scenario.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
+    if scenario.nf4:
+        quantise(model, scenario.dtype)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if scenario.gradient_checkpointing:
+            model.enable_input_require_grads()
+    with torch.device(device):
         if scenario.r is not None:
             model = get_peft_model(model, LoraConfig(r=scenario.r, target_modules="all-linear"), autocast_adapter_dtype=False)
     for parameter in model.parameters():

@@ -6,7 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tunesmith.recipe import DataSection, Recipe
 from tunesmith.runs import Run
 from tunesmith.stages.prepare.files import marked_sample, write_arrow
 
-_MAX_SHOWN = 20  # problems named in one error; the rest are counted
+_MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
 _CHUNK = 1000  # rows encoded with one call of the tokenizer
 _SAMPLES = 20  # rows shown in samples.txt
 
@@ -172,12 +172,18 @@ def _read(path: Path, data: DataSection, ledger: Ledger) -> list[Candidate]:
 
 
 def _shortened(problems: list[Problem]) -> list[Problem]:
-    """The first problems, the last of them telling how many more there are and how to go on without those rows."""
-    shown = problems[:_MAX_SHOWN]
-    more = f" ({len(problems) - len(shown)} more rows have problems)" if len(problems) > len(shown) else ""
-    last = shown[-1]
-    hint = f"{last.fix}; or set data.on_bad_row: reject to leave such rows out, counted{more}"
-    return [*shown[:-1], Problem(last.code, last.what, last.where, last.why, hint)]
+    """Rows with the same problem told as one, by the first of them; at most 20, the last saying how to go on without."""
+    alike: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault((problem.code, problem.what), []).append(problem)
+    shown = []
+    for first, *others in list(alike.values())[:_MAX_SHOWN]:
+        where = f"{first.where} and {len(others)} more rows" if others else first.where
+        shown.append(replace(first, where=where))
+    left = len(alike) - len(shown)
+    more = f" ({left} more kinds of problems are not shown)" if left else ""
+    hint = f"{shown[-1].fix}; or set data.on_bad_row: reject to leave such rows out, counted{more}"
+    return [*shown[:-1], replace(shown[-1], fix=hint)]
 
 
 def _unique(candidates: Sequence[Candidate], ledger: Ledger) -> list[Candidate]:
@@ -212,7 +218,7 @@ def _encode(candidates: Sequence[Candidate], template: ChatTemplate, data: DataS
         chunk = candidates[start : start + _CHUNK]
         for candidate, result in zip(chunk, template.encode([c.messages for c in chunk]), strict=True):
             if isinstance(result, Problem):
-                problem = Problem(result.code, result.what, candidate.where, result.why, result.fix)
+                problem = replace(result, where=candidate.where)
                 problems.append(problem)
                 if data.on_bad_row == "reject":
                     ledger.reject(candidate.where, _REASONS[problem.code], problem.what)
