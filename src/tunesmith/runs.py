@@ -122,7 +122,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All lines of a JSONL file that tunesmith wrote; none where it does not exist."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines: it also splits at U+2028 and its like, which JSON leaves unescaped in texts.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def default_name(recipe: Recipe) -> str:

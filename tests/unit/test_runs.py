@@ -1,0 +1,52 @@
+"""The run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.errors import RunError
+from tunesmith.io.atomic import append_jsonl
+from tunesmith.runs import create_run, open_run, read_jsonl
+
+
+def test_lines_with_unusual_separators_are_read_back(tmp_path: Path) -> None:
+    values = [{"text": "a\u2028b\u0085c\x0bd\r\n"}, {"text": ""}]
+    for value in values:
+        append_jsonl(tmp_path / "a.jsonl", value)
+    assert read_jsonl(tmp_path / "a.jsonl") == values
+    assert read_jsonl(tmp_path / "absent.jsonl") == []
+
+
+def test_recipe_comes_back_with_its_origins(make_recipe: Any, tmp_path: Path) -> None:
+    resolved = make_recipe(method="qlora", train__learning_rate=0.5)
+    create_run(resolved, tmp_path / "run")
+    assert open_run(tmp_path / "run").resolved == resolved
+    assert resolved.origins["method"] == "override"
+
+
+def test_failed_stage_keeps_the_old_output(make_recipe: Any, tmp_path: Path) -> None:
+    run = create_run(make_recipe(), tmp_path / "run")
+    with run.perform("stage", "out", {"a": "1"}) as folder:
+        (folder / "x").write_text("old", encoding="utf-8")
+    assert run.is_current("stage", {"a": "1"})
+    assert not run.is_current("stage", {"a": "2"})
+
+    def fail() -> None:
+        with run.perform("stage", "out", {"a": "2"}) as folder:
+            (folder / "x").write_text("new", encoding="utf-8")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (run.path / "out" / "x").read_text(encoding="utf-8") == "old"
+    assert run.is_current("stage", {"a": "1"})
+    (run.path / "out" / "x").write_text("touched", encoding="utf-8")
+    assert not run.is_current("stage", {"a": "1"})
+
+
+def test_not_a_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run folder"):
+        open_run(tmp_path)
