@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
 from tunesmith.errors import StageFailedError
-from tunesmith.recipe import Origin, ResolvedRecipe
+from tunesmith.io.atomic import read_json
+from tunesmith.recipe import Method, Origin, ResolvedRecipe
 from tunesmith.runs import Run, create_run
 
-ALL_METHODS = ("full", "lora", "qlora")
+ALL_METHODS: tuple[str, ...] = get_args(Method)
 
 
 def with_method(resolved: ResolvedRecipe, method: str) -> ResolvedRecipe:
@@ -29,9 +29,7 @@ def run(resolved: ResolvedRecipe, path: Path, console: Console) -> Run:
     """prepare, train, export and evaluate in the run folder `path`; stages that are up to date do nothing."""
     this = create_run(resolved, path)
     prepare_shown(this, console)
-    train_apart(this, console)
-    _export(this, console)
-    _evaluate(this, console)
+    _tune(this, console)
     return this
 
 
@@ -47,11 +45,16 @@ def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], 
         if not runs:
             _say(console, "evaluate", "the base model, for comparison")
             evaluate_base(this, console)
-        train_apart(this, console)
-        _export(this, console)
-        _evaluate(this, console)
+        _tune(this, console)
         runs.append(this)
     return compare(runs, folder / "compare")
+
+
+def _tune(this: Run, console: Console) -> None:
+    """What comes after `prepare`: train, export and evaluate."""
+    train_apart(this, console)
+    _export(this, console)
+    _evaluate(this, console)
 
 
 def prepare_shown(this: Run, console: Console) -> None:
@@ -77,7 +80,7 @@ def train_apart(this: Run, console: Console) -> None:
     done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
     if done.returncode != 0:
         raise StageFailedError(done.returncode)
-    facts = json.loads((this.path / "train" / "summary.json").read_text(encoding="utf-8"))
+    facts = read_json(this.path / "train" / "summary.json")
     _say(
         console,
         "train",

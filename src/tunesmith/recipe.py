@@ -319,12 +319,12 @@ def _nearest(dotted: str) -> str:
 
 def _validation_problems(error: ValidationError, source: str) -> Iterable[Problem]:
     """Pydantic's errors as problems, one for each key (a union reports each of its branches)."""
+    items, known = error.errors(include_url=False), set(_all_keys(Recipe))
     seen: set[str] = set()
-    for item in error.errors(include_url=False):
+    for item in items:
         if item["type"] == "extra_forbidden":
             continue
         names = [str(part) for part in item["loc"]]
-        known = set(_all_keys(Recipe))
         while len(names) > 1 and ".".join(names) not in known:
             names.pop()  # the rest names a branch of a union, not a key
         dotted = ".".join(names) or "recipe"
@@ -335,11 +335,7 @@ def _validation_problems(error: ValidationError, source: str) -> Iterable[Proble
             yield Problem("TS004", f"key {dotted!r} is missing", source, "there is no sensible default", f"add {dotted!r}")
         else:
             given = repr(item["input"])
-            allowed = "; ".join(
-                dict.fromkeys(
-                    e["msg"] for e in error.errors(include_url=False) if e["loc"][: len(names)] == item["loc"][: len(names)]
-                )
-            )
+            allowed = "; ".join(dict.fromkeys(e["msg"] for e in items if e["loc"][: len(names)] == item["loc"][: len(names)]))
             what = f"{dotted} = {given[:80]}: {allowed}"
             yield Problem("TS003", what, source, "the run would not do what the recipe says", f"correct {dotted!r}")
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith.demodata import supportdesk
-from tunesmith.io.atomic import write_json, write_text
+from tunesmith.io.atomic import write_json, write_jsonl, write_text
 
 TRAIN_ROWS = 1_000
 TEST_ROWS = 100
@@ -36,12 +34,8 @@ MAX_ROWS = 480
 def write_input(folder: Path, *, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, max_rows: int = MAX_ROWS) -> Path:
     """Write train.jsonl, test.jsonl, schema.json and recipe.yaml into `folder`; returns the recipe's path."""
     train, test = supportdesk.generate(train_rows, test_rows, SEED)
-    _write_jsonl(folder / "train.jsonl", train)
-    _write_jsonl(folder / "test.jsonl", test)
+    write_jsonl(folder / "train.jsonl", train)
+    write_jsonl(folder / "test.jsonl", test)
     write_json(folder / "schema.json", supportdesk.SCHEMA)
     write_text(folder / "recipe.yaml", RECIPE.format(max_rows=max_rows))
     return folder / "recipe.yaml"
-
-
-def _write_jsonl(path: Path, rows: Sequence[supportdesk.Row]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -67,11 +67,19 @@ def model_digest(folder: Path) -> str:
         if path.stat().st_size < 1_000_000:
             digests[path.name] = sha256_file(path)
         else:
-            digests[path.name] = ledger.setdefault(_digest_entry(path), "") or sha256_file(path)
-            ledger[_digest_entry(path)] = digests[path.name]
+            entry = _digest_entry(path)
+            if entry not in ledger:
+                ledger[entry] = sha256_file(path)
+            digests[path.name] = ledger[entry]
     if len(ledger) != known:
         write_json(ledger_path, ledger)
     return sha256_json(digests)
+
+
+def stop_ids(generation_config: Any) -> list[int]:
+    """The ids at which a generation config stops: none, one or several."""
+    stops = generation_config.eos_token_id
+    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
 
 def quiet() -> None:

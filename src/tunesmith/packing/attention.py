@@ -102,9 +102,16 @@ def _block(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: slice, keys: slice, scale: float, *, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of some queries to some keys, and the log-sum-exp of their scores."""
-    parts = (query[:, :, queries], key[:, :, keys], value[:, :, keys])
-    result, weight = _forward(*parts, 0.0, causal, scale=scale)
-    return result, weight
+    parts: tuple[torch.Tensor, torch.Tensor] = _forward(
+        query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale
+    )
+    return parts
+
+
+def repeat_heads(query: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """Keys or values with each head repeated for the query heads that share it (grouped-query attention)."""
+    groups = query.shape[1] // shared.shape[1]
+    return shared.repeat_interleave(groups, dim=1) if groups > 1 else shared
 
 
 def tree_attention(
@@ -128,9 +135,7 @@ def tree_attention(
     # As autocast does for SDPA: rotary embeddings leave query and key in float32.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = repeat_heads(query, key), repeat_heads(query, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if device == "cpu":
         result: torch.Tensor = _TreeAttention.apply(query, key, value, tree_layout.nodes, scale)  # type: ignore[no-untyped-call]

@@ -68,8 +68,8 @@ def collate_tree(rows: Rows) -> Batch:
 class PaddedCollator:
     """The rows one below the other, padded on the right and told apart by their lengths: pad may equal eos."""
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    def __init__(self, pad_id: int | None) -> None:
+        self.pad_id = 0 if pad_id is None else pad_id  # a tokenizer may have none; any id does, as it is masked
 
     def __call__(self, rows: Rows) -> Batch:
         lengths = [len(row["input_ids"]) for row in rows]
@@ -117,4 +117,4 @@ def choose_collator(config: Any, pad_id: int | None, longest: int) -> tuple[Coll
     reason = reason_against_tree(config, longest)
     if reason is None:
         return collate_tree, None
-    return PaddedCollator(pad_id if pad_id is not None else 0), reason
+    return PaddedCollator(pad_id), reason

@@ -18,12 +18,17 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "l
 _NOT_INPUTS = ("sources", "targets", "weights", "row_tokens")
 
 
+def _causal(model: Any) -> Any:
+    """The causal language model itself, out of PEFT's wrapper if it is in one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """Logits (N, V) at the places of `sources`, from the decoder's hidden states of the whole batch.
 
     `model` is a causal language model of transformers, with or without PEFT around it.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = _causal(model)
     inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
     logits: torch.Tensor
     if any(getattr(causal.config, entry, None) for entry in _LOGIT_CHANGES):
@@ -49,8 +54,7 @@ def summed_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 def use_tree_attention(model: Any, *, on: bool) -> None:
     """Switch a model between attention along a tree, which needs batches with a layout, and SDPA."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    causal.set_attn_implementation(TREE_ATTENTION if on else "sdpa")
+    _causal(model).set_attn_implementation(TREE_ATTENTION if on else "sdpa")
 
 
 class LossModel(torch.nn.Module):

@@ -6,6 +6,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 #: One colour for each method, distinct for colour-blind readers too (Okabe and Ito 2008).
 COLOURS = {"base": "#8a8f98", "full": "#d55e00", "lora": "#0072b2", "qlora": "#009e73"}
 _FALLBACK = ("#cc79a7", "#56b4e9", "#e69f00", "#f0e442")
@@ -28,14 +30,15 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Any) -> Markup:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]  # without the XML declaration, as it goes into a page
+    # Without the XML declaration, as it goes into a page; matplotlib has escaped the texts in it.
+    return Markup(text[text.index("<svg") :])  # noqa: S704
 
 
-def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], methods: Mapping[str, str]) -> str:
+def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], methods: Mapping[str, str]) -> Markup:
     """Training loss (nats a labelled token) by optimizer step, one line for each run."""
     figure, axes = _figure(6.2, 3.2)
     for number, (name, steps) in enumerate(curves.items()):
@@ -49,7 +52,7 @@ def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], methods: Mapp
     return _svg(figure)
 
 
-def bars(names: Sequence[str], values: Sequence[float], labels: Sequence[str], shades: Sequence[str], title: str) -> str:
+def bars(names: Sequence[str], values: Sequence[float], labels: Sequence[str], shades: Sequence[str], title: str) -> Markup:
     """Horizontal bars, the first on top, each with its value written beside it."""
     figure, axes = _figure(6.2, 0.6 + 0.44 * len(names))
     drawn = axes.barh(range(len(names)), values, color=list(shades), height=0.62)

@@ -25,15 +25,15 @@ def render(
         columns=cells(rows),
         chart_titles=("Task score", "Memory", "Time"),
         details=details,
-        curves=Markup(plots.loss_curves(curves, {row["model"]: row["method"] for row in rows})),  # noqa: S704 - our SVG
-        charts=[Markup(chart) for chart in _charts(rows)],  # noqa: S704 - our SVG
+        curves=plots.loss_curves(curves, {row["model"]: row["method"] for row in rows}),
+        charts=_charts(rows),
         fields=sorted({name for row in rows for name in (row["field_accuracy"] or {})}),
         percent=percent,
     )
 
 
-def _charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    def chart(key: str, title: str, scale: float, form: str) -> str:
+def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    def chart(key: str, title: str, scale: float, form: str) -> Markup:
         shown = [row for row in rows if row[key] is not None]
         names = [row["model"] for row in shown]
         values = [row[key] / scale for row in shown]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import Problem, RunError
-from tunesmith.io.atomic import commit_folder, write_json, write_text
+from tunesmith.io.atomic import commit_folder, read_json, write_json, write_text
 from tunesmith.models.load import locate, model_digest
 from tunesmith.runs import Run, eval_folder, installed_versions, read_jsonl
 
@@ -46,17 +45,12 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
     return table
 
 
-def _load(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
-
-
 def _results(run: Run, digest: str) -> dict[str, Any] | None:
     """The run's evaluation of the model with this digest, with each row's score under `scores`; None if there is none."""
     stage = eval_folder(digest)
     if run.status()["stages"].get(stage, {}).get("status") != "done":
         return None
-    results = _load(run.path / stage / "results.json")
+    results: dict[str, Any] = read_json(run.path / stage / "results.json")
     results["scores"] = [sample["score"] for sample in read_jsonl(run.path / stage / "samples.jsonl")]
     return results
 
@@ -89,7 +83,8 @@ def _check_same_rows(runs: Sequence[Run], evaluated: Sequence[dict[str, Any]]) -
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return _load(run.path / "train" / "settings.json")
+    settings: dict[str, Any] = read_json(run.path / "train" / "settings.json")
+    return settings
 
 
 def _row(model: str, method: str | None, summary: dict[str, Any] | None, results: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +111,7 @@ def _row(model: str, method: str | None, summary: dict[str, Any] | None, results
 
 
 def _run_row(run: Run, results: dict[str, Any]) -> dict[str, Any]:
-    return _row(run.path.name, run.recipe.method, _load(run.path / "train" / "summary.json"), results)
+    return _row(run.path.name, run.recipe.method, read_json(run.path / "train" / "summary.json"), results)
 
 
 def _add_effectiveness(rows: list[dict[str, Any]]) -> None:
@@ -147,7 +142,7 @@ def bootstrap_ratio(scores: Sequence[float], reference: Sequence[float]) -> list
 
 
 def _task_facts(run: Run, results: dict[str, Any]) -> dict[str, Any]:
-    ledger = _load(run.path / "data" / "ledger.json")
+    ledger = read_json(run.path / "data" / "ledger.json")
     keys = ("rows_in", "rows_train", "rows_heldout", "rows_rejected", "reasons")
     return {"base_model": Path(run.recipe.model).name, "test_rows": results["rows"], **{key: ledger[key] for key in keys}}
 
@@ -161,7 +156,7 @@ def _details(runs: Sequence[Run]) -> list[dict[str, Any]]:
             {
                 "name": run.path.name,
                 "settings": _settings(run),
-                "proof": _load(proof) if proof.is_file() else None,
+                "proof": read_json(proof) if proof.is_file() else None,
                 "events": [*run.events("data"), *run.events("train")],
             }
         )

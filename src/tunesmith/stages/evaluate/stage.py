@@ -16,8 +16,8 @@ from rich.console import Console
 from tunesmith.chat.template import ChatTemplate
 from tunesmith.errors import EvaluateError, Problem
 from tunesmith.hardware import detect
-from tunesmith.io.atomic import sha256_file, sha256_json, write_json, write_text
-from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest
+from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_jsonl
+from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest, stop_ids
 from tunesmith.packing.batch import choose_collator, labelled_count, to_device
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
@@ -47,7 +47,7 @@ def evaluate(run: Run, model: Path | None = None, console: Console | None = None
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:
             _evaluate(run, model, digest, target, console or Console(stderr=True))
-    results: dict[str, Any] = json.loads((run.path / folder / "results.json").read_text(encoding="utf-8"))
+    results: dict[str, Any] = read_json(run.path / folder / "results.json")
     return results
 
 
@@ -124,7 +124,7 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
         {"where": a.where, "reference": a.reference, "answer": a.answer, "score": s["score"], "new_tokens": len(ids)}
         for a, s, ids in zip(scored, scores, answers, strict=True)
     ]
-    write_text(target / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    write_jsonl(target / "samples.jsonl", samples)
     write_json(
         target / "results.json",
         {
@@ -159,8 +159,7 @@ def _prompts(template: ChatTemplate, rows: Sequence[dict[str, Any]]) -> list[lis
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Where an answer ends: what the model's generation config says, and the tokenizer's eos."""
-    stops = model.generation_config.eos_token_id
-    known = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    known = stop_ids(model.generation_config)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
         known.append(tokenizer.eos_token_id)
     if not known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from tunesmith.errors import ExportError, Problem
-from tunesmith.io.atomic import write_json
+from tunesmith.io.atomic import read_json, write_json
 from tunesmith.methods import Method, make_method
-from tunesmith.models.load import load_model, load_tokenizer, locate
+from tunesmith.models.load import load_model, load_tokenizer, locate, stop_ids
 from tunesmith.packing.batch import PaddedCollator, to_device
 from tunesmith.packing.loss import labelled_logits
 from tunesmith.runs import Run
@@ -38,15 +37,15 @@ def export(run: Run) -> dict[str, Any]:
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:
             _export(run, target)
-    proof: dict[str, Any] = json.loads((run.path / folder / "proof.json").read_text(encoding="utf-8"))
+    proof: dict[str, Any] = read_json(run.path / folder / "proof.json")
     return proof
 
 
 def trained_method(run: Run) -> tuple[Method, Path]:
     """The method as `train` used it, and the checkpoint that it saved."""
     recipe = run.recipe
-    settings = json.loads((run.path / "train" / "settings.json").read_text(encoding="utf-8"))
-    summary = json.loads((run.path / "train" / "summary.json").read_text(encoding="utf-8"))
+    settings = read_json(run.path / "train" / "settings.json")
+    summary = read_json(run.path / "train" / "summary.json")
     chosen = {name: settings[name] for name in ("compute_dtype", "r", "lora_alpha")}
     return make_method(recipe, locate(recipe.model, recipe.revision), **chosen), run.path / summary["checkpoint"]
 
@@ -88,8 +87,7 @@ def _learned_stops(rows: Any) -> list[int]:
 
 def _teach_stops(generation: Any, tokenizer: Any, stops: list[int]) -> list[int]:
     """Make generation stop at the special ids that training used to end a turn; returns those that were missing."""
-    current = generation.eos_token_id
-    known = [] if current is None else [current] if isinstance(current, int) else list(current)
+    known = stop_ids(generation)
     special = set(tokenizer.added_tokens_decoder)
     added = [token for token in stops if token in special and token not in known]
     if added:

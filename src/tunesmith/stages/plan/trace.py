@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tunesmith.methods.base import enable_checkpointing
+from tunesmith.packing.attention import repeat_heads
 from tunesmith.packing.batch import Batch, PaddedCollator
 from tunesmith.packing.loss import summed_loss
 
@@ -44,7 +46,7 @@ class Peak:
     operator: str
 
 
-class StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves its constructor untyped
+class StorageMeter(TorchDispatchMode):
     """Counts the bytes of all storages that operators make, each once and until it is freed; works on real tensors too."""
 
     def __init__(self) -> None:
@@ -103,10 +105,11 @@ def as_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
     """Replace a meta model's parameters, buffers and quantisation constants by fake tensors on the CPU."""
     faker = _Faker(mode)
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = faker.tensor(tensor)  # type: ignore[assignment] # a parameter for a parameter
+                    tensors[name] = faker.tensor(tensor)
         for holder, name in quant_tensors(module):
             setattr(holder, name, faker.tensor(getattr(holder, name)))
 
@@ -131,7 +134,7 @@ def trace_step(
             meter.phase = "forward"
             value = loss(model, batch)
             meter.phase = "backward"
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             meter.phase = "optimizer"
             stepper.step()
             stepper.zero_grad()
@@ -152,9 +155,7 @@ def _plain_causal(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal SDPA without a mask: what rows of one length run. While tracing, transformers' own path builds a dense mask."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = repeat_heads(query, key), repeat_heads(query, value)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2), None
 
 
@@ -234,14 +235,11 @@ def build_model(config: Any, scenario: Scenario, device: str) -> Any:
     """The real modules of transformers and PEFT for a scenario, with random weights on `device` ("meta" or "cpu")."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=scenario.dtype, attn_implementation=PLAIN_ATTENTION)
-        if scenario.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
     if scenario.nf4:
         quantise(model, scenario.dtype)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        if scenario.gradient_checkpointing:
-            model.enable_input_require_grads()
+    if scenario.gradient_checkpointing:
+        enable_checkpointing(model)
     with torch.device(device):
         if scenario.r is not None:
             model = get_peft_model(model, LoraConfig(r=scenario.r, target_modules="all-linear"), autocast_adapter_dtype=False)

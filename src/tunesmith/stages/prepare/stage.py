@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from tunesmith.chat.formats import Message, to_messages
 from tunesmith.chat.template import ChatTemplate, Encoded
 from tunesmith.errors import CODES, DataError, Problem
-from tunesmith.io.atomic import sha256_bytes, sha256_file, write_json, write_text
+from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_jsonl, write_text
 from tunesmith.io.rows import read_rows
 from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.recipe import DataSection, Recipe
@@ -47,7 +46,7 @@ class Candidate:
     @property
     def key(self) -> str:
         """Equal for rows with the same conversation."""
-        return sha256_bytes(json.dumps(self.messages, sort_keys=True).encode("utf-8", "surrogatepass"))
+        return sha256_json(self.messages)
 
 
 @dataclass
@@ -95,7 +94,7 @@ def prepare(run: Run) -> dict[str, Any]:
     if not run.is_current("prepare", inputs):
         with run.perform("prepare", "data", inputs) as target:
             _write(run, folder, target)
-    ledger: dict[str, Any] = json.loads((run.path / "data" / "ledger.json").read_text(encoding="utf-8"))
+    ledger: dict[str, Any] = read_json(run.path / "data" / "ledger.json")
     return ledger
 
 
@@ -128,8 +127,8 @@ def _write(run: Run, model_folder: Path, target: Path) -> None:
         _write_test(Path(data.test), data, target, ledger)
     write_arrow(target / "train.arrow", train)
     write_arrow(target / "heldout.arrow", heldout)
-    _write_jsonl(target / "heldout.jsonl", [{"where": row.where, "messages": row.messages} for row in heldout])
-    _write_jsonl(target / "rejects.jsonl", ledger.rejects)
+    write_jsonl(target / "heldout.jsonl", [{"where": row.where, "messages": row.messages} for row in heldout])
+    write_jsonl(target / "rejects.jsonl", ledger.rejects)
     counts = ledger.as_dict()
     write_json(target / "ledger.json", counts)
     for reason, count in counts["reasons"].items():
@@ -218,17 +217,17 @@ def _encode(candidates: Sequence[Candidate], template: ChatTemplate, data: DataS
         chunk = candidates[start : start + _CHUNK]
         for candidate, result in zip(chunk, template.encode([c.messages for c in chunk]), strict=True):
             if isinstance(result, Problem):
-                problem = replace(result, where=candidate.where)
-                problems.append(problem)
                 if data.on_bad_row == "reject":
-                    ledger.reject(candidate.where, _REASONS[problem.code], problem.what)
+                    ledger.reject(candidate.where, _REASONS[result.code], result.what)
+                else:
+                    problems.append(replace(result, where=candidate.where))
             elif len(result.input_ids) > data.max_length:
                 detail = f"{len(result.input_ids)} tokens, data.max_length is {data.max_length}"
                 ledger.reject(candidate.where, "too-long", detail)
             else:
                 ledger.notes.update(result.notes)
                 rows.append(Candidate(candidate.where, candidate.messages, result))
-    if problems and data.on_bad_row == "error":
+    if problems:
         raise DataError(_shortened(problems))
     return rows
 
@@ -244,20 +243,13 @@ def _split(rows: list[Candidate], recipe: Recipe) -> tuple[list[Candidate], list
 def _write_test(path: Path, data: DataSection, target: Path, ledger: Ledger) -> None:
     """Test rows as conversations; they are generated from, not trained on, so they are not encoded here."""
     counts = Ledger()
-    rows = _read(path, data, counts)
-    usable = [row for row in rows if row.messages[-1]["role"] == "assistant"]
-    for row in rows:
-        if row.messages[-1]["role"] != "assistant":
+    usable: list[Candidate] = []
+    for row in _read(path, data, counts):
+        if row.messages[-1]["role"] == "assistant":
+            usable.append(row)
+        else:
             counts.reject(row.where, "no-reference", "the last turn is not an assistant's")
     counts.rows_heldout = len(usable)
     ledger.test = {key: value for key, value in counts.as_dict().items() if key in ("rows_in", "rows_rejected", "reasons")}
     ledger.test["rows_test"] = len(usable)
-    _write_jsonl(target / "test.jsonl", [{"where": row.where, "messages": row.messages} for row in usable])
-
-
-def _write_jsonl(path: Path, values: Sequence[dict[str, Any]]) -> None:
-    def lines() -> Iterator[str]:
-        for value in values:
-            yield json.dumps(value, ensure_ascii=False) + "\n"
-
-    write_text(path, "".join(lines()))
+    write_jsonl(target / "test.jsonl", [{"where": row.where, "messages": row.messages} for row in usable])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import append_jsonl
@@ -90,7 +90,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         super().__init__(model=model, args=arguments, train_dataset=rows, data_collator=collator)
         # What Trainer reads off the signature of a transformers model: our loss divides by the global token count.
         self.model_accepts_loss_kwargs = True
-        self.remove_callback(_printer())
+        self.remove_callback(PrinterCallback)
         self.metrics_path = metrics_path
         self.on_step = on_step
         self.history: list[StepMetrics] = []
@@ -153,12 +153,6 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.history.append(metrics)
         append_jsonl(self.metrics_path, vars(metrics))
         self.on_step(metrics, self.state.max_steps)
-
-
-def _printer() -> Any:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 def _not_finite(step: int, loss: float, norm: float) -> Problem:

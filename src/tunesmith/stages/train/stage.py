@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from transformers import set_seed
 from tunesmith.errors import DataError, Problem
 from tunesmith.hardware import Hardware, detect
 from tunesmith.hardware.memory import PeakMemory
-from tunesmith.io.atomic import commit_folder, write_json
+from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, make_method
 from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
@@ -42,7 +41,7 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
     if not run.is_current("train", inputs):
         with run.perform("train", "train", inputs, live=True) as folder:
             _train(run, model_folder, folder, console or Console(stderr=True))
-    summary: dict[str, Any] = json.loads((run.path / "train" / "summary.json").read_text(encoding="utf-8"))
+    summary: dict[str, Any] = read_json(run.path / "train" / "summary.json")
     return summary
 
 
@@ -117,7 +116,7 @@ def _figures(history: Sequence[StepMetrics]) -> dict[str, Any]:
 def _collator(run: Run, model: Any, pad_id: int | None, longest: int, folder: Path) -> Collator:
     """How rows become batches; an event where a tree was asked for and cannot be."""
     if not run.recipe.train.packing:
-        return PaddedCollator(pad_id if pad_id is not None else 0)
+        return PaddedCollator(pad_id)
     collator, reason = choose_collator(model.config, pad_id, longest)
     if reason is not None:
         run.event(folder, "packing-off", f"rows are padded: {reason}", reason=reason)
