@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from tests.shapes import SHAPE
 from tunesmith.packing.attention import Layout, tree_attention
 from tunesmith.packing.batch import TREE_ARCHITECTURES, PaddedCollator, collate_tree, labelled_count, reason_against_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
@@ -17,13 +18,8 @@ from tunesmith.packing.tree import build_tree
 
 VOCABULARY = 61
 SMALL: dict[str, Any] = {
+    **SHAPE,
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 128,
     "initializer_range": 0.2,  # large enough that attention is far from uniform
 }

@@ -9,17 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from tests.shapes import SHAPE
 from tunesmith.packing.batch import PaddedCollator, collate_tree, labelled_count
 from tunesmith.packing.loss import summed_loss
 
 SMALL: dict[str, Any] = {
+    **SHAPE,
     "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 64,
 }
 # Granite divides its logits: the loss must go through the model's own forward.
