@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from tests.shapes import SHAPE
+from tunesmith.packing import loss
 from tunesmith.packing.batch import PaddedCollator, collate_tree, labelled_count
 from tunesmith.packing.loss import summed_loss
 
@@ -63,6 +64,24 @@ def test_equal_to_the_models_own_loss_and_gradients(config: Any, lengths: tuple[
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("trained", [("head", "bias"), ("bias",), ()], ids=["head", "bias", "frozen"])
+def test_loss_in_chunks_equals_cross_entropy(trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """150 places in chunks of 64, weighted; value and gradients to the last digits."""
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    torch.manual_seed(0)
+    hidden = torch.randn(150, 16, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(40, 16, dtype=torch.float64, requires_grad="head" in trained)
+    bias = torch.randn(40, dtype=torch.float64, requires_grad="bias" in trained)
+    targets, weights = torch.randint(40, (150,)), torch.randint(1, 4, (150,)).float()
+    mine = loss._LinearCrossEntropy.apply(hidden, head, bias, targets, weights, True)
+    whole = torch.nn.functional.cross_entropy(hidden @ head.T + bias, targets, reduction="none")
+    theirs = (whole * weights).sum()
+    torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=0)
+    leaves = [leaf for leaf in (hidden, head, bias) if leaf.requires_grad]
+    for one, other in zip(torch.autograd.grad(mine / 7, leaves), torch.autograd.grad(theirs / 7, leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
 
 
 def test_padding_goes_by_length_and_not_by_pad_id() -> None:

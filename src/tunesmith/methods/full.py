@@ -10,13 +10,13 @@ from tunesmith.models.load import load_model
 
 
 class Full(Method):
-    """All weights, kept in float32 so that small updates are not rounded away; products run in the compute dtype."""
+    """All weights, in the compute dtype; the optimizer keeps float32 masters, so that small updates are not rounded away."""
 
     name: ClassVar[str] = "full"
     default_learning_rate: ClassVar[float] = 2e-5
 
     def build(self) -> Any:
-        model = load_model(self.folder, dtype="float32")
+        model = load_model(self.folder, dtype=self.compute_dtype)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
         return model

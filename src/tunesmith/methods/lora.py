@@ -10,7 +10,7 @@ from tunesmith.models.load import load_model
 
 
 class Lora(Method):
-    """Frozen base in the compute dtype, adapters in float32."""
+    """Frozen base in the compute dtype; adapters kept in float32, multiplied in the compute dtype."""
 
     name: ClassVar[str] = "lora"
     default_learning_rate: ClassVar[float] = 2e-4
@@ -19,17 +19,15 @@ class Lora(Method):
         """The frozen base model."""
         return load_model(self.folder, dtype=self.compute_dtype)
 
-    def prepare_base(self, base: Any) -> Any:
-        """The base as it goes into PEFT."""
-        if self.gradient_checkpointing:
-            enable_checkpointing(base)
-        return base
-
     def build(self) -> Any:
         import torch
         from peft import LoraConfig, get_peft_model
 
-        base = self.prepare_base(self.load_base())
+        from tunesmith.methods.adapter import fuse_adapters
+
+        base = self.load_base()
+        if self.gradient_checkpointing:
+            enable_checkpointing(base)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.adapter.r,
@@ -40,7 +38,9 @@ class Lora(Method):
             bias="none",
         )
         torch.manual_seed(self.adapter.seed)
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)  # makes the adapters float32
+        fuse_adapters(model)
+        return model
 
     def save(self, model: Any, folder: Path) -> None:
         model.save_pretrained(folder)

@@ -132,9 +132,7 @@ def tree_attention(
     if tree_layout is None or attention_mask is not None or dropout:
         raise ValueError("tree attention needs a tree layout, and neither a mask nor attention dropout")
     device = query.device.type
-    # As autocast does for SDPA: rotary embeddings leave query and key in float32.
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may leave them in float32
     key, value = repeat_heads(query, key), repeat_heads(query, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if device == "cpu":

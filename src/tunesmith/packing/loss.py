@@ -17,10 +17,24 @@ from tunesmith.packing.attention import NAME as TREE_ATTENTION
 _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 _NOT_INPUTS = ("sources", "targets", "weights", "row_tokens")
 
+CHUNK_BYTES = 2**27  # of float32 logits at once
+
 
 def _causal(model: Any) -> Any:
     """The causal language model itself, out of PEFT's wrapper if it is in one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _own_logits(causal: Any) -> bool:
+    """Whether the model changes its logits after the head, so that they must come out of its own forward."""
+    return any(getattr(causal.config, entry, None) for entry in _LOGIT_CHANGES)
+
+
+def _labelled_hidden(causal: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """(N, H) hidden states at the places of `sources`."""
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+    hidden: torch.Tensor = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
+    return hidden.flatten(0, 1)[batch["sources"]]
 
 
 def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -29,26 +43,94 @@ def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     `model` is a causal language model of transformers, with or without PEFT around it.
     """
     causal = _causal(model)
-    inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
     logits: torch.Tensor
-    if any(getattr(causal.config, entry, None) for entry in _LOGIT_CHANGES):
+    if _own_logits(causal):
+        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
         logits = causal(**inputs, use_cache=False).logits.flatten(0, 1)[batch["sources"]]
     else:
-        hidden = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
-        logits = causal.get_output_embeddings()(hidden.flatten(0, 1)[batch["sources"]])
+        logits = causal.get_output_embeddings()(_labelled_hidden(causal, batch))
     return logits
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Labelled places whose logits are made at once: about 128 MiB of them in float32, 64 places at least."""
+    return max(64, CHUNK_BYTES // (4 * vocabulary))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum_i weights_i * -log softmax(h_i W^T + bias)[target_i], with the gradients made on the way, chunk by chunk.
+
+    Kept for the backward pass: the gradient of the hidden states (N, H), and of W (V, H, float32) and bias where they are
+    trained; never logits (as in Liger's and torch's fused losses, but with a weight for each place).
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        with_gradients: bool,
+    ) -> torch.Tensor:
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        weights = weights.to(exact)
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        into_hidden = torch.empty_like(hidden) if with_gradients else None
+        into_head = torch.zeros_like(head, dtype=exact) if with_gradients and head.requires_grad else None
+        into_bias = torch.zeros_like(bias, dtype=exact) if with_gradients and bias is not None and bias.requires_grad else None
+        for begin in range(0, len(hidden), chunk_rows(len(head))):
+            part = slice(begin, begin + chunk_rows(len(head)))
+            logits = F.linear(hidden[part], head, bias).to(exact)
+            sums = logits.logsumexp(-1, keepdim=True)
+            picked = targets[part].unsqueeze(-1)
+            total += ((sums - logits.gather(-1, picked)).squeeze(-1) * weights[part]).sum()
+            if into_hidden is None:
+                continue
+            slopes = logits.sub_(sums).exp_()  # softmax, in place
+            slopes.scatter_add_(-1, picked, slopes.new_full((), -1.0).expand_as(picked))
+            slopes *= weights[part].unsqueeze(-1)
+            if into_bias is not None:
+                into_bias += slopes.sum(0)
+            slopes = slopes.to(hidden.dtype)
+            into_hidden[part] = slopes @ head
+            if into_head is not None:
+                into_head += slopes.T @ hidden[part]
+        context.made = (into_hidden, into_head, into_bias)
+        context.dtypes = (head.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        into_hidden, into_head, into_bias = context.made
+        context.made = (None, None, None)
+        head_dtype, bias_dtype = context.dtypes
+        into_hidden = into_hidden.mul_(gradient)
+        into_head = None if into_head is None else into_head.mul_(gradient).to(head_dtype)
+        into_bias = None if into_bias is None else into_bias.mul_(gradient).to(bias_dtype)
+        return into_hidden, into_head, into_bias, None, None, None
 
 
 def summed_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """Sum over the labelled tokens of all rows of -log p(token | tokens before it), in nats, a float32 scalar.
 
     A label that several rows share counts once for each, as if the rows had been computed one by one. In float64
-    where the model is, so that tests can be exact.
+    where the model is, so that tests can be exact. Its gradients can be taken once.
     """
-    logits = labelled_logits(model, batch)
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(exact, batch["targets"], reduction="none")
-    loss: torch.Tensor = (losses * batch["weights"]).sum()
+    causal = _causal(model)
+    targets, weights = batch["targets"], batch["weights"]
+    loss: torch.Tensor
+    if _own_logits(causal):
+        logits = labelled_logits(model, batch)
+        exact = logits if logits.dtype == torch.float64 else logits.float()
+        loss = (F.cross_entropy(exact, targets, reduction="none") * weights).sum()
+    else:
+        head = causal.get_output_embeddings()
+        hidden = _labelled_hidden(causal, batch)
+        bias = getattr(head, "bias", None)
+        made = (hidden, head.weight, bias, targets, weights, torch.is_grad_enabled())
+        loss = _LinearCrossEntropy.apply(*made)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -58,15 +140,12 @@ def use_tree_attention(model: Any, *, on: bool) -> None:
 
 
 class LossModel(torch.nn.Module):
-    """A causal language model whose forward is `summed_loss` in the compute dtype, so that wrappers (DDP) see it."""
+    """A causal language model whose forward is `summed_loss`, so that wrappers (DDP) see it."""
 
-    def __init__(self, model: Any, compute_dtype: str) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.compute_dtype = compute_dtype
 
     def forward(self, **batch: Any) -> torch.Tensor:
         """The summed loss of one batch."""
-        device = batch["input_ids"].device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.compute_dtype == "bfloat16"):
-            return summed_loss(self.model, batch)
+        return summed_loss(self.model, batch)

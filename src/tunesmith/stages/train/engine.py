@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import append_jsonl
+from tunesmith.methods.optimizers import MasterAdamW, gradient_norm
 from tunesmith.packing.batch import Collator, labelled_count
 from tunesmith.packing.loss import LossModel
 from tunesmith.recipe import Recipe
@@ -55,7 +56,6 @@ def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu
         warmup_steps=settings.warmup_steps,
         weight_decay=recipe.train.weight_decay,
         max_grad_norm=recipe.train.max_grad_norm,
-        optim="adamw_torch_fused",
         seed=recipe.seed,
         data_seed=recipe.seed,
         remove_unused_columns=False,
@@ -94,6 +94,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.metrics_path = metrics_path
         self.on_step = on_step
         self.history: list[StepMetrics] = []
+        self.masters: MasterAdamW | None = None
         self._tokens = 0
         self._computed = 0
         self._labelled = 0
@@ -103,6 +104,12 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         """Run all steps; the clock of the first one starts here."""
         self._begun = time.perf_counter()
         return super().train(*args, **kwargs)
+
+    def finish(self) -> None:
+        """Give the model the weights as they were trained, in float32, for saving."""
+        if self.masters is None:
+            raise AssertionError("finish comes after train")
+        self.masters.unload()
 
     def compute_loss(
         self,
@@ -120,6 +127,25 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         # Gradients are averaged over the ranks, so each gives its share times their number.
         loss: torch.Tensor = model(**inputs) / num_items_in_batch * self.accelerator.num_processes
         return loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with float32 masters; weight decay on matrices only."""
+        model = model or self.model
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        decayed = set(self.get_decay_parameter_names(model)) & trained.keys()
+        groups = [
+            {"params": [trained[name] for name in trained if name in decayed], "weight_decay": self.args.weight_decay},
+            {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
+        ]
+        self.masters = MasterAdamW([group for group in groups if group["params"]], lr=self.args.learning_rate)
+        self.optimizer: torch.optim.Optimizer = self.masters
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Scale the gradients down to `max_grad_norm` and return their norm before; in float32, also where they are bf16."""
+        norm = gradient_norm(model.parameters())
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
         """Labelled tokens of the global batch: of all micro-batches, on all ranks."""

@@ -62,7 +62,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
     meter.reset()
     with tempfile.TemporaryDirectory() as scratch, TrainProgress(recipe.method, settings.max_steps, console) as progress:
         engine = Engine(
-            LossModel(model, settings.compute_dtype),
+            LossModel(model),
             training_arguments(recipe, settings, Path(scratch), cpu=hardware.device == "cpu"),
             rows,
             collator,
@@ -71,6 +71,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         )
         engine.train()
     peak = meter.peak_bytes()
+    engine.finish()
     checkpoint = folder / "checkpoints" / f"step-{settings.max_steps:06d}"
     with commit_folder(checkpoint) as target:
         method.save(model, target)
