@@ -16,8 +16,8 @@ import torch
 from common import claim, parser, report
 from datasets import Dataset
 
+from tunesmith.methods.rounding import round_stochastically
 from tunesmith.runs import open_run
-from tunesmith.stages.export.rounding import round_stochastically
 from tunesmith.stages.export.stage import compare_probabilities, log_probabilities, trained_method
 
 PROBE_ROWS = 32

@@ -96,6 +96,10 @@ class TrainSection(Section):
     """Micro-batches for each optimizer step; `auto` follows from effective_batch_size."""
     packing: bool = True
     """Lay the rows of a micro-batch out as a prefix tree, so that what they share is computed once; else pad them."""
+    optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
+    """AdamW with float32 masters and states (12 bytes a bf16 weight), or with bf16 (4) or 8-bit (2) states and no masters."""
+    optimizer_in_backward: bool = False
+    """Update each weight as soon as its gradient is there and free the gradient; one micro-batch a step, clipped one by one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tunesmith.errors import RunError, TrainError
+from tunesmith.errors import RecipeError, RunError, TrainError
 from tunesmith.recipe import ResolvedRecipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
@@ -127,6 +127,23 @@ def test_learning_rate_warms_up_and_follows_the_cosine(make_recipe: MakeRecipe, 
     assert rates[0] == 0.0
     assert rates[2] == max(rates) == pytest.approx(2e-4)
     assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_bf16", "adamw_8bit"])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_every_optimizer_learns_in_bf16(make_recipe: MakeRecipe, tmp_path: Path, optim: str, in_backward: bool) -> None:
+    more = {"train__optim": optim, "train__optimizer_in_backward": in_backward, "train__compute_dtype": "bfloat16"}
+    more |= {"train__max_steps": 20, "train__learning_rate": 2e-3, "train__max_grad_norm": 100.0}
+    run = trained(make_recipe, tmp_path / "run", method="full", **more)
+    losses = [loss for (loss,) in metrics(run, "loss")]
+    assert losses[-1] < losses[0] - 0.4
+    assert all(0 < norm < 100 for (norm,) in metrics(run, "grad_norm"))
+
+
+def test_update_in_backward_refuses_accumulation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    more = {"train__optimizer_in_backward": True, "train__gradient_accumulation_steps": 2}
+    with pytest.raises(RecipeError, match="nothing left to accumulate"):
+        trained(make_recipe, tmp_path / "run", method="full", **more)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

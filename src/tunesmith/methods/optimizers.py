@@ -1,21 +1,82 @@
-"""AdamW for weights of any dtype: the arithmetic is in float32, whatever the model computes in."""
+"""AdamW for weights of any dtype, with states as small as asked for: the arithmetic is in float32, slice by slice.
+
+Bytes for each parameter of a bf16 model, beside the weight (2) and its gradient (2):
+
+    adamw        12      float32 master 4, states 4 + 4
+    adamw_bf16    4      states 2 + 2, the weight rounded stochastically instead of a master
+    adamw_8bit    2.03   states 1 + 1 in blocks of 256 with a float32 scale each, the weight rounded stochastically
+
+A float32 parameter (an adapter, or a float32 model) is its own master in each of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
 
+from tunesmith.methods.rounding import round_bits
 
-class MasterAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) on float32 copies of the parameters, fused.
+#: Parameters that are updated at once: the float32 copies of gradient, states and weight never exceed 4 x 32 MiB.
+SLICE = 2**23
+_BLOCK = 256  # values of an 8-bit state that share a scale (Dettmers et al. 2022, arXiv 2110.02861)
 
-    A bf16 weight keeps 8 bits of precision: an update below 1/256 of the weight would be rounded away, so updates go to a
-    float32 master and the weight is its rounding (mixed precision: Micikevicius et al. 2018, arXiv 1710.03740, section 3.1).
-    A parameter that is float32 already is its own master. Bytes for each bf16 parameter: 4 master, 8 states; while it
-    steps, 4 more for the gradient of the largest parameter.
+
+@cache
+def _code(signed: bool, device: torch.device) -> torch.Tensor:
+    """The dynamic 8-bit map: the 256 values between -1 (or 0) and 1 that a byte stands for, as bitsandbytes has it."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=signed).to(device)  # type: ignore[no-any-return] # bitsandbytes is untyped here
+
+
+class _State:
+    """A moment of one parameter, flat, in the optimizer's format; read and written in slices of float32."""
+
+    def __init__(self, parameter: torch.Tensor, bits: int, *, signed: bool) -> None:
+        device, count = parameter.device, parameter.numel()
+        exact = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        self.bits, self.signed = bits, signed
+        dtype = {32: exact, 16: torch.bfloat16, 8: torch.uint8}[bits]
+        self.values = torch.zeros(count, dtype=dtype, device=device)
+        self.scales = torch.zeros(-(-count // _BLOCK), device=device) if bits == 8 else None
+
+    def read(self, part: slice) -> torch.Tensor:
+        """The slice in float32; in the 32-bit format a view, which the update writes to directly."""
+        if self.scales is None:
+            values = self.values[part]
+            return values if self.bits == 32 else values.float()
+        code = _code(self.signed, self.values.device)
+        scales = self.scales[part.start // _BLOCK : -(-part.stop // _BLOCK)]
+        made: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(self.values[part], scales, code, _BLOCK, torch.float32)
+        return made
+
+    def write(self, part: slice, values: torch.Tensor, generator: torch.Generator) -> None:
+        """Put float32 `values` back."""
+        if self.bits == 32:
+            return  # `values` is a view of them
+        if self.scales is None:
+            self.values[part] = round_bits(values, generator)
+        else:
+            code = _code(self.signed, self.values.device)
+            quantised, scales = torch.ops.bitsandbytes.quantize_blockwise(values, code, _BLOCK)
+            self.values[part] = quantised
+            self.scales[part.start // _BLOCK : -(-part.stop // _BLOCK)] = scales
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps."""
+        return [self.values] if self.scales is None else [self.values, self.scales]
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) by torch's fused kernel, over slices of a parameter.
+
+    A bf16 weight keeps 8 bits of precision: an update below 1/256 of the weight would be rounded away. So the update goes
+    to a float32 master (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1), or is rounded stochastically, which keeps
+    it in expectation. `bits` is the size of each state: 32 (with masters), 16 or 8. `seed` decides the rounding.
     """
 
     def __init__(
@@ -25,18 +86,23 @@ class MasterAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        bits: int = 32,
+        seed: int = 0,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.bits = bits
+        device = self.param_groups[0]["params"][0].device
+        self.generator = torch.Generator(device).manual_seed(seed)
 
-    def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        state: dict[str, torch.Tensor] = self.state[parameter]
+    def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
         if not state:
-            own = parameter.dtype in {torch.float32, torch.float64}
-            master = parameter.detach() if own else parameter.detach().float()
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["master"] = master
-            state["exp_avg"] = torch.zeros_like(master)
-            state["exp_avg_sq"] = torch.zeros_like(master)
+            exact = parameter.dtype in {torch.float32, torch.float64}
+            state["step"] = 0
+            state["master"] = parameter.detach() if exact else parameter.detach().float() if self.bits == 32 else None
+            state["exp_avg"] = _State(parameter, self.bits, signed=True)
+            state["exp_avg_sq"] = _State(parameter, self.bits, signed=False)
         return state
 
     @torch.no_grad()
@@ -45,35 +111,84 @@ class MasterAdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("a closure is not supported")
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self._state_of(parameter)
-                master = state["master"]
-                adamw(
-                    [master],
-                    [parameter.grad.to(master.dtype)],
-                    [state["exp_avg"]],
-                    [state["exp_avg_sq"]],
-                    [],
-                    [state["step"]],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=beta1,
-                    beta2=beta2,
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
-                if master.dtype != parameter.dtype:
-                    parameter.copy_(master)
+                if parameter.grad is not None:
+                    self.update(parameter, group)
+
+    @torch.no_grad()
+    def update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        """One update of one parameter from its gradient, with the settings of its group."""
+        if parameter.grad is None:
+            raise ValueError("the parameter has no gradient")
+        state = self._state_of(parameter)
+        weight, gradient = parameter.detach().view(-1), parameter.grad.reshape(-1)
+        master = None if state["master"] is None else state["master"].view(-1)
+        for begin in range(0, len(weight), SLICE):
+            part = slice(begin, min(begin + SLICE, len(weight)))
+            target = weight[part].float() if master is None else master[part]
+            moments = [state[name].read(part) for name in ("exp_avg", "exp_avg_sq")]
+            step = torch.tensor(float(state["step"]), device=weight.device)
+            beta1, beta2 = group["betas"]
+            adamw(
+                [target],
+                [gradient[part].to(target.dtype)],
+                [moments[0]],
+                [moments[1]],
+                [],
+                [step],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for name, values in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+                state[name].write(part, values, self.generator)
+            if master is None:
+                weight[part] = round_bits(target, self.generator)
+            elif master.dtype != weight.dtype:
+                weight[part] = target.to(weight.dtype)
+        state["step"] += 1
 
     def unload(self) -> None:
         """Put the masters in the place of the rounded parameters: the model is then what was trained, in float32."""
         for parameter, state in self.state.items():
-            parameter.data = state["master"]
+            if state["master"] is not None:
+                parameter.data = state["master"]
+
+
+class InBackward:
+    """Updates each parameter as soon as its gradient is there, and frees the gradient: never more than a few are alive.
+
+    (Lv et al. 2023, arXiv 2306.09782.) The norm over all gradients is known only when it is too late to clip by it, so each
+    parameter's gradient is clipped to `max_grad_norm` on its own. `norms` holds the step's norms before that.
+    """
+
+    def __init__(self, optimizer: AdamW, max_grad_norm: float) -> None:
+        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+        self.norms: list[torch.Tensor] = []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(self._hook(group))
+
+    def _hook(self, group: dict[str, Any]) -> Callable[[torch.Tensor], None]:
+        def update(parameter: torch.Tensor) -> None:
+            norm = gradient_norm([parameter])
+            self.norms.append(norm)
+            torch.nn.utils.clip_grads_with_norm_([parameter], self.max_grad_norm, norm)
+            self.optimizer.update(parameter, group)
+            parameter.grad = None
+
+        return update
+
+    def take_norm(self) -> torch.Tensor:
+        """The norm over all gradients since the last call."""
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(self.norms))
+        self.norms = []
+        return norm
 
 
 def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -12,11 +12,11 @@ from datasets import Dataset, concatenate_datasets
 from tunesmith.errors import ExportError, Problem
 from tunesmith.io.atomic import read_json, write_json
 from tunesmith.methods import Method, make_method
+from tunesmith.methods.rounding import round_model
 from tunesmith.models.load import load_model, load_tokenizer, locate, stop_ids
 from tunesmith.packing.batch import PaddedCollator, to_device
 from tunesmith.packing.loss import labelled_logits
 from tunesmith.runs import Run
-from tunesmith.stages.export.rounding import round_model
 
 PROBE_ROWS = 16
 #: Largest mean KL divergence (nats a token) between trained and exported; stochastic rounding to bf16

@@ -19,10 +19,10 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import append_jsonl
-from tunesmith.methods.optimizers import MasterAdamW, gradient_norm
+from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
 from tunesmith.packing.batch import Collator, labelled_count
 from tunesmith.packing.loss import LossModel
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, TrainSection
 from tunesmith.stages.train.settings import Settings
 
 
@@ -81,6 +81,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self,
         model: LossModel,
         arguments: TrainingArguments,
+        asked: TrainSection,
         rows: Any,
         collator: Collator,
         *,
@@ -94,7 +95,9 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.metrics_path = metrics_path
         self.on_step = on_step
         self.history: list[StepMetrics] = []
-        self.masters: MasterAdamW | None = None
+        self.asked = asked
+        self.adamw: AdamW | None = None
+        self.in_backward: InBackward | None = None
         self._tokens = 0
         self._computed = 0
         self._labelled = 0
@@ -107,9 +110,9 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
 
     def finish(self) -> None:
         """Give the model the weights as they were trained, in float32, for saving."""
-        if self.masters is None:
+        if self.adamw is None:
             raise AssertionError("finish comes after train")
-        self.masters.unload()
+        self.adamw.unload()
 
     def compute_loss(
         self,
@@ -126,10 +129,13 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self._labelled += labelled_count(inputs)
         # Gradients are averaged over the ranks, so each gives its share times their number.
         loss: torch.Tensor = model(**inputs) / num_items_in_batch * self.accelerator.num_processes
+        if self.in_backward is not None and not math.isfinite(float(loss.detach())):
+            # The weights would be updated before the norm is known.
+            raise TrainError(_not_finite(self.state.global_step + 1, float(loss.detach()), math.nan))
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with float32 masters; weight decay on matrices only."""
+        """AdamW in the format that the recipe names; weight decay on matrices only."""
         model = model or self.model
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         decayed = set(self.get_decay_parameter_names(model)) & trained.keys()
@@ -137,12 +143,18 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             {"params": [trained[name] for name in trained if name in decayed], "weight_decay": self.args.weight_decay},
             {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
         ]
-        self.masters = MasterAdamW([group for group in groups if group["params"]], lr=self.args.learning_rate)
-        self.optimizer: torch.optim.Optimizer = self.masters
+        bits = {"adamw": 32, "adamw_bf16": 16, "adamw_8bit": 8}[self.asked.optim]
+        groups = [group for group in groups if group["params"]]
+        self.adamw = AdamW(groups, lr=self.args.learning_rate, bits=bits, seed=self.args.seed)
+        if self.asked.optimizer_in_backward:
+            self.in_backward = InBackward(self.adamw, self.args.max_grad_norm)
+        self.optimizer: torch.optim.Optimizer = self.adamw
         return self.optimizer
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         """Scale the gradients down to `max_grad_norm` and return their norm before; in float32, also where they are bf16."""
+        if self.in_backward is not None:
+            return self.in_backward.take_norm()
         norm = gradient_norm(model.parameters())
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
         return norm

@@ -6,8 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tunesmith.errors import Problem, RecipeError
 from tunesmith.hardware import Hardware
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, TrainSection
 
 #: Rank by number of train rows: (rows below, r). More data can fill a larger update. The row 10k-100k is ours.
 RANKS: tuple[tuple[float, int], ...] = ((1_000, 8), (10_000, 16), (100_000, 32), (math.inf, 64))
@@ -82,11 +83,25 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
     )
 
 
+def _one_micro_batch(asked: TrainSection, micro: int) -> None:
+    """Raise RecipeError where an update in the backward pass was asked for together with several micro-batches a step."""
+    steps, batch = asked.gradient_accumulation_steps, asked.effective_batch_size
+    if steps not in {"auto", 1} or batch not in {"auto", micro}:
+        what = f"gradient_accumulation_steps {steps} or effective_batch_size {batch} does not go with optimizer_in_backward"
+        why = "weights move with each micro-batch, there is nothing left to accumulate"
+        fix = f"leave both to auto, or use optimizer_in_backward: false (one step is {micro} rows)"
+        raise RecipeError(Problem("TS003", what, "train", why, fix))
+
+
 def _batch(recipe: Recipe, rows: int, reasons: dict[str, str]) -> tuple[int, int, int]:
     """Micro-batch, accumulation and effective batch, whose product is exact; a micro-batch that is too large shrinks."""
     asked = recipe.train
     micro = min(asked.per_device_train_batch_size, rows)
-    if asked.gradient_accumulation_steps != "auto":
+    if asked.optimizer_in_backward:
+        _one_micro_batch(asked, micro)
+        accumulation = 1
+        reasons["effective_batch_size"] = "optimizer_in_backward steps after each micro-batch"
+    elif asked.gradient_accumulation_steps != "auto":
         accumulation = asked.gradient_accumulation_steps
         reasons["effective_batch_size"] = "per_device_train_batch_size x gradient_accumulation_steps"
     else:

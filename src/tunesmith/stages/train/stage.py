@@ -64,6 +64,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         engine = Engine(
             LossModel(model),
             training_arguments(recipe, settings, Path(scratch), cpu=hardware.device == "cpu"),
+            recipe.train,
             rows,
             collator,
             metrics_path=folder / "metrics.jsonl",

@@ -25,8 +25,13 @@ def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> to
         raise ValueError(f"expected float32, got {values.dtype}")
     if not bool(torch.isfinite(values).all()):
         raise ValueError("a weight is not finite")
+    return round_bits(values, generator)
+
+
+def round_bits(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """`round_stochastically` without its checks. The noise is drawn on the generator's device; what is not finite stays so."""
     bits = values.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << _DROPPED_BITS, bits.shape, generator=generator, dtype=torch.int32)
+    noise = torch.randint(0, 1 << _DROPPED_BITS, bits.shape, generator=generator, dtype=torch.int32, device=generator.device)
     # Adding noise below the kept bits carries into them with the odds wanted; the rest is cut off.
     kept = (bits + noise.to(bits.device)) & -(1 << _DROPPED_BITS)
     return kept.view(torch.float32).to(torch.bfloat16)
