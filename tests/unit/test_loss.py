@@ -7,10 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from tests.shapes import SHAPE
-from tunesmith.packing import loss
+from tunesmith.packing import chunks, loss
 from tunesmith.packing.batch import PaddedCollator, collate_tree, labelled_count
 from tunesmith.packing.loss import summed_loss
 
@@ -26,6 +35,7 @@ CONFIGS = [
     Qwen3Config(**SMALL),
     MistralConfig(**SMALL),
     GemmaConfig(**SMALL),
+    Gemma2Config(**SMALL, final_logit_softcapping=2.0),
     GraniteConfig(**SMALL, logits_scaling=4.0),
 ]
 
@@ -67,16 +77,21 @@ def test_equal_to_the_models_own_loss_and_gradients(config: Any, lengths: tuple[
 
 
 @pytest.mark.parametrize("trained", [("head", "bias"), ("bias",), ()], ids=["head", "bias", "frozen"])
-def test_loss_in_chunks_equals_cross_entropy(trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_loss_in_chunks_equals_cross_entropy(
+    trained: tuple[str, ...], cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """150 places in chunks of 64, weighted; value and gradients to the last digits."""
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     torch.manual_seed(0)
     hidden = torch.randn(150, 16, dtype=torch.float64, requires_grad=True)
     head = torch.randn(40, 16, dtype=torch.float64, requires_grad="head" in trained)
     bias = torch.randn(40, dtype=torch.float64, requires_grad="bias" in trained)
     targets, weights = torch.randint(40, (150,)), torch.randint(1, 4, (150,)).float()
-    mine = loss._LinearCrossEntropy.apply(hidden, head, bias, targets, weights, True)
-    whole = torch.nn.functional.cross_entropy(hidden @ head.T + bias, targets, reduction="none")
+    mine = loss._LinearCrossEntropy.apply(hidden, head, bias, targets, weights, cap, True)
+    logits = hidden @ head.T + bias
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    whole = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     theirs = (whole * weights).sum()
     torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=0)
     leaves = [leaf for leaf in (hidden, head, bias) if leaf.requires_grad]

@@ -60,8 +60,8 @@ def test_gradient_norm_of_bf16_is_exact_in_float32() -> None:
 
 @pytest.mark.parametrize(("bits", "error"), [(16, 0.1), (8, 0.11)])
 def test_small_states_follow_the_exact_ones(bits: int, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 steps on a quadratic: the way taken differs from exact AdamW's by the rounding; several slices, the last one short."""
-    monkeypatch.setattr(optimizers, "SLICE", 1024)
+    """100 steps on a quadratic: the way taken differs from exact AdamW's by the rounding; in slices, the last one short."""
+    monkeypatch.setattr(optimizers, "OPTIMIZER_SLICE", 1024)
     generator = torch.Generator().manual_seed(0)
     start, goal = (torch.randn(2500, generator=generator) for _ in range(2))
     ways = []

@@ -9,6 +9,21 @@ from tunesmith.methods.base import Method, enable_checkpointing
 from tunesmith.models.load import load_model
 
 
+def adapter_targets(model: Any, asked: str | list[str]) -> str | list[str]:
+    """Which modules get an adapter: what was asked for, but in a mixture of experts `all-linear` means linear layers alone.
+
+    PEFT would adapt the experts' 3-D weights too, by making the whole product of each adapter a weight again in every step:
+    as much memory as a second set of experts.
+    """
+    if asked != "all-linear" or not any(getattr(model.config, key, None) for key in ("num_experts", "num_local_experts")):
+        return asked
+    import torch
+
+    head = model.get_output_embeddings()
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
 class Lora(Method):
     """Frozen base in the compute dtype; adapters kept in float32, multiplied in the compute dtype."""
 
@@ -33,7 +48,7 @@ class Lora(Method):
             r=self.adapter.r,
             lora_alpha=self.adapter.lora_alpha,
             lora_dropout=self.adapter.lora_dropout,
-            target_modules=self.adapter.target_modules,
+            target_modules=adapter_targets(base, self.adapter.target_modules),
             use_rslora=self.adapter.use_rslora,
             bias="none",
         )

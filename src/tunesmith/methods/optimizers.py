@@ -12,25 +12,17 @@ A float32 parameter (an adapter, or a float32 model) is its own master in each o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 import torch
+from bitsandbytes.functional import create_dynamic_map
 from torch.optim.adamw import adamw
 
 from tunesmith.methods.rounding import round_bits
+from tunesmith.methods.sizes import OPTIMIZER_SLICE, STATE_BLOCK
 
-#: Parameters that are updated at once: the float32 copies of gradient, states and weight never exceed 4 x 32 MiB.
-SLICE = 2**23
-_BLOCK = 256  # values of an 8-bit state that share a scale (Dettmers et al. 2022, arXiv 2110.02861)
-
-
-@cache
-def _code(signed: bool, device: torch.device) -> torch.Tensor:
-    """The dynamic 8-bit map: the 256 values between -1 (or 0) and 1 that a byte stands for, as bitsandbytes has it."""
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map(signed=signed).to(device)  # type: ignore[no-any-return] # bitsandbytes is untyped here
+#: The 256 values between -1 (or 0, unsigned) and 1 that a byte stands for: bitsandbytes' dynamic map.
+_VALUES: dict[bool, list[float]] = {signed: create_dynamic_map(signed=signed).tolist() for signed in (False, True)}
 
 
 class _State:
@@ -39,19 +31,21 @@ class _State:
     def __init__(self, parameter: torch.Tensor, bits: int, *, signed: bool) -> None:
         device, count = parameter.device, parameter.numel()
         exact = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        self.bits, self.signed = bits, signed
+        self.bits = bits
         dtype = {32: exact, 16: torch.bfloat16, 8: torch.uint8}[bits]
         self.values = torch.zeros(count, dtype=dtype, device=device)
-        self.scales = torch.zeros(-(-count // _BLOCK), device=device) if bits == 8 else None
+        self.scales = torch.zeros(-(-count // STATE_BLOCK), device=device) if bits == 8 else None
+        self.code = torch.tensor(_VALUES[signed], device=device) if bits == 8 else None
 
     def read(self, part: slice) -> torch.Tensor:
         """The slice in float32; in the 32-bit format a view, which the update writes to directly."""
         if self.scales is None:
             values = self.values[part]
             return values if self.bits == 32 else values.float()
-        code = _code(self.signed, self.values.device)
-        scales = self.scales[part.start // _BLOCK : -(-part.stop // _BLOCK)]
-        made: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(self.values[part], scales, code, _BLOCK, torch.float32)
+        scales = self.scales[part.start // STATE_BLOCK : -(-part.stop // STATE_BLOCK)]
+        made: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+            self.values[part], scales, self.code, STATE_BLOCK, torch.float32
+        )
         return made
 
     def write(self, part: slice, values: torch.Tensor, generator: torch.Generator) -> None:
@@ -61,10 +55,9 @@ class _State:
         if self.scales is None:
             self.values[part] = round_bits(values, generator)
         else:
-            code = _code(self.signed, self.values.device)
-            quantised, scales = torch.ops.bitsandbytes.quantize_blockwise(values, code, _BLOCK)
+            quantised, scales = torch.ops.bitsandbytes.quantize_blockwise(values, self.code, STATE_BLOCK)
             self.values[part] = quantised
-            self.scales[part.start // _BLOCK : -(-part.stop // _BLOCK)] = scales
+            self.scales[part.start // STATE_BLOCK : -(-part.stop // STATE_BLOCK)] = scales
 
     def tensors(self) -> list[torch.Tensor]:
         """What it keeps."""
@@ -123,8 +116,8 @@ class AdamW(torch.optim.Optimizer):
         state = self._state_of(parameter)
         weight, gradient = parameter.detach().view(-1), parameter.grad.reshape(-1)
         master = None if state["master"] is None else state["master"].view(-1)
-        for begin in range(0, len(weight), SLICE):
-            part = slice(begin, min(begin + SLICE, len(weight)))
+        for begin in range(0, len(weight), OPTIMIZER_SLICE):
+            part = slice(begin, min(begin + OPTIMIZER_SLICE, len(weight)))
             target = weight[part].float() if master is None else master[part]
             moments = [state[name].read(part) for name in ("exp_avg", "exp_avg_sq")]
             step = torch.tensor(float(state["step"]), device=weight.device)

@@ -44,16 +44,19 @@ class Layout:
 
 
 class _TreeAttention(torch.autograd.Function):
-    """softmax(q k^T scale) v over the blocks of a tree; q, k, v and the result are (1, H, T, D)."""
+    """softmax(q k^T scale) v over the blocks of a tree; q and the result are (1, H, T, D), k and v (1, H_kv, T, D).
+
+    Keys and values are saved as they come and repeated for their query heads block by block.
+    """
 
     @staticmethod
     def forward(
         context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Sequence[Node], scale: float
     ) -> torch.Tensor:
         exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-        merged = torch.empty(query.shape, dtype=exact)
-        # Log-sum-exp of each query's scores so far, laid out in memory as the kernel lays out its own.
-        batch, heads, length, _ = query.shape
+        batch, heads, length, size = query.shape
+        # In memory (B, T, H, D), as the output projection reads it; the log-sum-exps of each query's scores so far likewise.
+        merged = torch.empty((batch, length, heads, size), dtype=exact).transpose(1, 2)
         weight = torch.empty((batch, length, heads), dtype=exact).transpose(1, 2)
         for node in nodes:
             own = slice(node.start, node.end)
@@ -85,8 +88,8 @@ class _TreeAttention(torch.autograd.Function):
                 parts = _backward(
                     gradient[:, :, queries],
                     query[:, :, queries],
-                    key[:, :, own],
-                    value[:, :, own],
+                    repeat_heads(query, key[:, :, own]),
+                    repeat_heads(query, value[:, :, own]),
                     result[:, :, queries],
                     weight[:, :, queries],
                     0.0,
@@ -94,7 +97,7 @@ class _TreeAttention(torch.autograd.Function):
                     scale=context.scale,
                 )
                 for total, part, where in zip(grads, parts, (queries, own, own), strict=True):
-                    total[:, :, where] += part
+                    total[:, :, where] += part if part.shape[1] == total.shape[1] else _sum_heads(part, total.shape[1])
         return (*(grad.to(query.dtype) for grad in grads), None, None)
 
 
@@ -103,9 +106,20 @@ def _block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of some queries to some keys, and the log-sum-exp of their scores."""
     parts: tuple[torch.Tensor, torch.Tensor] = _forward(
-        query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale
+        query[:, :, queries],
+        repeat_heads(query, key[:, :, keys]),
+        repeat_heads(query, value[:, :, keys]),
+        0.0,
+        causal,
+        scale=scale,
     )
     return parts
+
+
+def _sum_heads(repeated: torch.Tensor, heads: int) -> torch.Tensor:
+    """The reverse of `repeat_heads` for gradients: (B, H, T, D) summed to (B, `heads`, T, D)."""
+    summed: torch.Tensor = repeated.unflatten(1, (heads, -1)).sum(2)
+    return summed
 
 
 def repeat_heads(query: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
@@ -133,12 +147,12 @@ def tree_attention(
         raise ValueError("tree attention needs a tree layout, and neither a mask nor attention dropout")
     device = query.device.type
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may leave them in float32
-    key, value = repeat_heads(query, key), repeat_heads(query, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if device == "cpu":
         result: torch.Tensor = _TreeAttention.apply(query, key, value, tree_layout.nodes, scale)  # type: ignore[no-untyped-call]
     else:
         mask = tree_layout.mask(query.device)
+        key, value = repeat_heads(query, key), repeat_heads(query, value)
         result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return result.transpose(1, 2), None
 

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
+from tunesmith.packing.chunks import chunk_rows
 
 #: Config entries of models that change their logits after the head; those go through the model's own forward.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_LOGIT_CHANGES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 _NOT_INPUTS = ("sources", "targets", "weights", "row_tokens")
-
-CHUNK_BYTES = 2**27  # of float32 logits at once
 
 
 def _causal(model: Any) -> Any:
@@ -28,6 +27,12 @@ def _causal(model: Any) -> Any:
 def _own_logits(causal: Any) -> bool:
     """Whether the model changes its logits after the head, so that they must come out of its own forward."""
     return any(getattr(causal.config, entry, None) for entry in _LOGIT_CHANGES)
+
+
+def _cap(causal: Any) -> float | None:
+    """What the logits are bent towards, as cap x tanh(logits / cap) (Gemma 2, arXiv 2408.00118); None where they are not."""
+    cap: float | None = getattr(causal.config, "final_logit_softcapping", None)
+    return cap
 
 
 def _labelled_hidden(causal: Any, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -49,16 +54,39 @@ def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         logits = causal(**inputs, use_cache=False).logits.flatten(0, 1)[batch["sources"]]
     else:
         logits = causal.get_output_embeddings()(_labelled_hidden(causal, batch))
+        cap = _cap(causal)
+        logits = logits if cap is None else (logits / cap).tanh() * cap
     return logits
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Labelled places whose logits are made at once: about 128 MiB of them in float32, 64 places at least."""
-    return max(64, CHUNK_BYTES // (4 * vocabulary))
+def _chunk(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    cap: float | None,
+    with_slopes: bool,
+) -> tuple[torch.Tensor, Any]:
+    """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of exact logits."""
+    logits = F.linear(hidden, head, bias).to(weights.dtype)
+    bent = None if cap is None else logits.div_(cap).tanh_()
+    logits = logits if bent is None else bent * cap
+    picked = targets.unsqueeze(-1)
+    right, top = logits.gather(-1, picked), logits.amax(-1, keepdim=True)
+    sums = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    weights = weights.unsqueeze(-1)
+    loss = ((sums.log() + top - right) * weights).sum()
+    if not with_slopes:
+        return loss, None
+    slopes = logits.mul_(weights / sums).scatter_add_(-1, picked, -weights)
+    if bent is not None:
+        slopes *= bent.square_().neg_().add_(1)  # the derivative of tanh
+    return loss, slopes.to(hidden.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_i weights_i * -log softmax(h_i W^T + bias)[target_i], with the gradients made on the way, chunk by chunk.
+    """Sum over i of -weights_i log softmax(cap(h_i W^T + bias))[target_i], with the gradients made on the way, chunk by chunk.
 
     Kept for the backward pass: the gradient of the hidden states (N, H), and of W (V, H, float32) and bias where they are
     trained; never logits (as in Liger's and torch's fused losses, but with a weight for each place).
@@ -72,6 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         weights: torch.Tensor,
+        cap: float | None,
         with_gradients: bool,
     ) -> torch.Tensor:
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -82,21 +111,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         into_bias = torch.zeros_like(bias, dtype=exact) if with_gradients and bias is not None and bias.requires_grad else None
         for begin in range(0, len(hidden), chunk_rows(len(head))):
             part = slice(begin, begin + chunk_rows(len(head)))
-            logits = F.linear(hidden[part], head, bias).to(exact)
-            sums = logits.logsumexp(-1, keepdim=True)
-            picked = targets[part].unsqueeze(-1)
-            total += ((sums - logits.gather(-1, picked)).squeeze(-1) * weights[part]).sum()
-            if into_hidden is None:
-                continue
-            slopes = logits.sub_(sums).exp_()  # softmax, in place
-            slopes.scatter_add_(-1, picked, slopes.new_full((), -1.0).expand_as(picked))
-            slopes *= weights[part].unsqueeze(-1)
-            if into_bias is not None:
-                into_bias += slopes.sum(0)
-            slopes = slopes.to(hidden.dtype)
-            into_hidden[part] = slopes @ head
+            loss, slopes = _chunk(hidden[part], head, bias, targets[part], weights[part], cap, with_gradients)
+            total += loss
+            if into_hidden is not None:
+                into_hidden[part] = slopes @ head
             if into_head is not None:
                 into_head += slopes.T @ hidden[part]
+            if into_bias is not None:
+                into_bias += slopes.sum(0, dtype=exact)
+            del slopes  # else it lives on while the next chunk is made
         context.made = (into_hidden, into_head, into_bias)
         context.dtypes = (head.dtype, None if bias is None else bias.dtype)
         return total
@@ -109,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         into_hidden = into_hidden.mul_(gradient)
         into_head = None if into_head is None else into_head.mul_(gradient).to(head_dtype)
         into_bias = None if into_bias is None else into_bias.mul_(gradient).to(bias_dtype)
-        return into_hidden, into_head, into_bias, None, None, None
+        return into_hidden, into_head, into_bias, None, None, None, None
 
 
 def summed_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -129,7 +152,7 @@ def summed_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         head = causal.get_output_embeddings()
         hidden = _labelled_hidden(causal, batch)
         bias = getattr(head, "bias", None)
-        made = (hidden, head.weight, bias, targets, weights, torch.is_grad_enabled())
+        made = (hidden, head.weight, bias, targets, weights, _cap(causal), torch.is_grad_enabled())
         loss = _LinearCrossEntropy.apply(*made)  # type: ignore[no-untyped-call]
     return loss
 

@@ -8,7 +8,8 @@ run, since the optimizer's states are made in the first.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,21 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tunesmith.methods.adapter import fuse_adapters
 from tunesmith.methods.base import enable_checkpointing
-from tunesmith.packing.attention import repeat_heads
-from tunesmith.packing.batch import Batch, PaddedCollator
+from tunesmith.methods.lora import adapter_targets
+from tunesmith.methods.optimizers import AdamW, InBackward
+from tunesmith.methods.sizes import STATE_BITS
+from tunesmith.packing.attention import NAME as TREE_ATTENTION
+from tunesmith.packing.attention import Layout
+from tunesmith.packing.batch import Batch
 from tunesmith.packing.loss import summed_loss
+from tunesmith.packing.tree import Node
+from tunesmith.stages.plan.scenario import Scenario
 
 BLOCK = 512  # bytes: what CUDA's caching allocator rounds a request up to
 
@@ -37,13 +46,31 @@ def rounded(size: int) -> int:
 
 
 @dataclass(frozen=True)
+class Held:
+    """A storage that was alive at the peak: its bytes, the operator that made it, and in which phase."""
+
+    size: int
+    operator: str
+    phase: str
+
+
+@dataclass(frozen=True)
 class Peak:
-    """The highest point of a trace: bytes, the phase (`forward`, `backward`, `optimizer`) and the operator there."""
+    """The highest point of a trace: bytes, where it was reached, and what was alive there beyond `resident_bytes`.
+
+    `resident_bytes` is what the model itself takes; `flops` are those of one step (two for a multiply-add), by operator.
+    """
 
     total_bytes: int
     resident_bytes: int
     phase: str
     operator: str
+    held: tuple[Held, ...]
+    flops: Mapping[str, int]
+
+    def largest(self, count: int = 10) -> list[Held]:
+        """The largest storages alive at the peak."""
+        return sorted(self.held, key=lambda held: -held.size)[:count]
 
 
 class StorageMeter(TorchDispatchMode):
@@ -53,8 +80,11 @@ class StorageMeter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase = "build"
         self.live = 0
-        self.peak = Peak(0, 0, "build", "")
-        self._known: set[int] = set()
+        self.high = (0, 0, "build", "")  # bytes, moment, phase, operator
+        self.flops: Counter[str] = Counter()
+        self._moment = 0
+        self._known: dict[int, tuple[int, Held]] = {}  # storage -> when it was made
+        self._lives: list[tuple[int, int, Held]] = []  # of those that are gone: made, freed
 
     def hold(self, tensor: torch.Tensor, operator: str = "") -> None:
         """Count the storage of `tensor` if it is new, until it is freed."""
@@ -63,23 +93,59 @@ class StorageMeter(TorchDispatchMode):
         size = rounded(storage.nbytes())
         if key in self._known or size == 0:
             return
-        self._known.add(key)
+        self._moment += 1
+        self._known[key] = (self._moment, Held(size, operator, self.phase))
         self.live += size
-        weakref.finalize(storage, self._release, key, size)
-        if self.live > self.peak.total_bytes:
-            self.peak = Peak(self.live, 0, self.phase, operator)
+        weakref.finalize(storage, self._release, key)
+        if self.live > self.high[0]:
+            self.high = (self.live, self._moment, self.phase, operator)
 
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+    def _release(self, key: int) -> None:
+        made, held = self._known.pop(key)
+        self.live -= held.size
+        self._moment += 1
+        self._lives.append((made, self._moment, held))
+
+    def alive_at_peak(self) -> list[Held]:
+        """Every storage that was alive when the most bytes were."""
+        moment = self.high[1]
+        gone = [held for made, freed, held in self._lives if made <= moment < freed]
+        return gone + [held for made, held in self._known.values() if made <= moment]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and count what it made."""
+        """Run the operator and count what it made and computed."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.hold(leaf, str(func))
+        count = FLOPS.get(func.overloadpacket)
+        if count is not None:
+            self.flops[func.overloadpacket.__name__] += count(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def _flash_flops(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Of flash attention, forward: two products of (queries x keys x head size); a causal mask is not taken off."""
+    return 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
+
+
+def _flash_backward_flops(_: Any, query: torch.Tensor, key: torch.Tensor, *__: Any, **___: Any) -> int:
+    """Of flash attention, backward: five products, the scores being made again."""
+    return 10 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
+
+
+def _four_bit_flops(x: torch.Tensor, _: Any, shape: Sequence[int], *__: Any, **___: Any) -> int:
+    """Of bitsandbytes' product with a 4-bit weight."""
+    return 2 * x.numel() * shape[0]
+
+
+#: FLOPs of an operator by its arguments: torch's own counts, and those of flash attention on CPU.
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward_flops,
+    torch.ops.bitsandbytes.gemm_4bit: _four_bit_flops,
+}
 
 
 class _Faker:
@@ -114,32 +180,54 @@ def as_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
             setattr(holder, name, faker.tensor(getattr(holder, name)))
 
 
-def trace_step(
-    model: torch.nn.Module,
-    batch: Mapping[str, Any],
-    loss: Callable[[Any, Mapping[str, Any]], torch.Tensor],
-    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
-) -> Peak:
+def trace_step(model: torch.nn.Module, batch: Batch, scenario: Scenario) -> Peak:
     """The peak of two training steps of `model` on `batch`; both fake, or both real."""
     meter = StorageMeter()
     for tensor in (*model.parameters(), *model.buffers()):
-        meter.hold(tensor)
+        meter.hold(tensor, "weights")
     for module in model.modules():
         for holder, name in quant_tensors(module):
-            meter.hold(getattr(holder, name))
+            meter.hold(getattr(holder, name), "weights")
     resident = meter.live
-    stepper = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
+    for value in batch.values():
+        if isinstance(value, torch.Tensor):
+            meter.hold(value, "batch")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with meter:
+        optimizer = make_optimizer(trained, scenario)
         for _ in range(2):
-            meter.phase = "forward"
-            value = loss(model, batch)
-            meter.phase = "backward"
-            value.backward()
+            meter.flops.clear()
+            for _ in range(2 if scenario.accumulating else 1):
+                meter.phase = "forward"
+                loss = _stock_loss(model, batch) if scenario.stock else summed_loss(model, batch)
+                meter.phase = "backward"
+                loss.backward()
+                del loss
             meter.phase = "optimizer"
-            stepper.step()
-            stepper.zero_grad()
-            del value
-    return Peak(meter.peak.total_bytes, resident, meter.peak.phase, meter.peak.operator)
+            optimizer.step()
+            optimizer.zero_grad()
+    total, _, phase, operator = meter.high
+    return Peak(total, resident, phase, operator, tuple(meter.alive_at_peak()), dict(meter.flops))
+
+
+def make_optimizer(trained: list[torch.nn.Parameter], scenario: Scenario) -> torch.optim.Optimizer:
+    """The scenario's optimizer."""
+    if scenario.optim == "adamw_torch_fused":
+        return torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    if scenario.optim == "adamw_torch_foreach":
+        return torch.optim.AdamW(trained, lr=1e-4, foreach=True)
+    optimizer = AdamW(trained, bits=STATE_BITS[scenario.optim])
+    if scenario.optimizer_in_backward:
+        InBackward(optimizer, max_grad_norm=1.0)
+    return optimizer
+
+
+def _stock_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Transformers' own loss: logits of all places, in float32."""
+    labels = torch.zeros_like(batch["input_ids"])
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": {"full_attention": None}}
+    loss: torch.Tensor = model(**inputs, labels=labels, use_cache=False).loss
+    return loss
 
 
 PLAIN_ATTENTION = "tunesmith_plain_causal"
@@ -155,29 +243,14 @@ def _plain_causal(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal SDPA without a mask: what rows of one length run. While tracing, transformers' own path builds a dense mask."""
-    key, value = repeat_heads(query, key), repeat_heads(query, value)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2), None
+    made = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return made.transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(PLAIN_ATTENTION, _plain_causal)
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A training step over `rows` rows of `length` tokens, of which `labelled` in each row carry loss.
-
-    Full fine-tuning where `r` is None, else LoRA of that rank on all linear layers, on a base in NF4 where `nf4` is set.
-    `dtype` is that of the weights and products, `adapter_dtype` that of the adapter.
-    """
-
-    rows: int
-    length: int
-    labelled: int
-    r: int | None = None
-    dtype: torch.dtype = torch.bfloat16
-    adapter_dtype: torch.dtype = torch.float32
-    nf4: bool = False
-    gradient_checkpointing: bool = False
+ATTENTION = {"sdpa": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "eager": "eager"}
 
 
 def quantise(model: Any, dtype: torch.dtype) -> None:
@@ -233,34 +306,49 @@ def quant_tensors(module: torch.nn.Module) -> list[tuple[Any, str]]:
 
 def build_model(config: Any, scenario: Scenario, device: str) -> Any:
     """The real modules of transformers and PEFT for a scenario, with random weights on `device` ("meta" or "cpu")."""
+    dtype = getattr(torch, scenario.dtype)
+    adapted = scenario.method != "full"
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=scenario.dtype, attn_implementation=PLAIN_ATTENTION)
-    if scenario.nf4:
-        quantise(model, scenario.dtype)
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if scenario.gradient_checkpointing:
-        enable_checkpointing(model)
-    with torch.device(device):
-        if scenario.r is not None:
-            model = get_peft_model(model, LoraConfig(r=scenario.r, target_modules="all-linear"), autocast_adapter_dtype=False)
+        attention = ATTENTION[scenario.attention]
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        if scenario.method == "qlora":
+            quantise(model, dtype)
+            if scenario.stock:
+                model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if scenario.gradient_checkpointing:
+            enable_checkpointing(model)
+        if adapted:
+            # On meta PEFT would cast nothing, so it is done here.
+            adapter = LoraConfig(r=scenario.r, target_modules=adapter_targets(model, "all-linear"))
+            model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
     for parameter in model.parameters():
-        if scenario.r is not None and parameter.requires_grad:
-            parameter.data = parameter.data.to(scenario.adapter_dtype)
+        if adapted and parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if adapted and not scenario.stock:
+        fuse_adapters(model)
     return model.train()
 
 
 def make_batch(config: Any, scenario: Scenario) -> Batch:
-    """A batch of the scenario's shape; its last tokens carry the loss."""
-    row = {
-        "input_ids": [1 + index % (config.vocab_size - 1) for index in range(scenario.length)],
-        "trained": [index >= scenario.length - scenario.labelled for index in range(scenario.length)],
+    """A batch of the scenario's shape; the last places of its rows carry the loss."""
+    total = scenario.rows * (scenario.length - 1)  # no row's first token is told
+    if not 0 < scenario.labelled <= total:
+        raise ValueError(f"{scenario.labelled} of {total} places cannot carry loss")
+    each = -(-scenario.labelled // scenario.rows)
+    places = [row * scenario.length + scenario.length - 1 - i for row in range(scenario.rows) for i in range(1, each + 1)]
+    places = places[: scenario.labelled]
+    ids = torch.arange(scenario.tokens).reshape(scenario.rows, -1) % config.vocab_size
+    batch: Batch = {
+        "input_ids": ids,
+        "position_ids": torch.arange(scenario.length).expand(scenario.rows, -1).contiguous(),
+        "sources": torch.tensor(places),
+        "targets": torch.zeros(len(places), dtype=torch.long),
+        "weights": torch.ones(len(places)),
+        "row_tokens": scenario.tokens,
     }
-    return PaddedCollator(pad_id=0)([row] * scenario.rows)
-
-
-def fused_adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of the engine."""
-    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    if scenario.attention == "tree":
+        batch["tree_layout"] = Layout((Node(0, scenario.tokens, scenario.tokens),), scenario.tokens)
+    return batch
 
 
 def trace(config: Any, scenario: Scenario) -> Peak:
@@ -274,9 +362,9 @@ def trace(config: Any, scenario: Scenario) -> Peak:
             key: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
             for key, value in batch.items()
         }
-        return trace_step(model, fake_batch, summed_loss, fused_adamw)
+        return trace_step(model, fake_batch, scenario)
 
 
 def measure(config: Any, scenario: Scenario) -> Peak:
     """The peak of the same step on real tensors, by the same meter: what `trace` is checked against."""
-    return trace_step(build_model(config, scenario, "cpu"), make_batch(config, scenario), summed_loss, fused_adamw)
+    return trace_step(build_model(config, scenario, "cpu"), make_batch(config, scenario), scenario)

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import append_jsonl
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
+from tunesmith.methods.sizes import STATE_BITS
 from tunesmith.packing.batch import Collator, labelled_count
 from tunesmith.packing.loss import LossModel
 from tunesmith.recipe import Recipe, TrainSection
@@ -143,7 +144,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             {"params": [trained[name] for name in trained if name in decayed], "weight_decay": self.args.weight_decay},
             {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
         ]
-        bits = {"adamw": 32, "adamw_bf16": 16, "adamw_8bit": 8}[self.asked.optim]
+        bits = STATE_BITS[self.asked.optim]
         groups = [group for group in groups if group["params"]]
         self.adamw = AdamW(groups, lr=self.args.learning_rate, bits=bits, seed=self.args.seed)
         if self.asked.optimizer_in_backward:

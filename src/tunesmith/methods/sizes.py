@@ -1,0 +1,22 @@
+"""Sizes that methods and optimizers have by design. No torch here: the planner needs them too."""
+
+from __future__ import annotations
+
+#: Bytes of a weight in NF4 with double quantisation: half a byte, a byte of scale for 64, four bytes for 256 scales
+#: (Dettmers et al. 2023, arXiv 2305.14314, section 3).
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+#: Parameters that an optimizer updates at once: the float32 copies of gradient, states and weight never exceed 4 x 32 MiB.
+OPTIMIZER_SLICE = 2**23
+
+#: Values of an 8-bit state that share a float32 scale (Dettmers et al. 2022, arXiv 2110.02861).
+STATE_BLOCK = 256
+
+#: Bits of each of AdamW's two states, by the recipe's `train.optim`.
+STATE_BITS = {"adamw": 32, "adamw_bf16": 16, "adamw_8bit": 8}
+
+
+def state_bytes(optim: str) -> float:
+    """Bytes of both states for a parameter."""
+    bits = STATE_BITS[optim]
+    return 2 * (bits / 8 + (4 / STATE_BLOCK if bits == 8 else 0))

@@ -1,0 +1,408 @@
+"""A decoder block, the head and the loss on a tape: what transformers' modelling code and the engine keep of each operator.
+
+For a block of the llama family in bf16 the tape holds, in bytes for each token,
+
+    full       20 h + 8 f + 4 kv + 4 a + 8
+    adapters   16 h + 8 f + 4 kv + 4 a + 8 + 14 r
+
+with h hidden size, f intermediate size, kv key-value heads x head size, a attention heads, r rank. What an operator saves
+stands in torch's derivatives.yaml; in the methods below T is tokens, e the bytes of a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tunesmith.models.architecture import Architecture, Linear
+from tunesmith.packing.chunks import chunk_rows
+from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.stages.plan.tape import Buffer, Give, Kind, Tape, Value
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a model type's code does differently, as far as memory sees it."""
+
+    norm: Literal["llama", "gemma", "layer"] = "llama"
+    qk_norm: bool = False
+    post_norms: bool = False  # norms also after attention and MLP
+    parallel: bool = False  # attention and MLP read the same norm
+    written_out_gelu: bool = False
+    scaled_embedding: bool = False
+    capped_logits: bool = False
+    own_rotary: bool = False  # each block makes cosines and sines of its own, of half a head
+    copied_result: bool = False  # queries put together again after a partial rotary embedding: attention's result is copied
+
+
+STYLES: dict[str, Style] = {
+    "qwen3": Style(qk_norm=True),
+    "qwen3_moe": Style(qk_norm=True),
+    "gemma": Style(norm="gemma", scaled_embedding=True),
+    "gemma2": Style(norm="gemma", post_norms=True, scaled_embedding=True, capped_logits=True),
+    "gemma3_text": Style(norm="gemma", post_norms=True, qk_norm=True, scaled_embedding=True),
+    "phi": Style(norm="layer", parallel=True, written_out_gelu=True, copied_result=True),
+    "phi3": Style(copied_result=True),
+    "glm": Style(own_rotary=True, copied_result=True),
+    "chatglm": Style(own_rotary=True, copied_result=True),
+    "glm4": Style(own_rotary=True, post_norms=True, copied_result=True),
+}
+
+
+class Modules:
+    """The pieces of a model, each a method that puts its forward pass on the tape and returns its result.
+
+    A method frees its own values and leaves its input to the caller.
+    """
+
+    def __init__(self, tape: Tape, architecture: Architecture, scenario: Scenario) -> None:
+        self.tape, self.a, self.s = tape, architecture, scenario
+        self.style = STYLES.get(architecture.model_type, Style())
+        self.full = scenario.method == "full"
+        self.t = scenario.tokens
+        # PEFT's k-bit preparation turns norms and embeddings to float32, and with them everything between 4-bit products.
+        self.e = 4 if scenario.stock and scenario.method == "qlora" else scenario.element
+
+    # --- linear layers ---
+
+    def linear(self, x: Value, layer: Linear) -> Value:
+        """A linear layer by the scenario's method."""
+        if self.full:
+            return self._trained(x, layer)
+        return self._stock_adapter(x, layer) if self.s.stock else self._adapter(x, layer)
+
+    def _trained(self, x: Value, layer: Linear) -> Value:
+        """Keeps x, of which the weight's gradient is made."""
+        keeps: list[tuple[Kind, int]] = [("gradients", self.e * layer.weights)]
+        if layer.bias:
+            keeps.append(("gradients", self.e * layer.out_features))
+        gives = [Give(x, self.e * layer.in_features * self.t)]
+        return self.tape.apply(self.e * layer.out_features * self.t, [x], saves=[x.buffer], gives=gives, keeps=keeps)
+
+    def _dequantised(self, layer: Linear) -> int:
+        """A 4-bit weight while it is multiplied: in the model's dtype, its scales in float32."""
+        return layer.weights * self.s.element + layer.weights // 16 if self.s.method == "qlora" else 0
+
+    def _adapter(self, x: Value, layer: Linear) -> Value:
+        """methods/adapter.py: keeps x and a (T, r) product; the float32 weights are copied where the model is bf16."""
+        r, e, into, out = self.s.r, self.e, layer.in_features, layer.out_features
+        low = self.tape.make("activations", e * r * self.t)
+        copies = 0 if e == 4 else e * r * max(into, out)
+        moment = max(self._dequantised(layer), copies)
+        result = self.tape.apply(
+            e * out * self.t,
+            [x],
+            saves=[x.buffer, low],
+            gives=[Give(x, e * into * self.t)],
+            scratch=moment,
+            back_scratch=e * r * self.t + moment,
+            keeps=[("gradients", 4 * r * (into + out))],
+        )
+        self.tape.drop(low)
+        return result
+
+    def _stock_adapter(self, x: Value, layer: Linear) -> Value:
+        """PEFT's forward: a float32 copy of x for each layer, the adapter's result in float32 before it is added."""
+        tape, r, t, e = self.tape, self.s.r, self.t, self.e
+        into, out, four_bit = layer.in_features, layer.out_features, self.s.method == "qlora"
+        moment = self._dequantised(layer) + (self.s.element * out * t if four_bit else 0)
+        base = tape.apply(e * out * t, [x], gives=[Give(x, e * into * t)], scratch=moment, back_scratch=moment)
+        if four_bit:
+            base = self._then_free(tape.apply(e * out * t, [base], gives=[Give(base, None)]), base)
+        wide = self._cast(x, into, e, 4)
+        low_keeps: list[tuple[Kind, int]] = [("gradients", 4 * r * into)]
+        low = tape.apply(4 * r * t, [wide], saves=[wide.buffer], gives=[Give(wide, 4 * into * t)], keeps=low_keeps)
+        high_keeps: list[tuple[Kind, int]] = [("gradients", 4 * r * out)]
+        high = tape.apply(4 * out * t, [low], saves=[low.buffer], gives=[Give(low, 4 * r * t)], keeps=high_keeps)
+        tape.free(low)
+        scaled = self._then_free(tape.apply(4 * out * t, [high], gives=[Give(high, 4 * out * t)]), high)
+        if four_bit:
+            scaled = self._then_free(self._cast(scaled, out, 4, e), scaled)
+            total = tape.apply(e * out * t, [base, scaled], gives=[Give(base, None), Give(scaled, None)])
+        else:
+            into_base = None if e == 4 else e * out * t
+            total = tape.apply(4 * out * t, [base, scaled], gives=[Give(base, into_base), Give(scaled, None)])
+        tape.free(base, scaled, wide)
+        return total if four_bit else self._then_free(self._cast(total, out, 4, e), total)
+
+    def _then_free(self, result: Value, used: Value) -> Value:
+        self.tape.free(used)
+        return result
+
+    def _cast(self, x: Value, width: int, before: int, after: int) -> Value:
+        """The value in another dtype; itself, held once more, where it has that one."""
+        if before == after:
+            return self.tape.apply(None, [x], gives=[Give(x, None)])
+        return self.tape.apply(after * width * self.t, [x], gives=[Give(x, before * width * self.t)])
+
+    # --- norms and activations ---
+
+    def norm(self, x: Value, width: int, groups: int = 1) -> Value:
+        """A norm over `width` numbers, `groups` times for each token."""
+        if self.style.norm == "layer":
+            return self._layer_norm(x, width)
+        tape, numbers, small = self.tape, width * groups, 4 * self.t * groups
+        exact, narrow = 4 * numbers * self.t, self.e * numbers * self.t
+        weight: list[tuple[Kind, int]] = [("gradients", self.e * width)] if self.full else []
+        wide = self._cast(x, numbers, self.e, 4)
+        square = tape.apply(exact, [wide], saves=[wide.buffer], gives=[Give(wide, exact)], back_scratch=2 * exact)
+        mean = self._then_free(tape.apply(small, [square], gives=[Give(square, exact)]), square)
+        root = tape.apply(small, [mean], gives=[Give(mean, small)], back_scratch=small, saves_result=True)
+        tape.free(mean)
+        saves, gives = [wide.buffer, root.buffer], [Give(wide, exact), Give(root, small)]
+        scaled = tape.apply(exact, [wide, root], saves=saves, gives=gives, back_scratch=exact)
+        tape.free(wide, root)
+        if self.style.norm == "gemma":  # weight in float32, then the cast
+            kept = [scaled.buffer] if self.full else []
+            moment = exact if self.full else 0
+            out = tape.apply(exact, [scaled], saves=kept, gives=[Give(scaled, exact)], back_scratch=moment, keeps=weight)
+            tape.free(scaled)
+            return self._then_free(self._cast(out, numbers, 4, self.e), out)
+        scaled = self._then_free(self._cast(scaled, numbers, 4, self.e), scaled)
+        kept = [scaled.buffer] if self.full else []
+        moment = narrow if self.full else 0
+        out = tape.apply(narrow, [scaled], saves=kept, gives=[Give(scaled, narrow)], back_scratch=moment, keeps=weight)
+        return self._then_free(out, scaled)
+
+    def _layer_norm(self, x: Value, width: int) -> Value:
+        """The one of torch: keeps x, mean and deviation."""
+        statistics = self.tape.make("activations", 8 * self.t)
+        keeps: list[tuple[Kind, int]] = [("gradients", 2 * self.e * width)] if self.full else []
+        size = self.e * width * self.t
+        out = self.tape.apply(size, [x], saves=[x.buffer, statistics], gives=[Give(x, size)], keeps=keeps)
+        self.tape.drop(statistics)
+        return out
+
+    def _activation(self, x: Value, width: int) -> Value:
+        """SiLU or GELU as one operator keeps its input; GELU written out (NewGELUActivation) keeps four tensors."""
+        tape, size = self.tape, self.e * width * self.t
+        if not self.style.written_out_gelu:
+            return tape.apply(size, [x], saves=[x.buffer], gives=[Give(x, size)])
+        half = tape.apply(size, [x], gives=[Give(x, size)])
+        cube = tape.apply(size, [x], saves=[x.buffer], gives=[Give(x, size)], back_scratch=2 * size)
+        inner = self._then_free(tape.apply(size, [cube], gives=[Give(cube, size)]), cube)
+        total = self._then_free(tape.apply(size, [x, inner], gives=[Give(x, None), Give(inner, None)]), inner)
+        scaled = self._then_free(tape.apply(size, [total], gives=[Give(total, size)]), total)
+        tanh = self._then_free(tape.apply(size, [scaled], gives=[Give(scaled, size)], saves_result=True), scaled)
+        plus = self._then_free(tape.apply(size, [tanh], gives=[Give(tanh, None)]), tanh)
+        saves, gives = [half.buffer, plus.buffer], [Give(half, size), Give(plus, size)]
+        out = tape.apply(size, [half, plus], saves=saves, gives=gives)
+        tape.free(half, plus)
+        return out
+
+    # --- attention ---
+
+    def attention(self, z: Value) -> Value:
+        """Projections, rotary embedding, attention, output projection."""
+        tape, a = self.tape, self.a
+        layers = {layer.name: layer for layer in a.linears}
+        q_width, kv_width = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+        if "qkv_proj" in layers:
+            joint = self.linear(z, layers["qkv_proj"])
+            size = self.e * (q_width + 2 * kv_width) * self.t
+            # Slices: their gradients come as tensors of the whole width.
+            q, k, v = (tape.apply(None, [joint], gives=[Give(joint, size)]) for _ in range(3))
+            tape.free(joint)
+        else:
+            q, k, v = (self.linear(z, layers[name]) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.style.qk_norm:
+            q = self._then_free(self.norm(q, a.head_dim, a.num_attention_heads), q)
+            k = self._then_free(self.norm(k, a.head_dim, a.num_key_value_heads), k)
+        q = self._then_free(self._rotate(q, q_width), q)
+        k = self._then_free(self._rotate(k, kv_width), k)
+        if self.style.own_rotary:
+            own = tape.make("activations", self.e * a.head_dim * self.t)
+            q = self._then_free(tape.apply(None, [q], saves=[own], gives=[Give(q, None)]), q)
+            tape.drop(own)
+        mixed = self._mix(q, k, v, q_width, kv_width)
+        tape.free(q, k, v)
+        if self.style.copied_result:
+            size = self.e * q_width * self.t
+            mixed = self._then_free(tape.apply(size, [mixed], gives=[Give(mixed, size)]), mixed)
+        out_name = "o_proj" if "o_proj" in layers else "dense"
+        return self._then_free(self.linear(mixed, layers[out_name]), mixed)
+
+    def _rotate(self, x: Value, width: int) -> Value:
+        """Rotary embedding, x cos + rotate_half(x) sin: keeps cosines and sines alone, which all blocks share."""
+        size = self.e * width * self.t
+        return self.tape.apply(size, [x], gives=[Give(x, size)], scratch=2 * size, back_scratch=3 * size)
+
+    def _mix(self, q: Value, k: Value, v: Value, q_width: int, kv_width: int) -> Value:
+        """softmax(q k^T) v. Flash: keeps q, k, v, the result, a log-sum-exp for each head (arXiv 2205.14135, section 3.1)."""
+        tape, t, e, heads = self.tape, self.t, self.e, self.a.num_attention_heads
+        gives = [Give(q, e * q_width * t), Give(k, e * kv_width * t), Give(v, e * kv_width * t)]
+        if self.s.attention == "eager":
+            scores = heads * self.s.length * t  # numbers in the table of scores
+            repeated = tape.make("activations", 2 * e * q_width * t)
+            softmax = tape.make("activations", (4 + e) * scores if e == 2 else 4 * scores)
+            saves = [q.buffer, repeated, softmax]
+            moment = (4 + e) * scores
+            out = tape.apply(e * q_width * t, [q, k, v], saves=saves, gives=gives, scratch=moment, back_scratch=2 * moment)
+            tape.drop(repeated, softmax)
+            return out
+        sums = tape.make("activations", 4 * heads * t)
+        moment, back = 0, 0
+        if self.s.attention == "tree":
+            # packing/attention.py: merged in float32; going back, gradients in float32 and those of one stretch beside them.
+            moment = 4 * q_width * t + e * 3 * q_width * t
+            back = 4 * (q_width + 2 * kv_width) * t + e * 5 * q_width * t
+        saves = [q.buffer, k.buffer, v.buffer, sums]
+        out = tape.apply(
+            e * q_width * t, [q, k, v], saves=saves, gives=gives, scratch=moment, back_scratch=back, saves_result=True
+        )
+        tape.drop(sums)
+        return out
+
+    # --- MLP and block ---
+
+    def mlp(self, z: Value) -> Value:
+        """The MLP, gated or plain, or the experts."""
+        if self.a.experts is not None:
+            return self._experts(z)
+        layers = {layer.name: layer for layer in self.a.linears}
+        if "fc1" in layers:
+            inner = self.linear(z, layers["fc1"])
+            active = self._then_free(self._activation(inner, layers["fc1"].out_features), inner)
+            return self._then_free(self.linear(active, layers["fc2"]), active)
+        return self._gated(z, layers)
+
+    def _gated(self, z: Value, layers: dict[str, Linear], prefix: str = "") -> Value:
+        """down(activation(gate) * up): keeps gate, activation, up and their product."""
+        tape, down = self.tape, layers[f"{prefix}down_proj"]
+        width = down.in_features
+        size = self.e * width * self.t
+        if f"{prefix}gate_up_proj" in layers:
+            joint = self.linear(z, layers[f"{prefix}gate_up_proj"])
+            gate, up = (tape.apply(None, [joint], gives=[Give(joint, 2 * size)]) for _ in range(2))
+            tape.free(joint)
+            active = self._activation(gate, width)
+        else:
+            gate = self.linear(z, layers[f"{prefix}gate_proj"])
+            active = self._activation(gate, width)
+            up = self.linear(z, layers[f"{prefix}up_proj"])
+        tape.free(gate)
+        saves, gives = [active.buffer, up.buffer], [Give(active, size), Give(up, size)]
+        product = tape.apply(size, [active, up], saves=saves, gives=gives)
+        tape.free(active, up)
+        return self._then_free(self.linear(product, down), product)
+
+    def _experts(self, z: Value) -> Value:
+        """Experts as grouped products over the tokens sorted by expert; a shared expert beside them where there is one."""
+        experts = self.a.experts
+        assert experts is not None  # noqa: S101 - the caller looked
+        tape, e, h = self.tape, self.e, self.a.hidden_size
+        routed, width = self.t * experts.per_token, experts.intermediate_size
+        each = 3 * h * width * experts.count
+        logits = tape.make("activations", 12 * experts.count * self.t)
+        keeps: list[tuple[Kind, int]] = [("gradients", e * (each + experts.router))] if self.full else []
+        # Gate and up, activation and results; where the weights are trained also their inputs.
+        kept = tape.make("activations", e * routed * (3 * width + h + (width + h if self.full else 0)))
+        out = tape.apply(
+            e * h * self.t,
+            [z],
+            saves=[z.buffer, logits, kept],
+            gives=[Give(z, e * h * self.t)],
+            scratch=e * routed * h,
+            back_scratch=e * routed * (2 * h + 4 * width),
+            keeps=keeps,
+        )
+        tape.drop(logits, kept)
+        if not experts.shared:
+            return out
+        layers = {layer.name: layer for layer in experts.shared}
+        shared = self._gated(z, layers, "shared_expert.")
+        gate = self.linear(z, layers["shared_expert_gate"])
+        size = e * h * self.t
+        saves, gives = [shared.buffer, gate.buffer], [Give(shared, size), Give(gate, e * self.t)]
+        weighted = tape.apply(size, [shared, gate], saves=saves, gives=gives)
+        tape.free(shared, gate)
+        total = tape.apply(size, [out, weighted], gives=[Give(out, None), Give(weighted, None)])
+        tape.free(out, weighted)
+        return total
+
+    def _add(self, one: Value, other: Value) -> Value:
+        size = self.e * self.a.hidden_size * self.t
+        return self.tape.apply(size, [one, other], gives=[Give(one, None), Give(other, None)])
+
+    def block(self, x: Value) -> Value:
+        """A decoder block; the caller frees x."""
+        tape, h = self.tape, self.a.hidden_size
+        z = self.norm(x, h)
+        if self.style.parallel:
+            mixed, mapped = self.attention(z), self.mlp(z)
+            both = self._add(mixed, mapped)
+            tape.free(z, mixed, mapped)
+            return self._then_free(self._add(both, x), both)
+        mixed = self._then_free(self.attention(z), z)
+        if self.style.post_norms:
+            mixed = self._then_free(self.norm(mixed, h), mixed)
+        middle = self._then_free(self._add(x, mixed), mixed)
+        z = self.norm(middle, h)
+        mapped = self._then_free(self.mlp(z), z)
+        if self.style.post_norms:
+            mapped = self._then_free(self.norm(mapped, h), mapped)
+        out = self._add(middle, mapped)
+        tape.free(middle, mapped)
+        return out
+
+    # --- head and loss ---
+
+    def loss(self, hidden: Value) -> None:
+        """The loss of the labelled places and, left in `hidden.gradient`, its gradient. Frees `hidden`."""
+        if self.s.stock:
+            self._stock_loss(hidden)
+        else:
+            self._chunked_loss(hidden)
+
+    def _chunked_loss(self, hidden: Value) -> None:
+        """packing/loss.py: gradients of hidden states and head, and one chunk of logits; never the logits of all places."""
+        tape, e, h, n, vocabulary = self.tape, self.e, self.a.hidden_size, self.s.labelled, self.a.vocab_size
+        picked = tape.make("activations", e * h * n)
+        tape.free(hidden)
+        into_hidden = tape.make("activations", e * h * n)
+        rows = min(n, chunk_rows(vocabulary))
+        head = tape.make("gradients", 4 * vocabulary * h) if self.full else None
+        exact = 8 if self.style.capped_logits else 4
+        tape.scratch((exact + (e if e == 2 else 0)) * rows * vocabulary, "logits")
+        products = max(e * rows * h, e * vocabulary * h if head else 0)
+        slopes = tape.make("logits", e * rows * vocabulary)
+        tape.scratch(products)
+        tape.drop(slopes, picked)
+        if head is not None:
+            narrow = tape.make("gradients", e * vocabulary * h) if e == 2 else head
+            if narrow is not head:
+                tape.drop(head)
+            self._keep_head(narrow)
+        # From the labelled places back to all.
+        hidden.gradient = tape.make("activations", e * h * self.t)
+        tape.drop(into_hidden)
+
+    def _stock_loss(self, hidden: Value) -> None:
+        """The loss of transformers: logits of all places, in float32 for the loss; 12 V T bytes at the highest."""
+        tape, e, h, t, vocabulary = self.tape, self.e, self.a.hidden_size, self.t, self.a.vocab_size
+        logits = tape.make("logits", e * vocabulary * t)
+        wide = tape.make("logits", 4 * vocabulary * t) if e == 2 else None
+        softmax = tape.make("logits", 4 * vocabulary * t)
+        tape.drop(logits)
+        if wide is not None:
+            tape.drop(wide)
+        into_softmax = tape.make("logits", 4 * vocabulary * t)
+        into_logits = tape.make("logits", 4 * vocabulary * t)
+        tape.drop(softmax, into_softmax)
+        if e == 2:
+            narrow = tape.make("logits", e * vocabulary * t)
+            tape.drop(into_logits)
+            into_logits = narrow
+        hidden.gradient = tape.make("activations", e * h * t)
+        if self.full:
+            self._keep_head(tape.make("gradients", e * vocabulary * h))
+            tape.free(hidden)
+        else:
+            tape.free(hidden)
+        tape.drop(into_logits)
+
+    def _keep_head(self, gradient: Buffer) -> None:
+        """The head's gradient stays, or is used up at once where the optimizer runs in the backward pass."""
+        if self.tape.in_backward is not None and not self.a.tie_word_embeddings:
+            self.tape.scratch(self.tape.in_backward(gradient.size))
+            self.tape.drop(gradient)

@@ -1,0 +1,200 @@
+"""The closed form: a step's peak memory from `config.json` alone, in a few milliseconds, by kind of bytes.
+
+What is computed is what PyTorch's allocator is asked for at the highest moment: block.py says what each module keeps, tape.py
+when it is freed. tests/invariant/test_memory.py holds it against the trace of the real modules. Of equal blocks four are
+computed; the others stand for the bytes that they keep, as every peak is at the first or the last of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tunesmith.methods.sizes import NF4_BYTES, OPTIMIZER_SLICE, state_bytes
+from tunesmith.models.architecture import Architecture
+from tunesmith.stages.plan.block import Modules
+from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.stages.plan.tape import Kind, Tape, Value
+
+_SHOWN = 4  # blocks that are computed one by one
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step's peak in bytes and what it is made of, by kind; `resident_bytes` is the loaded model."""
+
+    total_bytes: int
+    resident_bytes: int
+    breakdown: dict[str, int]
+
+
+def estimate(architecture: Architecture, scenario: Scenario) -> Estimate:
+    """The peak of a training step."""
+    return _Step(architecture, scenario).run()
+
+
+def weight_bytes(architecture: Architecture, scenario: Scenario) -> dict[Kind, int]:
+    """Bytes of the loaded model: base weights, and the adapter in float32.
+
+    QLoRA: NF4 on the blocks' linear layers; all else stays in the model's dtype, or is float32 after PEFT's preparation.
+    """
+    e = scenario.element
+    if scenario.method == "qlora":
+        rest = architecture.parameters - architecture.linear_weights
+        base = round(NF4_BYTES * architecture.linear_weights) + (4 if scenario.stock else e) * rest
+    else:
+        base = e * architecture.parameters
+    adapter = 0 if scenario.method == "full" else 4 * architecture.lora_parameters(scenario.r)
+    return {"weights": base, "adapter": adapter}
+
+
+class _Step:
+    """One training step on a tape."""
+
+    def __init__(self, architecture: Architecture, scenario: Scenario) -> None:
+        self.a, self.s = architecture, scenario
+        self.tape = Tape()
+        self.modules = Modules(self.tape, architecture, scenario)
+        self.full = scenario.method == "full"
+        self.trained = architecture.parameters if self.full else architecture.lora_parameters(scenario.r)
+        self.weight = scenario.element if self.full else 4  # bytes of a trained number and of its gradient
+
+    def run(self) -> Estimate:
+        """Weights, states and batch; forward, loss, backward, optimizer."""
+        tape, scenario = self.tape, self.s
+        resident = weight_bytes(self.a, scenario)
+        for kind, size in resident.items():
+            tape.make(kind, size)
+        tape.make("optimizer", self._states())
+        if scenario.optimizer_in_backward:
+            tape.in_backward = self._update_scratch
+        elif scenario.accumulating:
+            tape.make("gradients", self.weight * self.trained)
+            tape.in_backward = lambda _: 0  # each gradient is added to what is there, and freed
+        tape.make("scratch", self._rounding())
+        # Ids and positions of tokens, sources and targets of labels (int64), their weights (float32).
+        tape.make("batch", 16 * scenario.tokens + 20 * scenario.labelled)
+        self._forward_and_backward()
+        if not scenario.optimizer_in_backward:
+            tape.scratch(self._step_scratch())
+        return Estimate(tape.peak, sum(resident.values()), {kind: size for kind, size in tape.at_peak.items() if size})
+
+    def _rounding(self) -> int:
+        """What rounding up to blocks of 512 bytes adds: one for each tensor that stays, 64 KiB for others and constants."""
+        linears = len(self.a.all_linears)
+        quantised = 6 * linears if self.s.method == "qlora" else 0
+        trained = 4 * (linears * 2 + 4)  # weight or adapter and bias: itself, gradient, states
+        return 512 * self.a.num_hidden_layers * (linears + 4 + quantised + trained) + 2**16
+
+    # --- the model ---
+
+    def _forward_and_backward(self) -> None:
+        tape, layers, element = self.tape, self.a.num_hidden_layers, self.s.element
+        shown, recompute = min(layers, _SHOWN), self.s.gradient_checkpointing
+        rotary = tape.make("activations", 2 * element * self.a.head_dim * self.s.tokens)
+        first = hidden = self._embedding()
+        starts: list[tuple[int, Value]] = []  # of each block: nodes before it, its input
+        ballast = tape.make("activations", 0)
+        for number in range(shown):
+            before = tape.total
+            starts.append((len(tape.nodes), hidden))
+            hidden = self._block_forward(hidden)
+            if number == 1:
+                # The input of a block has become its output, so what is more now is what the block keeps.
+                ballast = tape.make("activations", (layers - shown) * (tape.total - before))
+        mark = len(tape.nodes)
+        normed = self.modules.norm(hidden, self.a.hidden_size)
+        tape.free(hidden)
+        self.modules.loss(normed)
+        tape.backward(mark)
+        for number in reversed(range(shown)):
+            if number == 1:
+                tape.drop(ballast)
+                if tape.in_backward is None:
+                    each = self.weight * self._trained_in_a_block()
+                    tape.make("gradients", each * (layers - shown))
+            since, start = starts[number]
+            if recompute:
+                self._recompute(start, hidden)
+            tape.backward(since)
+            if recompute and number > 0:
+                tape.free(start)
+            hidden = start
+        self._embedding_backward(first)
+        tape.drop(rotary)
+
+    def _embedding(self) -> Value:
+        """Its result; gradients flow to it where it is trained, or where blocks are recomputed."""
+        size = self.s.element * self.a.hidden_size * self.s.tokens
+        value = Value(self.tape.make("activations", size), self.full or self.s.gradient_checkpointing)
+        if self.modules.style.scaled_embedding:
+            self.tape.scratch(size)
+        return value
+
+    def _block_forward(self, x: Value) -> Value:
+        """A block; with checkpointing nothing is kept but x (Chen et al. 2016, arXiv 1604.06174)."""
+        if not self.s.gradient_checkpointing:
+            out = self.modules.block(x)
+            self.tape.free(x)
+            return out
+        self.tape.recording = False
+        out = self.modules.block(x)
+        self.tape.recording = True
+        out.needs = True
+        return out
+
+    def _recompute(self, x: Value, out: Value) -> None:
+        """The block once more, now recorded; it takes over the gradient that has come to its first result."""
+        again = self.modules.block(x)
+        self.tape.free(again)
+        again.gradient, out.gradient = out.gradient, None
+
+    def _embedding_backward(self, embedded: Value) -> None:
+        """The embedding's gradient, as large as the embedding; it is added to the head's where they are tied."""
+        tape = self.tape
+        if self.full:
+            size = self.s.element * self.a.embedding_parameters
+            made = tape.make("gradients", size)
+            if self.a.tie_word_embeddings:
+                tape.scratch(size)  # their sum
+            if tape.in_backward is not None:
+                tape.scratch(tape.in_backward(size))
+            if tape.in_backward is not None or self.a.tie_word_embeddings:
+                tape.drop(made)
+        if embedded.gradient is not None:
+            tape.drop(embedded.gradient)
+
+    # --- parameters and optimizer ---
+
+    def _trained_in_a_block(self) -> int:
+        layers = self.a.num_hidden_layers
+        if not self.full:
+            return self.trained // layers
+        return (self.a.linear_weights + self.a.expert_parameters + self.a.other_parameters - self.a.final_norm) // layers
+
+    def _states(self) -> int:
+        """AdamW's states, and masters where weights are bf16; torch's own states follow the parameters' dtype."""
+        if self.s.optim in {"adamw_torch_fused", "adamw_torch_foreach"}:
+            return 2 * self.weight * self.trained
+        masters = 4 if self.s.optim == "adamw" and self.weight == 2 else 0
+        return round((state_bytes(self.s.optim) + masters) * self.trained)
+
+    def _update_scratch(self, gradient: int) -> int:
+        """Float32 copies while one parameter is updated, a slice at a time (methods/optimizers.py)."""
+        size = min(OPTIMIZER_SLICE, gradient // self.weight)
+        if self.s.optim == "adamw":
+            return 0 if self.weight == 4 else 4 * size
+        # Weight 4, moments 8, and rounding the result: noise, sum and masked sum.
+        return 24 * size
+
+    def _step_scratch(self) -> int:
+        """The same for a step over all parameters: that of the largest. torch's foreach copies them all."""
+        if self.s.optim == "adamw_torch_fused":
+            return 0
+        if self.s.optim == "adamw_torch_foreach":
+            return self.weight * self.trained
+        linears = self.a.all_linears
+        if self.full:
+            largest = max(self.a.embedding_parameters, *(linear.weights for linear in linears))
+        else:
+            largest = self.s.r * max(max(linear.in_features, linear.out_features) for linear in linears)
+        return self._update_scratch(self.weight * largest)
