@@ -71,7 +71,7 @@ def _chunk(
     """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of exact logits."""
     logits = F.linear(hidden, head, bias).to(weights.dtype)
     bent = None if cap is None else logits.div_(cap).tanh_()
-    logits = logits if bent is None else bent * cap
+    logits = logits if cap is None or bent is None else bent * cap
     picked = targets.unsqueeze(-1)
     right, top = logits.gather(-1, picked), logits.amax(-1, keepdim=True)
     sums = logits.sub_(top).exp_().sum(-1, keepdim=True)

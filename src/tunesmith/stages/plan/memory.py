@@ -83,14 +83,16 @@ class _Step:
         linears = len(self.a.all_linears)
         quantised = 6 * linears if self.s.method == "qlora" else 0
         trained = 4 * (linears * 2 + 4)  # weight or adapter and bias: itself, gradient, states
-        return 512 * self.a.num_hidden_layers * (linears + 4 + quantised + trained) + 2**16
+        experts = 32 if self.a.experts else 0  # the router's many small tensors
+        return 512 * self.a.num_hidden_layers * (linears + 4 + quantised + trained + experts) + 2**16
 
     # --- the model ---
 
     def _forward_and_backward(self) -> None:
         tape, layers, element = self.tape, self.a.num_hidden_layers, self.s.element
         shown, recompute = min(layers, _SHOWN), self.s.gradient_checkpointing
-        rotary = tape.make("activations", 2 * element * self.a.head_dim * self.s.tokens)
+        kinds = 2 if self.a.model_type == "gemma3_text" else 1  # rotary embeddings: of local and global blocks
+        rotary = tape.make("activations", kinds * 2 * element * self.a.head_dim * self.s.tokens)
         first = hidden = self._embedding()
         starts: list[tuple[int, Value]] = []  # of each block: nodes before it, its input
         ballast = tape.make("activations", 0)
