@@ -21,7 +21,7 @@ from tunesmith import __version__
 from tunesmith.demodata import MAX_ROWS, TEST_ROWS, write_input
 from tunesmith.errors import Problem, StageFailedError, TunesmithError
 from tunesmith.pipeline import ALL_METHODS
-from tunesmith.recipe import ResolvedRecipe, load_recipe
+from tunesmith.recipe import Method, ResolvedRecipe, load_recipe
 from tunesmith.runs import create_run, default_name, open_run
 
 app = typer.Typer(
@@ -93,6 +93,37 @@ def run(
         print(target)
 
 
+@app.command(rich_help_panel=_BEGIN)
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a model folder, or a recipe (.yaml).")],
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="24GB, H100, 8xH100, cpu; default: what this machine has.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Rows to train on; their lengths are read.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows to train on, where no data is given.")] = 10_000,
+    length: Annotated[int, typer.Option(help="Tokens of a row, where no data is given.")] = 2048,
+    methods: Methods = ",".join(ALL_METHODS),
+    budget: Annotated[str | None, typer.Option(metavar="DOLLARS", help="Most money, as 20$.")] = None,
+    deadline: Annotated[str | None, typer.Option(metavar="TIME", help="Most time, as 4h, 90m or 2d.")] = None,
+    latency_critical: Annotated[bool, typer.Option("--latency-critical", help="Answers must come fast when served.")] = False,
+    gpus: Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file with more cards, or other prices.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where plan.json, frontier.svg and recipe.yaml go.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of the table.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine on the model's blocks first.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Also trace the recommended step on the real modules.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Which method fits, what it takes in memory, time and money, and why: before any of it is spent."""
+    from tunesmith import planning
+
+    asked = planning.Request(
+        model, gpu, data, rows, length, _method_names(methods), budget, deadline, latency_critical, gpus, overrides or []
+    )
+    planning.show(asked, out, as_json=as_json, calibrate=calibrate, trace=trace, errors=_err())
+
+
 @app.command(rich_help_panel=_STAGES)
 def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides = None) -> None:
     """Rows to token ids with a loss mask; every row accounted for. Prints the run folder."""
@@ -150,15 +181,20 @@ def compare(
     _show_table(stage([open_run(path) for path in runs], out), out)
 
 
-def _compare_methods(resolved: ResolvedRecipe, target: Path, methods: str) -> None:
-    from tunesmith import pipeline
-
+def _method_names(methods: str) -> list[Method]:
+    """The methods of a list with commas, each once; raises TunesmithError for an unknown one."""
     names = [name.strip() for name in methods.split(",") if name.strip()]
     unknown = [name for name in names if name not in ALL_METHODS]
     if unknown or not names:
         what = f"unknown method {', '.join(unknown) or '(none)'}"
         raise TunesmithError(Problem("TS003", what, "--methods", "nothing could be trained", f"use {', '.join(ALL_METHODS)}"))
-    _show_table(pipeline.run_methods(resolved, target, list(dict.fromkeys(names)), _err()), target / "compare")
+    return [method for method in dict.fromkeys(names) if method in ALL_METHODS]
+
+
+def _compare_methods(resolved: ResolvedRecipe, target: Path, methods: str) -> None:
+    from tunesmith import pipeline
+
+    _show_table(pipeline.run_methods(resolved, target, _method_names(methods), _err()), target / "compare")
 
 
 def _show_table(table: dict[str, Any], folder: Path) -> None:

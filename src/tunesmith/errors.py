@@ -47,6 +47,10 @@ CODES: dict[str, str] = {
     "TS502": "evaluate-no-test-rows",
     "TS503": "evaluate-bad-reference",
     "TS601": "compare-different-tests",
+    "TS701": "hardware-unknown",
+    "TS702": "hardware-bad-catalogue",
+    "TS703": "plan-bad-value",
+    "TS704": "plan-nothing-fits",
 }
 
 
@@ -87,6 +91,14 @@ class DataError(TunesmithError):
 
 class ModelError(TunesmithError):
     """A model, tokenizer or template cannot be found, or is not safe to open."""
+
+
+class HardwareError(TunesmithError):
+    """Hardware that a plan is asked for is not known, or is described wrongly."""
+
+
+class PlanError(TunesmithError):
+    """A plan cannot be made of what was given, or nothing fits."""
 
 
 class TrainError(TunesmithError):

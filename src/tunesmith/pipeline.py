@@ -15,7 +15,7 @@ from tunesmith.io.atomic import read_json
 from tunesmith.recipe import Method, Origin, ResolvedRecipe
 from tunesmith.runs import Run, create_run
 
-ALL_METHODS: tuple[str, ...] = get_args(Method)
+ALL_METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def with_method(resolved: ResolvedRecipe, method: str) -> ResolvedRecipe:

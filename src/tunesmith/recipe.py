@@ -21,7 +21,7 @@ from tunesmith.io.atomic import sha256_json
 
 Method = Literal["full", "lora", "qlora"]
 Auto = Literal["auto"]
-Origin = Literal["default", "file", "override"]
+Origin = Literal["default", "file", "override", "plan"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -139,8 +139,8 @@ class Recipe(Section):
     """`smollm2-135m-instruct` (built in), a local folder, or a hub id."""
     revision: str | None = None
     """A hub revision; a commit makes the run repeatable."""
-    method: Method = "lora"
-    """full, lora or qlora."""
+    method: Method | Auto = "lora"
+    """full, lora or qlora; `auto` takes what `plan` recommends for the data and the machine."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds every draw: the held-out rows, the row order, the adapter's start, dropout."""
     data: DataSection

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Mistral
 
 from tests.shapes import SHAPE
 from tunesmith.packing.attention import Layout, tree_attention
-from tunesmith.packing.batch import TREE_ARCHITECTURES, PaddedCollator, collate_tree, labelled_count, reason_against_tree
+from tunesmith.packing.batch import PaddedCollator, collate_tree, labelled_count, reason_against_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
-from tunesmith.packing.tree import build_tree
+from tunesmith.packing.tree import TREE_ARCHITECTURES, build_tree
 
 VOCABULARY = 61
 SMALL: dict[str, Any] = {

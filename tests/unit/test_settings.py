@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.hardware import Hardware, cpu_compute_dtype
+from tunesmith.methods.settings import auto_batch, auto_rank, settle
 from tunesmith.recipe import Recipe, parse_recipe
-from tunesmith.stages.train.settings import auto_batch, auto_rank, settle
 
 CPU = Hardware("cpu", "a cpu", 2, 2**33, 0, None, "float32", "no bfloat16")
 

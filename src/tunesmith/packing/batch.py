@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from tunesmith.packing.attention import Layout
-from tunesmith.packing.tree import build_tree
+from tunesmith.packing.tree import TREE_ARCHITECTURES, build_tree
 
 Batch = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]  # dataset rows: `input_ids`, and `trained` of the same length
@@ -93,11 +93,6 @@ class PaddedCollator:
         }
         batch["weights"] = torch.ones(len(batch["targets"]), dtype=torch.float32)
         return batch if min(lengths) == longest else batch | {"attention_mask": mask}
-
-
-#: Architectures whose attention a tree reproduces exactly: causal, rotary positions, no sinks, no soft-capping.
-#: tests/invariant/test_packing.py proves each.
-TREE_ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 
 
 def reason_against_tree(config: Any, longest: int) -> str | None:

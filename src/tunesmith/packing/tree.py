@@ -14,6 +14,11 @@ from itertools import pairwise
 MIN_SHARED = 8
 
 
+#: Architectures whose attention a tree reproduces exactly: causal, rotary positions, no sinks, no soft-capping.
+#: tests/invariant/test_packing.py proves each.
+TREE_ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+
+
 @dataclass(frozen=True)
 class Node:
     """A stretch [start, end) of the sequence; its descendants fill [end, subtree_end)."""

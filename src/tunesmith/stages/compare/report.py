@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tunesmith.plotting import colour
 from tunesmith.stages.compare import plots
 from tunesmith.stages.compare.text import HEADERS, cells, percent, verdict
 
@@ -37,7 +38,7 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
         shown = [row for row in rows if row[key] is not None]
         names = [row["model"] for row in shown]
         values = [row[key] / scale for row in shown]
-        shades = [plots.colour(row["method"], number) for number, row in enumerate(shown)]
+        shades = [colour(row["method"], number) for number, row in enumerate(shown)]
         return plots.bars(names, values, [form.format(value) for value in values], shades, title)
 
     return [

@@ -241,6 +241,16 @@ class Modules:
             tape.drop(repeated, softmax)
             return out
         sums = tape.make("activations", 4 * heads * t)
+        if self.s.attention == "masked":
+            # Keys and values repeated for all heads; the kernel turns the mask into a bias of the model's dtype.
+            repeated = tape.make("activations", 2 * e * q_width * t)
+            bias = e * t * t
+            saves = [q.buffer, repeated, sums]
+            out = tape.apply(
+                e * q_width * t, [q, k, v], saves=saves, gives=gives, scratch=bias, back_scratch=bias, saves_result=True
+            )
+            tape.drop(repeated, sums)
+            return out
         moment, back = 0, 0
         if self.s.attention == "tree":
             # packing/attention.py: merged in float32; going back, gradients in float32 and those of one stretch beside them.

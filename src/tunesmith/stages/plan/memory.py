@@ -8,6 +8,7 @@ computed; the others stand for the bytes that they keep, as every peak is at the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tunesmith.methods.sizes import NF4_BYTES, OPTIMIZER_SLICE, state_bytes
 from tunesmith.models.architecture import Architecture
@@ -20,13 +21,19 @@ _SHOWN = 4  # blocks that are computed one by one
 
 @dataclass(frozen=True)
 class Estimate:
-    """A step's peak in bytes and what it is made of, by kind; `resident_bytes` is the loaded model."""
+    """A step's peak in bytes and what it is made of, by kind; `resident_bytes` is the loaded model.
+
+    `written_bytes` and `operators` count what one micro-batch's forward and backward pass make, for their time.
+    """
 
     total_bytes: int
     resident_bytes: int
     breakdown: dict[str, int]
+    written_bytes: int
+    operators: int
 
 
+@lru_cache(maxsize=4096)
 def estimate(architecture: Architecture, scenario: Scenario) -> Estimate:
     """The peak of a training step."""
     return _Step(architecture, scenario).run()
@@ -47,6 +54,27 @@ def weight_bytes(architecture: Architecture, scenario: Scenario) -> dict[Kind, i
     return {"weights": base, "adapter": adapter}
 
 
+def sharded_bytes(architecture: Architecture, scenario: Scenario, devices: int, stage: int) -> int:
+    """A device's peak where `devices` of them share the states (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+
+    Stage 1 shares the optimizer's states, 2 also gradients, 3 also weights (FSDP's full shard): then two blocks' whole weights
+    are gathered at a time, the next being fetched while one computes, and one block's whole gradients before they are shared.
+    Each device computes its own micro-batch.
+    """
+    whole = estimate(architecture, scenario)
+    parts = whole.breakdown
+    kept = sum(size for kind, size in parts.items() if kind not in {"weights", "adapter", "gradients", "optimizer"})
+    step = _Step(architecture, scenario)
+    weights = whole.resident_bytes
+    gradients, states = step.weight * step.trained, step.optimizer_bytes()
+    block = step.trained_in_a_block() * step.weight
+    largest = max(weights // architecture.num_hidden_layers, scenario.element * architecture.embedding_parameters)
+    share_weights = -(-weights // devices) + 2 * largest if stage >= 3 else weights
+    share_gradients = -(-gradients // devices) + block if stage >= 2 else gradients
+    share_states = -(-states // devices) if stage >= 1 else states
+    return kept + share_weights + share_gradients + share_states
+
+
 class _Step:
     """One training step on a tape."""
 
@@ -63,20 +91,22 @@ class _Step:
         tape, scenario = self.tape, self.s
         resident = weight_bytes(self.a, scenario)
         for kind, size in resident.items():
-            tape.make(kind, size)
-        tape.make("optimizer", self._states())
+            tape.make(kind, size, moved=False)
+        tape.make("optimizer", self.optimizer_bytes(), moved=False)
         if scenario.optimizer_in_backward:
             tape.in_backward = self._update_scratch
         elif scenario.accumulating:
-            tape.make("gradients", self.weight * self.trained)
+            tape.make("gradients", self.weight * self.trained, moved=False)
             tape.in_backward = lambda _: 0  # each gradient is added to what is there, and freed
-        tape.make("scratch", self._rounding())
+        tape.make("scratch", self._rounding(), moved=False)
         # Ids and positions of tokens, sources and targets of labels (int64), their weights (float32).
         tape.make("batch", 16 * scenario.tokens + 20 * scenario.labelled)
         self._forward_and_backward()
+        written, operators = tape.written, tape.operators
         if not scenario.optimizer_in_backward:
             tape.scratch(self._step_scratch())
-        return Estimate(tape.peak, sum(resident.values()), {kind: size for kind, size in tape.at_peak.items() if size})
+        parts = {kind: size for kind, size in tape.at_peak.items() if size}
+        return Estimate(tape.peak, sum(resident.values()), parts, written, operators)
 
     def _rounding(self) -> int:
         """What rounding up to blocks of 512 bytes adds: one for each tensor that stays, 64 KiB for others and constants."""
@@ -93,16 +123,19 @@ class _Step:
         shown, recompute = min(layers, _SHOWN), self.s.gradient_checkpointing
         kinds = 2 if self.a.model_type == "gemma3_text" else 1  # rotary embeddings: of local and global blocks
         rotary = tape.make("activations", kinds * 2 * element * self.a.head_dim * self.s.tokens)
+        mask = tape.make("activations", self.s.tokens**2 if self.s.attention == "masked" else 0)
         first = hidden = self._embedding()
         starts: list[tuple[int, Value]] = []  # of each block: nodes before it, its input
         ballast = tape.make("activations", 0)
         for number in range(shown):
             before = tape.total
+            written, operators = tape.written, tape.operators
             starts.append((len(tape.nodes), hidden))
             hidden = self._block_forward(hidden)
             if number == 1:
                 # The input of a block has become its output, so what is more now is what the block keeps.
-                ballast = tape.make("activations", (layers - shown) * (tape.total - before))
+                ballast = tape.make("activations", (layers - shown) * (tape.total - before), moved=False)
+                self._repeat(written, operators)
         mark = len(tape.nodes)
         normed = self.modules.norm(hidden, self.a.hidden_size)
         tape.free(hidden)
@@ -112,8 +145,9 @@ class _Step:
             if number == 1:
                 tape.drop(ballast)
                 if tape.in_backward is None:
-                    each = self.weight * self._trained_in_a_block()
-                    tape.make("gradients", each * (layers - shown))
+                    each = self.weight * self.trained_in_a_block()
+                    tape.make("gradients", each * (layers - shown), moved=False)
+            written, operators = tape.written, tape.operators
             since, start = starts[number]
             if recompute:
                 self._recompute(start, hidden)
@@ -121,8 +155,16 @@ class _Step:
             if recompute and number > 0:
                 tape.free(start)
             hidden = start
+            if number == 1:
+                self._repeat(written, operators)
         self._embedding_backward(first)
-        tape.drop(rotary)
+        tape.drop(rotary, mask)
+
+    def _repeat(self, written: int, operators: int) -> None:
+        """Count what was made since, once more for each block that is not shown."""
+        hidden = max(0, self.a.num_hidden_layers - _SHOWN)
+        self.tape.written += hidden * (self.tape.written - written)
+        self.tape.operators += hidden * (self.tape.operators - operators)
 
     def _embedding(self) -> Value:
         """Its result; gradients flow to it where it is trained, or where blocks are recomputed."""
@@ -167,13 +209,14 @@ class _Step:
 
     # --- parameters and optimizer ---
 
-    def _trained_in_a_block(self) -> int:
+    def trained_in_a_block(self) -> int:
+        """Trained parameters of one block."""
         layers = self.a.num_hidden_layers
         if not self.full:
             return self.trained // layers
         return (self.a.linear_weights + self.a.expert_parameters + self.a.other_parameters - self.a.final_norm) // layers
 
-    def _states(self) -> int:
+    def optimizer_bytes(self) -> int:
         """AdamW's states, and masters where weights are bf16; torch's own states follow the parameters' dtype."""
         if self.s.optim in {"adamw_torch_fused", "adamw_torch_foreach"}:
             return 2 * self.weight * self.trained

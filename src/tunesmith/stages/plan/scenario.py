@@ -20,8 +20,9 @@ class Scenario:
 
     `labelled` places carry loss, of all rows together. `optim` is one of the engine's, or torch's own, whose states follow the
     weights' dtype. `accumulating` tells that gradients of earlier micro-batches are there. `attention` is `sdpa` (flash), the
-    engine's `tree` on CPU, or `eager` with its table of scores. `stock` is transformers' and PEFT's way instead of the
-    engine's: adapters that compute in float32, k-bit preparation, logits of all places at once.
+    engine's tree on CPU (`tree`) or with a dense mask (`masked`), or `eager` with its table of scores. `stock` is
+    transformers' and PEFT's way instead of the engine's: adapters that compute in float32, k-bit preparation, logits of all
+    places at once.
     """
 
     method: Method
@@ -34,7 +35,7 @@ class Scenario:
     optim: Optim = "adamw"
     optimizer_in_backward: bool = False
     accumulating: bool = False
-    attention: Literal["sdpa", "tree", "eager"] = "sdpa"
+    attention: Literal["sdpa", "tree", "masked", "eager"] = "sdpa"
     stock: bool = False
 
     @property

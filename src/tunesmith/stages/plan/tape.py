@@ -61,9 +61,12 @@ class Tape:
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
     nodes: list[_Node] = field(default_factory=list)
+    written: int = 0  # bytes made by operators
+    operators: int = 0
 
-    def make(self, kind: Kind, size: int) -> Buffer:
-        """New bytes, held once."""
+    def make(self, kind: Kind, size: int, *, moved: bool = True) -> Buffer:
+        """New bytes, held once; not `moved` where they only stand for others."""
+        self.written += size if moved else 0
         self.live[kind] += size
         self.total += size
         if self.total > self.peak:
@@ -111,6 +114,7 @@ class Tape:
             buffer = self.make(kind, size)
         if scratch:
             self.scratch(scratch)
+        self.operators += size is not None
         needs = any(value.needs for value in inputs) or bool(keeps)
         output = Value(buffer, needs)
         if needs and self.recording:
@@ -131,6 +135,7 @@ class Tape:
         if incoming is None:
             raise AssertionError("a node without a gradient")
         node.output.gradient = None
+        self.operators += 1
         made: list[tuple[Value, Buffer]] = []
         for give in node.gives:
             if give.size is None:

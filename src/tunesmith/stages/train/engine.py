@@ -20,11 +20,11 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import append_jsonl
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
+from tunesmith.methods.settings import Settings
 from tunesmith.methods.sizes import STATE_BITS
 from tunesmith.packing.batch import Collator, labelled_count
 from tunesmith.packing.loss import LossModel
 from tunesmith.recipe import Recipe, TrainSection
-from tunesmith.stages.train.settings import Settings
 
 
 @dataclass(frozen=True)

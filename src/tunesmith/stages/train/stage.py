@@ -17,13 +17,13 @@ from tunesmith.hardware import Hardware, detect
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, make_method
+from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
 from tunesmith.packing.loss import LossModel, use_tree_attention
 from tunesmith.runs import Run
 from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
 from tunesmith.stages.train.progress import TrainProgress
-from tunesmith.stages.train.settings import Settings, settle
 
 
 def train(run: Run, console: Console | None = None) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""What was measured against what was predicted, kept for the next plan: one entry for each probe and each finished run.
+
+An entry says on which device, with which torch, when, for which method, dtype and width a step took how many times as long as
+the roofline says, and how many times as much memory as the closed form. The cache folder holds them, JSON, newest last.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith.io.atomic import read_json, write_json
+
+_KEEP = 500  # entries; older ones go
+_NEAR = 16  # the newest of the like ones that count
+
+#: 95 % bound over the median where nothing was measured, and the least one where something was.
+UNKNOWN_SPREAD = 1.5
+LEAST_SPREAD = 1.1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measurement: `time` and `memory` are measured over predicted; `memory` is null where it was not measured."""
+
+    device: str
+    torch: str
+    date: str
+    source: Literal["probe", "run"]
+    method: str
+    dtype: str
+    hidden_size: int
+    time: float
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Multiply a prediction by `typical` for the median and by `safe` for the 95 % bound; `measurements` it rests on."""
+
+    typical: float
+    safe: float
+    measurements: int
+
+
+def read_entries(file: Path) -> list[Entry]:
+    """All entries, oldest first; none where there is no file. A damaged file counts as none: it is only a cache."""
+    try:
+        return [Entry(**entry) for entry in read_json(file)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def add_entries(file: Path, entries: Sequence[Entry]) -> None:
+    """Append to the file, atomically."""
+    kept = [*read_entries(file), *entries][-_KEEP:]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, [asdict(entry) for entry in kept])
+
+
+def today() -> str:
+    """The date of an entry, UTC."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def time_correction(entries: Sequence[Entry], device: str, method: str, dtype: str, hidden_size: int) -> Correction:
+    """The correction of a step's time: of this method and dtype on this device, models of the nearest width first."""
+    like = [entry for entry in entries if (entry.device, entry.method, entry.dtype) == (device, method, dtype)]
+    if not like:
+        return Correction(1.0, UNKNOWN_SPREAD, 0)
+    distance = min(abs(math.log(entry.hidden_size / hidden_size)) for entry in like)
+    nearest = [e.time for e in like if abs(math.log(e.hidden_size / hidden_size)) <= distance + 1e-9][-_NEAR:]
+    return _correction(nearest)
+
+
+def memory_correction(entries: Sequence[Entry], device: str, method: str) -> Correction | None:
+    """The correction of a step's memory on this device, by runs alone; None before the first."""
+    like: list[Any] = [e.memory for e in entries if (e.device, e.method) == (device, method) and e.memory is not None]
+    return _correction(like[-_NEAR:]) if like else None
+
+
+def _correction(ratios: Sequence[float]) -> Correction:
+    typical = statistics.median(ratios)
+    return Correction(typical, max(LEAST_SPREAD * typical, max(ratios) * 1.02), len(ratios))

@@ -1,0 +1,184 @@
+"""GPUs as data, and the machine at hand, without importing torch: what a plan is made for."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import subprocess
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith.errors import HardwareError, Problem
+from tunesmith.hardware import DtypeName, Hardware, cpu_compute_dtype, cpu_name, usable_cores
+
+GIB = 2**30
+
+#: Names a file of cards that adds to the built-in ones.
+VARIABLE = "TUNESMITH_GPUS"
+
+_WHY = "memory, time and money are computed from the card"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What training runs on: `count` equal devices. FLOP/s and bytes/s are peaks; `price` is US dollars an hour for each."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    count: int
+    memory_bytes: int
+    flops: Mapping[str, float]
+    bandwidth: float
+    price: float
+    note: str | None = None
+
+    @property
+    def compute_dtype(self) -> DtypeName:
+        """The type that products should run in."""
+        return "bfloat16" if self.flops["bfloat16"] > self.flops["float32"] else "float32"
+
+    def as_hardware(self) -> Hardware:
+        """The same as training sees it."""
+        dtype = self.compute_dtype
+        reason = f"{self.name} multiplies {dtype} fastest"
+        gpu = self.kind == "cuda"
+        memory = self.memory_bytes
+        return Hardware(self.kind, self.name, 1, memory, self.count if gpu else 0, memory if gpu else None, dtype, reason)
+
+
+def read_gpus(extra: Path | None = None) -> dict[str, Device]:
+    """The built-in cards by name, with those of `extra`, or of the file that TUNESMITH_GPUS names, added or replaced.
+
+    Raises HardwareError for a file that cannot be read or holds a figure that is missing or not positive.
+    """
+    gpus = _parse(files("tunesmith.hardware").joinpath("data/gpus.toml").read_text(encoding="utf-8"), "gpus.toml")
+    named = extra or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
+    if named is not None:
+        try:
+            text = named.expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            fix = f"check the path; without --gpus and {VARIABLE} the built-in cards are used"
+            raise HardwareError(Problem("TS702", f"cannot read the cards: {error}", str(named), _WHY, fix)) from error
+        gpus |= _parse(text, str(named))
+    return gpus
+
+
+def _parse(text: str, source: str) -> dict[str, Device]:
+    line = '"My card" = { memory_gib = 24, bfloat16 = 70, float32 = 35, bandwidth = 900, price = 1 }'
+    fix = f"write [gpus] and below it lines such as {line}"
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise HardwareError(Problem("TS702", f"not valid TOML: {error}", source, _WHY, fix)) from error
+    cards = values.get("gpus")
+    if not isinstance(cards, dict):
+        raise HardwareError(Problem("TS702", "no table [gpus]", source, _WHY, fix))
+    return {name: _card(name, card, source) for name, card in cards.items()}
+
+
+def _card(name: str, card: Any, source: str) -> Device:
+    def figure(key: str, *, least: float = 1e-9) -> float:
+        value = card.get(key) if isinstance(card, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
+            what = f"{name}: {key} = {value!r} is not a number of at least {least:g}"
+            raise HardwareError(Problem("TS702", what, source, _WHY, "correct that figure"))
+        return float(value)
+
+    flops = {"bfloat16": figure("bfloat16", least=0) * 1e12, "float32": figure("float32") * 1e12}
+    memory = int(figure("memory_gib") * GIB)
+    return Device("cuda", name, 1, memory, flops, figure("bandwidth") * 1e9, figure("price", least=0))
+
+
+def find_device(text: str, gpus: Mapping[str, Device]) -> Device:
+    """The device that `text` names: a card (`H100`), a size (`24GB`), either several times (`8xH100`), or `cpu`.
+
+    A size stands for the slowest card of at least that memory that the catalogue knows, so that time is not promised too short.
+    """
+    if text.strip().lower() == "cpu":
+        return this_cpu()
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX*]\s*)?(.+?)\s*", text)
+    if match is None or match[1] == "0":
+        raise HardwareError(Problem("TS701", f"{text!r} names no hardware", "--gpu", _WHY, "write 24GB, H100 or 8xH100"))
+    count, name = int(match[1] or 1), match[2]
+    size = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*(?:G|GB|GiB)", name, re.IGNORECASE)
+    if size is not None:
+        return replace(_of_size(float(size[1]), gpus), count=count)
+    by_key = {_key(known): known for known in gpus}
+    key = _key(name)
+    found = by_key.get(key)
+    if found is None:
+        near = difflib.get_close_matches(key, list(by_key), 3, 0.5) or [k for k in by_key if key and key in k]
+        names = ", ".join(by_key[k] for k in near) or ", ".join(gpus)
+        fix = f"nearest: {names}; or give a size such as 24GB, or add the card to a file for --gpus"
+        raise HardwareError(Problem("TS701", f"unknown GPU {name[:60]!r}", "--gpu", _WHY, fix))
+    return replace(gpus[found], count=count)
+
+
+def _key(name: str) -> str:
+    return re.sub(r"nvidia|geforce|tesla|amd|instinct|graphics|sxm\d?|hbm\w*|[^a-z0-9]", "", name.lower())
+
+
+def _of_size(gib: float, gpus: Mapping[str, Device]) -> Device:
+    if not 1 <= gib <= 4096:
+        what = f"{gib:g} GB is not the memory of a GPU"
+        raise HardwareError(Problem("TS701", what, "--gpu", _WHY, "give the memory of one GPU, such as 24GB"))
+    fitting = [gpu for gpu in gpus.values() if gpu.memory_bytes >= gib * GIB and gpu.compute_dtype == "bfloat16"]
+    if not fitting:
+        fitting = [max(gpus.values(), key=lambda gpu: gpu.memory_bytes)]
+    nearest = min(gpu.memory_bytes for gpu in fitting)
+    like = min((gpu for gpu in fitting if gpu.memory_bytes == nearest), key=lambda gpu: gpu.flops["bfloat16"])
+    note = f"time and money as of {like.name}, the slowest card of that size; name your card for its own"
+    return replace(like, name=f"{gib:g} GB GPU", memory_bytes=int(gib * GIB), note=note)
+
+
+def this_device(gpus: Mapping[str, Device]) -> Device:
+    """The machine at hand: its NVIDIA GPUs, by nvidia-smi, else its CPU."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return this_cpu()
+    lines = [line.rsplit(",", 1) for line in listed.splitlines() if "," in line]
+    if not lines:
+        return this_cpu()
+    name, megabytes = lines[0][0].strip(), lines[0][1].strip()
+    memory = int(megabytes) * 2**20 if megabytes.isdigit() else 0
+    by_key = {_key(known): gpu for known, gpu in gpus.items()}
+    key = _key(name)
+    known = by_key.get(key) or next((gpu for k, gpu in by_key.items() if k.startswith(key) or key.startswith(k)), None)
+    if known is None:
+        return replace(_of_size(max(1.0, memory / GIB), gpus), name=name, count=len(lines), memory_bytes=memory)
+    return replace(known, name=name, count=len(lines), memory_bytes=memory or known.memory_bytes)
+
+
+#: GFLOP/s of a core, and bytes/s of a machine's memory, before `--calibrate` has measured them.
+_CORE_FLOPS = {"float32": 5e10, "bfloat16": 1.2e11}
+_CPU_BANDWIDTH = 2e10
+
+
+def this_cpu() -> Device:
+    """The CPU at hand; its speed is a guess until it is calibrated."""
+    import psutil
+
+    dtype, _ = cpu_compute_dtype(_cpu_flags())
+    cores = usable_cores()
+    flops = {"float32": cores * _CORE_FLOPS["float32"], "bfloat16": cores * _CORE_FLOPS["bfloat16"]}
+    if dtype == "float32":
+        flops["bfloat16"] = 0.0
+    memory = int(psutil.virtual_memory().total)
+    return Device("cpu", cpu_name(), 1, memory, flops, _CPU_BANDWIDTH, 0.0)
+
+
+def _cpu_flags() -> dict[str, bool]:
+    """The processor's instructions as Linux names them, which is as torch does; none where the platform does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    match = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return dict.fromkeys(match[1].split(), True) if match else {}

@@ -1,0 +1,92 @@
+"""A model's config.json without its weights: a local folder, the catalogue of well-known models, or the hub. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import ModelError, Problem
+from tunesmith.io import safe
+from tunesmith.models import builtin
+
+_CATALOGUE_NAME_OF_BUILTIN = "HuggingFaceTB/SmolLM2-135M"
+
+
+@cache
+def known_models() -> dict[str, dict[str, Any]]:
+    """Shapes of well-known models by hub id, as transformers' config.json would spell them."""
+    text = files("tunesmith.models").joinpath("data/models.toml").read_text(encoding="utf-8")
+    models: dict[str, dict[str, Any]] = tomllib.loads(text)["models"]
+    return models
+
+
+def _key(name: str) -> str:
+    """What is left of a model's name without its publisher, its tuning and its date."""
+    short = name.lower().rpartition("/")[2].replace("_", "-").replace("meta-llama-", "llama-")
+    return re.sub(r"-(instruct|chat|it|base|hf)(?=-|$)|-\d{4}$", "", re.sub(r"-\d{4}$", "", short))
+
+
+def find_config(name: str, revision: str | None = None) -> tuple[dict[str, Any], str]:
+    """(config.json's content, where it is from) of a model: a folder, the built-in one, the catalogue, else the hub.
+
+    Raises ModelError with the nearest names of the catalogue where there is none of these.
+    """
+    path = Path(name).expanduser()
+    if name == builtin.NAME:
+        return known_models()[_CATALOGUE_NAME_OF_BUILTIN], "built in"
+    if path.is_dir() or path.suffix == ".json" or name.startswith((".", "/", "~")):
+        return _from_folder(path), str(path)
+    by_key = {_key(known): known for known in known_models()}
+    known = by_key.get(_key(name))
+    if known is not None:
+        return known_models()[known], f"catalogue: {known}"
+    if name.count("/") == 1:
+        return _from_hub(name, revision, _nearest(name, by_key)), f"hub: {name}"
+    why = "memory and time are computed from the model's shape"
+    raise ModelError(Problem("TS206", f"unknown model {name[:80]!r}", "model", why, _nearest(name, by_key)))
+
+
+def _nearest(name: str, by_key: dict[str, str]) -> str:
+    near = difflib.get_close_matches(_key(name), list(by_key), 3, 0.5)
+    hint = f"nearest known: {', '.join(by_key[key] for key in near)}; or " if near else ""
+    return f"{hint}give a folder with a config.json, or a hub id"
+
+
+def _from_folder(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        why = "memory and time are computed from the model's shape"
+        raise ModelError(Problem("TS201", "there is no config.json", str(path), why, "check the path"))
+    if path.is_dir():
+        safe.check_model_folder(path, weights=False)
+    return _parse(file.read_text(encoding="utf-8", errors="replace"), str(file))
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        detail = f"not valid JSON: {error}"
+        raise ModelError(Problem("TS208", detail, source, "it describes the model's shape", "download it again")) from error
+    if not isinstance(values, dict):
+        raise ModelError(Problem("TS208", "not a JSON object", source, "it describes the model's shape", "download it again"))
+    return values
+
+
+def _from_hub(name: str, revision: str | None, fix: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = hf_hub_download(name, "config.json", revision=revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        detail = str(error).strip().splitlines()[0][:200]
+        why = "it is not in the catalogue, and its config.json could not be fetched"
+        raise ModelError(Problem("TS206", f"cannot get {name!r}: {detail}", name, why, fix)) from error
+    return _parse(Path(path).read_text(encoding="utf-8"), name)

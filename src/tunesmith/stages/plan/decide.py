@@ -1,0 +1,193 @@
+"""Which method, and by which rule: the article's flow beside the exact answer. Every recommendation names its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from tunesmith.hardware.catalogue import GIB, Device
+from tunesmith.models.architecture import Architecture
+from tunesmith.recipe import Method
+from tunesmith.stages.plan.memory import sharded_bytes
+from tunesmith.stages.plan.options import OVERHEAD, Option
+from tunesmith.stages.plan.rows import DataFacts
+
+#: The article's rule of thumb: device memory over the weights in fp16 from which on a method is taken.
+MULTIPLES: dict[Method, float] = {"full": 4.0, "lora": 1.5, "qlora": 0.5}
+
+#: What to expect of a method's score against full fine-tuning's, before `compare` has measured it. A rule of thumb.
+EXPECTED_QUALITY: dict[Method, float] = {"full": 1.0, "lora": 0.99, "qlora": 0.98}
+
+FEW_ROWS = 1_000  # below: expand the data first (the article)
+MANY_ROWS = 100_000  # from here on full fine-tuning is worth its price where it fits (ours)
+LARGE_MODEL = 30e9  # parameters above which a job is spread over devices (the article)
+
+#: Devices of a cluster that are tried, and the card they are of where the one at hand is too small.
+_CLUSTERS = (2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Asks:
+    """What the user asked of the answer: most dollars, most hours, and whether answers must come fast when served."""
+
+    budget: float | None = None
+    hours: float | None = None
+    latency_critical: bool = False
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One rule that bore on the answer: its stable name, whose it is, and what it said here."""
+
+    rule: str
+    source: str
+    text: str
+
+    def as_dict(self) -> dict[str, str]:
+        """A JSON value."""
+        return {"rule": self.rule, "source": self.source, "text": self.text}
+
+
+def rule_of_thumb(architecture: Architecture, device: Device) -> Method | None:
+    """The article's answer: the richest method for which all devices' memory is enough times the fp16 weights."""
+    ratio = device.memory_bytes * device.count / (2 * architecture.parameters)
+    return next((method for method in get_args(Method) if ratio >= MULTIPLES[method]), None)
+
+
+def decide(
+    options: Mapping[Method, Option], architecture: Architecture, facts: DataFacts, device: Device, asks: Asks
+) -> tuple[Method | None, list[Reason]]:
+    """The recommended method, None where nothing fits, and the rules behind it in the order of the flow."""
+    reasons = _of_the_data(facts)
+    reasons.append(_of_memory(options, architecture, device))
+    usable = {method: option for method, option in options.items() if option.fits}
+    for method, option in list(usable.items()):
+        refused = _refused(option, asks)
+        if refused is not None:
+            reasons.append(refused)
+            del usable[method]
+    if not usable:
+        return None, reasons
+    chosen, reason = _choose(usable, facts)
+    reasons.append(reason)
+    reasons += _of_settings(options[chosen])
+    return chosen, reasons
+
+
+def _of_the_data(facts: DataFacts) -> list[Reason]:
+    if facts.rows >= FEW_ROWS:
+        return []
+    text = f"{facts.rows:,} rows are fewer than {FEW_ROWS:,}: expand the data first, it decides more than the method does"
+    return [Reason("few-rows", "article", text)]
+
+
+def _of_memory(options: Mapping[Method, Option], architecture: Architecture, device: Device) -> Reason:
+    """The rule of thumb, and whether the computed bytes agree with it."""
+    weights = 2 * architecture.parameters
+    memory = device.memory_bytes * device.count
+    thumb = rule_of_thumb(architecture, device)
+    exact = next((method for method, option in options.items() if option.fits), None)
+    text = f"memory is {memory / weights:.1f} x the fp16 weights ({weights / GIB:.1f} GiB): "
+    text += f"{thumb} by the rule of thumb (4 x full, 1.5 x LoRA, 0.5 x QLoRA)" if thumb else "none by the rule of thumb"
+    if thumb == exact:
+        return Reason("memory-multiples", "article", text + "; the computed bytes agree")
+    found = f"{exact} fits" if exact else "none fits"
+    return Reason("memory-multiples", "article", f"{text}; by the computed bytes {found} on one device, which is what counts")
+
+
+def _refused(option: Option, asks: Asks) -> Reason | None:
+    """Why a method that fits is left out."""
+    if option.method == "qlora" and asks.latency_critical:
+        text = "serving is latency-critical: not QLoRA, whose 4-bit base is dequantised in every product"
+        return Reason("latency-critical", "article", text)
+    if asks.budget is not None and option.cost > asks.budget:
+        return Reason("budget", "asked", f"{option.method} costs ${option.cost:,.2f}, more than ${asks.budget:,.2f}")
+    if asks.hours is not None and option.hours > asks.hours:
+        return Reason("deadline", "asked", f"{option.method} takes {option.hours:,.1f} h, more than {asks.hours:,.1f} h")
+    return None
+
+
+def _choose(usable: Mapping[Method, Option], facts: DataFacts) -> tuple[Method, Reason]:
+    """Full for very many rows; else LoRA where it fits; QLoRA where only that does."""
+    if "full" in usable and facts.rows >= MANY_ROWS:
+        text = f"{facts.rows:,} rows are enough to train every weight, and full fine-tuning fits"
+        return "full", Reason("many-rows", "tunesmith", text)
+    if "lora" in usable:
+        text = f"LoRA is expected to reach {100 * EXPECTED_QUALITY['lora']:.0f} % of full fine-tuning's score"
+        if "full" in usable:
+            less = usable["full"].peak_memory_bytes / usable["lora"].peak_memory_bytes
+            text += f" with {less:.1f} x less memory; `tunesmith run --methods full,lora` measures it on your data"
+        return "lora", Reason("adapter-is-enough", "tunesmith", text)
+    if "qlora" in usable:
+        text = "of the methods that are left, QLoRA alone fits: the base in 4 bits, the adapter trained as in LoRA"
+        return "qlora", Reason("only-four-bit-fits", "article", text)
+    return "full", Reason("only-full-is-left", "tunesmith", "the other methods were left out above")
+
+
+def _of_settings(option: Option) -> list[Reason]:
+    """The tables behind the settings, and the levers that were needed."""
+    chosen = option.settings
+    reasons = [Reason("learning-rate", "article", f"learning rate {chosen.learning_rate:g}: {chosen.reasons['learning_rate']}")]
+    if option.method != "full":
+        source = "tunesmith" if 10_000 <= _rows_of(chosen.reasons["r"]) < MANY_ROWS else "article"
+        reasons.append(Reason("rank-by-rows", source, f"r {chosen.r}: {chosen.reasons['r']}; alpha {chosen.lora_alpha}"))
+    batch = f"{chosen.effective_batch_size} rows a step: {chosen.reasons['effective_batch_size']}"
+    reasons.append(Reason("batch", "article", f"{batch}, as {chosen.per_device_train_batch_size} at once"))
+    if option.lever.gradient_checkpointing:
+        text = "activations are computed again in the backward pass: memory demands it, or it buys a larger micro-batch"
+        reasons.append(Reason("checkpointing", "tunesmith", text))
+    if option.lever.optim != "adamw":
+        text = (
+            f"optimizer states are small ({option.lever.optim}), weights are rounded stochastically: float32 masters do not fit"
+        )
+        reasons.append(Reason("small-states", "tunesmith", text))
+    return reasons
+
+
+def _rows_of(reason: str) -> int:
+    digits = reason.split(maxsplit=1)[0]
+    return int(digits) if digits.isdigit() else 0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices that share a job: how many of which, by which ZeRO stage, and what one of them holds at the peak."""
+
+    device: str
+    count: int
+    stage: int
+    peak_memory_bytes: int
+    price_an_hour: float
+
+    @property
+    def sharding(self) -> str:
+        """How the states are shared."""
+        return f"ZeRO-{self.stage}" + (" or FSDP full shard" if self.stage == 3 else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON value."""
+        return {
+            "device": self.device,
+            "count": self.count,
+            "sharding": self.sharding,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "price_an_hour": self.price_an_hour,
+        }
+
+
+def smallest_cluster(option: Option, architecture: Architecture, devices: Sequence[Device]) -> Cluster | None:
+    """The fewest equal devices that hold an option's step together, then the cheapest; None where 128 are not enough."""
+    found: list[Cluster] = []
+    for device in devices:
+        over = OVERHEAD[device.kind]
+        for count in _CLUSTERS:
+            for stage in (1, 2, 3):
+                allocated = sharded_bytes(architecture, option.scenario, count, stage)
+                peak = round(allocated * over.safe_share + over.safe_bytes)
+                if peak <= device.memory_bytes:
+                    found.append(Cluster(device.name, count, stage, peak, count * device.price))
+                    break
+            if found and found[-1].device == device.name:
+                break
+    return min(found, key=lambda cluster: (cluster.count, cluster.price_an_hour), default=None)

@@ -1,0 +1,267 @@
+"""For one method on one device: the settings that fit and are fastest, with the memory, time and money that they take."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tunesmith.hardware.calibration import Correction, Entry, memory_correction, time_correction
+from tunesmith.hardware.catalogue import GIB, Device
+from tunesmith.methods import METHODS
+from tunesmith.methods.settings import Settings, settle
+from tunesmith.models.architecture import Architecture
+from tunesmith.packing.tree import TREE_ARCHITECTURES
+from tunesmith.recipe import Method, Recipe
+from tunesmith.stages.plan.memory import Estimate, estimate
+from tunesmith.stages.plan.rows import Batch, DataFacts
+from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.stages.plan.speed import micro_batch_work, optimizer_bytes, optimizer_seconds, seconds
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What a device needs beyond what the allocator is asked for: a share of it (fragmentation), and a fixed part (context)."""
+
+    typical_share: float
+    typical_bytes: int
+    safe_share: float
+    safe_bytes: int
+
+
+#: GPU: context 0.3 to 0.6 GB and cuBLAS's workspaces; segments 2 to 6 % larger than what is in them. CPU: slack of malloc.
+OVERHEAD = {
+    "cuda": Overhead(1.02, int(0.5 * GIB), 1.06, int(0.7 * GIB)),
+    "cpu": Overhead(1.05, int(0.05 * GIB), 1.15, int(0.25 * GIB)),
+}
+
+#: Micro-batches that are tried where the recipe leaves the choice.
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One way to run a method, as recipe keys."""
+
+    gradient_checkpointing: bool = False
+    optim: str = "adamw"
+    optimizer_in_backward: bool = False
+
+
+_ADAPTER_LEVERS = (Lever(), Lever(gradient_checkpointing=True))
+_FULL_LEVERS = (
+    *_ADAPTER_LEVERS,
+    Lever(True, "adamw_bf16"),
+    Lever(True, "adamw_8bit"),
+    Lever(True, "adamw_8bit", True),
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A method with settings: the bytes, seconds and money that it takes, and whether the device holds it."""
+
+    method: Method
+    fits: bool
+    scenario: Scenario  # of the largest micro-batch
+    memory: Estimate
+    peak_memory_bytes: int
+    safe_memory_bytes: int
+    seconds_per_step: float
+    safe_seconds_per_step: float
+    steps: int
+    settings: Settings
+    lever: Lever
+    cost_an_hour: float
+    tokens_per_second: float
+    time_measurements: int
+    least_memory_bytes: int  # of this method and optimizer with one row at once and checkpointing, typical
+
+    @property
+    def hours(self) -> float:
+        """Of training."""
+        return self.seconds_per_step * self.steps / 3600
+
+    @property
+    def cost(self) -> float:
+        """US dollars of training."""
+        return self.hours * self.cost_an_hour
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan.json entry of a method."""
+        chosen = self.settings
+        return {
+            "method": self.method,
+            "fits": self.fits,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "safe_memory_bytes": self.safe_memory_bytes,
+            "least_memory_bytes": self.least_memory_bytes,
+            "allocated_bytes": self.memory.total_bytes,
+            "breakdown": self.memory.breakdown,
+            "seconds_per_step": self.seconds_per_step,
+            "safe_seconds_per_step": self.safe_seconds_per_step,
+            "steps": self.steps,
+            "hours": self.hours,
+            "cost": self.cost,
+            "tokens_per_second": self.tokens_per_second,
+            "time_measurements": self.time_measurements,
+            "settings": {
+                "compute_dtype": chosen.compute_dtype,
+                "per_device_train_batch_size": chosen.per_device_train_batch_size,
+                "gradient_accumulation_steps": chosen.gradient_accumulation_steps,
+                "gradient_checkpointing": self.lever.gradient_checkpointing,
+                "optim": self.lever.optim,
+                "optimizer_in_backward": self.lever.optimizer_in_backward,
+                "learning_rate": chosen.learning_rate,
+                "num_train_epochs": chosen.num_train_epochs,
+                "max_steps": chosen.max_steps,
+                "warmup_steps": chosen.warmup_steps,
+                **({} if self.method == "full" else {"r": chosen.r, "lora_alpha": chosen.lora_alpha}),
+            },
+        }
+
+
+class Planner:
+    """Options for one model, data set and device."""
+
+    def __init__(
+        self, architecture: Architecture, recipe: Recipe, facts: DataFacts, device: Device, entries: Sequence[Entry]
+    ) -> None:
+        self.a, self.recipe, self.facts, self.device, self.entries = architecture, recipe, facts, device, entries
+        self.packing = recipe.train.packing and architecture.model_type in TREE_ARCHITECTURES
+        self._batches: dict[int, list[Batch]] = {}
+
+    def best(self, method: Method, *, free: bool = True) -> Option:
+        """The fastest settings that fit; where none do, the ones that come nearest. `free` lets micro-batch and levers vary.
+
+        Among the optimizers the first that fits is taken, as those with smaller states are further from exact AdamW.
+        """
+        nearest: Option | None = None
+        for group in self._levers(method, free=free):
+            fitting: list[Option] = []
+            for lever in group:
+                for size in self._sizes(free=free):
+                    option = self.option(method, size, lever)
+                    if nearest is None or option.safe_memory_bytes < nearest.safe_memory_bytes:
+                        nearest = option
+                    if not option.fits:
+                        break  # a larger micro-batch takes more
+                    fitting.append(option)
+            if fitting:
+                return min(fitting, key=lambda option: (option.hours, option.safe_memory_bytes))
+        if nearest is None:
+            raise AssertionError("there is always a micro-batch of one row")
+        return nearest
+
+    def _levers(self, method: Method, *, free: bool) -> Iterator[tuple[Lever, ...]]:
+        """Groups of levers, the exact optimizer first; with and without recomputing in one group."""
+        asked = self.recipe.train
+        if not free:
+            yield (Lever(asked.gradient_checkpointing, asked.optim, asked.optimizer_in_backward),)
+        elif method != "full" or self.device.compute_dtype == "float32":
+            yield _ADAPTER_LEVERS
+        else:
+            yield _ADAPTER_LEVERS
+            yield from ((lever,) for lever in _FULL_LEVERS[2:])
+
+    def _sizes(self, *, free: bool) -> Sequence[int]:
+        if not free:
+            return (self.recipe.train.per_device_train_batch_size,)
+        return [size for size in SIZES if size <= self.facts.rows] or [1]
+
+    def batches(self, size: int) -> list[Batch]:
+        """Micro-batches of that many rows, the last of the longest ones."""
+        if size not in self._batches:
+            self._batches[size] = self.facts.batches(size, packing=self.packing)
+        return self._batches[size]
+
+    def settled(self, method: Method, size: int, lever: Lever) -> Settings:
+        """The training settings with that micro-batch; accumulation follows from the effective batch."""
+        train = self.recipe.train.model_copy(
+            update={"per_device_train_batch_size": size, "optimizer_in_backward": lever.optimizer_in_backward}
+        )
+        recipe = self.recipe.model_copy(update={"method": method, "train": train})
+        return settle(recipe, self.facts.rows, METHODS[method].default_learning_rate, self.device.as_hardware())
+
+    def option(self, method: Method, size: int, lever: Lever) -> Option:
+        """What one choice of settings takes."""
+        settings = self.settled(method, size, lever)
+        micro = settings.per_device_train_batch_size
+        drawn = self.batches(micro)
+        scenario = self._scenario(method, drawn[-1], settings, lever)
+        worst = estimate(self.a, scenario)
+        over, typical = OVERHEAD[self.device.kind], self._typical(method, worst)
+        safe = max(round(worst.total_bytes * over.safe_share + over.safe_bytes), round(typical * 1.02))
+        leanest = replace(lever, gradient_checkpointing=True)
+        least = self._typical(method, estimate(self.a, self._scenario(method, self.batches(1)[-1], settings, leanest)))
+        step, measured = self._step_seconds(method, drawn, settings, lever)
+        rows = statistics.fmean(batch.row_tokens for batch in drawn[:-1]) * settings.gradient_accumulation_steps
+        return Option(
+            method=method,
+            fits=safe <= self.device.memory_bytes,
+            scenario=scenario,
+            memory=worst,
+            peak_memory_bytes=typical,
+            safe_memory_bytes=safe,
+            seconds_per_step=step * measured.typical,
+            safe_seconds_per_step=step * measured.safe,
+            steps=settings.max_steps,
+            settings=settings,
+            lever=lever,
+            cost_an_hour=self.device.price,
+            tokens_per_second=rows / (step * measured.typical),
+            time_measurements=measured.measurements,
+            least_memory_bytes=min(least, typical),
+        )
+
+    def _typical(self, method: Method, made: Estimate) -> int:
+        """The peak that the device will show: allocated bytes, the allocator's share, the context; corrected by earlier runs."""
+        over, measured = OVERHEAD[self.device.kind], memory_correction(self.entries, self.device.name, method)
+        return round((made.total_bytes * over.typical_share + over.typical_bytes) * (measured.typical if measured else 1))
+
+    def _scenario(self, method: Method, batch: Batch, settings: Settings, lever: Lever) -> Scenario:
+        return Scenario(
+            method=method,
+            rows=1,
+            length=batch.tokens,
+            labelled=batch.labelled,
+            dtype="bfloat16" if settings.compute_dtype == "bfloat16" else "float32",
+            r=settings.r,
+            gradient_checkpointing=lever.gradient_checkpointing,
+            optim=lever.optim,  # type: ignore[arg-type] # levers name the engine's
+            optimizer_in_backward=lever.optimizer_in_backward,
+            accumulating=settings.gradient_accumulation_steps > 1,
+            attention=("tree" if self.device.kind == "cpu" else "masked") if self.packing else "sdpa",
+        )
+
+    def _step_seconds(
+        self, method: Method, drawn: Sequence[Batch], settings: Settings, lever: Lever
+    ) -> tuple[float, Correction]:
+        """Seconds of a step by the roofline, of a mean micro-batch, and the correction that was measured."""
+        mean = Batch(
+            *(
+                round(statistics.fmean(getattr(batch, name) for batch in drawn[:-1]))
+                for name in ("tokens", "labelled", "row_tokens")
+            )
+        )
+        scenario = self._scenario(method, mean, settings, lever)
+        step = roofline_step(self.a, scenario, self.device, settings.gradient_accumulation_steps, self.facts.mean_tokens)
+        correction = time_correction(self.entries, self.device.name, method, scenario.dtype, self.a.hidden_size)
+        return step, correction
+
+
+def roofline_step(a: Architecture, scenario: Scenario, device: Device, micro_batches: int, context: float) -> float:
+    """Seconds of an optimizer step by the roofline, without any correction."""
+    work = micro_batch_work(a, scenario, estimate(a, scenario), context)
+    update = optimizer_seconds(optimizer_bytes(a, scenario), device)
+    return micro_batches * seconds(work, device, scenario.dtype) + update
+
+
+def smallest_that_fits(build: Callable[[Device], Planner], method: Method, gpus: Sequence[Device]) -> Option | None:
+    """The method on the cheapest of the cards that hold it; None where none does."""
+    for gpu in sorted(gpus, key=lambda gpu: (gpu.price, gpu.memory_bytes)):
+        option = build(gpu).best(method)
+        if option.fits:
+            return replace(option)
+    return None

@@ -1,0 +1,87 @@
+"""A step's time from what it computes and moves: a roofline with efficiencies, corrected by what was measured.
+
+FLOPs for each token (N weights of linear layers that it goes through, N_A of adapters): forward 2 N; backward 4 N where
+weights are trained, 2 N where they are frozen; adapters 6 N_A; recomputing 2 N more. Head: 4 h V for each labelled place,
+6 where it is trained. Attention: 2 S q for each token forward (causal, S tokens of context, q query width), 2.5 times that
+backward (Dao 2023, arXiv 2307.08691, section 3.1). Bytes: what operators write (the tape's count), read twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tunesmith.hardware.catalogue import Device
+from tunesmith.methods.sizes import NF4_BYTES
+from tunesmith.models.architecture import Architecture
+from tunesmith.stages.plan.memory import Estimate
+from tunesmith.stages.plan.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of a device's peaks that training reaches, and what starting an operator takes (seconds)."""
+
+    products: float
+    attention: float
+    bandwidth: float
+    operator_seconds: float
+
+
+#: Before anything was measured. GPU: large products reach 55 to 65 % of the dense peak (torchtitan's and NeMo's figures).
+EFFICIENCY = {"cuda": Efficiency(0.58, 0.35, 0.75, 6e-6), "cpu": Efficiency(0.8, 0.3, 0.5, 1.5e-5)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a micro-batch takes: FLOPs of products and of attention, bytes moved, operators started."""
+
+    product_flops: float
+    attention_flops: float
+    moved_bytes: float
+    operators: int
+
+    @property
+    def flops(self) -> float:
+        """All of them."""
+        return self.product_flops + self.attention_flops
+
+
+def micro_batch_work(a: Architecture, s: Scenario, estimate: Estimate, context: float) -> Work:
+    """The work of one forward and backward pass; `context` is the mean number of tokens in a row."""
+    weights = a.active_parameters - a.embedding_parameters - a.head_parameters - a.other_parameters
+    adapters = 0 if s.method == "full" else a.lora_parameters(s.r)
+    again = 2 if s.gradient_checkpointing else 0
+    each = weights * ((6 if s.method == "full" else 4) + again) + adapters * (6 + again)
+    places = s.tokens if s.stock else s.labelled
+    head = a.hidden_size * a.vocab_size * places * (6 if s.method == "full" else 4)
+    query = a.num_attention_heads * a.head_dim
+    attention = 2 * context * query * a.num_hidden_layers * s.tokens * (3.5 + again / 2)
+    moved = 3.0 * estimate.written_bytes + s.element * weights * (2 + again / 2)
+    if s.method == "qlora":
+        moved += a.linear_weights * (NF4_BYTES + 2 * s.element) * (2 + again / 2)
+    return Work(each * s.tokens + head, attention, moved, estimate.operators)
+
+
+def optimizer_bytes(a: Architecture, s: Scenario) -> float:
+    """Bytes that clipping and one update move: gradient, weight, master and states, read and written."""
+    full = s.method == "full"
+    trained = a.parameters if full else a.lora_parameters(s.r)
+    slices = 0 if s.optim == "adamw" else 40  # float32 copies on the way, and random bits for rounding
+    return trained * (34.0 + slices)
+
+
+def seconds(work: Work, device: Device, dtype: str) -> float:
+    """Time of a micro-batch by the roofline: products, attention and moves one after the other."""
+    share = EFFICIENCY[device.kind]
+    peak = device.flops[dtype]
+    return (
+        work.product_flops / (peak * share.products)
+        + work.attention_flops / (peak * share.attention)
+        + work.moved_bytes / (device.bandwidth * share.bandwidth)
+        + work.operators * share.operator_seconds
+    )
+
+
+def optimizer_seconds(moved: float, device: Device) -> float:
+    """Time of an update."""
+    return moved / (device.bandwidth * EFFICIENCY[device.kind].bandwidth)

@@ -1,0 +1,254 @@
+"""The plan: for full fine-tuning, LoRA and QLoRA the memory, time and money, which one to take, and by which rule.
+
+Nothing is loaded: a model's config.json, the data's lengths and a table of GPUs are enough. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from tunesmith.errors import PlanError, Problem
+from tunesmith.hardware.calibration import Entry, read_entries
+from tunesmith.hardware.catalogue import GIB, Device
+from tunesmith.io.atomic import commit_folder, sha256_json, write_json, write_text
+from tunesmith.models import builtin
+from tunesmith.models.architecture import Architecture, read_architecture
+from tunesmith.models.cache import cache_folder
+from tunesmith.models.catalogue import find_config
+from tunesmith.recipe import Method, Origin, Recipe, ResolvedRecipe, dump_recipe
+from tunesmith.runs import Run
+from tunesmith.stages.plan.decide import (
+    EXPECTED_QUALITY,
+    LARGE_MODEL,
+    Asks,
+    Cluster,
+    Reason,
+    decide,
+    rule_of_thumb,
+    smallest_cluster,
+)
+from tunesmith.stages.plan.options import Option, Planner
+from tunesmith.stages.plan.rows import DataFacts, Encoder, encoder_of, prepared_facts
+
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was planned for; `recommended` is None where nothing fits, `change` says what would change the answer."""
+
+    model: str
+    source: str
+    architecture: Architecture
+    device: Device
+    facts: DataFacts
+    options: Mapping[Method, Option]
+    recommended: Method | None
+    reasons: Sequence[Reason]
+    change: Sequence[str]
+    clusters: Mapping[Method, Cluster]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of plan.json; its keys are stable."""
+        a, device = self.architecture, self.device
+        methods = [
+            option.as_dict()
+            | {
+                "expected_quality": EXPECTED_QUALITY[option.method],
+                "distributed": self.clusters[option.method].as_dict() if option.method in self.clusters else None,
+            }
+            for option in self.options.values()
+        ]
+        return {
+            "format": 1,
+            "model": {
+                "name": self.model,
+                "source": self.source,
+                "model_type": a.model_type,
+                "parameters": a.parameters,
+                "active_parameters": a.active_parameters,
+                "fp16_weight_bytes": 2 * a.parameters,
+            },
+            "hardware": {
+                "name": device.name,
+                "kind": device.kind,
+                "count": device.count,
+                "memory_bytes": device.memory_bytes,
+                "compute_dtype": device.compute_dtype,
+                "price_an_hour": device.price,
+                "note": device.note,
+            },
+            "data": self.facts.as_dict(),
+            "methods": methods,
+            "rule_of_thumb": rule_of_thumb(a, device),
+            "recommended": self.recommended,
+            "reasons": [reason.as_dict() for reason in self.reasons],
+            "what_would_change_it": list(self.change),
+        }
+
+    def problem(self) -> Problem:
+        """Why there is no recommendation, and the nearest thing that would fit."""
+        least = min(self.options.values(), key=lambda option: option.safe_memory_bytes)
+        need, have = least.safe_memory_bytes / GIB, self.device.memory_bytes / GIB
+        fitting = [option.method for option in self.options.values() if option.fits]
+        if fitting:
+            what = f"{' and '.join(fitting)} would fit, but not within what was asked for"
+        else:
+            what = f"nothing fits: the smallest, {least.method}, needs {need:.1f} GiB of {have:.1f}"
+        fix = "; ".join(self.change) or "take a smaller model"
+        return Problem("TS704", what, f"{self.model} on {self.device.name}", "training would run out of memory or money", fix)
+
+
+def calibration_file() -> Path:
+    """Where measurements are kept for the next plan."""
+    return cache_folder() / "calibration.json"
+
+
+def plan_for(
+    recipe: Recipe,
+    facts: DataFacts,
+    device: Device,
+    gpus: Mapping[str, Device],
+    *,
+    methods: Sequence[Method] = METHODS,
+    asks: Asks = Asks(),
+    free: bool = True,
+    entries: Sequence[Entry] | None = None,
+) -> Plan:
+    """The plan of a recipe on a device. `free` lets micro-batch and levers vary, else the recipe's are taken as they are."""
+    values, source = find_config(recipe.model, recipe.revision)
+    architecture = read_architecture(values, source)
+    known = read_entries(calibration_file()) if entries is None else entries
+    planner = Planner(architecture, recipe, facts, device, known)
+    options = {method: planner.best(method, free=free) for method in methods}
+    recommended, reasons = decide(options, architecture, facts, device, asks)
+    clusters = _clusters(options, architecture, device, gpus)
+    reasons += _of_size(architecture, clusters, recommended)
+    change = _what_would_change_it(planner, options, recommended, gpus, clusters)
+    return Plan(recipe.model, source, architecture, device, facts, options, recommended, reasons, change, clusters)
+
+
+def _clusters(
+    options: Mapping[Method, Option], architecture: Architecture, device: Device, gpus: Mapping[str, Device]
+) -> dict[Method, Cluster]:
+    """For what does not fit on one device, or is large, the smallest cluster: of the device at hand, or of large cards."""
+    large = [gpu for gpu in gpus.values() if gpu.memory_bytes >= 80 * GIB and gpu.compute_dtype == "bfloat16"]
+    found = {}
+    for method, option in options.items():
+        if not option.fits or architecture.parameters > LARGE_MODEL:
+            cluster = smallest_cluster(option, architecture, [device]) if device.count > 1 else None
+            if cluster is None or cluster.count > device.count:
+                cluster = smallest_cluster(option, architecture, large)
+            if cluster is not None:
+                found[method] = cluster
+    return found
+
+
+def _of_size(architecture: Architecture, clusters: Mapping[Method, Cluster], recommended: Method | None) -> list[Reason]:
+    if architecture.parameters <= LARGE_MODEL:
+        return []
+    text = f"{architecture.parameters / 1e9:.0f} B parameters are more than 30 B: spread the job over devices"
+    cluster = clusters.get(recommended or "full")
+    if cluster is not None:
+        text += f", at least {cluster.count} x {cluster.device} with {cluster.sharding}"
+    return [Reason("large-model", "article", text)]
+
+
+def _what_would_change_it(
+    planner: Planner,
+    options: Mapping[Method, Option],
+    recommended: Method | None,
+    gpus: Mapping[str, Device],
+    clusters: Mapping[Method, Cluster],
+) -> list[str]:
+    """The cheapest card on which each method that does not fit would, or the smallest cluster."""
+    device, said = planner.device, list[str]()
+    for method, option in options.items():
+        if option.fits:
+            continue
+        larger = [gpu for gpu in gpus.values() if gpu.memory_bytes >= option.safe_memory_bytes and gpu.flops["bfloat16"]]
+        if method in clusters and clusters[method].count <= device.count:
+            cluster = clusters[method]
+            said.append(
+                f"{method} fits on {cluster.count} of the {device.count} together, {cluster.sharding} (not yet built in)"
+            )
+        elif larger:
+            gpu = min(larger, key=lambda gpu: (gpu.price, gpu.memory_bytes))
+            said.append(f"{method} fits on one {gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB, ${gpu.price:.2f} an hour)")
+        elif method in clusters:
+            cluster = clusters[method]
+            said.append(f"{method} takes {cluster.count} x {cluster.device} (${cluster.price_an_hour:,.2f} an hour)")
+    facts = planner.facts
+    if recommended == "lora" and options["lora"].fits and "full" in options and options["full"].fits and facts.rows < 100_000:
+        said.append("full would be taken from 100,000 rows on")
+    return said
+
+
+def with_settings(resolved: ResolvedRecipe, option: Option) -> ResolvedRecipe:
+    """The recipe with an option's method and settings in the place of `auto`; what the plan set has the origin `plan`."""
+    settings = option.as_dict()["settings"]
+    train = {
+        key: settings[key]
+        for key in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "gradient_checkpointing",
+            "optim",
+            "optimizer_in_backward",
+            "learning_rate",
+        )
+    }
+    lora = {key: settings[key] for key in ("r", "lora_alpha") if key in settings}
+    dumped = resolved.recipe.model_dump()
+    changed = {**dumped, "method": option.method, "train": dumped["train"] | train, "lora": dumped["lora"] | lora}
+    origins: dict[str, Origin] = dict(resolved.origins)
+    names = {
+        "method": option.method,
+        **{f"train.{k}": v for k, v in train.items()},
+        **{f"lora.{k}": v for k, v in lora.items()},
+    }
+    for name, value in names.items():
+        section, _, key = name.rpartition(".")
+        if (dumped[section][key] if section else dumped[key]) != value:
+            origins[name] = "plan"
+    return ResolvedRecipe(recipe=Recipe.model_validate(changed), origins=origins)
+
+
+def write_plan(plan: Plan, resolved: ResolvedRecipe, folder: Path) -> None:
+    """plan.json, frontier.svg and, where something is recommended, the resolved recipe.yaml, into `folder`."""
+    from tunesmith.stages.plan.chart import frontier
+
+    with commit_folder(folder) as target:
+        write_json(target / "plan.json", plan.as_dict())
+        write_text(target / "frontier.svg", frontier(plan))
+        if plan.recommended is not None:
+            write_text(target / "recipe.yaml", dump_recipe(with_settings(resolved, plan.options[plan.recommended])))
+
+
+def encoder_for(model: str) -> Encoder | None:
+    """The model's own tokenizer where its folder is at hand; nothing is fetched."""
+    folder = builtin.place() if model == builtin.NAME else Path(model).expanduser()
+    return encoder_of(folder)
+
+
+def plan(run: Run, device: Device, gpus: Mapping[str, Device]) -> dict[str, Any]:
+    """The stage: what the run's own settings will take on `device`, into its `plan/`; the promise that `train` is held to."""
+    recipe = run.recipe
+    if recipe.method == "auto":
+        why = "a run trains one method; `auto` is settled before its folder is made"
+        raise PlanError(Problem("TS703", "method is still auto", str(run.path), why, "begin with `tunesmith run`"))
+    entries = read_entries(calibration_file())
+    facts = prepared_facts(run.path / "data")
+    made = plan_for(recipe, facts, device, gpus, methods=(recipe.method,), free=False, entries=entries)
+    inputs = {
+        "recipe": recipe.section_digest("model", "revision", "method", "lora", "train"),
+        "data": run.outputs_digest("prepare"),
+        "device": sha256_json([device.name, device.memory_bytes, device.count]),
+    }
+    if not run.is_current("plan", inputs):
+        with run.perform("plan", "plan", inputs) as target:
+            write_json(target / "plan.json", made.as_dict())
+    return made.as_dict()
