@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import socket
 import tomllib
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tunesmith.errors import ModelError, Problem
 from tunesmith.io import safe
@@ -68,6 +70,16 @@ def _from_folder(path: Path) -> dict[str, Any]:
     return _parse(file.read_text(encoding="utf-8", errors="replace"), str(file))
 
 
+def _reachable(address: str) -> bool:
+    """Whether a connection can be opened, within three seconds."""
+    parts = urlsplit(address)
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 443), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
@@ -80,11 +92,12 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
 
 def _from_hub(name: str, revision: str | None, fix: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = hf_hub_download(name, "config.json", revision=revision)
+        offline = not _reachable(constants.ENDPOINT)  # else the library retries for half a minute
+        path = hf_hub_download(name, "config.json", revision=revision, local_files_only=offline)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         detail = str(error).strip().splitlines()[0][:200]
         why = "it is not in the catalogue, and its config.json could not be fetched"

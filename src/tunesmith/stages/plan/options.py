@@ -216,7 +216,7 @@ class Planner:
         )
 
     def _typical(self, method: Method, made: Estimate) -> int:
-        """The peak that the device will show: allocated bytes, the allocator's share, the context; corrected by earlier runs."""
+        """The peak that the device will show: allocated bytes, the allocator's share, the context; corrected by runs."""
         over, measured = OVERHEAD[self.device.kind], memory_correction(self.entries, self.device.name, method)
         return round((made.total_bytes * over.typical_share + over.typical_bytes) * (measured.typical if measured else 1))
 

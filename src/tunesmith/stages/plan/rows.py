@@ -81,12 +81,15 @@ class DataFacts:
             "counted": self.counted,
         }
 
+    def draw(self, size: int) -> list[list[Row]]:
+        """Micro-batches of `size` rows of the sample, drawn by a seed."""
+        generator = random.Random(_SEED)
+        return [generator.choices(self.sample, k=size) for _ in range(_DRAWS)]
+
     def batches(self, size: int, *, packing: bool) -> list[Batch]:
         """Micro-batches of `size` rows drawn by a seed, and last the one of the longest rows."""
-        generator = random.Random(_SEED)
-        picks = [generator.choices(self.sample, k=size) for _ in range(_DRAWS)]
         longest = sorted(self.sample, key=lambda row: -len(row.ids))
-        picks.append([longest[i % len(longest)] for i in range(size)])
+        picks = [*self.draw(size), [longest[i % len(longest)] for i in range(size)]]
         return [_batch(rows, packing=packing and self.shares) for rows in picks]
 
 

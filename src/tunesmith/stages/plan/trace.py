@@ -250,7 +250,7 @@ def _plain_causal(
 
 
 ALL_ATTENTION_FUNCTIONS.register(PLAIN_ATTENTION, _plain_causal)
-ATTENTION = {"sdpa": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "eager": "eager"}
+ATTENTION = {"sdpa": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "masked": TREE_ATTENTION, "eager": "eager"}
 
 
 def quantise(model: Any, dtype: torch.dtype) -> None:
@@ -346,7 +346,7 @@ def make_batch(config: Any, scenario: Scenario) -> Batch:
         "weights": torch.ones(len(places)),
         "row_tokens": scenario.tokens,
     }
-    if scenario.attention == "tree":
+    if scenario.attention in {"tree", "masked"}:
         batch["tree_layout"] = Layout((Node(0, scenario.tokens, scenario.tokens),), scenario.tokens)
     return batch
 

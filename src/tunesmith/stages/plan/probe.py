@@ -1,0 +1,113 @@
+"""`--calibrate`: real steps of the engine on two shallow copies of the model, on the machine at hand, in about a minute.
+
+A copy with one block and one with three differ by two blocks; from both times follows the time of all blocks and of the
+rest. Weights are random, as time does not depend on them; rows are the data's own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig
+
+from tunesmith.hardware.calibration import Entry, add_entries, today
+from tunesmith.hardware.catalogue import Device
+from tunesmith.methods.optimizers import AdamW, gradient_norm
+from tunesmith.models.architecture import read_architecture
+from tunesmith.models.catalogue import find_config
+from tunesmith.models.load import quiet
+from tunesmith.packing.batch import Batch, PaddedCollator, collate_tree, to_device
+from tunesmith.packing.loss import summed_loss
+from tunesmith.recipe import Method, Recipe
+from tunesmith.stages.plan.options import Option, Planner, roofline_step
+from tunesmith.stages.plan.rows import DataFacts, Row
+from tunesmith.stages.plan.stage import calibration_file
+from tunesmith.stages.plan.trace import build_model
+
+DEPTHS = (1, 3)
+_ROUNDS = 4  # timed steps of each copy, in turn
+
+
+def calibrate(recipe: Recipe, facts: DataFacts, device: Device, methods: Sequence[Method], console: Console) -> list[Entry]:
+    """Measure each method's step on this machine and keep the ratio to the roofline for later plans."""
+    quiet()
+    values, source = find_config(recipe.model, recipe.revision)
+    architecture = read_architecture(values, source)
+    planner = Planner(architecture, recipe, facts, device, [])
+    entries = []
+    for method in methods:
+        option = planner.best(method)
+        size = option.settings.per_device_train_batch_size
+        rows = facts.draw(size)[0]
+        measured = step_seconds(values, option, rows, packing=planner.packing, device=device)
+        mean = sum(len(row.ids) for row in rows) / len(rows)
+        computed = planner.batches(size)[0]
+        scenario = replace(option.scenario, length=computed.tokens, labelled=computed.labelled)
+        predicted = roofline_step(architecture, scenario, device, 1, mean)
+        ratio = measured / predicted
+        console.print(
+            f"calibrate {method}: {size} rows in {measured:.3g} s, {ratio:.2f} x the roofline", highlight=False, soft_wrap=True
+        )
+        width = architecture.hidden_size
+        dtype = option.settings.compute_dtype
+        entries.append(Entry(device.name, torch.__version__, today(), "probe", method, dtype, width, ratio))
+    add_entries(calibration_file(), entries)
+    return entries
+
+
+def step_seconds(values: dict[str, Any], option: Option, rows: Sequence[Row], *, packing: bool, device: Device) -> float:
+    """Seconds of forward, backward and update of all blocks, from copies of one and of three."""
+    layers = values.get("num_hidden_layers") or values["num_layers"]
+    where = torch.device("cuda" if device.kind == "cuda" else "cpu")
+    steps = [_stepper(values, depth, option, rows, packing=packing, where=where) for depth in DEPTHS]
+    times: list[list[float]] = [[], []]
+    for turn in range(_ROUNDS + 1):
+        for number, step in enumerate(steps):
+            begun = time.perf_counter()
+            step()
+            if turn:  # the first one allocates
+                times[number].append(time.perf_counter() - begun)
+    shallow, deep = (statistics.median(each) for each in times)
+    block = max(0.0, (deep - shallow) / (DEPTHS[1] - DEPTHS[0]))
+    return shallow + (int(layers) - DEPTHS[0]) * block
+
+
+def _stepper(
+    values: dict[str, Any], depth: int, option: Option, rows: Sequence[Row], *, packing: bool, where: torch.device
+) -> Callable[[], None]:
+    """One training step of a copy with `depth` blocks, as a function that can be called again and again."""
+    facts = {key: value for key, value in values.items() if key not in {"parameters", "model_type", "architectures"}}
+    config = AutoConfig.for_model(values["model_type"], **{**facts, "num_hidden_layers": depth, "layer_types": None})
+    torch.manual_seed(0)
+    model = build_model(config, option.scenario, str(where))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = AdamW(trained)
+    batch = to_device(_collate(rows, config.vocab_size, packing=packing), where)
+
+    def step() -> None:
+        summed_loss(model, batch).backward()
+        torch.nn.utils.clip_grads_with_norm_(trained, 1.0, gradient_norm(trained))
+        optimizer.step()
+        optimizer.zero_grad()
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def _collate(rows: Sequence[Row], vocabulary: int, *, packing: bool) -> Batch:
+    """The rows as a batch; the last tokens of each carry its labels."""
+    made = [
+        {
+            "input_ids": [token % vocabulary for token in row.ids],
+            "trained": [place >= len(row.ids) - row.labelled for place in range(len(row.ids))],
+        }
+        for row in rows
+    ]
+    return collate_tree(made) if packing else PaddedCollator(None)(made)

@@ -1,0 +1,52 @@
+"""`--trace`: the planned step on fake tensors of the real modules, beside what the closed form says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from transformers import AutoConfig
+
+from tunesmith.errors import PlanError, Problem
+from tunesmith.hardware.catalogue import GIB
+from tunesmith.models.catalogue import find_config
+from tunesmith.models.load import quiet
+from tunesmith.stages.plan.options import Option
+from tunesmith.stages.plan.stage import Plan
+from tunesmith.stages.plan.trace import Peak, trace
+
+_SHOWN = 6
+
+
+def trace_option(plan: Plan, option: Option) -> Iterator[str]:
+    """Lines that tell the traced peak, where it is, what is alive there, and the FLOPs by operator."""
+    begun = time.perf_counter()
+    peak = trace_peak(plan, option)
+    took = time.perf_counter() - begun
+    formula = option.memory.total_bytes
+    yield ""
+    yield f"trace of {option.method}, {option.scenario.tokens:,} tokens at once, in {took:.1f} s"
+    yield (
+        f"  peak {peak.total_bytes / GIB:.3f} GiB allocated, in {peak.phase} at {peak.operator}; "
+        f"closed form {formula / GIB:.3f} ({100 * (formula / peak.total_bytes - 1):+.2f} %)"
+    )
+    for held in peak.largest(_SHOWN):
+        yield f"  {held.size / GIB:8.3f} GiB  {held.phase:9} {held.operator}"
+    total = sum(peak.flops.values())
+    yield f"  {total / 1e12:.1f} TFLOP a step: " + ", ".join(
+        f"{name} {100 * count / total:.0f} %" for name, count in sorted(peak.flops.items(), key=lambda item: -item[1])[:4]
+    )
+
+
+def trace_peak(plan: Plan, option: Option) -> Peak:
+    """The trace of an option's step. Raises PlanError for an architecture that transformers does not know."""
+    quiet()
+    values, source = find_config(plan.model)
+    facts = {key: value for key, value in values.items() if key not in {"parameters", "model_type", "architectures"}}
+    try:
+        config = AutoConfig.for_model(values["model_type"], **facts)
+    except ValueError as error:
+        why = "the trace runs transformers' own modules"
+        fix = "leave --trace out: the closed form covers it"
+        raise PlanError(Problem("TS209", f"transformers has no {values['model_type']!r}", source, why, fix)) from error
+    return trace(config, option.scenario)
