@@ -81,14 +81,15 @@ def run(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """All stages of a recipe: prepare, train, export, evaluate (and compare)."""
+    """All stages of a recipe: prepare, plan, train, export, evaluate (and compare)."""
     from tunesmith import pipeline
 
     resolved = load_recipe(recipe, overrides or ())
-    target = folder or Path("runs") / default_name(resolved.recipe)
     if methods is not None:
-        _compare_methods(resolved, target, methods)
+        _compare_methods(resolved, folder or Path("runs") / default_name(resolved.recipe), methods)
     else:
+        resolved = pipeline.settle_method(resolved, _err())
+        target = folder or Path("runs") / default_name(resolved.recipe)
         pipeline.run(resolved, target, _err())
         print(target)
 
@@ -127,9 +128,9 @@ def plan(
 @app.command(rich_help_panel=_STAGES)
 def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides = None) -> None:
     """Rows to token ids with a loss mask; every row accounted for. Prints the run folder."""
-    from tunesmith.pipeline import prepare_shown
+    from tunesmith.pipeline import prepare_shown, settle_method
 
-    resolved = load_recipe(recipe, overrides or ())
+    resolved = settle_method(load_recipe(recipe, overrides or ()), _err())
     this = create_run(resolved, folder or Path("runs") / default_name(resolved.recipe))
     prepare_shown(this, _err())
     print(this.path)
@@ -137,10 +138,13 @@ def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides =
 
 @app.command(rich_help_panel=_STAGES)
 def train(run: RunPath) -> None:
-    """Train as the run's recipe says."""
+    """Train as the run's recipe says; where there was a plan, tell how far off it was."""
+    from tunesmith.pipeline import score_shown
     from tunesmith.stages.train import train as stage
 
-    summary = stage(open_run(run), _err())
+    this = open_run(run)
+    summary = stage(this, _err())
+    score_shown(this, _err())
     _facts(summary, "steps", "trainable_parameters", "seconds_per_step", "tokens_per_second", "last_loss", "checkpoint")
 
 

@@ -10,10 +10,13 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from tunesmith.errors import StageFailedError
+from tunesmith.errors import ModelError, PlanError, StageFailedError
 from tunesmith.io.atomic import read_json
 from tunesmith.recipe import Method, Origin, ResolvedRecipe
 from tunesmith.runs import Run, create_run
+
+#: Rules of the plan that choose a method.
+CHOICES = ("many-rows", "adapter-is-enough", "only-four-bit-fits", "only-full-is-left")
 
 ALL_METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -25,9 +28,29 @@ def with_method(resolved: ResolvedRecipe, method: str) -> ResolvedRecipe:
     return ResolvedRecipe(recipe=recipe, origins=origins)
 
 
+def settle_method(resolved: ResolvedRecipe, console: Console) -> ResolvedRecipe:
+    """The recipe with `method: auto` replaced by what the plan for this machine recommends, settings included.
+
+    Raises PlanError where nothing fits.
+    """
+    if resolved.recipe.method != "auto":
+        return resolved
+    from tunesmith.hardware.catalogue import read_gpus, this_device
+    from tunesmith.stages.plan.rows import read_facts
+    from tunesmith.stages.plan.stage import encoder_for, plan_for, with_settings
+
+    recipe, gpus = resolved.recipe, read_gpus()
+    made = plan_for(recipe, read_facts(recipe.data, encoder_for(recipe.model)), this_device(gpus), gpus)
+    if made.recommended is None:
+        raise PlanError(made.problem())
+    why = next(reason.text for reason in made.reasons if reason.rule in CHOICES)
+    _say(console, "plan", f"method {made.recommended}: {why}")
+    return with_settings(resolved, made.options[made.recommended])
+
+
 def run(resolved: ResolvedRecipe, path: Path, console: Console) -> Run:
-    """prepare, train, export and evaluate in the run folder `path`; stages that are up to date do nothing."""
-    this = create_run(resolved, path)
+    """prepare, plan, train, export and evaluate in the run folder `path`; stages that are up to date do nothing."""
+    this = create_run(settle_method(resolved, console), path)
     prepare_shown(this, console)
     _tune(this, console)
     return this
@@ -51,7 +74,8 @@ def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], 
 
 
 def _tune(this: Run, console: Console) -> None:
-    """What comes after `prepare`: train, export and evaluate."""
+    """What comes after `prepare`: plan, train, export and evaluate."""
+    _plan(this, console)
     train_apart(this, console)
     _export(this, console)
     _evaluate(this, console)
@@ -69,6 +93,34 @@ def prepare_shown(this: Run, console: Console) -> None:
         f"{ledger['rows_in']} rows in = {ledger['rows_train']} train + {ledger['rows_heldout']} held out "
         f"+ {ledger['rows_rejected']} rejected" + (f" ({reasons})" if reasons else ""),
     )
+
+
+def _plan(this: Run, console: Console) -> None:
+    """The promise for this run; a model that the planner does not cover is trained without one."""
+    from tunesmith.stages.plan.stage import plan
+
+    try:
+        promise = plan(this)["methods"][0]
+    except ModelError as error:
+        _say(console, "plan", f"none: {error.problems[0].what}")
+        return
+    memory, step = promise["peak_memory_bytes"] / 2**30, promise["seconds_per_step"]
+    minutes = promise["hours"] * 60
+    _say(console, "plan", f"{promise['method']}: {memory:.2f} GiB at peak, {step:.2f} s a step, {minutes:.1f} min of training")
+
+
+def score_shown(this: Run, console: Console) -> None:
+    """What was promised beside what was measured, in a line; nothing for a run without a plan."""
+    from tunesmith.stages.plan.stage import score
+
+    scored = score(this)
+    if scored is not None:
+        memory, step = scored["peak_memory_bytes"], scored["seconds_per_step"]
+        _say(
+            console,
+            "score",
+            f"the plan was off by {memory['error_percent']:+.0f} % in memory and {step['error_percent']:+.0f} % in time a step",
+        )
 
 
 def train_apart(this: Run, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 CHUNK_BYTES = 2**27  # of float32 logits at once
+HEAD_ROWS = 2**13  # of a trained head, whose gradients are added up at once
 
 
 def chunk_rows(vocabulary: int) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
-from tunesmith.packing.chunks import chunk_rows
+from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
 
 #: Config entries of models that change their logits after the head; those go through the model's own forward.
 _LOGIT_CHANGES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -107,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights = weights.to(exact)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         into_hidden = torch.empty_like(hidden) if with_gradients else None
-        into_head = torch.zeros_like(head, dtype=exact) if with_gradients and head.requires_grad else None
+        into_head = torch.zeros_like(head, dtype=exact) if with_gradients and context.needs_input_grad[1] else None
         into_bias = torch.zeros_like(bias, dtype=exact) if with_gradients and bias is not None and bias.requires_grad else None
         for begin in range(0, len(hidden), chunk_rows(len(head))):
             part = slice(begin, begin + chunk_rows(len(head)))
@@ -116,10 +116,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if into_hidden is not None:
                 into_hidden[part] = slopes @ head
             if into_head is not None:
-                into_head += slopes.T @ hidden[part]
+                for some in range(0, len(head), HEAD_ROWS):  # the product is as large as the head
+                    product = slopes[:, some : some + HEAD_ROWS].T @ hidden[part]
+                    into_head[some : some + HEAD_ROWS] += product.to(exact)
             if into_bias is not None:
                 into_bias += slopes.sum(0, dtype=exact)
-            del slopes  # else it lives on while the next chunk is made
+            slopes = product = None  # else they live on while the next chunk is made
         context.made = (into_hidden, into_head, into_bias)
         context.dtypes = (head.dtype, None if bias is None else bias.dtype)
         return total

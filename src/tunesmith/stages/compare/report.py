@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from tunesmith.plotting import colour
 from tunesmith.stages.compare import plots
-from tunesmith.stages.compare.text import HEADERS, cells, percent, verdict
+from tunesmith.stages.compare.text import HEADERS, PROMISE_HEADERS, cells, percent, promise_cells, verdict
 
 
 def render(
@@ -30,6 +30,8 @@ def render(
         charts=_charts(rows),
         fields=sorted({name for row in rows for name in (row["field_accuracy"] or {})}),
         percent=percent,
+        promise_headers=PROMISE_HEADERS,
+        promises=[promise_cells(run["name"], run["score"]) for run in details if run["score"] is not None],
     )
 
 

@@ -148,15 +148,17 @@ def _task_facts(run: Run, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _details(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each run: its settled settings with reasons, the proof of its export, its recorded events."""
+    """For each run: its settled settings with reasons, the proof of its export, its recorded events, its plan's score."""
     details = []
     for run in runs:
         proof = run.path / "export" / run.recipe.export.name / "proof.json"
+        score = run.path / "score" / "score.json"
         details.append(
             {
                 "name": run.path.name,
                 "settings": _settings(run),
                 "proof": read_json(proof) if proof.is_file() else None,
+                "score": read_json(score) if score.is_file() else None,
                 "events": [*run.events("data"), *run.events("train")],
             }
         )

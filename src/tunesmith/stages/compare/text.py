@@ -50,6 +50,30 @@ def interval(bounds: Sequence[float] | None) -> str:
     return ABSENT if bounds is None else f"{bounds[0]:.0f}-{bounds[1]:.0f}"
 
 
+#: What a plan promises: its key in score.json, its title, what it is divided by, how it is written.
+_PROMISES = (
+    ("peak_memory_bytes", "GiB at peak", 2**30, ".2f"),
+    ("seconds_per_step", "s/step", 1, ".2f"),
+    ("hours", "minutes of training", 1 / 60, ".1f"),
+)
+
+PROMISE_HEADERS = (
+    "run",
+    *(f"{title}\n{column}" for _, title, _, _ in _PROMISES for column in ("promised", "measured", "error")),
+)
+
+
+def promise_cells(name: str, score: Mapping[str, Any]) -> list[str]:
+    """A run's promises beside what was measured, in the order of `PROMISE_HEADERS`; errors are of what was measured."""
+    cells = [name]
+    for key, _, unit, form in _PROMISES:
+        pair = score[key]
+        error = pair["error_percent"]
+        cells += [format(pair[side] / unit, form) for side in ("promised", "measured")]
+        cells.append(ABSENT if error is None else f"{error:+.0f} %")
+    return cells
+
+
 def _number(value: float | None, form: str) -> str:
     return ABSENT if value is None else format(value, form)
 

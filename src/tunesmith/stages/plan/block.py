@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.models.architecture import Architecture, Linear
-from tunesmith.packing.chunks import chunk_rows
+from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.tape import Buffer, Give, Kind, Tape, Value
 
@@ -374,7 +374,7 @@ class Modules:
         head = tape.make("gradients", 4 * vocabulary * h) if self.full else None
         exact = 8 if self.style.capped_logits else 4
         tape.scratch((exact + (e if e == 2 else 0)) * rows * vocabulary, "logits")
-        products = max(e * rows * h, e * vocabulary * h if head else 0)
+        products = max(e * rows * h, (6 if e == 2 else 4) * min(HEAD_ROWS, vocabulary) * h if head else 0)
         slopes = tape.make("logits", e * rows * vocabulary)
         tape.scratch(products)
         tape.drop(slopes, picked)

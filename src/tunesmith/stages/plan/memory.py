@@ -198,8 +198,6 @@ class _Step:
         if self.full:
             size = self.s.element * self.a.embedding_parameters
             made = tape.make("gradients", size)
-            if self.a.tie_word_embeddings:
-                tape.scratch(size)  # their sum
             if tape.in_backward is not None:
                 tape.scratch(tape.in_backward(size))
             if tape.in_backward is not None or self.a.tie_word_embeddings:

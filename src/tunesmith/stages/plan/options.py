@@ -30,10 +30,11 @@ class Overhead:
     safe_bytes: int
 
 
-#: GPU: context 0.3 to 0.6 GB and cuBLAS's workspaces; segments 2 to 6 % larger than what is in them. CPU: slack of malloc.
+#: GPU: context 0.3 to 0.6 GB and cuBLAS's workspaces; segments 2 to 6 % larger than what is in them.
+#: CPU: what malloc keeps, and the libraries' own.
 OVERHEAD = {
     "cuda": Overhead(1.02, int(0.5 * GIB), 1.06, int(0.7 * GIB)),
-    "cpu": Overhead(1.05, int(0.05 * GIB), 1.15, int(0.25 * GIB)),
+    "cpu": Overhead(1.10, int(0.3 * GIB), 1.25, int(0.6 * GIB)),
 }
 
 #: Micro-batches that are tried where the recipe leaves the choice.
@@ -77,6 +78,7 @@ class Option:
     tokens_per_second: float
     time_measurements: int
     least_memory_bytes: int  # of this method and optimizer with one row at once and checkpointing, typical
+    roofline_seconds: float  # of a step, before any correction
 
     @property
     def hours(self) -> float:
@@ -101,6 +103,7 @@ class Option:
             "breakdown": self.memory.breakdown,
             "seconds_per_step": self.seconds_per_step,
             "safe_seconds_per_step": self.safe_seconds_per_step,
+            "roofline_seconds_per_step": self.roofline_seconds,
             "steps": self.steps,
             "hours": self.hours,
             "cost": self.cost,
@@ -213,6 +216,7 @@ class Planner:
             tokens_per_second=rows / (step * measured.typical),
             time_measurements=measured.measurements,
             least_memory_bytes=min(least, typical),
+            roofline_seconds=step,
         )
 
     def _typical(self, method: Method, made: Estimate) -> int:

@@ -34,15 +34,20 @@ DEPTHS = (1, 3)
 _ROUNDS = 4  # timed steps of each copy, in turn
 
 
-def calibrate(recipe: Recipe, facts: DataFacts, device: Device, methods: Sequence[Method], console: Console) -> list[Entry]:
-    """Measure each method's step on this machine and keep the ratio to the roofline for later plans."""
+def calibrate(
+    recipe: Recipe, facts: DataFacts, device: Device, methods: Sequence[Method], console: Console, *, free: bool = True
+) -> list[Entry]:
+    """Measure each method's step on this machine and keep the ratio to the roofline for later plans.
+
+    `free` lets micro-batch and levers be the plan's, else they are the recipe's.
+    """
     quiet()
     values, source = find_config(recipe.model, recipe.revision)
     architecture = read_architecture(values, source)
     planner = Planner(architecture, recipe, facts, device, [])
     entries = []
     for method in methods:
-        option = planner.best(method)
+        option = planner.best(method, free=free)
         size = option.settings.per_device_train_batch_size
         rows = facts.draw(size)[0]
         measured = step_seconds(values, option, rows, packing=planner.packing, device=device)

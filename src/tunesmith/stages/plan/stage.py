@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tunesmith.errors import PlanError, Problem
-from tunesmith.hardware.calibration import Entry, read_entries
-from tunesmith.hardware.catalogue import GIB, Device
-from tunesmith.io.atomic import commit_folder, sha256_json, write_json, write_text
+from tunesmith.hardware.calibration import Entry, add_entries, read_entries, today
+from tunesmith.hardware.catalogue import GIB, Device, read_gpus, this_device
+from tunesmith.io.atomic import commit_folder, read_json, sha256_json, write_json, write_text
 from tunesmith.models import builtin
 from tunesmith.models.architecture import Architecture, read_architecture
 from tunesmith.models.cache import cache_folder
 from tunesmith.models.catalogue import find_config
 from tunesmith.recipe import Method, Origin, Recipe, ResolvedRecipe, dump_recipe
-from tunesmith.runs import Run
+from tunesmith.runs import Run, installed_versions
 from tunesmith.stages.plan.decide import (
     EXPECTED_QUALITY,
     LARGE_MODEL,
@@ -30,7 +30,7 @@ from tunesmith.stages.plan.decide import (
     rule_of_thumb,
     smallest_cluster,
 )
-from tunesmith.stages.plan.options import Option, Planner
+from tunesmith.stages.plan.options import OVERHEAD, Option, Planner
 from tunesmith.stages.plan.rows import DataFacts, Encoder, encoder_of, prepared_facts
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -69,6 +69,7 @@ class Plan:
                 "source": self.source,
                 "model_type": a.model_type,
                 "parameters": a.parameters,
+                "hidden_size": a.hidden_size,
                 "active_parameters": a.active_parameters,
                 "fp16_weight_bytes": 2 * a.parameters,
             },
@@ -234,21 +235,78 @@ def encoder_for(model: str) -> Encoder | None:
     return encoder_of(folder)
 
 
-def plan(run: Run, device: Device, gpus: Mapping[str, Device]) -> dict[str, Any]:
-    """The stage: what the run's own settings will take on `device`, into its `plan/`; the promise that `train` is held to."""
+def plan(run: Run, device: Device | None = None, gpus: Mapping[str, Device] | None = None) -> dict[str, Any]:
+    """The stage: what the run's own settings will take on `device` (this machine's), into `plan/`: the promise to be kept.
+
+    Returns plan.json's content; a no-op when recipe, data and device are unchanged. Raises RunError before `prepare`.
+    """
     recipe = run.recipe
     if recipe.method == "auto":
         why = "a run trains one method; `auto` is settled before its folder is made"
         raise PlanError(Problem("TS703", "method is still auto", str(run.path), why, "begin with `tunesmith run`"))
-    entries = read_entries(calibration_file())
-    facts = prepared_facts(run.path / "data")
-    made = plan_for(recipe, facts, device, gpus, methods=(recipe.method,), free=False, entries=entries)
+    cards = read_gpus() if gpus is None else gpus
+    here = this_device(cards) if device is None else device
     inputs = {
         "recipe": recipe.section_digest("model", "revision", "method", "lora", "train"),
         "data": run.outputs_digest("prepare"),
-        "device": sha256_json([device.name, device.memory_bytes, device.count]),
+        "device": sha256_json([here.name, here.memory_bytes, here.count]),
     }
     if not run.is_current("plan", inputs):
+        facts = prepared_facts(run.path / "data")
+        made = plan_for(recipe, facts, here, cards, methods=(recipe.method,), free=False)
         with run.perform("plan", "plan", inputs) as target:
             write_json(target / "plan.json", made.as_dict())
-    return made.as_dict()
+    value: dict[str, Any] = read_json(run.path / "plan" / "plan.json")
+    return value
+
+
+def score(run: Run) -> dict[str, Any] | None:
+    """What was promised beside what `train` measured, into `score/`; None for a run without a plan.
+
+    Errors are in percent of what was measured. The measurement is kept for later plans on this device, once for each training.
+    """
+    if "plan" not in run.status()["stages"]:
+        return None
+    inputs = {"plan": run.outputs_digest("plan"), "train": run.outputs_digest("train")}
+    if not run.is_current("score", inputs):
+        planned, summary = read_json(run.path / "plan" / "plan.json"), read_json(run.path / "train" / "summary.json")
+        promise = planned["methods"][0]
+        with run.perform("score", "score", inputs) as target:
+            write_json(target / "score.json", _scored(promise, summary))
+        add_entries(calibration_file(), [_entry(planned, promise, summary)])
+    value: dict[str, Any] = read_json(run.path / "score" / "score.json")
+    return value
+
+
+def _scored(promise: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    hours = {"promised": promise["hours"], "measured": summary["seconds"] / 3600}
+    pairs = {
+        "peak_memory_bytes": {"promised": promise["peak_memory_bytes"], "measured": summary["peak_memory_bytes"]},
+        "seconds_per_step": {"promised": promise["seconds_per_step"], "measured": summary["seconds_per_step"]},
+        "hours": hours,
+    }
+    return {
+        name: pair | {"error_percent": 100 * (pair["promised"] / pair["measured"] - 1) if pair["measured"] else None}
+        for name, pair in pairs.items()
+    } | {
+        "within_safe_memory": summary["peak_memory_bytes"] <= promise["safe_memory_bytes"],
+        "within_safe_time": summary["seconds_per_step"] <= promise["safe_seconds_per_step"],
+        "time_measurements": promise["time_measurements"],
+    }
+
+
+def _entry(planned: Mapping[str, Any], promise: Mapping[str, Any], summary: Mapping[str, Any]) -> Entry:
+    """A run's measurement against the uncorrected predictions."""
+    over = OVERHEAD[planned["hardware"]["kind"]]
+    plain = promise["allocated_bytes"] * over.typical_share + over.typical_bytes
+    return Entry(
+        device=planned["hardware"]["name"],
+        torch=installed_versions().get("torch", ""),
+        date=today(),
+        source="run",
+        method=promise["method"],
+        dtype=promise["settings"]["compute_dtype"],
+        hidden_size=planned["model"]["hidden_size"],
+        time=summary["seconds_per_step"] / promise["roofline_seconds_per_step"],
+        memory=summary["peak_memory_bytes"] / plain,
+    )

@@ -37,6 +37,8 @@ from tunesmith.packing.loss import summed_loss
 from tunesmith.packing.tree import Node
 from tunesmith.stages.plan.scenario import Scenario
 
+_ALONE = 2  # holders of a storage that its tensor alone holds: the tensor, and the handle that counts them
+
 BLOCK = 512  # bytes: what CUDA's caching allocator rounds a request up to
 
 
@@ -112,12 +114,26 @@ class StorageMeter(TorchDispatchMode):
         gone = [held for made, freed, held in self._lives if made <= moment < freed]
         return gone + [held for made, held in self._known.values() if made <= moment]
 
+    def _added_in_place(self, func: Any, args: Any) -> int:
+        """Bytes of a gradient to which autograd's engine would add in place, were nobody watching.
+
+        It does so where it alone holds the gradient, but not under a dispatch mode (InputBuffer::accumulate, input_buffer.cpp).
+        """
+        if self.phase != "backward" or func is not torch.ops.aten.add.Tensor or not isinstance(args[1], torch.Tensor):
+            return 0
+        storage = args[0].untyped_storage()
+        alone = torch._C._storage_Use_Count(storage._cdata) <= _ALONE
+        return rounded(storage.nbytes()) if alone and args[0].shape == args[1].shape else 0
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count what it made and computed."""
+        replaced = self._added_in_place(func, args)
         result = func(*args, **(kwargs or {}))
+        self.live -= replaced
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.hold(leaf, str(func))
+        self.live += replaced  # until the engine lets go of it
         count = FLOPS.get(func.overloadpacket)
         if count is not None:
             self.flops[func.overloadpacket.__name__] += count(*args, **(kwargs or {}), out_val=result)
