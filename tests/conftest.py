@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from tunesmith.models.load import load_tokenizer
 from tunesmith.recipe import ResolvedRecipe, parse_recipe
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_calibration(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Measurements of tests stay out of the user's own."""
+    os.environ["TUNESMITH_CALIBRATION"] = str(tmp_path_factory.mktemp("calibration") / "calibration.json")
 
 
 @pytest.fixture(scope="session")

@@ -37,10 +37,11 @@ def settle_method(resolved: ResolvedRecipe, console: Console) -> ResolvedRecipe:
         return resolved
     from tunesmith.hardware.catalogue import read_gpus, this_device
     from tunesmith.stages.plan.rows import read_facts
-    from tunesmith.stages.plan.stage import encoder_for, plan_for, with_settings
+    from tunesmith.stages.plan.stage import encoder_for, fixed_keys, plan_for, with_settings
 
     recipe, gpus = resolved.recipe, read_gpus()
-    made = plan_for(recipe, read_facts(recipe.data, encoder_for(recipe.model)), this_device(gpus), gpus)
+    facts = read_facts(recipe.data, encoder_for(recipe.model))
+    made = plan_for(recipe, facts, this_device(gpus), gpus, fixed=fixed_keys(resolved))
     if made.recommended is None:
         raise PlanError(made.problem())
     why = next(reason.text for reason in made.reasons if reason.rule in CHOICES)

@@ -17,7 +17,7 @@ from tunesmith.recipe import Method, ResolvedRecipe, load_recipe, parse_recipe
 from tunesmith.stages.plan import text
 from tunesmith.stages.plan.decide import Asks
 from tunesmith.stages.plan.rows import DataFacts, assumed, read_facts
-from tunesmith.stages.plan.stage import Plan, encoder_for, plan_for, write_plan
+from tunesmith.stages.plan.stage import Plan, encoder_for, fixed_keys, plan_for, write_plan
 
 _WHY = "the plan would answer another question"
 
@@ -48,7 +48,8 @@ def show(asked: Request, out: Path | None, *, as_json: bool, calibrate: bool, tr
     facts = facts_of(asked, resolved)
     if calibrate:
         _calibrate(asked, resolved, facts, device, gpus, errors)
-    made = plan_for(resolved.recipe, facts, device, gpus, methods=asked.methods, asks=asks)
+    fixed = fixed_keys(resolved)
+    made = plan_for(resolved.recipe, facts, device, gpus, methods=asked.methods, asks=asks, fixed=fixed)
     folder = out or Path("plans") / re.sub(r"[^A-Za-z0-9._-]+", "-", Path(asked.model).name)
     write_plan(made, resolved, folder)
     if as_json:

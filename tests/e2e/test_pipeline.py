@@ -63,7 +63,16 @@ def test_three_methods_and_their_comparison(task: Path) -> None:
         status = json.loads((run / "run.json").read_text(encoding="utf-8"))
         assert {entry["status"] for entry in status["stages"].values()} == {"done"}
         assert len((run / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+        promise = json.loads((run / "plan" / "plan.json").read_text(encoding="utf-8"))
+        assert [entry["method"] for entry in promise["methods"]] == [method]
+        score = json.loads((run / "score" / "score.json").read_text(encoding="utf-8"))
+        summary = json.loads((run / "train" / "summary.json").read_text(encoding="utf-8"))
+        for key in ("peak_memory_bytes", "seconds_per_step"):
+            assert score[key]["promised"] == promise["methods"][0][key]
+            assert score[key]["measured"] == summary[key]
+            assert score[key]["error_percent"] == pytest.approx(100 * (score[key]["promised"] / summary[key] - 1))
     page = (folder / "out" / "compare" / "report.html").read_text(encoding="utf-8")
+    assert "What the plan promised" in page
     assert page.count("<svg") == 4
     assert not re.search(r"""(src|href)\\s*=\\s*["']?(https?:)?//|<script""", page)
     for line in done.stdout.splitlines():

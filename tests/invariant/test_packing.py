@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from tests.shapes import SHAPE
-from tunesmith.packing.attention import Layout, tree_attention
+from tunesmith.packing.attention import Layout, masked_attention, tree_attention
 from tunesmith.packing.batch import PaddedCollator, collate_tree, labelled_count, reason_against_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.packing.tree import TREE_ARCHITECTURES, build_tree
@@ -121,6 +121,7 @@ def test_structured_attention_equals_a_dense_mask() -> None:
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     found, _ = tree_attention(None, *inputs, None, scaling=0.3, tree_layout=layout)
     expected = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=layout.mask(torch.device("cpu")), scale=0.3)
+    torch.testing.assert_close(masked_attention(*inputs, layout, 0.3), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
     direction = torch.randn_like(found)
     one = torch.autograd.grad((found * direction).sum(), inputs)

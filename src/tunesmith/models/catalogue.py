@@ -43,7 +43,7 @@ def find_config(name: str, revision: str | None = None) -> tuple[dict[str, Any],
     if name == builtin.NAME:
         return known_models()[_CATALOGUE_NAME_OF_BUILTIN], "built in"
     if path.is_dir() or path.suffix == ".json" or name.startswith((".", "/", "~")):
-        return _from_folder(path), str(path)
+        return _from_folder(path), str(path / "config.json" if path.is_dir() else path)
     by_key = {_key(known): known for known in known_models()}
     known = by_key.get(_key(name))
     if known is not None:

@@ -31,16 +31,25 @@ class Layout:
 
     nodes: Sequence[Node]
     length: int
-    _mask: torch.Tensor | None = field(default=None, repr=False)
+    _bias: torch.Tensor | None = field(default=None, repr=False)
 
     def mask(self, device: torch.device) -> torch.Tensor:
         """(T, T) booleans: whether the query of a row sees the key of a column."""
-        if self._mask is None or self._mask.device != device:
-            mask = torch.zeros((self.length, self.length), dtype=torch.bool)
-            for node in self.nodes:
-                mask[node.start : node.subtree_end, node.start : node.end] = True
-            self._mask = mask.tril_().to(device)
-        return self._mask
+        mask = torch.zeros((self.length, self.length), dtype=torch.bool)
+        for node in self.nodes:
+            mask[node.start : node.subtree_end, node.start : node.end] = True
+        return mask.tril_().to(device)
+
+    def bias(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """(T, T) numbers to add to scores, 0 or minus infinity; made once, so that all blocks keep the same tensor.
+
+        Its rows lie a multiple of 16 numbers apart, as the memory-efficient kernel wants; else it copies them in each block.
+        """
+        if self._bias is None or self._bias.device != device or self._bias.dtype != dtype:
+            padded = -(-self.length // 16) * 16
+            bias = torch.full((self.length, padded), float("-inf"), dtype=dtype, device=device)[:, : self.length]
+            self._bias = bias.masked_fill_(self.mask(device), 0)
+        return self._bias
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -151,10 +160,15 @@ def tree_attention(
     if device == "cpu":
         result: torch.Tensor = _TreeAttention.apply(query, key, value, tree_layout.nodes, scale)  # type: ignore[no-untyped-call]
     else:
-        mask = tree_layout.mask(query.device)
-        key, value = repeat_heads(query, key), repeat_heads(query, value)
-        result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        result = masked_attention(query, key, value, tree_layout, scale)
     return result.transpose(1, 2), None
+
+
+def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
+    """The same with a dense mask, by whatever kernel the device has for it."""
+    bias = layout.bias(query.device, query.dtype)
+    key, value = repeat_heads(query, key), repeat_heads(query, value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
 # Not registered as a mask function: for an attention without one, transformers makes no mask and passes None.

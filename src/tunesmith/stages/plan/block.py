@@ -242,13 +242,11 @@ class Modules:
             return out
         sums = tape.make("activations", 4 * heads * t)
         if self.s.attention == "masked":
-            # Keys and values repeated for all heads; the kernel turns the mask into a bias of the model's dtype.
-            repeated = tape.make("activations", 2 * e * q_width * t)
-            bias = e * t * t
-            saves = [q.buffer, repeated, sums]
-            out = tape.apply(
-                e * q_width * t, [q, k, v], saves=saves, gives=gives, scratch=bias, back_scratch=bias, saves_result=True
-            )
+            # Keys and values repeated for all heads where these are shared.
+            repeated = tape.make("activations", 0 if q_width == kv_width else 2 * e * q_width * t)
+            saves = [q.buffer, repeated, sums] + ([k.buffer, v.buffer] if q_width == kv_width else [])
+            back = 2 * e * q_width * t
+            out = tape.apply(e * q_width * t, [q, k, v], saves=saves, gives=gives, back_scratch=back, saves_result=True)
             tape.drop(repeated, sums)
             return out
         moment, back = 0, 0

@@ -111,8 +111,8 @@ class _Step:
     def _rounding(self) -> int:
         """What rounding up to blocks of 512 bytes adds: one for each tensor that stays, 64 KiB for others and constants."""
         linears = len(self.a.all_linears)
-        quantised = 6 * linears if self.s.method == "qlora" else 0
-        trained = 4 * (linears * 2 + 4)  # weight or adapter and bias: itself, gradient, states
+        quantised = 5 * linears if self.s.method == "qlora" else 0
+        trained = 4 * (linears * 2 + 4) // 2  # weights or adapters, gradients, states: half a block on average
         experts = 32 if self.a.experts else 0  # the router's many small tensors
         return 512 * self.a.num_hidden_layers * (linears + 4 + quantised + trained + experts) + 2**16
 
@@ -123,7 +123,7 @@ class _Step:
         shown, recompute = min(layers, _SHOWN), self.s.gradient_checkpointing
         kinds = 2 if self.a.model_type == "gemma3_text" else 1  # rotary embeddings: of local and global blocks
         rotary = tape.make("activations", kinds * 2 * element * self.a.head_dim * self.s.tokens)
-        mask = tape.make("activations", self.s.tokens**2 if self.s.attention == "masked" else 0)
+        mask = tape.make("activations", self._mask_bytes())
         first = hidden = self._embedding()
         starts: list[tuple[int, Value]] = []  # of each block: nodes before it, its input
         ballast = tape.make("activations", 0)
@@ -159,6 +159,11 @@ class _Step:
                 self._repeat(written, operators)
         self._embedding_backward(first)
         tape.drop(rotary, mask)
+
+    def _mask_bytes(self) -> int:
+        """A dense mask of the model's dtype, one for all blocks, its rows a multiple of 16 numbers apart."""
+        tokens = self.s.tokens
+        return self.s.element * tokens * (-(-tokens // 16) * 16) if self.s.attention == "masked" else 0
 
     def _repeat(self, written: int, operators: int) -> None:
         """Count what was made since, once more for each block that is not shown."""

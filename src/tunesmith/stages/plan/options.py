@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,9 @@ _FULL_LEVERS = (
     Lever(True, "adamw_8bit"),
     Lever(True, "adamw_8bit", True),
 )
+
+
+_LEVER_KEYS = ("gradient_checkpointing", "optim", "optimizer_in_backward")
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,19 @@ class Option:
 
 
 class Planner:
-    """Options for one model, data set and device."""
+    """Options for one model, data set and device; `fixed` names the recipe's keys that are not to vary."""
 
     def __init__(
-        self, architecture: Architecture, recipe: Recipe, facts: DataFacts, device: Device, entries: Sequence[Entry]
+        self,
+        architecture: Architecture,
+        recipe: Recipe,
+        facts: DataFacts,
+        device: Device,
+        entries: Sequence[Entry],
+        fixed: Collection[str] = (),
     ) -> None:
         self.a, self.recipe, self.facts, self.device, self.entries = architecture, recipe, facts, device, entries
+        self.fixed = fixed
         self.packing = recipe.train.packing and architecture.model_type in TREE_ARCHITECTURES
         self._batches: dict[int, list[Batch]] = {}
 
@@ -160,16 +170,25 @@ class Planner:
     def _levers(self, method: Method, *, free: bool) -> Iterator[tuple[Lever, ...]]:
         """Groups of levers, the exact optimizer first; with and without recomputing in one group."""
         asked = self.recipe.train
+        own = Lever(asked.gradient_checkpointing, asked.optim, asked.optimizer_in_backward)
         if not free:
-            yield (Lever(asked.gradient_checkpointing, asked.optim, asked.optimizer_in_backward),)
-        elif method != "full" or self.device.compute_dtype == "float32":
-            yield _ADAPTER_LEVERS
-        else:
-            yield _ADAPTER_LEVERS
-            yield from ((lever,) for lever in _FULL_LEVERS[2:])
+            yield (own,)
+            return
+        small = () if method != "full" or self.device.compute_dtype == "float32" else _FULL_LEVERS[2:]
+        groups = [_ADAPTER_LEVERS, *((lever,) for lever in small)]
+        allowed = [tuple(lever for lever in group if self._allowed(lever, own)) for group in groups]
+        yield from [group for group in allowed if group] or [(own,)]
+
+    def _allowed(self, lever: Lever, own: Lever) -> bool:
+        """Whether a lever changes nothing that the recipe fixes."""
+        asked = self.recipe.train
+        one_micro_batch = asked.gradient_accumulation_steps in {"auto", 1} and asked.effective_batch_size == "auto"
+        if lever.optimizer_in_backward and not one_micro_batch:
+            return False
+        return all(getattr(lever, name) == getattr(own, name) for name in _LEVER_KEYS if f"train.{name}" in self.fixed)
 
     def _sizes(self, *, free: bool) -> Sequence[int]:
-        if not free:
+        if not free or "train.per_device_train_batch_size" in self.fixed:
             return (self.recipe.train.per_device_train_batch_size,)
         return [size for size in SIZES if size <= self.facts.rows] or [1]
 
@@ -260,12 +279,3 @@ def roofline_step(a: Architecture, scenario: Scenario, device: Device, micro_bat
     work = micro_batch_work(a, scenario, estimate(a, scenario), context)
     update = optimizer_seconds(optimizer_bytes(a, scenario), device)
     return micro_batches * seconds(work, device, scenario.dtype) + update
-
-
-def smallest_that_fits(build: Callable[[Device], Planner], method: Method, gpus: Sequence[Device]) -> Option | None:
-    """The method on the cheapest of the cards that hold it; None where none does."""
-    for gpu in sorted(gpus, key=lambda gpu: (gpu.price, gpu.memory_bytes)):
-        option = build(gpu).best(method)
-        if option.fits:
-            return replace(option)
-    return None

@@ -5,7 +5,8 @@ Nothing is loaded: a model's config.json, the data's lengths and a table of GPUs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -104,8 +105,9 @@ class Plan:
 
 
 def calibration_file() -> Path:
-    """Where measurements are kept for the next plan."""
-    return cache_folder() / "calibration.json"
+    """Where measurements are kept for the next plan: the file that TUNESMITH_CALIBRATION names, else one in the cache."""
+    named = os.environ.get("TUNESMITH_CALIBRATION")
+    return Path(named).expanduser() if named else cache_folder() / "calibration.json"
 
 
 def plan_for(
@@ -117,13 +119,17 @@ def plan_for(
     methods: Sequence[Method] = METHODS,
     asks: Asks = Asks(),
     free: bool = True,
+    fixed: Collection[str] = (),
     entries: Sequence[Entry] | None = None,
 ) -> Plan:
-    """The plan of a recipe on a device. `free` lets micro-batch and levers vary, else the recipe's are taken as they are."""
+    """The plan of a recipe on a device.
+
+    `free` lets micro-batch and levers vary, but for the keys in `fixed`; else the recipe's are taken as they are.
+    """
     values, source = find_config(recipe.model, recipe.revision)
     architecture = read_architecture(values, source)
     known = read_entries(calibration_file()) if entries is None else entries
-    planner = Planner(architecture, recipe, facts, device, known)
+    planner = Planner(architecture, recipe, facts, device, known, fixed)
     options = {method: planner.best(method, free=free) for method in methods}
     recommended, reasons = decide(options, architecture, facts, device, asks)
     clusters = _clusters(options, architecture, device, gpus)
@@ -188,6 +194,11 @@ def _what_would_change_it(
     return said
 
 
+def fixed_keys(resolved: ResolvedRecipe) -> set[str]:
+    """Keys that the user set, which a plan leaves as they are."""
+    return {key for key, origin in resolved.origins.items() if origin in {"file", "override"}}
+
+
 def with_settings(resolved: ResolvedRecipe, option: Option) -> ResolvedRecipe:
     """The recipe with an option's method and settings in the place of `auto`; what the plan set has the origin `plan`."""
     settings = option.as_dict()["settings"]
@@ -213,7 +224,7 @@ def with_settings(resolved: ResolvedRecipe, option: Option) -> ResolvedRecipe:
     }
     for name, value in names.items():
         section, _, key = name.rpartition(".")
-        if (dumped[section][key] if section else dumped[key]) != value:
+        if (dumped[section][key] if section else dumped[key]) != value or (name == "method" and origins[name] == "default"):
             origins[name] = "plan"
     return ResolvedRecipe(recipe=Recipe.model_validate(changed), origins=origins)
 

@@ -31,7 +31,7 @@ from tunesmith.methods.lora import adapter_targets
 from tunesmith.methods.optimizers import AdamW, InBackward
 from tunesmith.methods.sizes import STATE_BITS
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
-from tunesmith.packing.attention import Layout
+from tunesmith.packing.attention import Layout, masked_attention
 from tunesmith.packing.batch import Batch
 from tunesmith.packing.loss import summed_loss
 from tunesmith.packing.tree import Node
@@ -266,7 +266,28 @@ def _plain_causal(
 
 
 ALL_ATTENTION_FUNCTIONS.register(PLAIN_ATTENTION, _plain_causal)
-ATTENTION = {"sdpa": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "masked": TREE_ATTENTION, "eager": "eager"}
+MASKED_ATTENTION = "tunesmith_masked"
+
+
+def _masked(
+    _module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _mask: Any,
+    scaling: float | None = None,
+    tree_layout: Layout | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What a tree's attention runs on a GPU; fake tensors are on the CPU, where the engine would take its other way."""
+    if tree_layout is None:
+        raise ValueError("a tree needs its layout")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return masked_attention(query.to(value.dtype), key.to(value.dtype), value, tree_layout, scale).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(MASKED_ATTENTION, _masked)
+ATTENTION = {"sdpa": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "masked": MASKED_ATTENTION, "eager": "eager"}
 
 
 def quantise(model: Any, dtype: torch.dtype) -> None:

@@ -1,0 +1,311 @@
+"""Rules, options and corrections of the plan, without a model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import chat_row
+from tunesmith.errors import DataError, PlanError, RecipeError
+from tunesmith.hardware.calibration import Entry, add_entries, memory_correction, read_entries, time_correction
+from tunesmith.hardware.catalogue import GIB, find_device, read_gpus
+from tunesmith.models.architecture import Architecture, read_architecture
+from tunesmith.models.catalogue import known_models
+from tunesmith.planning import Request, facts_of, read_asks, recipe_of
+from tunesmith.recipe import Method, ResolvedRecipe, parse_recipe
+from tunesmith.stages.plan.chart import frontier
+from tunesmith.stages.plan.decide import Asks, smallest_cluster
+from tunesmith.stages.plan.memory import estimate
+from tunesmith.stages.plan.options import Planner
+from tunesmith.stages.plan.rows import assumed, read_facts
+from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.stages.plan.speed import micro_batch_work
+from tunesmith.stages.plan.stage import Plan, plan_for, with_settings
+from tunesmith.stages.plan.text import WIDTH, bars, cells, confidence, heading, settings_line, verdict
+
+GPUS = read_gpus()
+
+
+def recipe(model: str = "Qwen/Qwen2-7B", *overrides: str) -> ResolvedRecipe:
+    return parse_recipe(f"model: {model}\ndata: {{train: rows.jsonl}}\n", "test", Path("/nowhere"), overrides)
+
+
+def planned(model: str, gpu: str, rows: int = 10_000, length: int = 2048, **asks: Any) -> Plan:
+    return plan_for(recipe(model).recipe, assumed(rows, length), find_device(gpu, GPUS), GPUS, asks=Asks(**asks), entries=[])
+
+
+def rules(plan: Plan) -> dict[str, str]:
+    return {reason.rule: reason.text for reason in plan.reasons}
+
+
+def test_qwen2_7b_on_24_gb_is_lora() -> None:
+    plan = planned("Qwen/Qwen2-7B", "24GB")
+    assert plan.recommended == "lora"
+    assert {method: option.fits for method, option in plan.options.items()} == {"full": False, "lora": True, "qlora": True}
+    assert plan.options["lora"].least_memory_bytes / GIB == pytest.approx(16.9, abs=0.5)
+    assert plan.options["qlora"].least_memory_bytes / GIB == pytest.approx(7.7, abs=0.6)
+    assert all(option.safe_memory_bytes <= plan.device.memory_bytes for option in plan.options.values() if option.fits)
+
+
+def test_full_fits_one_large_gpu_with_small_states() -> None:
+    option = planned("Qwen/Qwen2-7B", "48GB").options["full"]
+    assert option.fits
+    assert option.lever.optim == "adamw_8bit"
+    whole = planned("Qwen/Qwen2-7B", "180GB").options["full"]
+    assert whole.lever.optim == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rows", "asks", "expected", "rule"),
+    [
+        ("24GB", 500, {}, "lora", "few-rows"),
+        ("180GB", 200_000, {}, "full", "many-rows"),
+        ("180GB", 20_000, {}, "lora", "adapter-is-enough"),
+        ("12GB", 10_000, {}, "qlora", "only-four-bit-fits"),
+        ("12GB", 10_000, {"latency_critical": True}, None, "latency-critical"),
+        ("24GB", 10_000, {"budget": 0.5}, None, "budget"),
+        ("24GB", 10_000, {"hours": 20.0}, "qlora", "deadline"),
+    ],
+)
+def test_every_answer_names_its_rule(gpu: str, rows: int, asks: dict[str, Any], expected: str | None, rule: str) -> None:
+    plan = planned("Qwen/Qwen2-7B", gpu, rows, **asks)
+    assert plan.recommended == expected
+    assert rule in rules(plan)
+    if expected is None:
+        assert plan.problem().code == "TS704"
+
+
+def test_rule_of_thumb_is_shown_where_it_disagrees() -> None:
+    """1.4 times the weights: QLoRA by the rule of thumb, but LoRA fits."""
+    plan = planned("Qwen/Qwen2-7B", "20GB")
+    assert plan.as_dict()["rule_of_thumb"] == "qlora"
+    assert plan.recommended == "lora"
+    assert "by the computed bytes lora fits" in rules(plan)["memory-multiples"]
+    assert "agree" in rules(planned("Qwen/Qwen2-7B", "24GB"))["memory-multiples"]
+
+
+def test_large_models_name_the_smallest_cluster() -> None:
+    plan = planned("meta-llama/Llama-3.1-405B", "8xH100")
+    assert plan.recommended is None
+    assert "406 B" in rules(plan)["large-model"]
+    cluster = plan.clusters["qlora"]
+    assert (cluster.device, cluster.count) == ("H100", 4)
+    assert cluster.peak_memory_bytes <= 80 * GIB
+    option = plan.options["lora"]
+    fewest = smallest_cluster(option, plan.architecture, list(GPUS.values()))
+    assert fewest is not None
+    assert fewest.count * find_device(fewest.device, GPUS).memory_bytes > 2 * plan.architecture.parameters
+
+
+def test_nothing_fits_and_the_nearest_is_named() -> None:
+    plan = planned("Qwen/Qwen2-7B", "6GB")
+    problem = plan.problem()
+    assert "qlora, needs" in problem.what
+    assert "qlora fits on one RTX 3060" in problem.fix
+
+
+def test_more_memory_never_makes_it_slower() -> None:
+    times = [planned("Qwen/Qwen2-7B", "H100").options["lora"].hours]
+    small = replace(find_device("H100", GPUS), memory_bytes=20 * GIB)
+    plan = plan_for(recipe().recipe, assumed(10_000, 2048), small, GPUS, entries=[])
+    assert plan.options["lora"].hours >= times[0]
+
+
+def test_text_stays_within_80_columns() -> None:
+    for model, gpu in itertools.product(("Qwen/Qwen2-7B", "meta-llama/Llama-3.1-405B"), ("24GB", "8xH100")):
+        plan = planned(model, gpu)
+        lines = [*heading(plan), *bars(plan), *verdict(plan), *confidence(plan)]
+        lines += [settings_line(option) for option in plan.options.values()]
+        assert [line for line in lines if len(line) > WIDTH] == []
+        widths = [max(map(len, column)) for column in zip(*cells(plan), strict=True)]
+        assert sum(widths) + 2 * len(widths) <= WIDTH
+
+
+def test_json_has_the_stable_keys_and_the_chart_every_method() -> None:
+    plan = planned("Qwen/Qwen2-7B", "24GB")
+    value = json.loads(json.dumps(plan.as_dict()))
+    keys = {"method", "fits", "peak_memory_bytes", "breakdown", "seconds_per_step", "hours", "cost", "settings"}
+    assert all(keys <= method.keys() for method in value["methods"])
+    assert value["recommended"] == "lora"
+    assert all({"rule", "source", "text"} == reason.keys() for reason in value["reasons"])
+    chart = frontier(plan)
+    assert chart.startswith("<svg")
+    for name in ("full", "LoRA", "QLoRA", "24 GB GPU"):
+        assert name in chart
+
+
+def test_resolved_recipe_is_what_was_planned() -> None:
+    plan = planned("Qwen/Qwen2-7B", "24GB")
+    option = plan.options["lora"]
+    resolved = with_settings(recipe(), option)
+    assert resolved.recipe.method == "lora"
+    assert resolved.recipe.train.gradient_checkpointing == option.lever.gradient_checkpointing
+    assert resolved.recipe.train.per_device_train_batch_size == option.settings.per_device_train_batch_size
+    assert resolved.origins["train.per_device_train_batch_size"] == "plan"
+    assert resolved.origins["train.weight_decay"] == "default"
+    again = plan_for(resolved.recipe, plan.facts, plan.device, GPUS, methods=["lora"], free=False, entries=[])
+    assert again.options["lora"].peak_memory_bytes == option.peak_memory_bytes
+    assert again.options["lora"].seconds_per_step == option.seconds_per_step
+
+
+def test_what_the_user_set_is_left_as_it_is() -> None:
+    resolved = recipe("Qwen/Qwen2-7B", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=4")
+    fixed = {"train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.gradient_checkpointing"}
+    plan = plan_for(resolved.recipe, assumed(10_000, 2048), find_device("48GB", GPUS), GPUS, entries=[], fixed=fixed)
+    for option in plan.options.values():
+        assert option.settings.per_device_train_batch_size == 2
+        assert option.settings.gradient_accumulation_steps == 4
+        assert not option.lever.gradient_checkpointing
+        assert not option.lever.optimizer_in_backward
+
+
+# --- data ---
+
+
+def facts(tmp_path: Path, rows: list[Any], *overrides: str) -> Any:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    resolved = parse_recipe(f"model: m\ndata: {{train: {path}, heldout: 0}}\n", "test", tmp_path, overrides)
+    return read_facts(resolved.recipe.data, None)
+
+
+def test_shared_prefixes_are_read_from_the_data(tmp_path: Path) -> None:
+    system = "A system prompt that every row begins with. " * 20
+    shared = facts(tmp_path, [chat_row(f"{i} times?", "yes", system) for i in range(100)])
+    assert shared.rows == 100
+    whole, padded = shared.batches(16, packing=True)[0], shared.batches(16, packing=False)[0]
+    assert whole.row_tokens > 16 * 200
+    assert whole.tokens < whole.row_tokens / 4
+    assert padded.tokens >= padded.row_tokens
+    assert whole.labelled == padded.labelled
+    # The last one is of the longest rows.
+    assert shared.batches(2, packing=False)[-1].tokens == 2 * shared.longest
+
+
+def test_rows_that_cannot_be_used_do_not_count(tmp_path: Path) -> None:
+    rows: list[Any] = [chat_row("a?", "b") for _ in range(30)] + [{"nothing": 1}] * 10
+    assert facts(tmp_path, rows).rows == 30
+    assert facts(tmp_path, rows, "data.max_rows=7").rows == 7
+    with pytest.raises(DataError, match="no row of the sample"):
+        facts(tmp_path, [{"nothing": 1}])
+
+
+# --- time ---
+
+
+@pytest.fixture(scope="module")
+def architecture() -> Architecture:
+    return read_architecture(known_models()["Qwen/Qwen2-7B"])
+
+
+def work(architecture: Architecture, **more: Any) -> Any:
+    scenario = Scenario(**{"method": "lora", "rows": 1, "length": 2048, "labelled": 1024, **more})
+    return micro_batch_work(architecture, scenario, estimate(architecture, scenario), 2048)
+
+
+def test_flops_are_those_of_the_trace(architecture: Architecture) -> None:
+    """The trace of this step counts 92.6 TFLOP with all 2,047 places labelled, attention without its causal half."""
+    made = work(architecture, labelled=2047, gradient_checkpointing=True)
+    whole_attention = made.flops + made.attention_flops
+    assert whole_attention / 1e12 == pytest.approx(92.6, rel=0.03)
+
+
+def test_time_follows_what_is_computed(architecture: Architecture) -> None:
+    full, lora, again = work(architecture, method="full"), work(architecture), work(architecture, gradient_checkpointing=True)
+    assert full.product_flops > again.product_flops > lora.product_flops
+    assert again.product_flops / lora.product_flops == pytest.approx(1.5, abs=0.05)
+    assert work(architecture, method="qlora").moved_bytes > lora.moved_bytes
+    assert work(architecture, length=4096).attention_flops == 2 * lora.attention_flops
+
+
+def entry(time: float, **more: Any) -> Entry:
+    fields: dict[str, Any] = {"source": "run", "method": "lora", "dtype": "bfloat16", "hidden_size": 576, "memory": None}
+    return Entry(device="cpu", torch="2", date="2026-01-01", time=time, **{**fields, **more})
+
+
+def test_corrections_come_from_like_measurements(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    assert read_entries(file) == []
+    add_entries(file, [entry(1.5), entry(1.7), entry(1.6, memory=1.2), entry(9.0, method="full"), entry(4.0, hidden_size=4096)])
+    entries = read_entries(file)
+    assert len(entries) == 5
+    typical = time_correction(entries, "cpu", "lora", "bfloat16", 640)
+    assert (typical.typical, typical.measurements) == (1.6, 3)
+    assert typical.safe > 1.7
+    assert time_correction(entries, "cpu", "lora", "bfloat16", 5120).typical == 4.0
+    assert time_correction(entries, "other", "lora", "bfloat16", 576).measurements == 0
+    memory = memory_correction(entries, "cpu", "lora")
+    assert memory is not None
+    assert memory.typical == 1.2
+    file.write_text("{broken", encoding="utf-8")
+    assert read_entries(file) == []
+
+
+def test_a_measurement_moves_the_plan() -> None:
+    device = find_device("24GB", GPUS)
+    plain = plan_for(recipe().recipe, assumed(10_000, 2048), device, GPUS, entries=[]).options["lora"]
+    known = [replace(entry(2.0, hidden_size=3584), device=device.name)]
+    slow = plan_for(recipe().recipe, assumed(10_000, 2048), device, GPUS, entries=known).options["lora"]
+    assert slow.seconds_per_step == pytest.approx(2 * plain.seconds_per_step)
+    assert slow.time_measurements == 1
+
+
+# --- what was typed ---
+
+
+def request(**more: Any) -> Request:
+    methods: list[Method] = ["lora"]
+    fields: dict[str, Any] = {
+        "model": "Qwen/Qwen2-7B",
+        "gpu": "24GB",
+        "data": None,
+        "rows": 100,
+        "length": 64,
+        "methods": methods,
+        "budget": None,
+        "deadline": None,
+        "latency_critical": False,
+        "gpus": None,
+        "overrides": [],
+    }
+    return Request(**{**fields, **more})
+
+
+@pytest.mark.parametrize(("text", "dollars"), [("20$", 20), ("$20", 20), ("20", 20), ("3.50 USD", 3.5)])
+def test_budgets(text: str, dollars: float) -> None:
+    assert read_asks(request(budget=text)).budget == dollars
+
+
+@pytest.mark.parametrize(("text", "hours"), [("4h", 4), ("90m", 1.5), ("2d", 48), ("30 min", 0.5)])
+def test_deadlines(text: str, hours: float) -> None:
+    assert read_asks(request(deadline=text)).hours == hours
+
+
+@pytest.mark.parametrize("more", [{"budget": "much"}, {"budget": "-3"}, {"deadline": "4"}, {"deadline": "soon"}])
+def test_what_cannot_be_read_is_told(more: dict[str, str]) -> None:
+    with pytest.raises(PlanError) as caught:
+        read_asks(request(**more))
+    assert caught.value.problems[0].code == "TS703"
+
+
+@pytest.mark.parametrize("more", [{"rows": 0}, {"rows": -5}, {"length": 3}])
+def test_sizes_that_cannot_be_are_told(more: dict[str, int]) -> None:
+    asked = request(**more)
+    with pytest.raises(PlanError, match="too small"):
+        facts_of(asked, recipe_of(asked))
+
+
+def test_overrides_reach_the_plan() -> None:
+    asked = request(overrides=["lora.r=64"])
+    resolved = recipe_of(asked)
+    planner = Planner(
+        read_architecture(known_models()["Qwen/Qwen2-7B"]), resolved.recipe, assumed(100, 64), find_device("24GB", GPUS), []
+    )
+    assert planner.best("lora").settings.r == 64
+    with pytest.raises(RecipeError):
+        recipe_of(request(overrides=["lora.rank=64"]))
