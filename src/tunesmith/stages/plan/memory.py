@@ -54,32 +54,35 @@ def weight_bytes(architecture: Architecture, scenario: Scenario) -> dict[Kind, i
     return {"weights": base, "adapter": adapter}
 
 
-def sharded_bytes(architecture: Architecture, scenario: Scenario, devices: int, stage: int) -> int:
-    """A device's peak where `devices` of them share the states (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+@dataclass(frozen=True)
+class Sharding:
+    """`devices` that share states by ZeRO's stage (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
 
-    Stage 1 shares the optimizer's states, 2 also gradients, 3 also weights (FSDP's full shard): then two blocks' whole weights
-    are gathered at a time, the next being fetched while one computes, and one block's whole gradients before they are shared.
-    Each device computes its own micro-batch.
+    Stage 1 shares the optimizer's states, 2 also gradients, 3 also weights. Stages 2 and 3 are FSDP2's ways: without
+    resharding gathered weights stay from the forward to the backward pass; with it two blocks' are whole at a time, the next
+    being fetched while one computes. Embedding and head are whole throughout; a block's gradients are whole twice, as they
+    are and as what is sent.
     """
-    whole = estimate(architecture, scenario)
-    parts = whole.breakdown
-    kept = sum(size for kind, size in parts.items() if kind not in {"weights", "adapter", "gradients", "optimizer"})
-    step = _Step(architecture, scenario)
-    weights = whole.resident_bytes
-    gradients, states = step.weight * step.trained, step.optimizer_bytes()
-    block = step.trained_in_a_block() * step.weight
-    largest = max(weights // architecture.num_hidden_layers, scenario.element * architecture.embedding_parameters)
-    share_weights = -(-weights // devices) + 2 * largest if stage >= 3 else weights
-    share_gradients = -(-gradients // devices) + block if stage >= 2 else gradients
-    share_states = -(-states // devices) if stage >= 1 else states
-    return kept + share_weights + share_gradients + share_states
+
+    devices: int
+    stage: int
+
+    def share(self, size: int) -> int:
+        """A device's part."""
+        return -(-size // self.devices)
+
+
+@lru_cache(maxsize=4096)
+def sharded_bytes(architecture: Architecture, scenario: Scenario, devices: int, stage: int) -> int:
+    """A device's peak where several share the states, each computing the scenario's rows."""
+    return _Step(architecture, scenario, Sharding(devices, stage)).run().total_bytes
 
 
 class _Step:
     """One training step on a tape."""
 
-    def __init__(self, architecture: Architecture, scenario: Scenario) -> None:
-        self.a, self.s = architecture, scenario
+    def __init__(self, architecture: Architecture, scenario: Scenario, sharding: Sharding | None = None) -> None:
+        self.a, self.s, self.sharding = architecture, scenario, sharding
         self.tape = Tape()
         self.modules = Modules(self.tape, architecture, scenario)
         self.full = scenario.method == "full"
@@ -91,9 +94,12 @@ class _Step:
         tape, scenario = self.tape, self.s
         resident = weight_bytes(self.a, scenario)
         for kind, size in resident.items():
-            tape.make(kind, size, moved=False)
-        tape.make("optimizer", self.optimizer_bytes(), moved=False)
-        if scenario.optimizer_in_backward:
+            tape.make(kind, self._held(size), moved=False)
+        states = self.optimizer_bytes()
+        tape.make("optimizer", self.sharding.share(states) if self.sharding else states, moved=False)
+        if self.sharding is not None and self.sharding.stage >= 2:
+            tape.in_backward = self._reduced
+        elif scenario.optimizer_in_backward:
             tape.in_backward = self._update_scratch
         elif scenario.accumulating:
             tape.make("gradients", self.weight * self.trained, moved=False)
@@ -107,6 +113,42 @@ class _Step:
             tape.scratch(self._step_scratch())
         parts = {kind: size for kind, size in tape.at_peak.items() if size}
         return Estimate(tape.peak, sum(resident.values()), parts, written, operators)
+
+    def _held(self, weights: int) -> int:
+        """Bytes of weights on this device: all of them, or its share and what is gathered at a time."""
+        sharding = self.sharding
+        if sharding is None or sharding.stage < 2:
+            return weights
+        share = sharding.share(weights)
+        if sharding.stage == 2:
+            return weights + share
+        blocks = weights - self.s.element * self._outside()
+        return share + self.s.element * self._outside() + 2 * max(0, blocks) // self.a.num_hidden_layers
+
+    def _whole_gradients(self) -> int:
+        """Gradients that are whole during the backward pass though they are shared: a block's twice, and the head's."""
+        if self.sharding is None or self.sharding.stage < 2:
+            return 0
+        head = self.a.embedding_parameters if self.full else 0
+        return self.weight * (2 * self.trained_in_a_block() + head)
+
+    def _kept_gradients(self) -> int:
+        """What a block's gradients leave behind."""
+        each = self.weight * self.trained_in_a_block()
+        if self.sharding is not None and self.sharding.stage >= 2:
+            return self.sharding.share(each)
+        return each if self.tape.in_backward is None else 0
+
+    def _outside(self) -> int:
+        """Parameters outside the blocks."""
+        return self.a.embedding_parameters + self.a.head_parameters + self.a.final_norm
+
+    def _reduced(self, gradient: int) -> int:
+        """A gradient that is shared out once it is made: this device's part stays."""
+        if self.sharding is None:
+            raise AssertionError("nothing is shared")
+        self.tape.make("gradients", self.sharding.share(gradient), moved=False)
+        return 0
 
     def _rounding(self) -> int:
         """What rounding up to blocks of 512 bytes adds: one for each tensor that stays, 64 KiB for others and constants."""
@@ -141,12 +183,11 @@ class _Step:
         tape.free(hidden)
         self.modules.loss(normed)
         tape.backward(mark)
+        whole = tape.make("gradients", self._whole_gradients(), moved=False)
         for number in reversed(range(shown)):
             if number == 1:
                 tape.drop(ballast)
-                if tape.in_backward is None:
-                    each = self.weight * self.trained_in_a_block()
-                    tape.make("gradients", each * (layers - shown), moved=False)
+                tape.make("gradients", self._kept_gradients() * (layers - shown), moved=False)
             written, operators = tape.written, tape.operators
             since, start = starts[number]
             if recompute:
@@ -157,6 +198,7 @@ class _Step:
             hidden = start
             if number == 1:
                 self._repeat(written, operators)
+        tape.drop(whole)
         self._embedding_backward(first)
         tape.drop(rotary, mask)
 

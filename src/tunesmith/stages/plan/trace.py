@@ -19,6 +19,7 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -76,7 +77,12 @@ class Peak:
 
 
 class StorageMeter(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make, each once and until it is freed; works on real tensors too."""
+    """Counts the bytes of all storages that operators make, each once and until it is freed; works on real tensors too.
+
+    While `paused`, what is made is not counted: tensors that stand for others' shapes alone.
+    """
+
+    paused = False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -90,23 +96,52 @@ class StorageMeter(TorchDispatchMode):
 
     def hold(self, tensor: torch.Tensor, operator: str = "") -> None:
         """Count the storage of `tensor` if it is new, until it is freed."""
-        storage = tensor.untyped_storage()
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # of a DTensor this device's part
         key = storage._cdata
         size = rounded(storage.nbytes())
-        if key in self._known or size == 0:
+        if key in self._known or size == 0 or StorageMeter.paused:
             return
+        self._begin(key, size, operator)
+        weakref.finalize(storage, self._release, key)
+
+    def _begin(self, key: int, size: int, operator: str) -> None:
         self._moment += 1
         self._known[key] = (self._moment, Held(size, operator, self.phase))
         self.live += size
-        weakref.finalize(storage, self._release, key)
         if self.live > self.high[0]:
             self.high = (self.live, self._moment, self.phase, operator)
 
     def _release(self, key: int) -> None:
+        if key not in self._known:
+            return  # emptied by a resize before
         made, held = self._known.pop(key)
         self.live -= held.size
         self._moment += 1
         self._lives.append((made, self._moment, held))
+
+    def __enter__(self) -> StorageMeter:
+        """Watch operators, and storages that are emptied and filled again, as FSDP does with gathered weights."""
+        resize = torch.UntypedStorage.resize_
+
+        def watched(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            known = self._known.get(storage._cdata)
+            if size == 0:
+                self._release(storage._cdata)
+            elif known is None:
+                self._begin(storage._cdata, rounded(size), "resize_")
+                weakref.finalize(storage, self._release, storage._cdata)
+            return result
+
+        self._resize = resize
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop watching."""
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def alive_at_peak(self) -> list[Held]:
         """Every storage that was alive when the most bytes were."""
@@ -126,7 +161,9 @@ class StorageMeter(TorchDispatchMode):
         return rounded(storage.nbytes()) if alone and args[0].shape == args[1].shape else 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and count what it made and computed."""
+        """Run the operator and count what it made and computed; a DTensor's come again as those of its local part."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
         replaced = self._added_in_place(func, args)
         result = func(*args, **(kwargs or {}))
         self.live -= replaced
@@ -395,11 +432,15 @@ def trace(config: Any, scenario: Scenario) -> Peak:
     mode = FakeTensorMode()
     as_fake(model, mode)
     with mode:
-        fake_batch = {
-            key: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-            for key, value in batch.items()
-        }
-        return trace_step(model, fake_batch, scenario)
+        return trace_step(model, fake_batch(batch), scenario)
+
+
+def fake_batch(batch: Batch) -> Batch:
+    """The batch without its contents; under a FakeTensorMode."""
+    return {
+        key: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
 
 
 def measure(config: Any, scenario: Scenario) -> Peak:
