@@ -18,7 +18,7 @@ from tunesmith.errors import CODES
 from tunesmith.recipe import Recipe, Section
 
 FOLDER = Path(__file__).resolve().parent
-COMMANDS = ("", "demo", "run", "prepare", "train", "export", "evaluate", "compare")
+COMMANDS = ("", "demo", "run", "plan", "prepare", "train", "export", "evaluate", "compare")
 
 
 def _type_name(annotation: Any) -> str:

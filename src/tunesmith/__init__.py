@@ -1,11 +1,11 @@
-"""tunesmith: full fine-tuning, LoRA or QLoRA: trained, proven and compared on your data.
+"""tunesmith: full fine-tuning, LoRA or QLoRA: planned, trained, proven and compared on your data.
 
 Each stage is a function here and a command of the same name; importing the package imports no torch.
 
 Layers, each importing only what stands below it (enforced by import-linter):
 
-    cli > pipeline > demo, stages (prepare, train, export, evaluate, compare) > methods > packing, chat, models, hardware
-    > run > recipe > io > errors
+    cli > pipeline > demo, stages (plan, prepare, train, export, evaluate, compare) > methods > packing, chat, models,
+    hardware, plotting > run > recipe > io > errors
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.stages.compare import compare
     from tunesmith.stages.evaluate import evaluate
     from tunesmith.stages.export import export
+    from tunesmith.stages.plan import plan
     from tunesmith.stages.prepare import prepare
     from tunesmith.stages.train import train
 
@@ -32,6 +33,7 @@ __all__ = [
     "export",
     "load_recipe",
     "open_run",
+    "plan",
     "prepare",
     "run",
     "run_methods",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -60,11 +62,25 @@ def test_readme_commands_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
 
 
+def test_readme_plan_is_what_the_command_prints(tmp_path: Path) -> None:
+    """Byte for byte; `make docs` does not write it, so copy what the command prints."""
+    (shown,) = blocks("text")
+    command = [sys.executable, "-m", "tunesmith", "plan", "Qwen/Qwen2-7B", "--gpu", "RTX 4090"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    lines = [line.rstrip() for line in printed.strip("\n").split("\n")]
+    assert "\n".join(lines).startswith(shown.rstrip())
+
+
 def test_ci_calls_the_readme_test_command() -> None:
     assert (REPO / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("make test")
 
 
 def test_links_lead_somewhere() -> None:
-    for document in (REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "docs" / "architecture.md"):
+    for document in (
+        REPO / "README.md",
+        REPO / "CONTRIBUTING.md",
+        REPO / "docs" / "architecture.md",
+        REPO / "docs" / "plan.md",
+    ):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from tests.invariant.test_packing import CONFIGS
+from tunesmith.models.architecture import read_architecture
+from tunesmith.stages.plan.memory import sharded_bytes
 from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.stages.plan.sharded import trace_sharded
 from tunesmith.stages.plan.trace import StorageMeter, measure, trace
 
 FULL = Scenario("full", rows=3, length=48, labelled=60, dtype="float32", r=4)
@@ -86,3 +90,27 @@ def test_meter_counts_each_storage_once_and_until_it_is_freed() -> None:
         assert meter.live == 1024
     assert meter.high[0] == 2048
     assert [held.operator for held in meter.alive_at_peak()] == ["aten.add.Tensor", "aten.zeros.default"]
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_devices_that_share_a_step_hold_less_each(reshard: bool) -> None:
+    """FSDP2 over a group of which only this process is there; the closed form is a bound from above."""
+    config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6})
+    scenario = replace(FULL, dtype="bfloat16", stock=True, optim="adamw_torch_fused", gradient_checkpointing=True)
+    alone = trace(config, scenario).total_bytes
+    traced = {devices: trace_sharded(config, scenario, devices, reshard=reshard).total_bytes for devices in (2, 8)}
+    assert alone > traced[2] > traced[8]
+    architecture = read_architecture(config.to_dict())
+    for devices, size in traced.items():
+        bound = sharded_bytes(architecture, scenario, devices, 3 if reshard else 2)
+        assert 1 <= bound / size < 1.35
+    states = 2 * 2 * architecture.parameters  # AdamW's two, in bf16
+    assert traced[2] - traced[8] >= states * (1 / 2 - 1 / 8)
+
+
+def test_no_process_group_is_left_behind() -> None:
+    with pytest.raises(ValueError, match="full fine-tuning"):
+        trace_sharded(CONFIGS["llama"], replace(FULL, method="lora"), 4)
+    trace_sharded(CONFIGS["llama"], replace(FULL, labelled=40), 4)
+    assert not torch.distributed.is_initialized()
+    assert not StorageMeter.paused

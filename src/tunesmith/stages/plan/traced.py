@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -36,17 +38,33 @@ def trace_option(plan: Plan, option: Option) -> Iterator[str]:
     yield f"  {total / 1e12:.1f} TFLOP a step: " + ", ".join(
         f"{name} {100 * count / total:.0f} %" for name, count in sorted(peak.flops.items(), key=lambda item: -item[1])[:4]
     )
+    if option.method == "full" and plan.device.count > 1:
+        yield from _sharded_lines(plan, option)
+
+
+def _sharded_lines(plan: Plan, option: Option) -> Iterator[str]:
+    """The same model shared by all devices with FSDP2, by transformers' own forward and loss, fused AdamW in bf16."""
+    from tunesmith.stages.plan.sharded import trace_sharded
+
+    scenario, count = replace(option.scenario, attention="sdpa"), plan.device.count
+    for name, reshard in (("full shard", True), ("without resharding", False)):
+        peak = trace_sharded(_config(plan), scenario, count, reshard=reshard)
+        yield f"  FSDP2 over {count}, {name}, stock forward and fused AdamW: {peak.total_bytes / GIB:.3f} GiB on each"
 
 
 def trace_peak(plan: Plan, option: Option) -> Peak:
     """The trace of an option's step. Raises PlanError for an architecture that transformers does not know."""
+    return trace(_config(plan), option.scenario)
+
+
+def _config(plan: Plan) -> Any:
+    """The model's configuration as transformers has it."""
     quiet()
     values, source = find_config(plan.model)
     facts = {key: value for key, value in values.items() if key not in {"parameters", "model_type", "architectures"}}
     try:
-        config = AutoConfig.for_model(values["model_type"], **facts)
+        return AutoConfig.for_model(values["model_type"], **facts)
     except ValueError as error:
         why = "the trace runs transformers' own modules"
         fix = "leave --trace out: the closed form covers it"
         raise PlanError(Problem("TS209", f"transformers has no {values['model_type']!r}", source, why, fix)) from error
-    return trace(config, option.scenario)
