@@ -31,6 +31,7 @@ from tunesmith.methods.optimizers import AdamW
 from tunesmith.models import builtin
 from tunesmith.models.architecture import read_architecture
 from tunesmith.models.catalogue import find_config, known_models
+from tunesmith.models.load import make_config
 from tunesmith.packing.batch import Batch, collate_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.pipeline import with_method
@@ -54,10 +55,7 @@ Part = Callable[[], tuple[list[dict[str, Any]], list[Row]]]
 
 
 def _config(name: str) -> Any:
-    values = find_config(name)[0]
-    return AutoConfig.for_model(
-        values["model_type"], **{k: v for k, v in values.items() if k not in {"parameters", "model_type"}}
-    )
+    return make_config(find_config(name)[0])
 
 
 def percent(value: float, reference: float) -> float:

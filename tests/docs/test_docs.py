@@ -6,7 +6,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-import sys
 from pathlib import Path
 from types import ModuleType
 

@@ -65,6 +65,7 @@ def test_full_fits_one_large_gpu_with_small_states() -> None:
     [
         ("24GB", 500, {}, "lora", "few-rows"),
         ("180GB", 200_000, {}, "full", "many-rows"),
+        ("180GB", 1_000_000, {}, "full", "large-data"),
         ("180GB", 20_000, {}, "lora", "adapter-is-enough"),
         ("12GB", 10_000, {}, "qlora", "only-four-bit-fits"),
         ("12GB", 10_000, {"latency_critical": True}, None, "latency-critical"),
@@ -94,7 +95,7 @@ def test_large_models_name_the_smallest_cluster() -> None:
     assert plan.recommended is None
     assert "406 B" in rules(plan)["large-model"]
     cluster = plan.clusters["qlora"]
-    assert (cluster.device, cluster.count) == ("H100", 4)
+    assert (cluster.device, cluster.count) == ("H100", 8)
     assert cluster.peak_memory_bytes <= 80 * GIB
     option = plan.options["lora"]
     fewest = smallest_cluster(option, plan.architecture, list(GPUS.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,17 @@ def quiet() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+
+
+def make_config(values: Mapping[str, Any], **changes: Any) -> Any:
+    """Transformers' configuration for a config.json's content, or for an entry of the catalogue, with some keys changed.
+
+    Raises ValueError for a model type that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    facts = {key: value for key, value in values.items() if key not in {"parameters", "model_type", "architectures"}}
+    return AutoConfig.for_model(values["model_type"], **{**facts, **changes})
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -21,6 +21,7 @@ EXPECTED_QUALITY: dict[Method, float] = {"full": 1.0, "lora": 0.99, "qlora": 0.9
 
 FEW_ROWS = 1_000  # below: expand the data first (the article)
 MANY_ROWS = 100_000  # from here on full fine-tuning is worth its price where it fits (ours)
+LARGE_DATA = 1_000_000  # rows from which on a job is spread over devices (the article's "very large"; the number is ours)
 LARGE_MODEL = 30e9  # parameters above which a job is spread over devices (the article)
 
 #: Devices of a cluster that are tried, and the card they are of where the one at hand is too small.
@@ -134,6 +135,8 @@ def _of_settings(option: Option) -> list[Reason]:
         reasons.append(Reason("rank-by-rows", source, f"r {chosen.r}: {chosen.reasons['r']}; alpha {chosen.lora_alpha}"))
     batch = f"{chosen.effective_batch_size} rows a step: {chosen.reasons['effective_batch_size']}"
     reasons.append(Reason("batch", "article", f"{batch}, as {chosen.per_device_train_batch_size} at once"))
+    rising = f"the learning rate rises over the first {chosen.warmup_steps:,}"
+    reasons.append(Reason("epochs", "article", f"{chosen.num_train_epochs:g} epochs are {chosen.max_steps:,} steps; {rising}"))
     if option.lever.gradient_checkpointing:
         text = "activations are computed again in the backward pass: memory demands it, or it buys a larger micro-batch"
         reasons.append(Reason("checkpointing", "tunesmith", text))

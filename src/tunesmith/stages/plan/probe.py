@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig
 
 from tunesmith.hardware.calibration import Entry, add_entries, today
 from tunesmith.hardware.catalogue import Device
 from tunesmith.methods.optimizers import AdamW, gradient_norm
 from tunesmith.models.architecture import read_architecture
 from tunesmith.models.catalogue import find_config
-from tunesmith.models.load import quiet
+from tunesmith.models.load import make_config, quiet
 from tunesmith.packing.batch import Batch, PaddedCollator, collate_tree, to_device
 from tunesmith.packing.loss import summed_loss
 from tunesmith.recipe import Method, Recipe
@@ -87,8 +86,7 @@ def _stepper(
     values: dict[str, Any], depth: int, option: Option, rows: Sequence[Row], *, packing: bool, where: torch.device
 ) -> Callable[[], None]:
     """One training step of a copy with `depth` blocks, as a function that can be called again and again."""
-    facts = {key: value for key, value in values.items() if key not in {"parameters", "model_type", "architectures"}}
-    config = AutoConfig.for_model(values["model_type"], **{**facts, "num_hidden_layers": depth, "layer_types": None})
+    config = make_config(values, num_hidden_layers=depth, layer_types=None)
     torch.manual_seed(0)
     model = build_model(config, option.scenario, str(where))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -23,7 +23,9 @@ from tunesmith.recipe import Method, Origin, Recipe, ResolvedRecipe, dump_recipe
 from tunesmith.runs import Run, installed_versions
 from tunesmith.stages.plan.decide import (
     EXPECTED_QUALITY,
+    LARGE_DATA,
     LARGE_MODEL,
+    MANY_ROWS,
     Asks,
     Cluster,
     Reason,
@@ -133,7 +135,7 @@ def plan_for(
     options = {method: planner.best(method, free=free) for method in methods}
     recommended, reasons = decide(options, architecture, facts, device, asks)
     clusters = _clusters(options, architecture, device, gpus)
-    reasons += _of_size(architecture, clusters, recommended)
+    reasons += _of_size(architecture, facts, clusters, recommended)
     change = _what_would_change_it(planner, options, recommended, gpus, clusters)
     return Plan(recipe.model, source, architecture, device, facts, options, recommended, reasons, change, clusters)
 
@@ -154,14 +156,21 @@ def _clusters(
     return found
 
 
-def _of_size(architecture: Architecture, clusters: Mapping[Method, Cluster], recommended: Method | None) -> list[Reason]:
-    if architecture.parameters <= LARGE_MODEL:
-        return []
-    text = f"{architecture.parameters / 1e9:.0f} B parameters are more than 30 B: spread the job over devices"
-    cluster = clusters.get(recommended or "full")
-    if cluster is not None:
-        text += f", at least {cluster.count} x {cluster.device} with {cluster.sharding}"
-    return [Reason("large-model", "article", text)]
+def _of_size(
+    architecture: Architecture, facts: DataFacts, clusters: Mapping[Method, Cluster], recommended: Method | None
+) -> list[Reason]:
+    """A very large model or set of rows: several devices, and at least how many where the memory asks for them."""
+    reasons = []
+    if architecture.parameters > LARGE_MODEL:
+        text = f"{architecture.parameters / 1e9:.0f} B parameters are more than 30 B: spread the job over devices"
+        cluster = clusters.get(recommended or "full")
+        if cluster is not None:
+            text += f", at least {cluster.count} x {cluster.device} with {cluster.sharding}"
+        reasons.append(Reason("large-model", "article", text))
+    if facts.rows >= LARGE_DATA:
+        text = f"{facts.rows:,} rows are a very large set: devices that each take a part of the rows divide the hours"
+        reasons.append(Reason("large-data", "article", text))
+    return reasons
 
 
 def _what_would_change_it(
@@ -189,8 +198,8 @@ def _what_would_change_it(
             cluster = clusters[method]
             said.append(f"{method} takes {cluster.count} x {cluster.device} (${cluster.price_an_hour:,.2f} an hour)")
     facts = planner.facts
-    if recommended == "lora" and options["lora"].fits and "full" in options and options["full"].fits and facts.rows < 100_000:
-        said.append("full would be taken from 100,000 rows on")
+    if recommended == "lora" and options["lora"].fits and "full" in options and options["full"].fits and facts.rows < MANY_ROWS:
+        said.append(f"full would be taken from {MANY_ROWS:,} rows on")
     return said
 
 

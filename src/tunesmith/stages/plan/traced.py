@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from transformers import AutoConfig
-
 from tunesmith.errors import PlanError, Problem
 from tunesmith.hardware.catalogue import GIB
 from tunesmith.models.catalogue import find_config
-from tunesmith.models.load import quiet
+from tunesmith.models.load import make_config, quiet
 from tunesmith.stages.plan.options import Option
 from tunesmith.stages.plan.stage import Plan
 from tunesmith.stages.plan.trace import Peak, trace
@@ -61,9 +59,8 @@ def _config(plan: Plan) -> Any:
     """The model's configuration as transformers has it."""
     quiet()
     values, source = find_config(plan.model)
-    facts = {key: value for key, value in values.items() if key not in {"parameters", "model_type", "architectures"}}
     try:
-        return AutoConfig.for_model(values["model_type"], **facts)
+        return make_config(values)
     except ValueError as error:
         why = "the trace runs transformers' own modules"
         fix = "leave --trace out: the closed form covers it"
