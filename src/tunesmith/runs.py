@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import Problem, RunError
+from tunesmith.errors import Problem, RecipeError, RunError
 from tunesmith.io.atomic import append_jsonl, commit_folder, sha256_file, sha256_json, write_json, write_text
 from tunesmith.recipe import Recipe, ResolvedRecipe, dump_recipe, parse_dumped_recipe
 
@@ -137,8 +137,12 @@ def create_run(resolved: ResolvedRecipe, path: Path) -> Run:
     """The run in `path`: made if new, opened if it holds the same recipe.
 
     A changed recipe replaces the old one; each stage then redoes its work if its own part changed. Raises RunError
-    where the folder holds something that is not a run, or cannot be written.
+    where the folder holds something that is not a run, or cannot be written; RecipeError for `method: auto`.
     """
+    if resolved.recipe.method == "auto":
+        why = "a run trains one method"
+        fix = "begin with `tunesmith run` or `tunesmith prepare`, which plan first, or name full, lora or qlora"
+        raise RecipeError(Problem("TS003", "the method is still auto", str(path), why, fix))
     if path.exists() and not (path / "run.json").is_file() and any(path.iterdir()):
         why = "a run would mix its files with what is there"
         raise RunError(Problem("TS010", "the folder is not empty and is not a run", str(path), why, "name another folder"))

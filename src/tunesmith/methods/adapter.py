@@ -19,12 +19,13 @@ from peft.tuners.lora.layer import LoraLayer
 Weight = Callable[[], torch.Tensor]
 
 
-def base_weight(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def base_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """The (O, I) weight of a linear layer in `dtype`; a 4-bit one is dequantised each time."""
-    weight: torch.Tensor = base.weight  # type: ignore[assignment] # a parameter
+    weight = base.weight
     if isinstance(base, Linear4bit):
-        weight = dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined] # set by bitsandbytes
-    return weight.to(dtype)
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    made: torch.Tensor = weight.to(dtype)
+    return made
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -72,13 +73,15 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     """The forward of a PEFT linear layer; PEFT's own where it is switched off, merged, or not plain LoRA."""
     active = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(active) != 1 or layer.lora_variant or args or kwargs:
-        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return] # PEFT is untyped here
+        own: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return own
     name = active[0]
     flat = x.reshape(-1, x.shape[-1])
     dropout = layer.lora_dropout[name]
     dropped = dropout(flat) if isinstance(dropout, torch.nn.Dropout) and layer.training else None
     base = layer.get_base_layer()
-    result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+    fused: Any = _LoraLinear  # torch leaves `apply` untyped
+    result: torch.Tensor = fused.apply(
         flat,
         dropped,
         partial(base_weight, base, x.dtype),

@@ -99,7 +99,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override] # no closure is needed
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient."""
         if closure is not None:
             raise ValueError("a closure is not supported")

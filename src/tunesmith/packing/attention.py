@@ -158,7 +158,8 @@ def tree_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may leave them in float32
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if device == "cpu":
-        result: torch.Tensor = _TreeAttention.apply(query, key, value, tree_layout.nodes, scale)  # type: ignore[no-untyped-call]
+        along: Any = _TreeAttention  # torch leaves `apply` untyped
+        result: torch.Tensor = along.apply(query, key, value, tree_layout.nodes, scale)
     else:
         result = masked_attention(query, key, value, tree_layout, scale)
     return result.transpose(1, 2), None

@@ -154,8 +154,8 @@ def summed_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         head = causal.get_output_embeddings()
         hidden = _labelled_hidden(causal, batch)
         bias = getattr(head, "bias", None)
-        made = (hidden, head.weight, bias, targets, weights, _cap(causal), torch.is_grad_enabled())
-        loss = _LinearCrossEntropy.apply(*made)  # type: ignore[no-untyped-call]
+        fused: Any = _LinearCrossEntropy  # torch leaves `apply` untyped
+        loss = fused.apply(hidden, head.weight, bias, targets, weights, _cap(causal), torch.is_grad_enabled())
     return loss
 
 

