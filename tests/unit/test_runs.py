@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.errors import RunError
+from tunesmith.errors import RecipeError, RunError
 from tunesmith.io.atomic import append_jsonl
 from tunesmith.runs import create_run, open_run, read_jsonl
 
@@ -50,3 +50,9 @@ def test_failed_stage_keeps_the_old_output(make_recipe: Any, tmp_path: Path) -> 
 def test_not_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a run folder"):
         open_run(tmp_path)
+
+
+def test_a_method_that_is_still_auto_is_refused(make_recipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="still auto"):
+        create_run(make_recipe(method="auto"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
