@@ -15,6 +15,7 @@ from tunesmith.stages.plan.memory import sharded_bytes
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.sharded import trace_sharded
 from tunesmith.stages.plan.trace import StorageMeter, measure, trace
+from tunesmith.stages.plan.traced import multiplied
 
 FULL = Scenario("full", rows=3, length=48, labelled=60, dtype="float32", r=4)
 
@@ -114,3 +115,17 @@ def test_no_process_group_is_left_behind() -> None:
     trace_sharded(CONFIGS["llama"], replace(FULL, labelled=40), 4)
     assert not torch.distributed.is_initialized()
     assert not StorageMeter.paused
+
+
+def test_few_blocks_multiplied_are_all_of_them() -> None:
+    for method in ("full", "lora"):
+        scenario = replace(FULL, method=method, dtype="bfloat16", gradient_checkpointing=True)
+        sizes = {**CONFIGS["llama"].to_dict(), "layer_types": None}
+        few = [trace(LlamaConfig(**{**sizes, "num_hidden_layers": depth}), scenario) for depth in (8, 9, 10)]
+        whole = trace(LlamaConfig(**{**sizes, "num_hidden_layers": 13}), scenario)
+        made = multiplied(few, 13)
+        assert made is not None
+        assert (made.total_bytes, made.resident_bytes) == (whole.total_bytes, whole.resident_bytes)
+        assert made.flops == whole.flops
+        other = replace(few[0], total_bytes=few[0].total_bytes + 512)
+        assert multiplied([other, *few[1:]], 13) is None
