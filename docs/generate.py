@@ -5,6 +5,7 @@ The test in tests/docs fails when a page is not what this makes.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -89,7 +90,52 @@ def errors_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page}
+#: What docs/plan.md says of each claim of benchmarks/plan_accuracy.py.
+PLAN_CLAIMS = {
+    "formula_vs_trace_max_error_percent": "closed form against the trace: 5 models of 7 to 9 B, 3 methods, 2 lengths, 2 ways",
+    "formula_under_trace_max_percent": "how far it is under the trace at the most",
+    "trace_vs_measured_cpu_max_error_percent": "trace against PyTorch's allocation events: SmolLM2-135M on CPU, 12 ways",
+    "plan_vs_measured_cpu_max_error_percent": "closed form against the same",
+    "step_time_max_error_percent": "seconds a step after `--calibrate` against a run's: 3 methods, 2 micro-batches",
+    "plan_seconds_405b": "the command for a 405 B model, from start to end",
+    "trace_seconds_7b": "the command with `--trace` for a 7 B model",
+}
+PLAN_TABLE = {"full_fused": "full, bf16 with fused AdamW", "full_lean": "full, 8-bit states, update in the backward pass"}
+PLAN_TABLE |= {"lora": "LoRA, r 16", "qlora": "QLoRA, r 16"}
+
+
+def _plan_accuracy() -> list[str]:
+    claims = {claim["name"]: claim for claim in _plan_result()["claims"]}
+    rows = [f"| {text} | {claims[name]['value']:.2g} {claims[name]['unit']} |" for name, text in PLAN_CLAIMS.items()]
+    return ["| what | at most |", "|---|---|", *rows]
+
+
+def _plan_qwen() -> list[str]:
+    value = {claim["name"]: claim["value"] for claim in _plan_result()["claims"]}
+    rows = [f"| {text} | {value[f'qwen2_7b_{name}_gib']:.1f} |" for name, text in PLAN_TABLE.items()]
+    stock = [f"| stock {name} | {value[f'qwen2_7b_stock_{name}_gib']:.1f} |" for name in ("full", "lora", "qlora")]
+    return ["| way | GiB on one GPU |", "|---|---|", *rows, *stock]
+
+
+def _plan_result() -> Any:
+    path = FOLDER.parent / "benchmarks" / "results" / "plan_accuracy.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def plan_page() -> str:
+    """docs/plan.md with its tables made again from the benchmark's result; the rest stays as it is written."""
+    text = (FOLDER / "plan.md").read_text(encoding="utf-8")
+    for name, rows in (("accuracy", _plan_accuracy()), ("qwen", _plan_qwen())):
+        head, _, rest = text.partition(f"<!-- {name} -->\n")
+        text = (
+            head
+            + "\n".join([f"<!-- {name} -->", *rows, "<!-- end -->"])
+            + rest[rest.index("<!-- end -->") + len("<!-- end -->") :]
+        )
+    return text
+
+
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page, "plan.md": plan_page}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

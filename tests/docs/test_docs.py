@@ -29,7 +29,7 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["recipe.md", "cli.md", "errors.md"])
+@pytest.mark.parametrize("page", ["recipe.md", "cli.md", "errors.md", "plan.md"])
 def test_generated_pages_are_current(generator: ModuleType, page: str) -> None:
     assert (REPO / "docs" / page).read_text(encoding="utf-8") == generator.PAGES[page](), "run `make docs`"
 
