@@ -1,8 +1,8 @@
 """`--calibrate`: real steps of the engine on the machine at hand, in about a minute.
 
-Where a step of the whole model is short enough, that is what runs. Else a copy with two blocks and one with eight, which differ by
-six: from both times follows the time of all blocks and of the rest. On a CPU the extrapolation is low by up to a third, as a few
-blocks stay in its caches. Weights are random, as time does not depend on them; rows are the data's own.
+Where a step of the whole model is short enough, that is what runs. Else a copy with two blocks and one with eight, which differ
+by six: from both times follows the time of all blocks and of the rest. On a CPU the extrapolation is low by up to a third, as
+a few blocks stay in its caches. Weights are random, as time does not depend on them; rows are the data's own.
 """
 
 from __future__ import annotations
