@@ -405,9 +405,7 @@ class Modules:
         hidden.gradient = tape.make("activations", e * h * t)
         if self.full:
             self._keep_head(tape.make("gradients", e * vocabulary * h))
-            tape.free(hidden)
-        else:
-            tape.free(hidden)
+        tape.free(hidden)
         tape.drop(into_logits)
 
     def _keep_head(self, gradient: Buffer) -> None:

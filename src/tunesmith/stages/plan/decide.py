@@ -24,7 +24,7 @@ MANY_ROWS = 100_000  # from here on full fine-tuning is worth its price where it
 LARGE_DATA = 1_000_000  # rows from which on a job is spread over devices (the article's "very large"; the number is ours)
 LARGE_MODEL = 30e9  # parameters above which a job is spread over devices (the article)
 
-#: Devices of a cluster that are tried, and the card they are of where the one at hand is too small.
+#: Numbers of devices that are tried for a cluster.
 _CLUSTERS = (2, 4, 8, 16, 32, 64, 128)
 
 
@@ -72,7 +72,7 @@ def decide(
         return None, reasons
     chosen, reason = _choose(usable, facts)
     reasons.append(reason)
-    reasons += _of_settings(options[chosen])
+    reasons += _of_settings(options[chosen], facts)
     return chosen, reasons
 
 
@@ -126,12 +126,13 @@ def _choose(usable: Mapping[Method, Option], facts: DataFacts) -> tuple[Method, 
     return "full", Reason("only-full-is-left", "tunesmith", "the other methods were left out above")
 
 
-def _of_settings(option: Option) -> list[Reason]:
+def _of_settings(option: Option, facts: DataFacts) -> list[Reason]:
     """The tables behind the settings, and the levers that were needed."""
     chosen = option.settings
     reasons = [Reason("learning-rate", "article", f"learning rate {chosen.learning_rate:g}: {chosen.reasons['learning_rate']}")]
     if option.method != "full":
-        source = "tunesmith" if 10_000 <= _rows_of(chosen.reasons["r"]) < MANY_ROWS else "article"
+        ours = chosen.reasons["r"] != "recipe" and 10_000 <= facts.rows < MANY_ROWS
+        source = "tunesmith" if ours else "article"
         reasons.append(Reason("rank-by-rows", source, f"r {chosen.r}: {chosen.reasons['r']}; alpha {chosen.lora_alpha}"))
     batch = f"{chosen.effective_batch_size} rows a step: {chosen.reasons['effective_batch_size']}"
     reasons.append(Reason("batch", "article", f"{batch}, as {chosen.per_device_train_batch_size} at once"))
@@ -146,11 +147,6 @@ def _of_settings(option: Option) -> list[Reason]:
         )
         reasons.append(Reason("small-states", "tunesmith", text))
     return reasons
-
-
-def _rows_of(reason: str) -> int:
-    digits = reason.split(maxsplit=1)[0]
-    return int(digits) if digits.isdigit() else 0
 
 
 @dataclass(frozen=True)

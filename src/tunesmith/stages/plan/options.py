@@ -50,9 +50,8 @@ class Lever:
     optimizer_in_backward: bool = False
 
 
-_ADAPTER_LEVERS = (Lever(), Lever(gradient_checkpointing=True))
-_FULL_LEVERS = (
-    *_ADAPTER_LEVERS,
+_EXACT_LEVERS = (Lever(), Lever(gradient_checkpointing=True))
+_SMALL_STATE_LEVERS = (
     Lever(True, "adamw_bf16"),
     Lever(True, "adamw_8bit"),
     Lever(True, "adamw_8bit", True),
@@ -174,8 +173,9 @@ class Planner:
         if not free:
             yield (own,)
             return
-        small = () if method != "full" or self.device.compute_dtype == "float32" else _FULL_LEVERS[2:]
-        groups = [_ADAPTER_LEVERS, *((lever,) for lever in small)]
+        # Smaller states are for bf16 weights that are trained themselves.
+        small = () if method != "full" or self.device.compute_dtype == "float32" else _SMALL_STATE_LEVERS
+        groups = [_EXACT_LEVERS, *((lever,) for lever in small)]
         allowed = [tuple(lever for lever in group if self._allowed(lever, own)) for group in groups]
         yield from [group for group in allowed if group] or [(own,)]
 

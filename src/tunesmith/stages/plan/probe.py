@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tunesmith.hardware.calibration import Entry, add_entries, today
 from tunesmith.hardware.catalogue import Device
-from tunesmith.methods.optimizers import AdamW, gradient_norm
+from tunesmith.methods.optimizers import gradient_norm
 from tunesmith.models.architecture import read_architecture
 from tunesmith.models.catalogue import find_config
 from tunesmith.models.load import make_config, quiet
@@ -28,7 +28,7 @@ from tunesmith.recipe import Method, Recipe
 from tunesmith.stages.plan.options import Option, Planner, roofline_step
 from tunesmith.stages.plan.rows import DataFacts, Row
 from tunesmith.stages.plan.stage import calibration_file
-from tunesmith.stages.plan.trace import build_model
+from tunesmith.stages.plan.trace import build_model, make_optimizer
 
 DEPTHS = (2, 8)
 _ROUNDS = 4  # timed steps of each copy, in turn
@@ -96,7 +96,7 @@ def _stepper(
     torch.manual_seed(0)
     model = build_model(config, option.scenario, str(where))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = AdamW(trained)
+    optimizer = make_optimizer(trained, option.scenario)
     batch = to_device(_collate(rows, config.vocab_size, packing=packing), where)
 
     def step() -> None:

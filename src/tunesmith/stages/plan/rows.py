@@ -5,6 +5,7 @@ Read from a prepared run exactly, from raw rows by a seeded sample. No torch her
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
@@ -139,8 +140,6 @@ def _values(path: Path) -> Iterator[dict[str, Any] | None]:
         return
     generator = random.Random(_SEED)
     share = min(1.0, _LARGE / path.stat().st_size)
-    import json
-
     with path.open("rb") as handle:
         for line in handle:
             if not line.strip():

@@ -11,7 +11,6 @@ from tunesmith.stages.plan.stage import Plan
 
 WIDTH = 80
 HEADERS = ("method", "fits", "GiB", "at most", "at least", "s/step", "steps", "hours", "dollars", "tok/s")
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "scratch", "batch")
 _BAR = 34
 
 
