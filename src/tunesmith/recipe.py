@@ -90,12 +90,15 @@ class TrainSection(Section):
     """Gradients are scaled down to this norm when they exceed it."""
     effective_batch_size: PositiveInt | Auto = "auto"
     """Rows for each optimizer step over all devices; `auto` is 32 to 128 where the data allows."""
-    per_device_train_batch_size: PositiveInt = 8
-    """Rows that go through the model at once on one device."""
+    per_device_train_batch_size: PositiveInt | Auto = "auto"
+    """Rows that go through the model at once on one device; `auto` is as many as per_device_max_tokens holds."""
+    per_device_max_tokens: PositiveInt | Auto = "auto"
+    """Tokens that go through the model at once on one device, what rows share counted once: a step's rows become as few
+    micro-batches as hold them. `auto` is 4096, or no limit where per_device_train_batch_size is given."""
     gradient_accumulation_steps: PositiveInt | Auto = "auto"
     """Micro-batches for each optimizer step; `auto` follows from effective_batch_size."""
     packing: bool = True
-    """Lay the rows of a micro-batch out as a prefix tree, so that what they share is computed once; else pad them."""
+    """Lay rows out as prefix trees, so that what they share is computed once; else pad them to the longest of like length."""
     optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
     """AdamW with float32 masters and states (12 bytes a bf16 weight), or with bf16 (4) or 8-bit (2) states and no masters."""
     optimizer_in_backward: bool = False

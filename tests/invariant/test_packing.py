@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Mistral
 
 from tests.shapes import SHAPE
 from tunesmith.packing.attention import Layout, masked_attention, tree_attention
-from tunesmith.packing.batch import PaddedCollator, collate_tree, labelled_count, reason_against_tree
+from tunesmith.packing.batch import PaddedCollator, StepCollator, collate_tree, labelled_count, reason_against_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
-from tunesmith.packing.tree import TREE_ARCHITECTURES, build_tree
+from tunesmith.packing.tree import TREE_ARCHITECTURES, Limits, build_tree, split_by_length, split_for_trees
 
 VOCABULARY = 61
 SMALL: dict[str, Any] = {
@@ -68,6 +68,43 @@ def test_nothing_that_two_rows_share_is_laid_out_twice(rows: list[dict[str, Any]
     texts = [tuple(row["input_ids"]) for row in rows]
     distinct = {text[:end] for text in texts for end in range(1, len(text) + 1)}
     assert len(build_tree(texts, min_shared=1).ids) == len(distinct)
+
+
+@given(rows=random_rows(), tokens=st.integers(1, 120), most=st.integers(1, 6))
+def test_a_step_is_cut_into_micro_batches_within_the_limits(rows: list[dict[str, Any]], tokens: int, most: int) -> None:
+    limits = Limits(tokens, most)
+    for collate in (collate_tree, PaddedCollator(pad_id=0)):
+        batches = StepCollator(collate, limits)(rows)["micro_batches"]
+        assert sum(batch["row_tokens"] for batch in batches) == sum(len(row["input_ids"]) for row in rows)
+        whole = collate(rows)
+        assert sum(map(labelled_count, batches)) == labelled_count(whole)
+        assert all(
+            batch["input_ids"].numel() <= tokens or batch["row_tokens"] == batch["input_ids"].numel() for batch in batches
+        )
+        groups = split_for_trees([row["input_ids"] for row in rows], limits)
+        assert sorted(index for group in groups for index in group) == list(range(len(rows)))
+        for group in groups:
+            held = len(build_tree([rows[index]["input_ids"] for index in group]).ids)
+            assert len(group) == 1 or (held <= tokens and len(group) <= most)
+
+
+def test_rows_that_share_come_together() -> None:
+    """Two instructions, mixed: each micro-batch pays for one of them."""
+    rows = [[kind] * 40 + [10 + number, 11, 12] for number in range(8) for kind in (1, 2)]
+    groups = split_for_trees(rows, Limits(70))
+    assert [{rows[index][0] for index in group} for group in groups] in ([{1}, {2}], [{2}, {1}])
+    assert split_for_trees(rows, Limits(2_000)) == [list(range(16))]
+
+
+def test_what_shares_nothing_fills_micro_batches_tightly() -> None:
+    """70 + 30 and 60 + 40 fit into two hundreds; taken in their order they would take three."""
+    rows = [[start + place for place in range(length)] for start, length in ((0, 60), (100, 70), (200, 40), (300, 30))]
+    assert sorted(map(sorted, split_for_trees(rows, Limits(100)))) == [[0, 2], [1, 3]]
+
+
+def test_padded_rows_come_with_their_like() -> None:
+    assert split_by_length([5, 90, 6, 88], Limits(200)) == [[0, 2], [3, 1]]
+    assert split_by_length([5, 90, 6, 88], Limits(None, 3)) == [[0, 2], [3, 1]]
 
 
 def exact_model(name: str) -> Any:

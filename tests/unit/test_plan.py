@@ -179,13 +179,13 @@ def test_shared_prefixes_are_read_from_the_data(tmp_path: Path) -> None:
     system = "A system prompt that every row begins with. " * 20
     shared = facts(tmp_path, [chat_row(f"{i} times?", "yes", system) for i in range(100)])
     assert shared.rows == 100
-    whole, padded = shared.batches(16, packing=True)[0], shared.batches(16, packing=False)[0]
+    whole, padded = shared.batches(16, packing=True)[0][0], shared.batches(16, packing=False)[0][0]
     assert whole.row_tokens > 16 * 200
     assert whole.tokens < whole.row_tokens / 4
     assert padded.tokens >= padded.row_tokens
     assert whole.labelled == padded.labelled
     # The last one is of the longest rows.
-    assert shared.batches(2, packing=False)[-1].tokens == 2 * shared.longest
+    assert shared.batches(2, packing=False)[-1][0].tokens == 2 * shared.longest
 
 
 def test_rows_that_cannot_be_used_do_not_count(tmp_path: Path) -> None:

@@ -15,6 +15,12 @@ RANKS: tuple[tuple[float, int], ...] = ((1_000, 8), (10_000, 16), (100_000, 32),
 
 #: Effective batch: the first one whose run has at least that many optimizer steps; small data gets a smaller batch
 #: rather than too few steps to learn from.
+#: Tokens at once where the recipe leaves both rows and tokens open: enough for products at full speed, on a laptop too.
+MAX_TOKENS = 4096
+
+#: Rows at once where weights move in the backward pass, so that a step is one micro-batch.
+ROWS_IN_BACKWARD = 8
+
 BATCHES: tuple[tuple[int, int], ...] = ((128, 2_000), (64, 500), (32, 100), (16, 50), (8, 0))
 
 
@@ -26,6 +32,7 @@ class Settings:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     effective_batch_size: int
+    per_device_max_tokens: int | None
     max_steps: int
     warmup_steps: int
     num_train_epochs: float
@@ -65,6 +72,7 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
     alpha = settled("lora_alpha", recipe.lora.lora_alpha, 2 * rank, "2 r")
     dtype = settled("compute_dtype", asked.compute_dtype, hardware.compute_dtype, hardware.compute_dtype_reason)
     micro, accumulation, batch = _batch(recipe, rows, reasons)
+    tokens = _max_tokens(asked, reasons)
     steps_per_epoch = math.ceil(rows / batch)
     steps = asked.max_steps or math.ceil(steps_per_epoch * asked.num_train_epochs)
     reasons["max_steps"] = "recipe" if asked.max_steps else f"{asked.num_train_epochs:g} epochs of {steps_per_epoch} steps"
@@ -73,6 +81,7 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         effective_batch_size=batch,
+        per_device_max_tokens=tokens,
         max_steps=steps,
         warmup_steps=math.ceil(asked.warmup_ratio * steps),
         num_train_epochs=steps / steps_per_epoch,
@@ -85,37 +94,60 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
 
 def _one_micro_batch(asked: TrainSection, micro: int) -> None:
     """Raise RecipeError where an update in the backward pass was asked for together with several micro-batches a step."""
-    steps, batch = asked.gradient_accumulation_steps, asked.effective_batch_size
-    if steps not in {"auto", 1} or batch not in {"auto", micro}:
-        what = f"gradient_accumulation_steps {steps} or effective_batch_size {batch} does not go with optimizer_in_backward"
+    steps, batch, tokens = asked.gradient_accumulation_steps, asked.effective_batch_size, asked.per_device_max_tokens
+    if steps not in {"auto", 1} or batch not in {"auto", micro} or tokens != "auto":
+        given = f"gradient_accumulation_steps {steps}, effective_batch_size {batch}, per_device_max_tokens {tokens}"
+        what = f"{given}: not all of it goes with optimizer_in_backward"
         why = "weights move with each micro-batch, there is nothing left to accumulate"
-        fix = f"leave both to auto, or use optimizer_in_backward: false (one step is {micro} rows)"
+        fix = f"leave them to auto, or use optimizer_in_backward: false (one step is {micro} rows)"
         raise RecipeError(Problem("TS003", what, "train", why, fix))
+
+
+def _max_tokens(asked: TrainSection, reasons: dict[str, str]) -> int | None:
+    """Tokens at once, or None for no limit."""
+    if asked.per_device_max_tokens != "auto":
+        reasons["per_device_max_tokens"] = "recipe"
+        return asked.per_device_max_tokens
+    if asked.per_device_train_batch_size != "auto" or asked.optimizer_in_backward:
+        reasons["per_device_max_tokens"] = "per_device_train_batch_size rows go at once"
+        return None
+    reasons["per_device_max_tokens"] = "as many rows at once as that holds"
+    return MAX_TOKENS
 
 
 def _batch(recipe: Recipe, rows: int, reasons: dict[str, str]) -> tuple[int, int, int]:
     """Micro-batch, accumulation and effective batch, whose product is exact; a micro-batch that is too large shrinks."""
     asked = recipe.train
-    micro = min(asked.per_device_train_batch_size, rows)
+    given = asked.per_device_train_batch_size
     if asked.optimizer_in_backward:
+        micro = min(ROWS_IN_BACKWARD if given == "auto" else given, rows)
         _one_micro_batch(asked, micro)
         accumulation = 1
         reasons["effective_batch_size"] = "optimizer_in_backward steps after each micro-batch"
-    elif asked.gradient_accumulation_steps != "auto":
-        accumulation = asked.gradient_accumulation_steps
+    elif asked.gradient_accumulation_steps != "auto" and given != "auto":
+        micro, accumulation = min(given, rows), asked.gradient_accumulation_steps
         reasons["effective_batch_size"] = "per_device_train_batch_size x gradient_accumulation_steps"
     else:
-        seen = rows * asked.num_train_epochs
-        if asked.effective_batch_size == "auto":
-            batch = min(auto_batch(seen), rows)
-            reasons["effective_batch_size"] = f"{seen:g} rows are seen in the run"
+        batch = _effective(recipe, rows, reasons)
+        if given != "auto":
+            # The largest micro-batch that divides the batch, so that the batch is what was asked for.
+            micro = next(size for size in range(min(given, rows, batch), 0, -1) if batch % size == 0)
+            accumulation = batch // micro
         else:
-            batch = asked.effective_batch_size
-            reasons["effective_batch_size"] = "recipe"
-        # The largest micro-batch that divides the batch, so that the batch is what was asked for.
-        micro = next(size for size in range(min(micro, batch), 0, -1) if batch % size == 0)
-        accumulation = batch // micro
+            accumulation = 1 if asked.gradient_accumulation_steps == "auto" else asked.gradient_accumulation_steps
+            micro = -(-batch // accumulation)
     reasons["per_device_train_batch_size"] = (
-        "recipe" if micro == asked.per_device_train_batch_size else f"lowered from {asked.per_device_train_batch_size} to fit"
+        "recipe" if micro == given else "all rows of a step" if given == "auto" else f"lowered from {given} to fit"
     )
     return micro, accumulation, micro * accumulation
+
+
+def _effective(recipe: Recipe, rows: int, reasons: dict[str, str]) -> int:
+    """Rows of an optimizer step: what was asked for, or by the number of rows seen in the run."""
+    asked = recipe.train
+    if asked.effective_batch_size != "auto":
+        reasons["effective_batch_size"] = "recipe"
+        return asked.effective_batch_size
+    seen = rows * asked.num_train_epochs
+    reasons["effective_batch_size"] = f"{seen:g} rows are seen in the run"
+    return min(auto_batch(seen), rows)

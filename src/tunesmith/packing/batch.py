@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from tunesmith.packing.attention import Layout
-from tunesmith.packing.tree import TREE_ARCHITECTURES, build_tree
+from tunesmith.packing.tree import TREE_ARCHITECTURES, Limits, build_tree, split_by_length, split_for_trees
 
 Batch = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]  # dataset rows: `input_ids`, and `trained` of the same length
@@ -93,6 +93,24 @@ class PaddedCollator:
         }
         batch["weights"] = torch.ones(len(batch["targets"]), dtype=torch.float32)
         return batch if min(lengths) == longest else batch | {"attention_mask": mask}
+
+
+class StepCollator:
+    """The rows of an optimizer step as micro-batches within the limits, each row in one of them.
+
+    Rows that share a prefix come together; padded rows come with those of like length, so that little is padded.
+    """
+
+    def __init__(self, collate: Collator, limits: Limits) -> None:
+        self.collate, self.limits = collate, limits
+
+    def __call__(self, rows: Rows) -> dict[str, list[Batch]]:
+        ids = [row["input_ids"] for row in rows]
+        if isinstance(self.collate, PaddedCollator):
+            groups = split_by_length([len(each) for each in ids], self.limits)
+        else:
+            groups = split_for_trees(ids, self.limits)
+        return {"micro_batches": [self.collate([rows[index] for index in group]) for group in groups]}
 
 
 def reason_against_tree(config: Any, longest: int) -> str | None:

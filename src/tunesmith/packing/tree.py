@@ -6,7 +6,7 @@ range, and so are the keys of each of its ancestors. No tensor here: lists of id
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -86,3 +86,72 @@ def build_tree(rows: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> T
 
     grow(0, len(rows), 0)
     return Tree(ids, positions, tuple(nodes), paths)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What goes through the model at once at most: computed tokens and rows; None is no limit. A single row always goes."""
+
+    tokens: int | None = None
+    rows: int | None = None
+
+    def hold(self, tokens: int, rows: int) -> bool:
+        """Whether that many are within both."""
+        return rows <= 1 or not (
+            (self.tokens is not None and tokens > self.tokens) or (self.rows is not None and rows > self.rows)
+        )
+
+
+def split_for_trees(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
+    """Indices of `rows` in as few groups as it goes whose trees are within the limits, rows that share side by side.
+
+    Rows are sorted, so that what shares a prefix is a run. A run that is too large for one tree is cut into parts whose largest
+    is as small as their number allows (each pays for the prefix again); runs and parts are then put into groups, the largest
+    first, each where it fits most tightly (best-fit decreasing).
+    """
+    order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
+    if limits.hold(_tree_tokens(rows, order), len(rows)):
+        return [list(range(len(rows)))]
+    shared = [0, *(shared_length(rows[a], rows[b]) for a, b in pairwise(order))]
+    runs: list[list[int]] = []
+    for place, index in enumerate(order):
+        if shared[place] < MIN_SHARED:
+            runs.append([])
+        runs[-1].append(index)
+    parts = [part for run in runs for part in _cut(run, limits, lambda some: _tree_tokens(rows, some))]
+    return _best_fit([(_tree_tokens(rows, part), part) for part in parts], limits)
+
+
+def split_by_length(lengths: Sequence[int], limits: Limits) -> list[list[int]]:
+    """Indices of padded rows in groups of like length, each padded to its longest row within the limits."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    if limits.hold(len(order) * max(lengths, default=0), len(order)):
+        return [list(range(len(lengths)))]
+    return _cut(order, limits, lambda some: len(some) * max(lengths[index] for index in some))
+
+
+def _tree_tokens(rows: Sequence[Sequence[int]], chosen: Sequence[int]) -> int:
+    return len(build_tree([rows[index] for index in chosen]).ids)
+
+
+def _cut(run: list[int], limits: Limits, cost: Callable[[Sequence[int]], int]) -> list[list[int]]:
+    """The run in as few stretches within the limits as it goes, near each other in rows."""
+    for count in range(1, len(run) + 1):
+        edges = [round(len(run) * part / count) for part in range(count + 1)]
+        stretches = [run[low:high] for low, high in pairwise(edges)]
+        if all(limits.hold(cost(stretch), len(stretch)) for stretch in stretches):
+            return stretches
+    raise AssertionError("a single row is within any limits")
+
+
+def _best_fit(parts: list[tuple[int, list[int]]], limits: Limits) -> list[list[int]]:
+    """Parts put together where their tokens and rows allow, so that groups are few."""
+    groups: list[tuple[int, list[int]]] = []
+    for tokens, part in sorted(parts, key=lambda item: -item[0]):
+        room = [place for place, (held, members) in enumerate(groups) if limits.hold(held + tokens, len(members) + len(part))]
+        if room:
+            place = max(room, key=lambda place: groups[place][0])
+            groups[place] = (groups[place][0] + tokens, groups[place][1] + part)
+        else:
+            groups.append((tokens, part))
+    return [members for _, members in groups]

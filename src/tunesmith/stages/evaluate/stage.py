@@ -17,12 +17,16 @@ from tunesmith.chat.template import ChatTemplate
 from tunesmith.errors import EvaluateError, Problem
 from tunesmith.hardware import detect
 from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_jsonl
+from tunesmith.methods.settings import MAX_TOKENS
 from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest, stop_ids
-from tunesmith.packing.batch import choose_collator, labelled_count, to_device
+from tunesmith.packing.batch import StepCollator, choose_collator, labelled_count, to_device
 from tunesmith.packing.loss import summed_loss, use_tree_attention
+from tunesmith.packing.tree import Limits
 from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
 from tunesmith.stages.evaluate.generate import generate
 from tunesmith.stages.evaluate.score import Answer, schema_validator, score_json, score_text, summarise_json
+
+_AT_ONCE = 128  # held-out rows that are laid out together
 
 
 def evaluate(run: Run, model: Path | None = None, console: Console | None = None) -> dict[str, Any]:
@@ -177,12 +181,13 @@ def heldout_loss(run: Run, model: Any, tokenizer: Any) -> float | None:
         return None
     collate, reason = choose_collator(model.config, tokenizer.pad_token_id, max(row["length"] for row in rows))
     use_tree_attention(model, on=reason is None)
-    total, count, size = 0.0, 0, run.recipe.train.per_device_train_batch_size
+    total, count = 0.0, 0
+    split = StepCollator(collate, Limits(MAX_TOKENS))
     model.eval()
-    for start in range(0, len(rows), size):
-        batch = to_device(collate(rows[start : start + size]), model.device)
-        with torch.no_grad():
-            total += float(summed_loss(model, batch))
-        count += labelled_count(batch)
+    for start in range(0, len(rows), _AT_ONCE):
+        for batch in split(rows[start : start + _AT_ONCE])["micro_batches"]:
+            with torch.no_grad():
+                total += float(summed_loss(model, to_device(batch, model.device)))
+            count += labelled_count(batch)
     use_tree_attention(model, on=False)
     return total / count

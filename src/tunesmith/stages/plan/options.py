@@ -13,7 +13,7 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.architecture import Architecture
 from tunesmith.packing.tree import TREE_ARCHITECTURES
-from tunesmith.recipe import Method, Recipe
+from tunesmith.recipe import Auto, Method, Recipe
 from tunesmith.stages.plan.memory import Estimate, estimate
 from tunesmith.stages.plan.rows import Batch, DataFacts
 from tunesmith.stages.plan.scenario import Optim, Scenario
@@ -115,6 +115,7 @@ class Option:
                 "compute_dtype": chosen.compute_dtype,
                 "per_device_train_batch_size": chosen.per_device_train_batch_size,
                 "gradient_accumulation_steps": chosen.gradient_accumulation_steps,
+                "per_device_max_tokens": "auto" if chosen.per_device_max_tokens is None else chosen.per_device_max_tokens,
                 "gradient_checkpointing": self.lever.gradient_checkpointing,
                 "optim": self.lever.optim,
                 "optimizer_in_backward": self.lever.optimizer_in_backward,
@@ -139,10 +140,11 @@ class Planner:
         entries: Sequence[Entry],
         fixed: Collection[str] = (),
     ) -> None:
+        fixed = frozenset(fixed)
         self.a, self.recipe, self.facts, self.device, self.entries = architecture, recipe, facts, device, entries
         self.fixed = fixed
         self.packing = recipe.train.packing and architecture.model_type in TREE_ARCHITECTURES
-        self._batches: dict[int, list[Batch]] = {}
+        self._batches: dict[tuple[int, int | None], list[list[Batch]]] = {}
 
     def best(self, method: Method, *, free: bool = True) -> Option:
         """The fastest settings that fit; where none do, the ones that come nearest. `free` lets micro-batch and levers vary.
@@ -187,18 +189,20 @@ class Planner:
             return False
         return all(getattr(lever, name) == getattr(own, name) for name in _LEVER_KEYS if f"train.{name}" in self.fixed)
 
-    def _sizes(self, *, free: bool) -> Sequence[int]:
-        if not free or "train.per_device_train_batch_size" in self.fixed:
+    def _sizes(self, *, free: bool) -> Sequence[int | Auto]:
+        """Micro-batches to try; where tokens at once are fixed, what they hold."""
+        if not free or self.fixed & {"train.per_device_train_batch_size", "train.per_device_max_tokens"}:
             return (self.recipe.train.per_device_train_batch_size,)
         return [size for size in SIZES if size <= self.facts.rows] or [1]
 
-    def batches(self, size: int) -> list[Batch]:
-        """Micro-batches of that many rows, the last of the longest ones."""
-        if size not in self._batches:
-            self._batches[size] = self.facts.batches(size, packing=self.packing)
-        return self._batches[size]
+    def batches(self, size: int, max_tokens: int | None) -> list[list[Batch]]:
+        """So many rows as micro-batches of at most so many tokens, drawn several times; the last time the longest rows."""
+        key = (size, max_tokens)
+        if key not in self._batches:
+            self._batches[key] = self.facts.batches(size, max_tokens, packing=self.packing)
+        return self._batches[key]
 
-    def settled(self, method: Method, size: int, lever: Lever) -> Settings:
+    def settled(self, method: Method, size: int | Auto, lever: Lever) -> Settings:
         """The training settings with that micro-batch; accumulation follows from the effective batch."""
         train = self.recipe.train.model_copy(
             update={"per_device_train_batch_size": size, "optimizer_in_backward": lever.optimizer_in_backward}
@@ -206,19 +210,23 @@ class Planner:
         recipe = self.recipe.model_copy(update={"method": method, "train": train})
         return settle(recipe, self.facts.rows, METHODS[method].default_learning_rate, self.device.as_hardware())
 
-    def option(self, method: Method, size: int, lever: Lever) -> Option:
+    def option(self, method: Method, size: int | Auto, lever: Lever) -> Option:
         """What one choice of settings takes."""
         settings = self.settled(method, size, lever)
-        micro = settings.per_device_train_batch_size
-        drawn = self.batches(micro)
-        scenario = self._scenario(method, drawn[-1], settings, lever)
+        tokens = settings.per_device_max_tokens
+        drawn = self.batches(settings.per_device_train_batch_size, tokens)
+        largest = max((batch for batches in drawn for batch in batches), key=lambda batch: batch.tokens)
+        several = settings.gradient_accumulation_steps > 1 or any(len(batches) > 1 for batches in drawn)
+        scenario = self._scenario(method, largest, settings, lever, accumulating=several)
         worst = estimate(self.a, scenario)
         over, typical = OVERHEAD[self.device.kind], self._typical(method, worst)
         safe = max(round(worst.total_bytes * over.safe_share + over.safe_bytes), round(typical * 1.02))
         leanest = replace(lever, gradient_checkpointing=True)
-        least = self._typical(method, estimate(self.a, self._scenario(method, self.batches(1)[-1], settings, leanest)))
+        (one,) = self.batches(1, None)[-1]
+        least = self._typical(method, estimate(self.a, self._scenario(method, one, settings, leanest, accumulating=several)))
         step, measured = self._step_seconds(method, drawn, settings, lever)
-        rows = statistics.fmean(batch.row_tokens for batch in drawn[:-1]) * settings.gradient_accumulation_steps
+        rows = statistics.fmean(sum(batch.row_tokens for batch in batches) for batches in drawn[:-1])
+        rows *= settings.gradient_accumulation_steps
         return Option(
             method=method,
             fits=safe <= self.device.memory_bytes,
@@ -243,7 +251,9 @@ class Planner:
         over, measured = OVERHEAD[self.device.kind], memory_correction(self.entries, self.device.name, method)
         return round((made.total_bytes * over.typical_share + over.typical_bytes) * (measured.typical if measured else 1))
 
-    def _scenario(self, method: Method, batch: Batch, settings: Settings, lever: Lever) -> Scenario:
+    def _scenario(
+        self, method: Method, batch: Batch, settings: Settings, lever: Lever, *, accumulating: bool = False
+    ) -> Scenario:
         return Scenario(
             method=method,
             rows=1,
@@ -254,27 +264,29 @@ class Planner:
             gradient_checkpointing=lever.gradient_checkpointing,
             optim=lever.optim,
             optimizer_in_backward=lever.optimizer_in_backward,
-            accumulating=settings.gradient_accumulation_steps > 1,
+            accumulating=accumulating,
             attention=("tree" if self.device.kind == "cpu" else "masked") if self.packing else "sdpa",
         )
 
     def _step_seconds(
-        self, method: Method, drawn: Sequence[Batch], settings: Settings, lever: Lever
+        self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever
     ) -> tuple[float, Correction]:
-        """Seconds of a step by the roofline, of a mean micro-batch, and the correction that was measured."""
-        mean = Batch(
-            *(
-                round(statistics.fmean(getattr(batch, name) for batch in drawn[:-1]))
-                for name in ("tokens", "labelled", "row_tokens")
-            )
-        )
-        scenario = self._scenario(method, mean, settings, lever)
-        step = roofline_step(self.a, scenario, self.device, settings.gradient_accumulation_steps, self.facts.mean_tokens)
+        """Seconds of a step by the roofline, of mean micro-batches, and the correction that was measured."""
+        scenario = self._scenario(method, mean_batch(drawn[:-1]), settings, lever)
+        number = settings.gradient_accumulation_steps * statistics.fmean(map(len, drawn[:-1]))
+        step = roofline_step(self.a, scenario, self.device, number, self.facts.mean_tokens)
         correction = time_correction(self.entries, self.device.name, method, scenario.dtype, self.a.hidden_size)
         return step, correction
 
 
-def roofline_step(a: Architecture, scenario: Scenario, device: Device, micro_batches: int, context: float) -> float:
+def mean_batch(drawn: Sequence[Sequence[Batch]]) -> Batch:
+    """The mean of all micro-batches."""
+    every = [batch for batches in drawn for batch in batches]
+    means = (statistics.fmean(getattr(batch, name) for batch in every) for name in ("tokens", "labelled", "row_tokens"))
+    return Batch(*map(round, means))
+
+
+def roofline_step(a: Architecture, scenario: Scenario, device: Device, micro_batches: float, context: float) -> float:
     """Seconds of an optimizer step by the roofline, without any correction."""
     work = micro_batch_work(a, scenario, estimate(a, scenario), context)
     update = optimizer_seconds(optimizer_bytes(a, scenario), device)

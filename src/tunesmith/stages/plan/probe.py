@@ -22,10 +22,11 @@ from tunesmith.methods.optimizers import gradient_norm
 from tunesmith.models.architecture import read_architecture
 from tunesmith.models.catalogue import find_config
 from tunesmith.models.load import make_config, quiet
-from tunesmith.packing.batch import Batch, PaddedCollator, collate_tree, to_device
+from tunesmith.packing.batch import Batch, PaddedCollator, StepCollator, collate_tree, to_device
 from tunesmith.packing.loss import summed_loss
+from tunesmith.packing.tree import Limits
 from tunesmith.recipe import Method, Recipe
-from tunesmith.stages.plan.options import Option, Planner, roofline_step
+from tunesmith.stages.plan.options import Option, Planner, mean_batch, roofline_step
 from tunesmith.stages.plan.rows import DataFacts, Row
 from tunesmith.stages.plan.stage import calibration_file
 from tunesmith.stages.plan.trace import build_model, make_optimizer
@@ -49,13 +50,14 @@ def calibrate(
     entries = []
     for method in methods:
         option = planner.best(method, free=free)
-        size = option.settings.per_device_train_batch_size
+        size, most = option.settings.per_device_train_batch_size, option.settings.per_device_max_tokens
         rows = facts.draw(size)[0]
         measured = step_seconds(values, option, rows, packing=planner.packing, device=device)
         mean = sum(len(row.ids) for row in rows) / len(rows)
-        computed = planner.batches(size)[0]
-        scenario = replace(option.scenario, length=computed.tokens, labelled=computed.labelled)
-        predicted = roofline_step(architecture, scenario, device, 1, mean)
+        computed = planner.batches(size, most)[0]
+        typical = mean_batch([computed])
+        scenario = replace(option.scenario, length=typical.tokens, labelled=typical.labelled)
+        predicted = roofline_step(architecture, scenario, device, len(computed), mean)
         ratio = measured / predicted
         console.print(
             f"calibrate {method}: {size} rows in {measured:.3g} s, {ratio:.2f} x the roofline", highlight=False, soft_wrap=True
@@ -97,10 +99,12 @@ def _stepper(
     model = build_model(config, option.scenario, str(where))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, option.scenario)
-    batch = to_device(_collate(rows, config.vocab_size, packing=packing), where)
+    most = Limits(option.settings.per_device_max_tokens)
+    batches = [to_device(batch, where) for batch in _collate(rows, config.vocab_size, most, packing=packing)]
 
     def step() -> None:
-        summed_loss(model, batch).backward()
+        for batch in batches:
+            summed_loss(model, batch).backward()
         torch.nn.utils.clip_grads_with_norm_(trained, 1.0, gradient_norm(trained))
         optimizer.step()
         optimizer.zero_grad()
@@ -110,8 +114,8 @@ def _stepper(
     return step
 
 
-def _collate(rows: Sequence[Row], vocabulary: int, *, packing: bool) -> Batch:
-    """The rows as a batch; the last tokens of each carry its labels."""
+def _collate(rows: Sequence[Row], vocabulary: int, limits: Limits, *, packing: bool) -> list[Batch]:
+    """The rows as micro-batches; the last tokens of each row carry its labels."""
     made = [
         {
             "input_ids": [token % vocabulary for token in row.ids],
@@ -119,4 +123,4 @@ def _collate(rows: Sequence[Row], vocabulary: int, *, packing: bool) -> Batch:
         }
         for row in rows
     ]
-    return collate_tree(made) if packing else PaddedCollator(None)(made)
+    return StepCollator(collate_tree if packing else PaddedCollator(None), limits)(made)["micro_batches"]

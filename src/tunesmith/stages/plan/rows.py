@@ -17,7 +17,7 @@ from zlib import crc32
 from tunesmith.chat.formats import to_messages
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.rows import read_rows
-from tunesmith.packing.tree import build_tree
+from tunesmith.packing.tree import Limits, build_tree, split_by_length, split_for_trees
 from tunesmith.recipe import DataSection
 
 SAMPLE = 1_000  # rows looked at closely
@@ -87,11 +87,17 @@ class DataFacts:
         generator = random.Random(_SEED)
         return [generator.choices(self.sample, k=size) for _ in range(_DRAWS)]
 
-    def batches(self, size: int, *, packing: bool) -> list[Batch]:
-        """Micro-batches of `size` rows drawn by a seed, and last the one of the longest rows."""
+    def batches(self, size: int, max_tokens: int | None = None, *, packing: bool) -> list[list[Batch]]:
+        """`size` rows as micro-batches of at most `max_tokens`, drawn by a seed several times, and last the longest rows."""
         longest = sorted(self.sample, key=lambda row: -len(row.ids))
         picks = [*self.draw(size), [longest[i % len(longest)] for i in range(size)]]
-        return [_batch(rows, packing=packing and self.shares) for rows in picks]
+        return [_batches(rows, Limits(max_tokens), packing=packing and self.shares) for rows in picks]
+
+
+def _batches(rows: Sequence[Row], limits: Limits, *, packing: bool) -> list[Batch]:
+    ids = [row.ids for row in rows]
+    groups = split_for_trees(ids, limits) if packing else split_by_length([len(each) for each in ids], limits)
+    return [_batch([rows[index] for index in group], packing=packing) for group in groups]
 
 
 def _batch(rows: Sequence[Row], *, packing: bool) -> Batch:

@@ -216,6 +216,7 @@ def with_settings(resolved: ResolvedRecipe, option: Option) -> ResolvedRecipe:
         for key in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
+            "per_device_max_tokens",
             "gradient_checkpointing",
             "optim",
             "optimizer_in_backward",

@@ -22,7 +22,7 @@ from tunesmith.io.atomic import append_jsonl
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
 from tunesmith.methods.settings import Settings
 from tunesmith.methods.sizes import STATE_BITS
-from tunesmith.packing.batch import Collator, labelled_count
+from tunesmith.packing.batch import Batch, StepCollator, labelled_count
 from tunesmith.packing.loss import LossModel
 from tunesmith.recipe import Recipe, TrainSection
 
@@ -49,8 +49,9 @@ def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu
     """Transformers' arguments for the settled settings; saving, logging and reporting are ours."""
     arguments = TrainingArguments(
         output_dir=str(scratch),
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        # One batch of `Trainer` is all rows of an optimizer step; the collator makes micro-batches of them.
+        per_device_train_batch_size=settings.effective_batch_size,
+        gradient_accumulation_steps=1,
         max_steps=settings.max_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=recipe.train.lr_scheduler_type,
@@ -84,7 +85,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         arguments: TrainingArguments,
         asked: TrainSection,
         rows: Any,
-        collator: Collator,
+        collator: StepCollator,
         *,
         metrics_path: Path,
         on_step: Callable[[StepMetrics, int], None],
@@ -114,6 +115,22 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         if self.adamw is None:
             raise AssertionError("finish comes after train")
         self.adamw.unload()
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, list[Batch]],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward over the micro-batches of an optimizer step; the step's loss."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        batches = inputs.pop("micro_batches")
+        while batches:  # what a micro-batch made goes with it
+            loss = self.compute_loss(model, self._prepare_inputs(batches.pop(0)), num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
     def compute_loss(
         self,
@@ -162,7 +179,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
         """Labelled tokens of the global batch: of all micro-batches, on all ranks."""
-        count = torch.tensor(sum(map(labelled_count, batch_samples)), device=device)
+        batches = [batch for sample in batch_samples for batch in sample["micro_batches"]]
+        count = torch.tensor(sum(map(labelled_count, batches)), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:

@@ -19,8 +19,9 @@ from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
-from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
+from tunesmith.packing.batch import Collator, PaddedCollator, StepCollator, choose_collator
 from tunesmith.packing.loss import LossModel, use_tree_attention
+from tunesmith.packing.tree import Limits
 from tunesmith.runs import Run
 from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
 from tunesmith.stages.train.progress import TrainProgress
@@ -59,6 +60,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
     model = method.build()
     collator = _collator(run, model, load_tokenizer(model_folder).pad_token_id, max(rows["length"]), folder)
     use_tree_attention(model, on=not isinstance(collator, PaddedCollator))
+    limits = Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size)
     meter.reset()
     with tempfile.TemporaryDirectory() as scratch, TrainProgress(recipe.method, settings.max_steps, console) as progress:
         engine = Engine(
@@ -66,7 +68,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
             training_arguments(recipe, settings, Path(scratch), cpu=hardware.device == "cpu"),
             recipe.train,
             rows,
-            collator,
+            StepCollator(collator, limits),
             metrics_path=folder / "metrics.jsonl",
             on_step=progress.step,
         )
@@ -121,7 +123,7 @@ def _collator(run: Run, model: Any, pad_id: int | None, longest: int, folder: Pa
         return PaddedCollator(pad_id)
     collator, reason = choose_collator(model.config, pad_id, longest)
     if reason is not None:
-        run.event(folder, "packing-off", f"rows are padded: {reason}", reason=reason)
+        run.event(folder, "packing-off", f"rows are padded, those of like length together: {reason}", reason=reason)
     return collator
 
 
