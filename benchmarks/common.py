@@ -24,6 +24,16 @@ def claim(name: str, value: float, unit: str) -> dict[str, Any]:
     return {"name": name, "value": value, "unit": unit}
 
 
+def merged(path: Path | None, claims: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The claims and rows with those that an earlier result has beside them: of other names, and of other parts."""
+    if path is None or not path.is_file():
+        return claims, rows
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    names, parts = {made["name"] for made in claims}, {row["part"] for row in rows}
+    kept = [old for old in earlier["claims"] if old["name"] not in names]
+    return [*kept, *claims], [*(old for old in earlier["rows"] if old["part"] not in parts), *rows]
+
+
 def report(path: Path | None, claims: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the claims, and write everything to `path` if one is given."""
     for entry in claims:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import claim, parser, report
+from common import claim, merged, parser, report
 from rich.console import Console
 from transformers import AutoConfig
 
@@ -265,12 +264,8 @@ def main() -> None:
         made, found = PARTS[name]()
         claims += made
         rows += found
-    if asked.only and asked.json is not None and asked.json.is_file():
-        earlier = json.loads(asked.json.read_text(encoding="utf-8"))
-        new = {made["name"] for made in claims}
-        claims = [*(old for old in earlier["claims"] if old["name"] not in new), *claims]
-        parts = {row["part"] for row in rows}
-        rows = [*(old for old in earlier["rows"] if old["part"] not in parts), *rows]
+    if asked.only:
+        claims, rows = merged(asked.json, claims, rows)
     report(asked.json, claims, rows)
 
 

@@ -16,12 +16,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, set_seed
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig, TrainerCallback, set_seed
 
-from tunesmith.hardware.memory import PeakMemory
+from tunesmith.hardware import detect
+from tunesmith.hardware.memory import PeakMemory, keep_freed_memory
 from tunesmith.methods import make_method
+from tunesmith.methods.settings import settle
 from tunesmith.models import builtin
+from tunesmith.models.load import load_model, load_tokenizer
+from tunesmith.packing.batch import StepCollator, collate_tree
+from tunesmith.packing.loss import LossModel, use_tree_attention
+from tunesmith.packing.tree import Limits
 from tunesmith.recipe import Recipe
+from tunesmith.stages.train.engine import Engine, training_arguments
 
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 _LONG = 100_000  # steps that the schedule is made for; turns end by being told so
@@ -36,6 +45,7 @@ class Turns(TrainerCallback):
         self.begun = 0.0
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.tokens = self.labelled = 0
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # libraries may print; answers go where nothing else does
 
@@ -43,24 +53,31 @@ class Turns(TrainerCallback):
         """Write one line."""
         print(json.dumps(values), file=self.answers, flush=True)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Collect the losses of the turn."""
-        if logs is not None and "grad_norm" in logs:
-            self.losses.append(logs["loss"])
-            self.norms.append(float(logs["grad_norm"]))
+    def note(self, loss: float, norm: float, tokens: int = 0, labelled: int = 0) -> None:
+        """Collect what a step came to."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.tokens += tokens
+        self.labelled += labelled
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        """What TRL logs after each step; the engine logs nothing."""
+        if logs is not None and "grad_norm" in logs:
+            self.note(logs["loss"], float(logs["grad_norm"]))
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Wait where the turn is over. What comes between two steps, as collating, counts for the turn."""
         if self.left == 0:
             if self.begun:
                 seconds = time.perf_counter() - self.begun
                 peak = self.meter.peak_bytes()
-                self.answer(seconds=seconds, losses=self.losses, grad_norms=self.norms, peak_memory_bytes=peak)
+                counts = {"computed_tokens": self.tokens, "labelled_tokens": self.labelled}
+                self.answer(seconds=seconds, losses=self.losses, grad_norms=self.norms, peak_memory_bytes=peak, **counts)
             line = sys.stdin.readline()
             if not line:
                 raise SystemExit
             self.left = int(line)
-            self.losses, self.norms = [], []
+            self.losses, self.norms, self.tokens, self.labelled = [], [], 0, 0
             if not self.begun:
                 self.meter.reset()
             self.begun = time.perf_counter()
@@ -103,27 +120,16 @@ def trl_side(asked: argparse.Namespace, *, tuned: bool, padding_free: bool) -> N
         dataloader_pin_memory=False,
         **(own if tuned else {}),
     )
-    trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer())
+    trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=load_tokenizer(builtin.ensure()))
     trainer.add_callback(turns)
     turns.answer(ready=True)
     trainer.train()
-
-
-def tokenizer() -> Any:
-    """The built-in model's."""
-    from tunesmith.models.load import load_tokenizer
-
-    return load_tokenizer(builtin.ensure())
 
 
 def start_folder(asked: argparse.Namespace) -> Path:
     """The adapter that both sides begin with, made by the first one that asks."""
     folder: Path = asked.scratch / f"adapter-{asked.r}"
     if not folder.is_dir():
-        from peft import LoraConfig, get_peft_model
-
-        from tunesmith.models.load import load_model
-
         torch.manual_seed(asked.seed)
         config = LoraConfig(task_type="CAUSAL_LM", r=asked.r, lora_alpha=2 * asked.r, target_modules="all-linear")
         get_peft_model(load_model(builtin.ensure(), dtype="float32"), config).save_pretrained(folder)
@@ -132,11 +138,6 @@ def start_folder(asked: argparse.Namespace) -> Path:
 
 def plain_model(asked: argparse.Namespace, dtype: str) -> Any:
     """The model as transformers and PEFT make it."""
-    from peft import PeftModel, prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
-
-    from tunesmith.models.load import load_model
-
     if asked.method == "full":
         return load_model(builtin.ensure(), dtype=dtype)
     if asked.method == "lora":
@@ -153,8 +154,42 @@ def plain_model(asked: argparse.Namespace, dtype: str) -> Any:
     return PeftModel.from_pretrained(base, start_folder(asked), is_trainable=True)
 
 
-def our_side(asked):
-    pass
+def our_side(asked: argparse.Namespace) -> None:
+    """The engine as the train stage runs it."""
+    rows = read_rows(asked.data)
+    train = {
+        "effective_batch_size": asked.rows,
+        "max_steps": _LONG,
+        "learning_rate": LEARNING_RATE[asked.method],
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+        "compute_dtype": asked.dtype,
+    }
+    values = {"model": builtin.NAME, "method": asked.method, "seed": asked.seed, "data": {"train": "rows"}, "train": train}
+    recipe = Recipe.model_validate(values)
+    keep_freed_memory()
+    meter = PeakMemory()
+    settings = settle(recipe, len(rows), LEARNING_RATE[asked.method], detect())
+    method = make_method(recipe, builtin.ensure(), compute_dtype=asked.dtype, r=asked.r, lora_alpha=2 * asked.r)
+    model = method.build()
+    if asked.method != "full":
+        set_peft_model_state_dict(model, load_file(start_folder(asked) / "adapter_model.safetensors"))
+    use_tree_attention(model, on=True)
+    turns = Turns(meter)
+    scratch = Path(tempfile.mkdtemp())
+    limits = Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size)
+    engine = Engine(
+        LossModel(model),
+        training_arguments(recipe, settings, scratch, cpu=True),
+        recipe.train,
+        rows,
+        StepCollator(collate_tree, limits),
+        metrics_path=scratch / "metrics.jsonl",
+        on_step=lambda m, _: turns.note(m.loss, m.grad_norm, m.computed_tokens, m.labelled_tokens),
+    )
+    engine.add_callback(turns)
+    turns.answer(ready=True)
+    engine.train()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from tests.shapes import SHAPE
+from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.packing.attention import Layout, masked_attention, tree_attention
 from tunesmith.packing.batch import PaddedCollator, StepCollator, collate_tree, labelled_count, reason_against_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
@@ -110,7 +112,7 @@ def test_padded_rows_come_with_their_like() -> None:
 def exact_model(name: str) -> Any:
     """A model that computes in float64 throughout: transformers' RMS norms go through float32, which hides 1e-8."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).double()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).double()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             offset = 1.0 if name == "gemma" else 0.0
@@ -120,6 +122,15 @@ def exact_model(name: str) -> Any:
                 return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * (own.weight + offset)
 
             module.forward = norm
+    return model
+
+
+def fused_model(name: str) -> Any:
+    """The same model as training computes it: norms, MLPs and attention as single functions."""
+    model = exact_model(name)
+    for module in model.modules():
+        vars(module).pop("forward", None)
+    fuse_blocks(model)
     return model
 
 
@@ -136,11 +147,11 @@ def loss_and_gradients(model: Any, batch: dict[str, Any], *, tree: bool) -> tupl
 @settings(max_examples=25, deadline=None)
 @given(rows=random_rows())
 def test_tree_equals_padded_rows_to_1e_10(name: str, rows: list[dict[str, Any]]) -> None:
-    model = exact_model(name)
+    model, fused = exact_model(name), fused_model(name)
     padded, packed = PaddedCollator(pad_id=0)(rows), collate_tree(rows)
     assert labelled_count(padded) == labelled_count(packed)
     expected_loss, expected = loss_and_gradients(model, padded, tree=False)
-    found_loss, found = loss_and_gradients(model, packed, tree=True)
+    found_loss, found = loss_and_gradients(fused, packed, tree=True)
     assert found_loss == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
     assert found.keys() == expected.keys()
     for parameter, gradient in expected.items():

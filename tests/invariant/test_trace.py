@@ -65,6 +65,7 @@ def test_flops_are_those_of_the_matrices() -> None:
     q = config.num_attention_heads * config.head_dim
     weights = config.num_hidden_layers * (2 * h * q + 2 * h * kv + 3 * h * f)
     head = 6 * h * config.vocab_size * FULL.labelled
+    head += (2 * config.num_hidden_layers + 1) * 2 * h * FULL.tokens  # the gradients of the norms' weights
     plain, again = (trace(config, replace(FULL, gradient_checkpointing=flag)).flops["mm"] for flag in (False, True))
     assert plain == 6 * weights * FULL.tokens + head
     # The recomputation of a block stops before its last product, which nothing that is kept depends on.

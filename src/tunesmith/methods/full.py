@@ -16,7 +16,10 @@ class Full(Method):
     default_learning_rate: ClassVar[float] = 2e-5
 
     def build(self) -> Any:
+        from tunesmith.methods.blocks import fuse_blocks
+
         model = load_model(self.folder, dtype=self.compute_dtype)
+        fuse_blocks(model)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
         return model

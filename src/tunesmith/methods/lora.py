@@ -39,8 +39,10 @@ class Lora(Method):
         from peft import LoraConfig, get_peft_model
 
         from tunesmith.methods.adapter import fuse_adapters
+        from tunesmith.methods.blocks import fuse_blocks
 
         base = self.load_base()
+        fuse_blocks(base)
         if self.gradient_checkpointing:
             enable_checkpointing(base)
         config = LoraConfig(

@@ -55,15 +55,19 @@ class Layout:
 class _TreeAttention(torch.autograd.Function):
     """softmax(q k^T scale) v over the blocks of a tree; q and the result are (1, H, T, D), k and v (1, H_kv, T, D).
 
-    Keys and values are saved as they come and repeated for their query heads block by block.
+    Keys and values are saved as they come and repeated for their query heads block by block. The blocks are computed in float32
+    where the model is bf16: the kernel's bf16 backward pass is several times slower on short blocks.
     """
 
     @staticmethod
     def forward(
         context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Sequence[Node], scale: float
     ) -> torch.Tensor:
-        exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+        dtype = query.dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
         batch, heads, length, size = query.shape
+        kept = (query, key, value)
+        query, key, value = (each.to(exact) for each in kept)
         # In memory (B, T, H, D), as the output projection reads it; the log-sum-exps of each query's scores so far likewise.
         merged = torch.empty((batch, length, heads, size), dtype=exact).transpose(1, 2)
         weight = torch.empty((batch, length, heads), dtype=exact).transpose(1, 2)
@@ -78,17 +82,17 @@ class _TreeAttention(torch.autograd.Function):
                 merged[:, :, below] *= (weight[:, :, below] - total).exp_().unsqueeze(-1)
                 merged[:, :, below] += part * (part_weight - total).exp_().unsqueeze(-1)
                 weight[:, :, below] = total
-        result = merged.to(query.dtype)
-        context.save_for_backward(query, key, value, result, weight)
+        result = merged.to(dtype)
+        context.save_for_backward(*kept, result, weight)
         context.nodes, context.scale = nodes, scale
         return result
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
-        query, key, value, result, weight = context.saved_tensors
-        exact = weight.dtype
+        *kept, result, weight = context.saved_tensors
+        dtype, exact = result.dtype, weight.dtype
+        query, key, value, result, gradient = (each.to(exact) for each in (*kept, result, gradient.contiguous()))
         grads = [torch.zeros(tensor.shape, dtype=exact) for tensor in (query, key, value)]
-        gradient = gradient.contiguous()
         for node in context.nodes:
             own = slice(node.start, node.end)
             for queries, causal in ((own, True), (slice(node.end, node.subtree_end), False)):
@@ -107,7 +111,7 @@ class _TreeAttention(torch.autograd.Function):
                 )
                 for total, part, where in zip(grads, parts, (queries, own, own), strict=True):
                     total[:, :, where] += part if part.shape[1] == total.shape[1] else _sum_heads(part, total.shape[1])
-        return (*(grad.to(query.dtype) for grad in grads), None, None)
+        return (*(grad.to(dtype) for grad in grads), None, None)
 
 
 def _block(

@@ -16,6 +16,7 @@ from typing import Literal
 
 from tunesmith.models.architecture import Architecture, Linear
 from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
+from tunesmith.packing.tree import TREE_ARCHITECTURES
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.tape import Buffer, Give, Kind, Tape, Value
 
@@ -62,6 +63,8 @@ class Modules:
         self.t = scenario.tokens
         # PEFT's k-bit preparation turns norms and embeddings to float32, and with them everything between 4-bit products.
         self.e = 4 if scenario.stock and scenario.method == "qlora" else scenario.element
+        #: methods/blocks.py
+        self.fused = not scenario.stock and architecture.model_type in TREE_ARCHITECTURES
 
     # --- linear layers ---
 
@@ -141,6 +144,8 @@ class Modules:
         """A norm over `width` numbers, `groups` times for each token."""
         if self.style.norm == "layer":
             return self._layer_norm(x, width)
+        if self.fused:
+            return self._fused_norm(x, width, groups)
         tape, numbers, small = self.tape, width * groups, 4 * self.t * groups
         exact, narrow = 4 * numbers * self.t, self.e * numbers * self.t
         weight: list[tuple[Kind, int]] = [("gradients", self.e * width)] if self.full else []
@@ -163,6 +168,20 @@ class Modules:
         moment = narrow if self.full else 0
         out = tape.apply(narrow, [scaled], saves=kept, gives=[Give(scaled, narrow)], back_scratch=moment, keeps=weight)
         return self._then_free(out, scaled)
+
+    def _fused_norm(self, x: Value, width: int, groups: int) -> Value:
+        """Keeps x and a root in float32; float32 copies of x and of gradients are there for a moment."""
+        tape, numbers = self.tape, width * groups * self.t
+        exact, size = 4 * numbers, self.e * numbers
+        copy = 0 if self.e == 4 else exact
+        root = tape.make("activations", 4 * groups * self.t)
+        keeps: list[tuple[Kind, int]] = [("gradients", self.e * width)] if self.full else []
+        back = 2 * copy if self.e == 2 else 0
+        out = tape.apply(
+            size, [x], saves=[x.buffer, root], gives=[Give(x, size)], scratch=2 * copy, back_scratch=back, keeps=keeps
+        )
+        tape.drop(root)
+        return out
 
     def _layer_norm(self, x: Value, width: int) -> Value:
         """The one of torch: keeps x, mean and deviation."""
@@ -225,7 +244,8 @@ class Modules:
     def _rotate(self, x: Value, width: int) -> Value:
         """Rotary embedding, x cos + rotate_half(x) sin: keeps cosines and sines alone, which all blocks share."""
         size = self.e * width * self.t
-        return self.tape.apply(size, [x], gives=[Give(x, size)], scratch=2 * size, back_scratch=3 * size)
+        scratch, back = (0, 0) if self.fused else (2 * size, 3 * size)
+        return self.tape.apply(size, [x], gives=[Give(x, size)], scratch=scratch, back_scratch=back)
 
     def _mix(self, q: Value, k: Value, v: Value, q_width: int, kv_width: int) -> Value:
         """softmax(q k^T) v. Flash: keeps q, k, v, the result, a log-sum-exp for each head (arXiv 2205.14135, section 3.1)."""
@@ -251,9 +271,12 @@ class Modules:
             return out
         moment, back = 0, 0
         if self.s.attention == "tree":
-            # packing/attention.py: merged in float32; going back, gradients in float32 and those of one stretch beside them.
-            moment = 4 * q_width * t + e * 3 * q_width * t
-            back = 4 * (q_width + 2 * kv_width) * t + e * 5 * q_width * t
+            # packing/attention.py: all in float32, copied where the model is bf16; one stretch's keys, values and results
+            # beside it; going back, gradients and those of one stretch.
+            copies = 0 if e == 4 else 4 * (q_width + 2 * kv_width) * t
+            made = e * (q_width + 2 * kv_width) * t  # gradients in the model's dtype, made last
+            moment = copies + (16 - e) * q_width * t
+            back = copies + (0 if e == 4 else 8 * q_width * t) + 4 * (6 * q_width + 2 * kv_width) * t - made
         saves = [q.buffer, k.buffer, v.buffer, sums]
         out = tape.apply(
             e * q_width * t, [q, k, v], saves=saves, gives=gives, scratch=moment, back_scratch=back, saves_result=True
@@ -286,12 +309,23 @@ class Modules:
             active = self._activation(gate, width)
         else:
             gate = self.linear(z, layers[f"{prefix}gate_proj"])
+            if self.fused:
+                return self._fused_gated(z, gate, layers)
             active = self._activation(gate, width)
             up = self.linear(z, layers[f"{prefix}up_proj"])
         tape.free(gate)
         saves, gives = [active.buffer, up.buffer], [Give(active, size), Give(up, size)]
         product = tape.apply(size, [active, up], saves=saves, gives=gives)
         tape.free(active, up)
+        return self._then_free(self.linear(product, down), product)
+
+    def _fused_gated(self, z: Value, gate: Value, layers: dict[str, Linear]) -> Value:
+        """The same as one operator: keeps gate and up, and their product for the layer that follows."""
+        tape, down = self.tape, layers["down_proj"]
+        size = self.e * down.in_features * self.t
+        up = self.linear(z, layers["up_proj"])
+        product = tape.apply(size, [gate, up], saves=[gate.buffer, up.buffer], gives=[Give(gate, size), Give(up, size)])
+        tape.free(gate, up)
         return self._then_free(self.linear(product, down), product)
 
     def _experts(self, z: Value) -> Value:

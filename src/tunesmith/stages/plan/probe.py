@@ -18,6 +18,7 @@ from rich.console import Console
 
 from tunesmith.hardware.calibration import Entry, add_entries, today
 from tunesmith.hardware.catalogue import Device
+from tunesmith.hardware.memory import keep_freed_memory
 from tunesmith.methods.optimizers import gradient_norm
 from tunesmith.models.architecture import read_architecture
 from tunesmith.models.catalogue import find_config
@@ -44,6 +45,8 @@ def calibrate(
     `free` lets micro-batch and levers be the plan's, else they are the recipe's.
     """
     quiet()
+    if device.kind == "cpu":
+        keep_freed_memory()
     values, source = find_config(recipe.model, recipe.revision)
     architecture = read_architecture(values, source)
     planner = Planner(architecture, recipe, facts, device, [])

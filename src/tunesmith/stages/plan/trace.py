@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.methods.adapter import fuse_adapters
 from tunesmith.methods.base import enable_checkpointing
+from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.methods.lora import adapter_targets
 from tunesmith.methods.optimizers import AdamW, InBackward
 from tunesmith.methods.sizes import STATE_BITS
@@ -394,6 +395,8 @@ def build_model(config: Any, scenario: Scenario, device: str) -> Any:
             quantise(model, dtype)
             if scenario.stock:
                 model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if not scenario.stock:
+            fuse_blocks(model)
         if scenario.gradient_checkpointing:
             enable_checkpointing(model)
         if adapted:

@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from tunesmith.errors import DataError, Problem
 from tunesmith.hardware import Hardware, detect
-from tunesmith.hardware.memory import PeakMemory
+from tunesmith.hardware.memory import PeakMemory, keep_freed_memory
 from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, make_method
 from tunesmith.methods.settings import Settings, settle
@@ -53,6 +53,8 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         why = "training over nothing changes nothing"
         raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
     settings = _settings(run, len(rows), hardware, folder)
+    if hardware.device == "cpu":
+        keep_freed_memory()
     meter = PeakMemory()
     set_seed(recipe.seed)
     dtype, rank, alpha = settings.compute_dtype, settings.r, settings.lora_alpha

@@ -1,0 +1,258 @@
+"""Training speed side by side with TRL: the same rows, masks, start and global batch, in turns.
+
+    python benchmarks/train_speed.py --json benchmarks/results/train_speed.json      # two to three hours on two cores
+
+Each side is a process of its own that holds its model and waits; they take turns of an optimizer step or two (A B A B ...), and
+what counts is the median of the ratios of turns that follow each other. TRL's SFTTrainer is tuned to match: float32, no
+checkpointing, its micro-batches once padding-free and once padded; what is claimed is against the faster of the two.
+`trl_defaults` is TRL as it comes. `--only PART` does one part and leaves the others' results in the file as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import claim, merged, parser, report
+
+import tunesmith
+from tunesmith.demodata import write_input
+from tunesmith.models.architecture import read_architecture
+from tunesmith.models.builtin import NAME
+from tunesmith.models.catalogue import find_config
+from tunesmith.recipe import ResolvedRecipe, load_recipe, parse_recipe
+
+ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_demo" / "alpaca_en_demo.json"
+
+ROWS = 32  # of an optimizer step
+MICRO = 8  # rows at once for TRL; more takes more memory and is no faster on a CPU
+TURNS = 2
+PARITY_STEPS = 50
+R = 16
+
+Row = dict[str, Any]
+Claims = list[dict[str, Any]]
+
+
+class Side:
+    """A process that trains when told to."""
+
+    def __init__(self, name: str, arguments: Sequence[str]) -> None:
+        self.name = name
+        command = [sys.executable, str(Path(__file__).with_name("train_side.py")), name, *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.ready = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        if self.process.stdout is None:
+            raise AssertionError("the pipe was asked for")
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        """Train some optimizer steps: `seconds, losses, grad_norms, peak_memory_bytes`."""
+        if self.process.stdin is None:
+            raise AssertionError("the pipe was asked for")
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def end(self) -> None:
+        """Stop the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def processes(names: Sequence[str], data: Path, method: str, *, rows: int, micro: int, dtype: str) -> Iterator[list[Side]]:
+    """Sides that have loaded the model and wait."""
+    arguments = ["--data", str(data), "--method", method, "--rows", str(rows), "--micro", str(micro), "--r", str(R)]
+    with ExitStack() as stack:
+        made = []
+        for name in names:
+            made.append(Side(name, [*arguments, "--dtype", dtype, "--scratch", str(data)]))
+            stack.callback(made[-1].end)
+        yield made
+
+
+def prepared(name: str, folder: Path) -> Path:
+    """The `data/` folder of the demo's rows, or of alpaca_demo's (English); nothing held out."""
+    overrides = ["data.heldout=0", "data.on_bad_row=reject"]
+    resolved: ResolvedRecipe
+    if name == "demo":
+        resolved = load_recipe(write_input(folder / "input"), [*overrides, "data.max_rows=null"])
+    else:
+        text = f"model: {NAME}\ndata: {{train: {json.dumps(str(ALPACA))}, max_length: 1024}}\n"
+        resolved = parse_recipe(text, "the benchmark", folder, overrides)
+    run = tunesmith.create_run(resolved, folder / name)
+    tunesmith.prepare(run)
+    return run.path / "data"
+
+
+def compared(data: Path, name: str, method: str, others: Sequence[str], *, dtype: str = "float32", turns: int = TURNS) -> Row:
+    """Seconds and peaks of all sides over turns of one step, and for each peer the median ratio of its time to ours."""
+    with processes(["tunesmith", *others], data, method, rows=ROWS, micro=MICRO, dtype=dtype) as sides:
+        for side in sides:
+            side.turn(1)  # what the first step allocates
+        taken: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
+        for _ in range(turns):
+            for side in sides:
+                taken[side.name].append(side.turn(1))
+    ours = taken["tunesmith"]
+    row: Row = {"part": f"{name}-{method}", "dtype": dtype, "rows_a_step": ROWS}
+    for side_name, made in taken.items():
+        row[side_name] = {
+            "seconds_per_step": statistics.median(turn["seconds"] for turn in made),
+            "rows_per_second": ROWS / statistics.median(turn["seconds"] for turn in made),
+            "peak_memory_bytes": max(turn["peak_memory_bytes"] for turn in made),
+            "losses": [loss for turn in made for loss in turn["losses"]],
+        }
+        if side_name != "tunesmith":
+            pairs = zip(made, ours, strict=True)
+            row[side_name]["time_ratio"] = statistics.median(theirs["seconds"] / own["seconds"] for theirs, own in pairs)
+            row[side_name]["memory_ratio"] = row["tunesmith"]["peak_memory_bytes"] / row[side_name]["peak_memory_bytes"]
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def speed(name: str, method: str) -> Callable[[Path], tuple[Claims, list[Row]]]:
+    """A part: rows a second against tuned TRL, both ways."""
+
+    def part(folder: Path) -> tuple[Claims, list[Row]]:
+        row = compared(prepared(name, folder), name, method, ["trl", "trl_padded"])
+        fastest = min(("trl", "trl_padded"), key=lambda side: row[side]["time_ratio"])
+        claims = [claim(f"rows_per_second_ratio_{name}_{method}", row[fastest]["time_ratio"], "x")]
+        if method == "lora":
+            claims.append(claim(f"peak_memory_ratio_{name}_lora", row[fastest]["memory_ratio"], "x"))
+        return claims, [row]
+
+    return part
+
+
+def defaults(folder: Path) -> tuple[Claims, list[Row]]:
+    """Both sides as they come, each with the dtype that it chooses."""
+    from tunesmith.hardware import detect
+
+    row = compared(prepared("demo", folder), "defaults", "lora", ["trl_defaults"], dtype=detect().compute_dtype, turns=1)
+    return [claim("rows_per_second_ratio_to_trl_defaults", row["trl_defaults"]["time_ratio"], "x")], [row]
+
+
+def matrix_rate() -> float:
+    """FLOP/s of float32 products in the model's own shapes, 2,048 tokens: the median, each shape by its share of the FLOPs."""
+    shapes = {(576, 1536): 2, (1536, 576): 1, (576, 576): 2, (576, 192): 2}
+    seconds, flops = 0.0, 0
+    for (into, out), times in shapes.items():
+        x, weight = torch.randn(2048, into), torch.randn(out, into)
+        took = []
+        for _ in range(15):
+            begun = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            took.append(time.perf_counter() - begun)
+        seconds += times * statistics.median(took[3:])
+        flops += times * 2 * 2048 * into * out
+    return flops / seconds
+
+
+def floor(method: str) -> Callable[[Path], tuple[Claims, list[Row]]]:
+    """A part: the share of the FLOP floor that the engine reaches, the machine's rate measured before and after each turn.
+
+    Floor: 4 N (adapters) or 6 N (full) for each computed token, N weights of linear layers, and 4 h V or 6 h V for each
+    labelled one; attention, norms, adapters and the optimizer are not in it.
+    """
+
+    def part(folder: Path) -> tuple[Claims, list[Row]]:
+        data = prepared("alpaca", folder)
+        architecture = read_architecture(find_config(NAME)[0])
+        weights = architecture.linear_weights
+        head = architecture.hidden_size * architecture.vocab_size
+        each = 6 if method == "full" else 4
+        shares, rates = [], []
+        with processes(["tunesmith"], data, method, rows=ROWS, micro=MICRO, dtype="float32") as (side,):
+            side.turn(1)
+            for _ in range(4):
+                before = matrix_rate()
+                turn = side.turn(1)
+                rates.append((before + matrix_rate()) / 2)
+                flops = each * (weights * turn["computed_tokens"] + head * turn["labelled_tokens"])
+                shares.append(flops / rates[-1] / turn["seconds"])
+        row = {"part": f"floor-{method}", "shares": shares, "matrix_flops_per_second": rates}
+        print(json.dumps(row), flush=True)
+        return [claim(f"flop_floor_fraction_{method}", statistics.median(shares), "")], [row]
+
+    return part
+
+
+def parity(folder: Path) -> tuple[Claims, list[Row]]:
+    """The same losses as TRL over 50 steps, from the same start, for each method; few rows a step, so that it ends today."""
+    rows = []
+    for method in ("full", "lora"):
+        data = prepared("demo", folder / method)
+        with processes(["tunesmith", "trl_padded"], data, method, rows=2, micro=2, dtype="float32") as sides:
+            ours, theirs = (side.turn(PARITY_STEPS) for side in sides)
+        losses = [abs(one - other) for one, other in zip(ours["losses"], theirs["losses"], strict=True)]
+        norms = [abs(one / other - 1) for one, other in zip(ours["grad_norms"], theirs["grad_norms"], strict=True)]
+        rows.append(
+            {
+                "part": "parity",
+                "method": method,
+                "steps": PARITY_STEPS,
+                "loss_max_abs_diff": max(losses),
+                "loss_mean_diff": statistics.fmean(a - b for a, b in zip(ours["losses"], theirs["losses"], strict=True)),
+                "grad_norm_max_rel_diff": max(norms),
+                "losses": ours["losses"],
+                "trl_losses": theirs["losses"],
+            }
+        )
+        print({key: value for key, value in rows[-1].items() if "losses" not in key}, flush=True)
+    return [claim("loss_max_abs_diff_to_trl", max(row["loss_max_abs_diff"] for row in rows), "nats")], rows
+
+
+def gradients(_: Path) -> tuple[Claims, list[Row]]:
+    """Largest relative difference between gradients of a tree and of padded rows, float64, five architectures, random trees."""
+    from gradient_parity import largest_difference
+
+    rows = [{"part": "gradients", "architecture": name, "max_rel_diff": diff} for name, diff in largest_difference().items()]
+    worst = max(row["max_rel_diff"] for row in rows)
+    if not math.isfinite(worst):
+        raise AssertionError("a gradient is not finite")
+    return [claim("packed_gradient_max_rel_diff_fp64", worst, "")], rows
+
+
+PARTS: Mapping[str, Callable[[Path], tuple[Claims, list[Row]]]] = {
+    "gradients": gradients,
+    "parity": parity,
+    **{f"{name}-{method}": speed(name, method) for name in ("demo", "alpaca") for method in ("lora", "full", "qlora")},
+    "floor-lora": floor("lora"),
+    "floor-full": floor("full"),
+    "defaults": defaults,
+}
+
+
+def main() -> None:
+    """Run the parts, writing what there is after each."""
+    options = parser(__doc__ or "")
+    options.add_argument("--only", choices=list(PARTS), action="append")
+    asked = options.parse_args()
+    for name in asked.only or PARTS:
+        with tempfile.TemporaryDirectory() as scratch:
+            claims, rows = PARTS[name](Path(scratch))
+        report(asked.json, *merged(asked.json, claims, rows))
+
+
+if __name__ == "__main__":
+    main()

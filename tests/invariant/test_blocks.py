@@ -1,0 +1,100 @@
+"""The operators of a block as single functions compute what transformers' modules compute, and keep less."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, OlmoConfig
+
+from tests.invariant.test_packing import CONFIGS, exact_model
+from tests.shapes import SHAPE
+from tunesmith.methods.adapter import fuse_adapters
+from tunesmith.methods.blocks import fuse_blocks, fusible
+
+ROWS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 1], [3, 4, 9, 9, 2, 1, 1, 5]])
+
+
+def results(model: Any) -> dict[str, torch.Tensor]:
+    """Logits and every gradient, by name."""
+    model.zero_grad()
+    logits = model(input_ids=ROWS, use_cache=False).logits
+    logits.square().mean().backward()
+    return {"logits": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_fused_model_equals_transformers_in_float64(name: str, adapted: bool) -> None:
+    theirs = exact_model(name).train()
+    if adapted:
+        config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM")
+        theirs = get_peft_model(theirs, config, autocast_adapter_dtype=False)
+        for parameter_name, parameter in theirs.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    mine = copy.deepcopy(theirs)
+    for module in mine.modules():
+        vars(module).pop("forward", None)  # the exact norms, which the fused ones are by themselves
+    fuse_blocks(mine.get_base_model() if adapted else mine)
+    fuse_adapters(mine)
+    assert_equal(results(mine), results(theirs), 1e-11)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bf16_is_as_near_to_float32_as_transformers_own(name: str) -> None:
+    torch.manual_seed(0)
+    exact = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).train()
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.copy_(parameter.bfloat16())
+    wanted = results(exact)["logits"]
+    theirs = copy.deepcopy(exact).bfloat16()
+    mine = copy.deepcopy(theirs)
+    fuse_blocks(mine)
+    far = [(results(model)["logits"].float() - wanted).square().mean() for model in (mine, theirs)]
+    assert far[0] <= 1.2 * far[1]
+
+
+def test_what_is_kept_for_the_backward_pass() -> None:
+    """MLP and norms keep fewer bytes than transformers' own."""
+    kept = []
+    for fuse in (False, True):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).train()
+        if fuse:
+            fuse_blocks(model)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(input_ids=ROWS, use_cache=False).logits.sum()
+        kept.append(sum(sizes.values()))
+        del loss
+    assert kept[1] < kept[0] - ROWS.numel() * 4 * 2 * (SHAPE["intermediate_size"] + 2 * SHAPE["hidden_size"])
+
+
+def test_other_architectures_are_left_alone() -> None:
+    config = OlmoConfig(**{key: value for key, value in SHAPE.items() if key != "head_dim"}, vocab_size=61)
+    model = AutoModelForCausalLM.from_config(config)
+    fuse_blocks(model)
+    assert not fusible(config)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_fused_model_generates() -> None:
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["qwen3"])).eval()
+    plain = model.generate(input_ids=ROWS, max_new_tokens=5, do_sample=False)
+    fuse_blocks(model)
+    assert torch.equal(model.generate(input_ids=ROWS, max_new_tokens=5, do_sample=False), plain)
