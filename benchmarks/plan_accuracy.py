@@ -47,7 +47,7 @@ METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 LENGTHS = (512, 2048)
 MEASURED_LENGTHS = (256, 1024)
 STEPS = 6
-ROUNDS = 4
+ROUNDS = 3
 
 Row = dict[str, Any]
 Part = Callable[[], tuple[list[dict[str, Any]], list[Row]]]

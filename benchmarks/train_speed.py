@@ -34,9 +34,9 @@ from tunesmith.recipe import ResolvedRecipe, load_recipe, parse_recipe
 
 ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_demo" / "alpaca_en_demo.json"
 
-ROWS = 32  # of an optimizer step
+ROWS = 16  # of an optimizer step
 MICRO = 8  # rows at once for TRL; more takes more memory and is no faster on a CPU
-TURNS = 2
+TURNS = 3
 PARITY_STEPS = 50
 R = 16
 
