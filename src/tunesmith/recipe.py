@@ -90,7 +90,7 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm when they exceed it."""
     effective_batch_size: PositiveInt | Auto = "auto"
-    """Rows (with `objective: dpo` pairs) for each optimizer step over all devices; `auto` is 32 to 128 where the data allows."""
+    """Rows (or pairs) for each optimizer step over all devices; `auto` is 32 to 128 where the data allows."""
     per_device_train_batch_size: PositiveInt | Auto = "auto"
     """Rows (or pairs) that go through the model at once on one device; `auto` is as many as per_device_max_tokens holds."""
     per_device_max_tokens: PositiveInt | Auto = "auto"

@@ -1,4 +1,4 @@
-"""Preference pairs out of rows, whatever the row's format: a prompt, the answer that was preferred and the one that was not.
+r"""Preference pairs out of rows, whatever the row's format: a prompt, the answer that was preferred and the one that was not.
 
 Formats, told by their columns (`data.format: auto`) or named as for conversations:
 
@@ -7,7 +7,7 @@ Formats, told by their columns (`data.format: auto`) or named as for conversatio
     sharegpt   `conversations` as the prompt, `chosen` and `rejected` as {from, value} (LLaMA-Factory's form)
     alpaca     `instruction`, `input`, `system`, `history` as the prompt, `chosen` and `rejected` as text
 
-Text in the form of hh-rlhf ("\\n\\nHuman: ... \\n\\nAssistant: ...") is cut into its turns. Nothing is guessed or repaired.
+Text in the form of hh-rlhf ("\n\nHuman: ... \n\nAssistant: ...") is cut into its turns. Nothing is guessed or repaired.
 """
 
 from __future__ import annotations

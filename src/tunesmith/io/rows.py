@@ -61,8 +61,7 @@ def _row(where: str, value: Any) -> Row:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """The file's lines, decompressed on the way. Raises DataError where a compressed file is damaged."""
-    opened: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as handle:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
         try:
             yield from handle
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:

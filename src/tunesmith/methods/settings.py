@@ -13,8 +13,8 @@ from tunesmith.recipe import Recipe, TrainSection
 #: Rank by number of train rows: (rows below, r). More data can fill a larger update. The row 10k-100k is ours.
 RANKS: tuple[tuple[float, int], ...] = ((1_000, 8), (10_000, 16), (100_000, 32), (math.inf, 64))
 
-#: Learning rates for preference pairs by method: those that TRL's DPOConfig and its page on adapters start from. A twentieth of
-#: what SFT takes: the gradient pulls two answers apart and does not vanish when the model knows both; the paper's runs took 1e-6.
+#: Learning rates for preference pairs, by method: those that TRL's DPOConfig and its page on adapters start from, a twentieth
+#: of what SFT takes. The gradient pulls two answers apart, also where the model knows both; the paper's runs took 1e-6 too.
 DPO_LEARNING_RATES = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
 
 #: Effective batch: the first one whose run has at least that many optimizer steps; small data gets a smaller batch
