@@ -180,11 +180,14 @@ def test_both_sides_of_a_pair_come_in_one_micro_batch(pairs: Pairs, tokens: int,
 
 
 def test_a_prompt_is_computed_once_for_both_sides() -> None:
-    pairs = random_pair_list(5)
-    batch = PairCollator(collate_tree, WHOLE).collate(pairs)
-    answers = sum(sum(row["trained"]) for row in sides(pairs))
-    prompts = 12 + sum(10 + number for number in range(5))
-    assert batch["input_ids"].numel() == prompts + answers
+    """A system prompt of 10 for all, questions of 9, answers of 3 and 4."""
+    pairs = []
+    for number in range(5):
+        prompt = [*range(10), *range(100 * number + 20, 100 * number + 29)]
+        chosen, rejected = [11, 12, 13], [14, 15, 16, 17]
+        flags = {"trained": [False] * 19 + [True] * 3, "rejected_trained": [False] * 19 + [True] * 4}
+        pairs.append({"input_ids": prompt + chosen, "rejected_input_ids": prompt + rejected, **flags})
+    assert PairCollator(collate_tree, WHOLE).collate(pairs)["input_ids"].numel() == 10 + 5 * (9 + 3 + 4)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -118,7 +118,7 @@ def _with_prompt(row: Mapping[str, Any], where: str, side: str) -> list[Message]
     messages = _answer(answer, where, side)
     if isinstance(messages, Problem):
         return messages
-    whole = bool(messages) and messages[0]["role"] != "assistant"
+    whole = bool(messages) and messages[0]["role"] in {"system", "user"}
     if prompt is None:
         return messages if whole else _no_prompt(row, where)
     if whole:
