@@ -17,7 +17,6 @@ from tunesmith.runs import read_jsonl
 
 BAD = {
     "same": {"prompt": "a?", "chosen": "x", "rejected": "x"},
-    "trimmed": {"prompt": "b?", "chosen": "x", "rejected": "x\n"},
     "empty": {"prompt": "c?", "chosen": "", "rejected": "x"},
     "prompts": {"chosen": chat_row("d?", "x")["messages"], "rejected": chat_row("e?", "y")["messages"]},
     "one side": {"prompt": "f?", "chosen": "x"},
