@@ -40,7 +40,7 @@ def settle_method(resolved: ResolvedRecipe, console: Console) -> ResolvedRecipe:
     from tunesmith.stages.plan.stage import encoder_for, fixed_keys, plan_for, with_settings
 
     recipe, gpus = resolved.recipe, read_gpus()
-    facts = read_facts(recipe.data, encoder_for(recipe.model))
+    facts = read_facts(recipe.data, encoder_for(recipe.model), recipe.objective)
     made = plan_for(recipe, facts, this_device(gpus), gpus, fixed=fixed_keys(resolved))
     if made.recommended is None:
         raise PlanError(made.problem())

@@ -83,8 +83,8 @@ def facts_of(asked: Request, resolved: ResolvedRecipe) -> DataFacts:
             if value < (1 if name == "--rows" else 8):
                 fix = f"give {name} a number of at least {1 if name == '--rows' else 8}"
                 raise PlanError(Problem("TS703", f"{name} {value} is too small", name, _WHY, fix))
-        return assumed(asked.rows, asked.length)
-    return read_facts(resolved.recipe.data, encoder_for(resolved.recipe.model))
+        return assumed(asked.rows, asked.length, resolved.recipe.objective)
+    return read_facts(resolved.recipe.data, encoder_for(resolved.recipe.model), resolved.recipe.objective)
 
 
 def read_asks(asked: Request) -> Asks:

@@ -20,6 +20,7 @@ from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import sha256_json
 
 Method = Literal["full", "lora", "qlora"]
+Objective = Literal["sft", "dpo"]
 Auto = Literal["auto"]
 Origin = Literal["default", "file", "override", "plan"]
 
@@ -37,11 +38,11 @@ class DataSection(Section):
     """What is trained on, and what is kept aside."""
 
     train: str
-    """Rows to train on: a .jsonl or .json file, relative to the recipe."""
+    """Rows to train on: a .jsonl, .jsonl.gz or .json file, relative to the recipe."""
     test: str | None = None
     """Rows of the task's test set; never trained on. Without it `evaluate` uses the held-out rows."""
     format: Literal["auto", "messages", "alpaca", "sharegpt"] = "auto"
-    """How rows are written; `auto` reads it off each row's columns."""
+    """How rows are written; `auto` reads it off each row's columns. With `objective: dpo`, how their prompts are."""
     system: str | None = None
     """A system turn put before conversations that have none."""
     heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -49,7 +50,7 @@ class DataSection(Section):
     max_rows: PositiveInt | None = None
     """Train on at most this many rows (a seeded draw; the rest count as rejected, reason `over-max-rows`)."""
     max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest row in tokens; longer rows are rejected, never cut."""
+    """Longest row in tokens (of a pair the longer side); longer rows are rejected, never cut."""
     on_bad_row: Literal["error", "reject"] = "error"
     """What a row that cannot be used does: stop `prepare` with every such row named, or be left out and counted."""
     chat_template: str | None = None
@@ -79,7 +80,7 @@ class TrainSection(Section):
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps; overrides num_train_epochs."""
     learning_rate: Rate | Auto = "auto"
-    """Peak rate; `auto` is 2e-4 for LoRA and QLoRA, 2e-5 for full."""
+    """Peak rate; `auto` is 2e-4 for LoRA and QLoRA, 2e-5 for full, and a twentieth of these with `objective: dpo`."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """How the rate moves after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -89,9 +90,9 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm when they exceed it."""
     effective_batch_size: PositiveInt | Auto = "auto"
-    """Rows for each optimizer step over all devices; `auto` is 32 to 128 where the data allows."""
+    """Rows (or pairs) for each optimizer step over all devices; `auto` is 32 to 128 where the data allows."""
     per_device_train_batch_size: PositiveInt | Auto = "auto"
-    """Rows that go through the model at once on one device; `auto` is as many as per_device_max_tokens holds."""
+    """Rows (or pairs) that go through the model at once on one device; `auto` is as many as per_device_max_tokens holds."""
     per_device_max_tokens: PositiveInt | Auto = "auto"
     """Tokens that go through the model at once on one device, what rows share counted once: a step's rows become as few
     micro-batches as hold them. `auto` is 4096, or no limit where per_device_train_batch_size is given."""
@@ -107,6 +108,15 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; `auto` is bfloat16 where the hardware multiplies it faster than float32."""
+
+
+class DpoSection(Section):
+    """Direct preference optimization, in TRL's words: the sigmoid loss (Rafailov et al. 2023, arXiv 2305.18290, eq. 7)."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the model is held to where it started: rewards are beta x the change of an answer's log-probability."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs taken to be labelled the wrong way round."""
 
 
 class ExportSection(Section):
@@ -144,6 +154,8 @@ class Recipe(Section):
     """A hub revision; a commit makes the run repeatable."""
     method: Method | Auto = "lora"
     """full, lora or qlora; `auto` takes what `plan` recommends for the data and the machine."""
+    objective: Objective = "sft"
+    """`sft` learns the answers, `dpo` to prefer a row's chosen answer to its rejected one."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds every draw: the held-out rows, the row order, the adapter's start, dropout."""
     data: DataSection
@@ -152,6 +164,8 @@ class Recipe(Section):
     """The adapter."""
     train: TrainSection = TrainSection()
     """The training loop."""
+    dpo: DpoSection = DpoSection()
+    """The preference loss, with `objective: dpo`."""
     export: ExportSection = ExportSection()
     """The exported model."""
     evaluate: EvaluateSection = EvaluateSection()

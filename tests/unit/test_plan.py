@@ -196,6 +196,46 @@ def test_rows_that_cannot_be_used_do_not_count(tmp_path: Path) -> None:
         facts(tmp_path, [{"nothing": 1}])
 
 
+def test_pairs_count_both_sides_and_share_their_prompts(tmp_path: Path) -> None:
+    system = "A system prompt that every row begins with. " * 10
+    rows = [{"prompt": f"{i} times? {'x' * i}", "chosen": f"yes {i} " * 9, "rejected": f"no {i} " * 20} for i in range(100)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = parse_recipe(
+        f"model: m\ndata: {{train: {path}, heldout: 0}}\n", "test", tmp_path, [f"data.system={system}"]
+    ).recipe.data
+    pairs = read_facts(data, None, "dpo")
+    assert (pairs.rows, pairs.as_dict()["sequences_per_row"]) == (100, 2)
+    assert len(pairs.sequences) == 2 * len(pairs.sample)
+    whole, padded = pairs.batches(8, packing=True)[0][0], pairs.batches(8, packing=False)[0][0]
+    assert whole.row_tokens == pytest.approx(16 * pairs.mean_tokens, rel=0.2)
+    assert whole.tokens < whole.row_tokens / 2
+    assert padded.tokens >= padded.row_tokens
+    assert whole.labelled == padded.labelled
+    several = pairs.batches(8, 400, packing=True)[0]
+    assert len(several) > 1
+    assert sum(batch.row_tokens for batch in several) == whole.row_tokens
+    with pytest.raises(DataError, match="no row of the sample"):
+        read_facts(data, None)
+
+
+def test_preference_takes_both_sides_and_a_forward_pass_before(tmp_path: Path) -> None:
+    options = {}
+    for objective in ("sft", "dpo"):
+        made = recipe("Qwen/Qwen2-7B", f"objective={objective}", "train.effective_batch_size=8").recipe
+        facts_of_it = assumed(1_000, 512, made.objective)
+        options[objective] = plan_for(made, facts_of_it, find_device("80GB", GPUS), GPUS, entries=[], free=False).options[
+            "lora"
+        ]
+    sft, dpo = options["sft"], options["dpo"]
+    assert sft.seconds_before == 0
+    assert 2.0 < dpo.seconds_per_step / sft.seconds_per_step < 2.3
+    epoch = dpo.seconds_per_step * dpo.steps / dpo.settings.num_train_epochs
+    assert 0.3 < dpo.seconds_before / epoch < 0.55  # a forward pass of forward and backward with frozen weights
+    assert dpo.hours == pytest.approx((dpo.seconds_before + dpo.steps * dpo.seconds_per_step) / 3600)
+    assert dpo.settings.learning_rate == 1e-5
+
+
 # --- time ---
 
 

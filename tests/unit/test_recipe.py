@@ -96,3 +96,16 @@ def test_section_digest_moves_with_its_section_alone() -> None:
     two = parse_recipe(GOOD, "r", Path("/base"), ["train.max_steps=3"]).recipe
     assert one.section_digest("data") == two.section_digest("data")
     assert one.section_digest("train") != two.section_digest("train")
+
+
+@pytest.mark.parametrize("change", ["objective=dpo", "dpo.beta=0.2"])
+def test_preference_keys_move_the_digest_of_training(change: str) -> None:
+    one = parse_recipe(GOOD, "r", Path("/base")).recipe
+    two = parse_recipe(GOOD, "r", Path("/base"), [change]).recipe
+    assert one.section_digest("objective", "dpo") != two.section_digest("objective", "dpo")
+    assert one.section_digest("train", "data") == two.section_digest("train", "data")
+
+
+@pytest.mark.parametrize("change", ["objective=ppo", "dpo.beta=0", "dpo.label_smoothing=0.5", "dpo.label_smoothing=-0.1"])
+def test_preference_values_out_of_range_are_refused(change: str) -> None:
+    assert change.partition("=")[0] in next(iter(problems(GOOD, change)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -17,6 +18,25 @@ def test_jsonl_rows_carry_their_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('\ufeff{"a": 1}\n\n{"a": 2}\n', encoding="utf-8")
     assert [(r.where, r.value) for r in read_rows(path)] == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": 2})]
+
+
+def test_compressed_rows_are_read_on_the_way(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": }\n'))
+    rows = list(read_rows(path))
+    assert [(row.where, row.value) for row in rows] == [(f"{path}:1", {"a": 1}), (f"{path}:3", None)]
+    assert rows[1].problem is not None
+    assert rows[1].problem.where == f"{path}:3:7"
+
+
+@pytest.mark.parametrize("damage", ["cut", "plain"])
+def test_damaged_compression_is_readable(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(b"".join(b'{"a": %d}\n' % number for number in range(1000)))
+    path.write_bytes(whole[:-20] if damage == "cut" else b'{"a": 1}\n')
+    with pytest.raises(DataError) as caught:
+        list(read_rows(path))
+    assert (caught.value.problems[0].code, caught.value.problems[0].where) == ("TS114", str(path))
 
 
 @pytest.mark.parametrize(
@@ -61,9 +81,10 @@ def test_broken_array_raises_with_its_place(tmp_path: Path, text: str, where: st
     assert caught.value.problems[0].where.endswith(where)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "a.txt", "folder.jsonl"])
+@pytest.mark.parametrize("name", ["missing.jsonl", "a.txt", "folder.jsonl", "a.json.gz"])
 def test_no_such_file_or_kind(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.txt").write_text("{}", encoding="utf-8")
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[]"))
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(DataError) as caught:
         read_rows(tmp_path / name)

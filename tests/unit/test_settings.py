@@ -40,6 +40,14 @@ def test_defaults_of_the_methods() -> None:
     assert settings.compute_dtype == "float32"
 
 
+@pytest.mark.parametrize(("method", "rate"), [("full", 1e-6), ("lora", 1e-5), ("qlora", 1e-5)])
+def test_preference_pairs_get_a_twentieth_of_the_rate(method: str, rate: float) -> None:
+    asked = recipe().model_copy(update={"objective": "dpo", "method": method})
+    settings = settle(asked, 5_000, 20 * rate, CPU)
+    assert settings.learning_rate == rate
+    assert settings.reasons["learning_rate"] == f"default of {method} with DPO"
+
+
 def test_recipe_wins() -> None:
     asked = recipe(
         learning_rate=0.01, max_steps=5, effective_batch_size=6, per_device_train_batch_size=4, compute_dtype="bfloat16"

@@ -25,7 +25,8 @@ SHAREGPT_ROLES: dict[str, Role] = {
 _WHY_COLUMNS = "columns of another meaning would be trained on as if they were a conversation"
 
 
-def _wrong_columns(row: Mapping[str, Any], where: str, wanted: str) -> Problem:
+def wrong_columns(row: Mapping[str, Any], where: str, wanted: str) -> Problem:
+    """The problem of a row whose columns are not those that are `wanted`."""
     found = ", ".join(sorted(map(str, row)))[:200] or "none"
     fix = f"give rows {wanted}, or set data.format"
     return Problem("TS104", f"columns do not match, found: {found}", where, _WHY_COLUMNS, fix)
@@ -34,10 +35,10 @@ def _wrong_columns(row: Mapping[str, Any], where: str, wanted: str) -> Problem:
 def _turns(row: Mapping[str, Any], where: str, column: str, role_key: str, text_key: str) -> list[dict[str, Any]] | Problem:
     turns = row.get(column)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return _wrong_columns(row, where, f"with {column!r}: a list of turns")
+        return wrong_columns(row, where, f"with {column!r}: a list of turns")
     for turn in turns:
         if role_key not in turn or text_key not in turn:
-            return _wrong_columns(turn, f"{where} {column}", f"whose turns have {role_key!r} and {text_key!r}")
+            return wrong_columns(turn, f"{where} {column}", f"whose turns have {role_key!r} and {text_key!r}")
     return turns
 
 
@@ -53,12 +54,17 @@ def _from_sharegpt(row: Mapping[str, Any], where: str) -> list[Message] | Proble
     if isinstance(turns, Problem):
         return turns
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return system + [{"role": SHAREGPT_ROLES.get(str(t["from"]), t["from"]), "content": t["value"]} for t in turns]
+    return system + [{"role": role_of(turn["from"]), "content": turn["value"]} for turn in turns]
+
+
+def role_of(name: Any) -> Any:
+    """The role that sharegpt calls by this name; an unknown name as it is."""
+    return SHAREGPT_ROLES.get(str(name), name)
 
 
 def _from_alpaca(row: Mapping[str, Any], where: str) -> list[Message] | Problem:
     if "instruction" not in row or "output" not in row:
-        return _wrong_columns(row, where, "with 'instruction', 'output' and optionally 'input', 'system', 'history'")
+        return wrong_columns(row, where, "with 'instruction', 'output' and optionally 'input', 'system', 'history'")
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         return Problem("TS108", "'history' is not a list of [question, answer]", where, _WHY_COLUMNS, "correct the row")
@@ -98,20 +104,37 @@ def _message_problem(message: Mapping[str, Any], number: int, where: str) -> Pro
     return None
 
 
+def conversation(row: Mapping[str, Any], where: str, row_format: str) -> list[Message] | Problem:
+    """The row's messages as its format has them, their contents not yet checked; or the problem of its columns."""
+    return _READERS[row_format][1](row, where)
+
+
+def _preference_row(where: str) -> Problem:
+    why = "with objective: sft one of the two answers, or neither, would be trained on"
+    fix = "set objective: dpo, or name data.format to train on the conversation beside them"
+    return Problem("TS113", "a row with 'chosen' and 'rejected' with objective: sft", where, why, fix)
+
+
+def _read_as(row: Mapping[str, Any], where: str, row_format: str) -> list[Message] | Problem:
+    if row_format != "auto":
+        return conversation(row, where, row_format)
+    if "chosen" in row and "rejected" in row:
+        return _preference_row(where)
+    name = next((name for name, (column, _) in _READERS.items() if column in row), None)
+    if name is None:
+        return wrong_columns(row, where, "as messages, sharegpt (conversations) or alpaca (instruction, output)")
+    return conversation(row, where, name)
+
+
 def to_messages(
     row: Mapping[str, Any], where: str, row_format: str = "auto", system: str | None = None
 ) -> list[Message] | Problem:
     """The row's conversation, with `system` put first where it has no system turn; or the row's first problem.
 
-    `row_format` is `messages`, `sharegpt`, `alpaca`, or `auto` (told by the column that only that format has).
+    `row_format` is `messages`, `sharegpt`, `alpaca`, or `auto` (told by the column that only that format has; a preference row
+    is refused).
     """
-    if row_format == "auto":
-        reader = next((read for column, read in _READERS.values() if column in row), None)
-        if reader is None:
-            return _wrong_columns(row, where, "as messages, sharegpt (conversations) or alpaca (instruction, output)")
-    else:
-        reader = _READERS[row_format][1]
-    messages = reader(row, where)
+    messages = _read_as(row, where, row_format)
     if isinstance(messages, Problem):
         return messages
     for number, message in enumerate(messages, start=1):

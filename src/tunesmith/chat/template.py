@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -110,24 +110,29 @@ class ChatTemplate:
         )
         return str(texts[0])
 
-    def encode(self, rows: Sequence[Sequence[Message]]) -> list[Encoded | Problem]:
+    def encode(self, rows: Sequence[Sequence[Message]], *, last_answer: bool = False) -> list[Encoded | Problem]:
         """Token ids and loss mask of each conversation, or the problem that keeps it from being encoded.
 
-        The tokenizer is called once for all rows.
+        All answers are trained, or with `last_answer` what stands in the last turn alone. The tokenizer is called once for
+        all rows.
         """
-        plans = [self._plan(messages) for messages in rows]
+        plans = [self._plan(messages, range(len(messages) - 1 if last_answer else 0, len(messages))) for messages in rows]
         return self._encode_plans(plans)
 
     def encode_prompts(self, rows: Sequence[Sequence[Message]]) -> list[Encoded | Problem]:
         """Token ids of each conversation with the generation prompt at its end, as it is asked when serving."""
-        return self._encode_plans([self._plan(messages, prompt=True) for messages in rows])
+        return self._encode_plans([self._plan(messages, range(0), prompt=True) for messages in rows])
 
-    def _plan(self, messages: Sequence[Message], *, prompt: bool = False) -> tuple[list[Span], tuple[str, ...]] | Problem:
+    def _plan(
+        self, messages: Sequence[Message], turns: range, *, prompt: bool = False
+    ) -> tuple[list[Span], tuple[str, ...]] | Problem:
+        """Spans of a conversation whose answers among `turns` are trained, with notes."""
         try:
             text = self._render_foreign(messages, add_generation_prompt=prompt)
             pieces = self._pieces(messages, text, prompt)
             if pieces is not None:
-                spans, notes = self._spans(messages, pieces, train=not prompt)
+                answers = {turn for turn in turns if messages[turn]["role"] == "assistant"}
+                spans, notes = self._spans(pieces, answers)
                 notes += self._dropped(messages, pieces)
             elif prompt:
                 spans, notes = [Span(text, trained=False, content=False)], ()
@@ -192,15 +197,14 @@ class ChatTemplate:
             position += len(found)
         return pieces if position == len(text) else None
 
-    def _spans(
-        self, messages: Sequence[Message], pieces: Sequence[Piece], *, train: bool
-    ) -> tuple[list[Span], tuple[str, ...]]:
+    def _spans(self, pieces: Sequence[Piece], answers: Collection[int]) -> tuple[list[Span], tuple[str, ...]]:
+        """What to encode of the pieces, with the contents of the turns in `answers` and their ends trained."""
         spans: list[Span] = []
         notes = tuple[str, ...]()
-        answered = False  # whether the piece before was an assistant's content
+        answered = False  # whether the piece before was a trained content
         for number, piece in enumerate(pieces):
             if piece.turn is not None:
-                answered = train and messages[piece.turn]["role"] == "assistant"
+                answered = piece.turn in answers
                 spans.append(Span(piece.text, trained=answered, content=True))
                 continue
             end = self._end_of_turn(piece.text) if answered else 0

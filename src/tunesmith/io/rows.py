@@ -1,12 +1,14 @@
 """The one module that reads rows, and knows where each row stands (file, line, column).
 
-Covered: `.jsonl` (one JSON object a line) and `.json` (one array of objects). Not covered yet: csv, parquet, arrow,
-compressed files and hub ids.
+Covered: `.jsonl` (one JSON object a line), the same compressed as `.jsonl.gz`, and `.json` (one array of objects). Not covered
+yet: csv, parquet, arrow, other compressed files and hub ids.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,19 +59,29 @@ def _row(where: str, value: Any) -> Row:
     return Row(where, None, _not_an_object(where, value))
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """The file's lines, decompressed on the way. Raises DataError where a compressed file is damaged."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
+        try:
+            yield from handle
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            why = "the rows after the damage are lost"
+            fix = "get the file again, or compress it again with gzip"
+            raise DataError(Problem("TS114", f"not a whole gzip file: {error}", str(path), why, fix)) from error
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as handle:
-        for number, raw in enumerate(handle, start=1):
-            where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not line:
-                    continue
-                yield _row(where, _DECODER.decode(line))
-            except json.JSONDecodeError as error:
-                yield Row(where, None, _malformed(f"{where}:{error.colno}", error.msg))
-            except (ValueError, RecursionError) as error:
-                yield Row(where, None, _malformed(where, str(error) or "nested too deeply"))
+    for number, raw in enumerate(_lines(path), start=1):
+        where = f"{path}:{number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if not line:
+                continue
+            yield _row(where, _DECODER.decode(line))
+        except json.JSONDecodeError as error:
+            yield Row(where, None, _malformed(f"{where}:{error.colno}", error.msg))
+        except (ValueError, RecursionError) as error:
+            yield Row(where, None, _malformed(where, str(error) or "nested too deeply"))
 
 
 def _read_json_array(path: Path) -> Iterator[Row]:
@@ -111,9 +123,9 @@ def _skip_blank(text: str, position: int) -> int:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a `.jsonl` or `.json` file in order; unreadable JSONL lines come as rows with a problem.
+    """Rows of a `.jsonl`, `.jsonl.gz` or `.json` file in order; unreadable JSONL lines come as rows with a problem.
 
-    Raises DataError where the file is missing, of an unknown kind, or a broken array (nothing after the break
+    Raises DataError where the file is missing, of an unknown kind, damaged, or a broken array (nothing after the break
     could be told apart). An empty file yields nothing: the caller says so.
     """
     if not path.is_file():
@@ -121,7 +133,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DataError(
             Problem("TS101", f"data file {what}", str(path), "there is nothing to train on", "check the path in the recipe")
         )
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" or path.name.endswith(".jsonl.gz"):
         return _read_jsonl(path)
     if path.suffix == ".json":
         return _read_json_array(path)
@@ -131,6 +143,6 @@ def read_rows(path: Path) -> Iterator[Row]:
             f"unknown kind of data file {path.suffix or '(no suffix)'!r}",
             str(path),
             "the reader is chosen by the file's suffix",
-            "give a .jsonl or .json file",
+            "give a .jsonl, .jsonl.gz or .json file",
         )
     )

@@ -13,6 +13,10 @@ from tunesmith.recipe import Recipe, TrainSection
 #: Rank by number of train rows: (rows below, r). More data can fill a larger update. The row 10k-100k is ours.
 RANKS: tuple[tuple[float, int], ...] = ((1_000, 8), (10_000, 16), (100_000, 32), (math.inf, 64))
 
+#: Learning rates for preference pairs, by method: those that TRL's DPOConfig and its page on adapters start from, a twentieth
+#: of what SFT takes. The gradient pulls two answers apart, also where the model knows both; the paper's runs took 1e-6 too.
+DPO_LEARNING_RATES = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
+
 #: Effective batch: the first one whose run has at least that many optimizer steps; small data gets a smaller batch
 #: rather than too few steps to learn from.
 #: Tokens at once where the recipe leaves both rows and tokens open: enough for products at full speed, on a laptop too.
@@ -67,7 +71,10 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
         reasons[name] = "recipe"
         return value
 
-    rate = settled("learning_rate", asked.learning_rate, default_learning_rate, f"default of {recipe.method}")
+    default, reason = default_learning_rate, f"default of {recipe.method}"
+    if recipe.objective == "dpo":
+        default, reason = DPO_LEARNING_RATES[recipe.method], f"{reason} with DPO"
+    rate = settled("learning_rate", asked.learning_rate, default, reason)
     rank = settled("r", recipe.lora.r, auto_rank(rows), f"{rows} train rows")
     alpha = settled("lora_alpha", recipe.lora.lora_alpha, 2 * rank, "2 r")
     dtype = settled("compute_dtype", asked.compute_dtype, hardware.compute_dtype, hardware.compute_dtype_reason)

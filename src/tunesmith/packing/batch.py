@@ -25,6 +25,7 @@ from tunesmith.packing.attention import Layout
 from tunesmith.packing.tree import TREE_ARCHITECTURES, Limits, build_tree, split_by_length, split_for_trees
 
 Batch = dict[str, Any]
+Owners = list[tuple[int, int]]  # (row, label): a batch's label that a row has; one that rows share stands once for each
 Rows = Sequence[Mapping[str, Any]]  # dataset rows: `input_ids`, and `trained` of the same length
 
 
@@ -48,21 +49,30 @@ def labelled_count(batch: Mapping[str, Any]) -> int:
 
 def collate_tree(rows: Rows) -> Batch:
     """The rows as one sequence in which each shared prefix stands once."""
+    return tree_with_owners(rows)[0]
+
+
+def tree_with_owners(rows: Rows) -> tuple[Batch, Owners]:
+    """`collate_tree`, and which row has which labels."""
     tree = build_tree([row["input_ids"] for row in rows])
-    labels: Counter[tuple[int, int]] = Counter()
-    for row, path in zip(rows, tree.paths, strict=True):
+    labels: dict[tuple[int, int], int] = {}  # (source, target): the label's number
+    owners: Owners = []
+    for number, (row, path) in enumerate(zip(rows, tree.paths, strict=True)):
         trained = row["trained"]
-        labels.update((path[i - 1], path[i]) for i in range(1, len(path)) if trained[i])
-    sources, targets = [place for place, _ in labels], [tree.ids[place] for _, place in labels]
-    return {
+        places = [(path[i - 1], path[i]) for i in range(1, len(path)) if trained[i]]
+        owners += [(number, labels.setdefault(place, len(labels))) for place in places]
+    sources, targets = [source for source, _ in labels], [tree.ids[target] for _, target in labels]
+    weights = Counter(label for _, label in owners)
+    batch = {
         "input_ids": torch.tensor([tree.ids], dtype=torch.long),
         "position_ids": torch.tensor([tree.positions], dtype=torch.long),
         "sources": torch.tensor(sources, dtype=torch.long),
         "targets": torch.tensor(targets, dtype=torch.long),
-        "weights": torch.tensor(list(labels.values()), dtype=torch.float32),
+        "weights": torch.tensor([weights[label] for label in range(len(labels))], dtype=torch.float32),
         "row_tokens": sum(map(len, tree.paths)),
         "tree_layout": Layout(tree.nodes, len(tree.ids)),
     }
+    return batch, owners
 
 
 class PaddedCollator:
@@ -93,6 +103,12 @@ class PaddedCollator:
         }
         batch["weights"] = torch.ones(len(batch["targets"]), dtype=torch.float32)
         return batch if min(lengths) == longest else batch | {"attention_mask": mask}
+
+    def with_owners(self, rows: Rows) -> tuple[Batch, Owners]:
+        """The batch, and which row has which labels."""
+        batch = self(rows)
+        longest = batch["input_ids"].shape[1]
+        return batch, [(source // longest, label) for label, source in enumerate(batch["sources"].tolist())]
 
 
 class StepCollator:

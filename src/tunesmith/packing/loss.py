@@ -16,26 +16,26 @@ from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
 
 #: Config entries of models that change their logits after the head; those go through the model's own forward.
 _LOGIT_CHANGES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
-_NOT_INPUTS = ("sources", "targets", "weights", "row_tokens")
+_NOT_INPUTS = ("sources", "targets", "weights", "row_tokens", "owner_rows", "owner_labels", "reference")
 
 
-def _causal(model: Any) -> Any:
+def causal_of(model: Any) -> Any:
     """The causal language model itself, out of PEFT's wrapper if it is in one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _own_logits(causal: Any) -> bool:
+def own_logits(causal: Any) -> bool:
     """Whether the model changes its logits after the head, so that they must come out of its own forward."""
     return any(getattr(causal.config, entry, None) for entry in _LOGIT_CHANGES)
 
 
-def _cap(causal: Any) -> float | None:
+def soft_cap(causal: Any) -> float | None:
     """What the logits are bent towards, as cap x tanh(logits / cap) (Gemma 2, arXiv 2408.00118); None where they are not."""
     cap: float | None = getattr(causal.config, "final_logit_softcapping", None)
     return cap
 
 
-def _labelled_hidden(causal: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+def labelled_hidden(causal: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """(N, H) hidden states at the places of `sources`."""
     inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
     hidden: torch.Tensor = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
@@ -47,14 +47,14 @@ def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
     `model` is a causal language model of transformers, with or without PEFT around it.
     """
-    causal = _causal(model)
+    causal = causal_of(model)
     logits: torch.Tensor
-    if _own_logits(causal):
+    if own_logits(causal):
         inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
         logits = causal(**inputs, use_cache=False).logits.flatten(0, 1)[batch["sources"]]
     else:
-        logits = causal.get_output_embeddings()(_labelled_hidden(causal, batch))
-        cap = _cap(causal)
+        logits = causal.get_output_embeddings()(labelled_hidden(causal, batch))
+        cap = soft_cap(causal)
         logits = logits if cap is None else (logits / cap).tanh() * cap
     return logits
 
@@ -137,31 +137,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return into_hidden, into_head, into_bias, None, None, None, None
 
 
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    cap: float | None,
+) -> torch.Tensor:
+    """Sum over i of -weights_i log softmax(cap(h_i W^T + bias))[target_i]; its gradients can be taken once."""
+    fused: Any = _LinearCrossEntropy  # torch leaves `apply` untyped
+    loss: torch.Tensor = fused.apply(hidden, head, bias, targets, weights, cap, torch.is_grad_enabled())
+    return loss
+
+
 def summed_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """Sum over the labelled tokens of all rows of -log p(token | tokens before it), in nats, a float32 scalar.
 
     A label that several rows share counts once for each, as if the rows had been computed one by one. In float64
     where the model is, so that tests can be exact. Its gradients can be taken once.
     """
-    causal = _causal(model)
+    causal = causal_of(model)
     targets, weights = batch["targets"], batch["weights"]
     loss: torch.Tensor
-    if _own_logits(causal):
+    if own_logits(causal):
         logits = labelled_logits(model, batch)
         exact = logits if logits.dtype == torch.float64 else logits.float()
         loss = (F.cross_entropy(exact, targets, reduction="none") * weights).sum()
     else:
         head = causal.get_output_embeddings()
-        hidden = _labelled_hidden(causal, batch)
+        hidden = labelled_hidden(causal, batch)
         bias = getattr(head, "bias", None)
-        fused: Any = _LinearCrossEntropy  # torch leaves `apply` untyped
-        loss = fused.apply(hidden, head.weight, bias, targets, weights, _cap(causal), torch.is_grad_enabled())
+        loss = linear_cross_entropy(hidden, head.weight, bias, targets, weights, soft_cap(causal))
     return loss
 
 
 def use_tree_attention(model: Any, *, on: bool) -> None:
     """Switch a model between attention along a tree, which needs batches with a layout, and SDPA."""
-    _causal(model).set_attn_implementation(TREE_ATTENTION if on else "sdpa")
+    causal_of(model).set_attn_implementation(TREE_ATTENTION if on else "sdpa")
 
 
 class LossModel(torch.nn.Module):

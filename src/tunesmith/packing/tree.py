@@ -18,6 +18,9 @@ MIN_SHARED = 8
 #: tests/invariant/test_packing.py proves each.
 TREE_ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 
+#: Rows that go through the model together.
+Unit = Sequence[Sequence[int]]
+
 
 @dataclass(frozen=True)
 class Node:
@@ -109,29 +112,40 @@ def split_for_trees(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[
     is as small as their number allows (each pays for the prefix again); runs and parts are then put into groups, the largest
     first, each where it fits most tightly (best-fit decreasing).
     """
-    order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
-    if limits.hold(_tree_tokens(rows, order), len(rows)):
-        return [list(range(len(rows)))]
-    shared = [0, *(shared_length(rows[a], rows[b]) for a, b in pairwise(order))]
+    return split_units_for_trees([(row,) for row in rows], limits)
+
+
+def split_units_for_trees(units: Sequence[Unit], limits: Limits) -> list[list[int]]:
+    """The same for units of rows that stay together, as the two sides of a pair; `limits.rows` counts units.
+
+    Units are sorted by their first row: what the rows of a unit share among themselves, they have in common with others too.
+    """
+    order = sorted(range(len(units)), key=lambda index: list(units[index][0]))
+    if limits.hold(_tree_tokens(units, order), len(units)):
+        return [list(range(len(units)))]
+    shared = [0, *(shared_length(units[a][0], units[b][0]) for a, b in pairwise(order))]
     runs: list[list[int]] = []
     for place, index in enumerate(order):
         if shared[place] < MIN_SHARED:
             runs.append([])
         runs[-1].append(index)
-    parts = [part for run in runs for part in _cut(run, limits, lambda some: _tree_tokens(rows, some))]
-    return _best_fit([(_tree_tokens(rows, part), part) for part in parts], limits)
+    parts = [part for run in runs for part in _cut(run, limits, lambda some: _tree_tokens(units, some))]
+    return _best_fit([(_tree_tokens(units, part), part) for part in parts], limits)
 
 
-def split_by_length(lengths: Sequence[int], limits: Limits) -> list[list[int]]:
-    """Indices of padded rows in groups of like length, each padded to its longest row within the limits."""
+def split_by_length(lengths: Sequence[int], limits: Limits, rows: int = 1) -> list[list[int]]:
+    """Indices of padded units in groups of like length, each padded to its longest row within the limits.
+
+    Each unit is `rows` rows of at most its length; `limits.rows` counts units.
+    """
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    if limits.hold(len(order) * max(lengths, default=0), len(order)):
+    if limits.hold(rows * len(order) * max(lengths, default=0), len(order)):
         return [list(range(len(lengths)))]
-    return _cut(order, limits, lambda some: len(some) * max(lengths[index] for index in some))
+    return _cut(order, limits, lambda some: rows * len(some) * max(lengths[index] for index in some))
 
 
-def _tree_tokens(rows: Sequence[Sequence[int]], chosen: Sequence[int]) -> int:
-    return len(build_tree([rows[index] for index in chosen]).ids)
+def _tree_tokens(units: Sequence[Unit], chosen: Sequence[int]) -> int:
+    return len(build_tree([row for index in chosen for row in units[index]]).ids)
 
 
 def _cut(run: list[int], limits: Limits, cost: Callable[[Sequence[int]], int]) -> list[list[int]]:

@@ -17,7 +17,7 @@ from tunesmith.recipe import Auto, Method, Recipe
 from tunesmith.stages.plan.memory import Estimate, estimate
 from tunesmith.stages.plan.rows import Batch, DataFacts
 from tunesmith.stages.plan.scenario import Optim, Scenario
-from tunesmith.stages.plan.speed import micro_batch_work, optimizer_bytes, optimizer_seconds, seconds
+from tunesmith.stages.plan.speed import forward_work, micro_batch_work, optimizer_bytes, optimizer_seconds, seconds
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,12 @@ class Option:
     time_measurements: int
     least_memory_bytes: int  # of this method and optimizer with one row at once and checkpointing, typical
     roofline_seconds: float  # of a step, before any correction
+    seconds_before: float  # what the objective computes once, before the first step
 
     @property
     def hours(self) -> float:
-        """Of training."""
-        return self.seconds_per_step * self.steps / 3600
+        """Of training, with what comes before the first step."""
+        return (self.seconds_before + self.seconds_per_step * self.steps) / 3600
 
     @property
     def cost(self) -> float:
@@ -106,6 +107,7 @@ class Option:
             "seconds_per_step": self.seconds_per_step,
             "safe_seconds_per_step": self.safe_seconds_per_step,
             "roofline_seconds_per_step": self.roofline_seconds,
+            "seconds_before_first_step": self.seconds_before,
             "steps": self.steps,
             "hours": self.hours,
             "cost": self.cost,
@@ -244,6 +246,7 @@ class Planner:
             time_measurements=measured.measurements,
             least_memory_bytes=min(least, typical),
             roofline_seconds=step,
+            seconds_before=self._seconds_before(method, drawn, settings, lever) * measured.typical,
         )
 
     def _typical(self, method: Method, made: Estimate) -> int:
@@ -266,6 +269,7 @@ class Planner:
             optimizer_in_backward=lever.optimizer_in_backward,
             accumulating=accumulating,
             attention=("tree" if self.device.kind == "cpu" else "masked") if self.packing else "sdpa",
+            logits_twice=self.recipe.objective == "dpo",
         )
 
     def _step_seconds(
@@ -277,6 +281,15 @@ class Planner:
         step = roofline_step(self.a, scenario, self.device, number, self.facts.mean_tokens)
         correction = time_correction(self.entries, self.device.name, method, scenario.dtype, self.a.hidden_size)
         return step, correction
+
+    def _seconds_before(self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever) -> float:
+        """Seconds of the reference's forward pass over all pairs by the roofline; none without a reference."""
+        if self.recipe.objective == "sft":
+            return 0.0
+        scenario = self._scenario(method, mean_batch(drawn[:-1]), settings, lever)
+        work = forward_work(self.a, scenario, estimate(self.a, scenario), self.facts.mean_tokens)
+        pairs = settings.per_device_train_batch_size / statistics.fmean(map(len, drawn[:-1]))  # of a micro-batch
+        return self.facts.rows / pairs * seconds(work, self.device, scenario.dtype)
 
 
 def mean_batch(drawn: Sequence[Sequence[Batch]]) -> Batch:

@@ -54,12 +54,13 @@ def calibrate(
     for method in methods:
         option = planner.best(method, free=free)
         size, most = option.settings.per_device_train_batch_size, option.settings.per_device_max_tokens
-        rows = facts.draw(size)[0]
+        rows = [side for row in facts.draw(size)[0] for side in row.sides]
         measured = step_seconds(values, option, rows, packing=planner.packing, device=device)
         mean = sum(len(row.ids) for row in rows) / len(rows)
         computed = planner.batches(size, most)[0]
         typical = mean_batch([computed])
-        scenario = replace(option.scenario, length=typical.tokens, labelled=typical.labelled)
+        # The probe takes cross-entropy, which makes logits once.
+        scenario = replace(option.scenario, length=typical.tokens, labelled=typical.labelled, logits_twice=False)
         predicted = roofline_step(architecture, scenario, device, len(computed), mean)
         ratio = measured / predicted
         console.print(

@@ -9,16 +9,17 @@ import json
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
-from tunesmith.chat.formats import to_messages
+from tunesmith.chat.formats import Message, to_messages
+from tunesmith.chat.preference import to_pair
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.rows import read_rows
-from tunesmith.packing.tree import Limits, build_tree, split_by_length, split_for_trees
-from tunesmith.recipe import DataSection
+from tunesmith.packing.tree import Limits, build_tree, split_by_length, split_units_for_trees
+from tunesmith.recipe import DataSection, Objective
 
 SAMPLE = 1_000  # rows looked at closely
 _DRAWS = 24  # micro-batches drawn to see what their rows share
@@ -37,10 +38,16 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One row's token ids, and how many of them carry loss."""
+    """One row's token ids, and how many of them carry loss; of a preference pair the chosen side, with the rejected one."""
 
     ids: Sequence[int]
     labelled: int
+    rejected: Row | None = None
+
+    @property
+    def sides(self) -> tuple[Row, ...]:
+        """The sequences that go through the model for this row."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
 
 @dataclass(frozen=True)
@@ -62,14 +69,19 @@ class DataFacts:
     shares: bool = True  # whether rows may have a prefix in common
 
     @property
+    def sequences(self) -> list[Row]:
+        """The rows of the sample, and the rejected sides of pairs."""
+        return _sides(self.sample)
+
+    @property
     def mean_tokens(self) -> float:
-        """Tokens of a row."""
-        return statistics.fmean(len(row.ids) for row in self.sample)
+        """Tokens of a sequence."""
+        return statistics.fmean(len(row.ids) for row in self.sequences)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row of the sample."""
-        return max(len(row.ids) for row in self.sample)
+        """Tokens of the longest sequence of the sample."""
+        return max(len(row.ids) for row in self.sequences)
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON value."""
@@ -78,7 +90,8 @@ class DataFacts:
             "sampled_rows": len(self.sample),
             "mean_tokens": round(self.mean_tokens, 1),
             "longest_tokens": self.longest,
-            "mean_labelled_tokens": round(statistics.fmean(row.labelled for row in self.sample), 1),
+            "mean_labelled_tokens": round(statistics.fmean(row.labelled for row in self.sequences), 1),
+            "sequences_per_row": len(self.sample[0].sides),
             "counted": self.counted,
         }
 
@@ -89,15 +102,22 @@ class DataFacts:
 
     def batches(self, size: int, max_tokens: int | None = None, *, packing: bool) -> list[list[Batch]]:
         """`size` rows as micro-batches of at most `max_tokens`, drawn by a seed several times, and last the longest rows."""
-        longest = sorted(self.sample, key=lambda row: -len(row.ids))
+        longest = sorted(self.sample, key=lambda row: -sum(len(side.ids) for side in row.sides))
         picks = [*self.draw(size), [longest[i % len(longest)] for i in range(size)]]
         return [_batches(rows, Limits(max_tokens), packing=packing and self.shares) for rows in picks]
 
 
+def _sides(rows: Sequence[Row]) -> list[Row]:
+    return [side for row in rows for side in row.sides]
+
+
 def _batches(rows: Sequence[Row], limits: Limits, *, packing: bool) -> list[Batch]:
-    ids = [row.ids for row in rows]
-    groups = split_for_trees(ids, limits) if packing else split_by_length([len(each) for each in ids], limits)
-    return [_batch([rows[index] for index in group], packing=packing) for group in groups]
+    units = [[side.ids for side in row.sides] for row in rows]
+    if packing:
+        groups = split_units_for_trees(units, limits)
+    else:
+        groups = split_by_length([max(map(len, unit)) for unit in units], limits, rows=len(units[0]))
+    return [_batch(_sides([rows[index] for index in group]), packing=packing) for group in groups]
 
 
 def _batch(rows: Sequence[Row], *, packing: bool) -> Batch:
@@ -107,15 +127,18 @@ def _batch(rows: Sequence[Row], *, packing: bool) -> Batch:
     return Batch(computed, max(1, labelled), total)
 
 
-def assumed(rows: int, length: int) -> DataFacts:
-    """Rows of one length that share nothing and carry loss everywhere: what is assumed where no data is given."""
+def assumed(rows: int, length: int, objective: Objective = "sft") -> DataFacts:
+    """Rows, or pairs, of one length that share nothing and carry loss everywhere: what is assumed where no data is given."""
     count = 64
-    sample = tuple(Row(range(number * length, (number + 1) * length), length - 1) for number in range(count))
-    return DataFacts(rows, sample, "assumed", shares=False)
+    made = [Row(range(number * length, (number + 1) * length), length - 1) for number in range(2 * count)]
+    first, second = made[:count], made[count:]
+    if objective == "dpo":
+        first = [replace(chosen, rejected=rejected) for chosen, rejected in zip(first, second, strict=True)]
+    return DataFacts(rows, tuple(first), "assumed", shares=False)
 
 
-def read_facts(data: DataSection, encode: Encoder | None) -> DataFacts:
-    """Facts of the recipe's train rows. Without an encoder four characters count as a token.
+def read_facts(data: DataSection, encode: Encoder | None, objective: Objective = "sft") -> DataFacts:
+    """Facts of the recipe's train rows, or of its pairs. Without an encoder four characters count as a token.
 
     Raises DataError where the file is missing, or no sampled row can be used.
     """
@@ -125,8 +148,8 @@ def read_facts(data: DataSection, encode: Encoder | None) -> DataFacts:
         total += 1
         if value is not None:
             raw.append(value)
-    sample = [row for value in _drawn(raw, SAMPLE) if (row := _row(value, data, encode)) is not None]
-    sample = [row for row in sample if len(row.ids) <= data.max_length] or sample[:1]
+    sample = [row for value in _drawn(raw, SAMPLE) if (row := _row(value, data, encode, objective)) is not None]
+    sample = [row for row in sample if max(len(side.ids) for side in row.sides) <= data.max_length] or sample[:1]
     if not sample:
         why = "the plan's time and memory depend on the rows' lengths"
         raise DataError(
@@ -161,18 +184,26 @@ def _drawn(values: Sequence[Any], count: int) -> Sequence[Any]:
     return values if len(values) <= count else random.Random(_SEED).sample(values, count)
 
 
-def _row(value: dict[str, Any], data: DataSection, encode: Encoder | None) -> Row | None:
-    """A row rendered in ChatML, which is about as long as any template; None where it is no conversation."""
-    messages = to_messages(value, "", data.format, data.system)
-    if isinstance(messages, Problem):
+def _row(value: dict[str, Any], data: DataSection, encode: Encoder | None, objective: Objective) -> Row | None:
+    """A row rendered in ChatML, which is about as long as any template; None where it is no conversation, or no pair."""
+    if objective == "sft":
+        messages = to_messages(value, "", data.format, data.system)
+        return None if isinstance(messages, Problem) else _rendered(messages, encode)
+    pair = to_pair(value, "", data.format, data.system)
+    if isinstance(pair, Problem):
         return None
+    rejected = _rendered(pair.rejected, encode, last_answer=True)
+    return replace(_rendered(pair.chosen, encode, last_answer=True), rejected=rejected)
+
+
+def _rendered(messages: Sequence[Message], encode: Encoder | None, *, last_answer: bool = False) -> Row:
     ids: list[int] = []
     labelled = 0
     for message in messages:
         head = _encoded(f"<|im_start|>{message['role']}\n", encode)
         body = _encoded(f"{message['content']}<|im_end|>\n", encode)
         ids += [*head, *body]
-        labelled += len(body) if message["role"] == "assistant" else 0
+        labelled = (0 if last_answer else labelled) + (len(body) if message["role"] == "assistant" else 0)
     return Row(ids, labelled)
 
 
@@ -183,15 +214,22 @@ def _encoded(text: str, encode: Encoder | None) -> Sequence[int]:
 
 
 def prepared_facts(folder: Path) -> DataFacts:
-    """Facts of a prepared run's `data/` folder, exact but for the sample."""
+    """Facts of a prepared run's `data/` folder, exact but for the sample; of pairs where it holds pairs."""
     import pyarrow as pa
 
     with pa.memory_map(str(folder / "train.arrow")) as source:
         table = pa.ipc.open_stream(source).read_all()
         picked = sorted(_drawn(range(len(table)), SAMPLE))
         rows = table.take(picked).to_pylist()
-    sample = tuple(Row(row["input_ids"], sum(row["trained"][1:])) for row in rows)
+    sample = tuple(_prepared(row) for row in rows)
     return DataFacts(len(table), sample, "prepared rows")
+
+
+def _prepared(row: dict[str, Any]) -> Row:
+    made = Row(row["input_ids"], sum(row["trained"][1:]))
+    if "rejected_input_ids" not in row:
+        return made
+    return replace(made, rejected=Row(row["rejected_input_ids"], sum(row["rejected_trained"][1:])))
 
 
 def encoder_of(model: Path) -> Encoder | None:

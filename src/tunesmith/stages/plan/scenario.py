@@ -22,7 +22,7 @@ class Scenario:
     weights' dtype. `accumulating` tells that gradients of earlier micro-batches are there. `attention` is `sdpa` (flash), the
     engine's tree on CPU (`tree`) or with a dense mask (`masked`), or `eager` with its table of scores. `stock` is
     transformers' and PEFT's way instead of the engine's: adapters that compute in float32, k-bit preparation, logits of all
-    places at once.
+    places at once. `logits_twice` tells that the backward pass makes logits again, as the loss of preference pairs does.
     """
 
     method: Method
@@ -37,6 +37,7 @@ class Scenario:
     accumulating: bool = False
     attention: Literal["sdpa", "tree", "masked", "eager"] = "sdpa"
     stock: bool = False
+    logits_twice: bool = False
 
     @property
     def tokens(self) -> int:

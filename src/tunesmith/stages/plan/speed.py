@@ -53,13 +53,25 @@ def micro_batch_work(a: Architecture, s: Scenario, estimate: Estimate, context: 
     again = 2 if s.gradient_checkpointing else 0
     each = weights * ((6 if s.method == "full" else 4) + again) + adapters * (6 + again)
     places = s.tokens if s.stock else s.labelled
-    head = a.hidden_size * a.vocab_size * places * (6 if s.method == "full" else 4)
+    head = a.hidden_size * a.vocab_size * places * ((6 if s.method == "full" else 4) + (2 if s.logits_twice else 0))
     query = a.num_attention_heads * a.head_dim
     attention = 2 * context * query * a.num_hidden_layers * s.tokens * (3.5 + again / 2)
     moved = 3.0 * estimate.written_bytes + s.element * weights * (2 + again / 2)
     if s.method == "qlora":
         moved += a.linear_weights * (NF4_BYTES + 2 * s.element) * (2 + again / 2)
     return Work(each * s.tokens + head, attention, moved, estimate.operators)
+
+
+def forward_work(a: Architecture, s: Scenario, estimate: Estimate, context: float) -> Work:
+    """The work of a forward pass alone, without gradients, up to the loss: about a third of the step's operators and moves."""
+    weights = a.active_parameters - a.embedding_parameters - a.head_parameters - a.other_parameters
+    adapters = 0 if s.method == "full" else a.lora_parameters(s.r)
+    products = 2.0 * (weights + adapters) * s.tokens + 2.0 * a.hidden_size * a.vocab_size * s.labelled
+    attention = 2 * context * a.num_attention_heads * a.head_dim * a.num_hidden_layers * s.tokens
+    moved = 1.0 * estimate.written_bytes + s.element * weights
+    if s.method == "qlora":
+        moved += a.linear_weights * (NF4_BYTES + 2 * s.element)
+    return Work(products, attention, moved, estimate.operators // 3)
 
 
 def optimizer_bytes(a: Architecture, s: Scenario) -> float:

@@ -267,7 +267,7 @@ def plan(run: Run, device: Device | None = None, gpus: Mapping[str, Device] | No
     cards = read_gpus() if gpus is None else gpus
     here = this_device(cards) if device is None else device
     inputs = {
-        "recipe": recipe.section_digest("model", "revision", "method", "lora", "train"),
+        "recipe": recipe.section_digest("model", "revision", "method", "lora", "train", "objective"),
         "data": run.outputs_digest("prepare"),
         "device": sha256_json([here.name, here.memory_bytes, here.count]),
     }

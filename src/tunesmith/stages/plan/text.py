@@ -37,8 +37,9 @@ def heading(plan: Plan) -> list[str]:
     if device.note:
         lines += textwrap.wrap(device.note, WIDTH, initial_indent="  ", subsequent_indent="  ")
     facts = plan.facts.as_dict()
+    rows = "rows" if facts["sequences_per_row"] == 1 else "pairs, each side"
     lines.append(
-        f"{facts['rows']:,} rows of {facts['mean_tokens']:.0f} tokens, the longest {facts['longest_tokens']:,} "
+        f"{facts['rows']:,} {rows} of {facts['mean_tokens']:.0f} tokens, the longest {facts['longest_tokens']:,} "
         f"({facts['counted']})"
     )
     return lines

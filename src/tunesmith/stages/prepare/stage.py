@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.chat.formats import Message, to_messages
+from tunesmith.chat.preference import Pair, chosen_messages, equal_answers, to_pair
 from tunesmith.chat.template import ChatTemplate, Encoded
 from tunesmith.errors import CODES, DataError, Problem
 from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_jsonl, write_text
@@ -35,18 +36,32 @@ _NOTES = {
 }
 
 
+#: Makes a conversation, or a pair of them, out of a row: (row, where, format, system).
+Reader = Callable[[Mapping[str, Any], str, str, str | None], list[Message] | Pair | Problem]
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A row on its way: where it stands, its conversation, and once encoded, its token ids."""
+    """A row on its way: where it stands, its conversation, and once encoded, its token ids.
+
+    A pair's conversation is the chosen one; the rejected one stands beside it.
+    """
 
     where: str
     messages: list[Message]
+    rejected: list[Message] | None = None
     encoded: Encoded | None = None
+    encoded_rejected: Encoded | None = None
 
     @property
     def key(self) -> str:
-        """Equal for rows with the same conversation."""
-        return sha256_json(self.messages)
+        """Equal for rows with the same conversation, or the same two."""
+        return sha256_json([self.messages, self.rejected])
+
+    @property
+    def sides(self) -> list[Encoded]:
+        """What was encoded: one conversation, or the two of a pair."""
+        return [side for side in (self.encoded, self.encoded_rejected) if side is not None]
 
 
 @dataclass
@@ -99,7 +114,7 @@ def prepare(run: Run) -> dict[str, Any]:
 
 
 def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
-    inputs = {"recipe": recipe.section_digest("data", "seed"), "model": model_digest(folder)}
+    inputs = {"recipe": recipe.section_digest("data", "seed", "objective"), "model": model_digest(folder)}
     for name in ("train", "test", "chat_template"):
         path = getattr(recipe.data, name)
         if path is not None:
@@ -111,7 +126,8 @@ def _write(run: Run, model_folder: Path, target: Path) -> None:
     recipe, data = run.recipe, run.recipe.data
     ledger = Ledger()
     # Rows first: what is wrong with them shows before anything heavy is loaded.
-    candidates = _draw(_unique(_read(Path(data.train), data, ledger), ledger), recipe, ledger)
+    read = to_messages if recipe.objective == "sft" else to_pair
+    candidates = _draw(_unique(_read(Path(data.train), read, data, ledger), ledger), recipe, ledger)
     tokenizer = load_tokenizer(model_folder)
     template = ChatTemplate(tokenizer, _template_source(data), str(model_folder))
     rows = _encode(candidates, template, data, ledger)
@@ -121,12 +137,14 @@ def _write(run: Run, model_folder: Path, target: Path) -> None:
         raise DataError(Problem("TS109", f"no row is left to train on ({detail})", data.train, why, "correct the data"))
     heldout, train = _split(rows, recipe)
     ledger.rows_train, ledger.rows_heldout = len(train), len(heldout)
-    ledger.tokens_train = sum(len(row.encoded.input_ids) for row in train if row.encoded)
-    ledger.tokens_trained_on = sum(sum(row.encoded.trained) for row in train if row.encoded)
+    sides = [side for row in train for side in row.sides]
+    ledger.tokens_train = sum(len(side.input_ids) for side in sides)
+    ledger.tokens_trained_on = sum(sum(side.trained) for side in sides)
     if data.test is not None:
         _write_test(Path(data.test), data, target, ledger)
-    write_arrow(target / "train.arrow", train)
-    write_arrow(target / "heldout.arrow", heldout)
+    pairs = recipe.objective == "dpo"
+    write_arrow(target / "train.arrow", train, pairs=pairs)
+    write_arrow(target / "heldout.arrow", heldout, pairs=pairs)
     write_jsonl(target / "heldout.jsonl", [{"where": row.where, "messages": row.messages} for row in heldout])
     write_jsonl(target / "rejects.jsonl", ledger.rejects)
     counts = ledger.as_dict()
@@ -149,15 +167,16 @@ def _template_source(data: DataSection) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def _read(path: Path, data: DataSection, ledger: Ledger) -> list[Candidate]:
+def _read(path: Path, read: Reader, data: DataSection, ledger: Ledger) -> list[Candidate]:
     """All usable rows; bad ones are rejected, or raised together, as the recipe says."""
     candidates: list[Candidate] = []
     problems: list[Problem] = []
     for row in read_rows(path):
         ledger.rows_in += 1
-        result = row.problem or to_messages(row.value or {}, row.where, data.format, data.system)
+        result = row.problem or read(row.value or {}, row.where, data.format, data.system)
         if not isinstance(result, Problem):
-            candidates.append(Candidate(row.where, result))
+            sides = (result.chosen, result.rejected) if isinstance(result, Pair) else (result,)
+            candidates.append(Candidate(row.where, *sides))
         elif data.on_bad_row == "reject":
             ledger.reject(row.where, _REASONS[result.code], result.what)
         else:
@@ -214,22 +233,39 @@ def _encode(candidates: Sequence[Candidate], template: ChatTemplate, data: DataS
     rows: list[Candidate] = []
     problems: list[Problem] = []
     for start in range(0, len(candidates), _CHUNK):
-        chunk = candidates[start : start + _CHUNK]
-        for candidate, result in zip(chunk, template.encode([c.messages for c in chunk]), strict=True):
+        for candidate, result in _encoded(candidates[start : start + _CHUNK], template):
             if isinstance(result, Problem):
                 if data.on_bad_row == "reject":
                     ledger.reject(candidate.where, _REASONS[result.code], result.what)
                 else:
                     problems.append(replace(result, where=candidate.where))
-            elif len(result.input_ids) > data.max_length:
-                detail = f"{len(result.input_ids)} tokens, data.max_length is {data.max_length}"
-                ledger.reject(candidate.where, "too-long", detail)
+                continue
+            longest = max(len(side.input_ids) for side in result.sides)
+            if longest > data.max_length:
+                ledger.reject(candidate.where, "too-long", f"{longest} tokens, data.max_length is {data.max_length}")
             else:
-                ledger.notes.update(result.notes)
-                rows.append(Candidate(candidate.where, candidate.messages, result))
+                ledger.notes.update({note for side in result.sides for note in side.notes})
+                rows.append(result)
     if problems:
         raise DataError(_shortened(problems))
     return rows
+
+
+def _encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[tuple[Candidate, Candidate | Problem]]:
+    """Each candidate with itself encoded, or with its problem. Of a pair the last answers alone carry loss."""
+    pairs = [candidate for candidate in chunk if candidate.rejected is not None]
+    firsts = template.encode([candidate.messages for candidate in chunk], last_answer=bool(pairs))
+    others = iter(template.encode([pair.rejected for pair in pairs if pair.rejected is not None], last_answer=True))
+    for candidate, first in zip(chunk, firsts, strict=True):
+        other = next(others) if candidate.rejected is not None else None
+        if isinstance(first, Problem):
+            yield candidate, first
+        elif isinstance(other, Problem):
+            yield candidate, other
+        elif other is not None and first.input_ids == other.input_ids:
+            yield candidate, equal_answers(candidate.where)  # they differed in what the template trims
+        else:
+            yield candidate, replace(candidate, encoded=first, encoded_rejected=other)
 
 
 def _split(rows: list[Candidate], recipe: Recipe) -> tuple[list[Candidate], list[Candidate]]:
@@ -241,10 +277,13 @@ def _split(rows: list[Candidate], recipe: Recipe) -> tuple[list[Candidate], list
 
 
 def _write_test(path: Path, data: DataSection, target: Path, ledger: Ledger) -> None:
-    """Test rows as conversations; they are generated from, not trained on, so they are not encoded here."""
+    """Test rows as conversations; they are generated from, not trained on, so they are not encoded here.
+
+    Of a preference row the chosen answer is the reference.
+    """
     counts = Ledger()
     usable: list[Candidate] = []
-    for row in _read(path, data, counts):
+    for row in _read(path, chosen_messages, data, counts):
         if row.messages[-1]["role"] == "assistant":
             usable.append(row)
         else:

@@ -1,8 +1,8 @@
 """The training loop: transformers' `Trainer` with our loss, our metrics and nothing hidden.
 
 Per optimizer step one line of `metrics.jsonl`: `step, loss, grad_norm, learning_rate, tokens, computed_tokens,
-labelled_tokens, seconds`. `loss` is the mean over the labelled tokens of the whole global batch, whatever the
-accumulation.
+labelled_tokens, seconds`, and the objective's own figures. `loss` is the mean over what the objective counts in the whole
+global batch (labelled tokens, or pairs), whatever the accumulation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from tunesmith.io.atomic import append_jsonl
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
 from tunesmith.methods.settings import Settings
 from tunesmith.methods.sizes import STATE_BITS
-from tunesmith.packing.batch import Batch, StepCollator, labelled_count
-from tunesmith.packing.loss import LossModel
+from tunesmith.packing.batch import Batch, labelled_count
 from tunesmith.recipe import Recipe, TrainSection
+from tunesmith.stages.train.objective import Objective, StepBatches
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StepMetrics:
     """One optimizer step.
 
     `tokens` counts the tokens of all rows, `computed_tokens` those that went through the model: fewer where rows share
-    prefixes, more where they are padded. `seconds` is wall time from the step before.
+    prefixes, more where they are padded. `seconds` is wall time from the step before. `figures` are the objective's own.
     """
 
     step: int
@@ -43,6 +43,13 @@ class StepMetrics:
     computed_tokens: int
     labelled_tokens: int
     seconds: float
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """A line of metrics.jsonl: the figures stand beside the other keys."""
+        values = asdict(self)
+        figures: dict[str, float] = values.pop("figures")
+        return values | figures
 
 
 def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu: bool) -> TrainingArguments:
@@ -77,21 +84,23 @@ def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu
 
 
 class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
-    """`Trainer` over a `LossModel`: token-mean loss over the global batch, metrics for each step, finite or stopped."""
+    """`Trainer` over an objective's loss: its mean over the global batch, metrics for each step, finite or stopped."""
 
     def __init__(
         self,
-        model: LossModel,
+        objective: Objective,
+        model: Any,
         arguments: TrainingArguments,
         asked: TrainSection,
         rows: Any,
-        collator: StepCollator,
+        batches: StepBatches,
         *,
         metrics_path: Path,
         on_step: Callable[[StepMetrics, int], None],
     ) -> None:
-        super().__init__(model=model, args=arguments, train_dataset=rows, data_collator=collator)
-        # What Trainer reads off the signature of a transformers model: our loss divides by the global token count.
+        super().__init__(model=objective.loss_model(model), args=arguments, train_dataset=rows, data_collator=batches)
+        self.objective = objective
+        # What Trainer reads off the signature of a transformers model: our loss divides by the global count.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.metrics_path = metrics_path
@@ -103,6 +112,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self._tokens = 0
         self._computed = 0
         self._labelled = 0
+        self._counted = 0
+        self._sums: dict[str, torch.Tensor] = {}
         self._begun = time.perf_counter()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,14 +150,17 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The micro-batch's share of the mean loss over the `num_items_in_batch` labelled tokens of the global batch."""
+        """The micro-batch's share of the loss: a mean over the `num_items_in_batch` that are counted in the global batch."""
         if num_items_in_batch is None or return_outputs:
-            raise AssertionError("the training loop always counts labelled tokens and asks for the loss alone")
+            raise AssertionError("the training loop always counts and asks for the loss alone")
         self._computed += inputs["input_ids"].numel()
         self._tokens += inputs.pop("row_tokens")
         self._labelled += labelled_count(inputs)
+        self._counted += self.objective.count(inputs)
+        summed, sums = self.objective.read(model(**inputs))
+        self._sums = {name: value + self._sums.get(name, 0) for name, value in sums.items()}
         # Gradients are averaged over the ranks, so each gives its share times their number.
-        loss: torch.Tensor = model(**inputs) / num_items_in_batch * self.accelerator.num_processes
+        loss: torch.Tensor = summed / num_items_in_batch * self.accelerator.num_processes
         if self.in_backward is not None and not math.isfinite(float(loss.detach())):
             # The weights would be updated before the norm is known.
             raise TrainError(_not_finite(self.state.global_step + 1, float(loss.detach()), math.nan))
@@ -178,9 +192,9 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return norm
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
-        """Labelled tokens of the global batch: of all micro-batches, on all ranks."""
+        """What the objective counts in the global batch: in all micro-batches, on all ranks."""
         batches = [batch for sample in batch_samples for batch in sample["micro_batches"]]
-        count = torch.tensor(sum(map(labelled_count, batches)), device=device)
+        count = torch.tensor(sum(map(self.objective.count, batches)), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
@@ -205,10 +219,12 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             computed_tokens=self._computed,
             labelled_tokens=self._labelled,
             seconds=now - self._begun,
+            figures={name: float(total) / self._counted for name, total in self._sums.items()},
         )
-        self._begun, self._tokens, self._computed, self._labelled = now, 0, 0, 0
+        self._begun, self._tokens, self._computed, self._labelled, self._counted = now, 0, 0, 0, 0
+        self._sums = {}
         self.history.append(metrics)
-        append_jsonl(self.metrics_path, vars(metrics))
+        append_jsonl(self.metrics_path, metrics.as_dict())
         self.on_step(metrics, self.state.max_steps)
 
 

@@ -19,11 +19,12 @@ from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
-from tunesmith.packing.batch import Collator, PaddedCollator, StepCollator, choose_collator
-from tunesmith.packing.loss import LossModel, use_tree_attention
+from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
+from tunesmith.packing.loss import use_tree_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import Run
 from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
+from tunesmith.stages.train.objective import make_objective
 from tunesmith.stages.train.progress import TrainProgress
 
 
@@ -35,7 +36,7 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
     recipe = run.recipe
     model_folder = locate(recipe.model, recipe.revision)
     inputs = {
-        "recipe": recipe.section_digest("model", "revision", "method", "seed", "lora", "train"),
+        "recipe": recipe.section_digest("model", "revision", "method", "seed", "lora", "train", "objective", "dpo"),
         "data": run.outputs_digest("prepare"),
         "model": model_digest(model_folder),
     }
@@ -48,7 +49,8 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
 
 def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None:
     recipe, hardware = run.recipe, detect()
-    rows = Dataset.from_file(str(run.path / "data" / "train.arrow"))
+    objective = make_objective(recipe)
+    rows = objective.checked(Dataset.from_file(str(run.path / "data" / "train.arrow")))
     if len(rows) == 0:
         why = "training over nothing changes nothing"
         raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
@@ -60,17 +62,19 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
     dtype, rank, alpha = settings.compute_dtype, settings.r, settings.lora_alpha
     method = make_method(recipe, model_folder, compute_dtype=dtype, r=rank, lora_alpha=alpha)
     model = method.build()
-    collator = _collator(run, model, load_tokenizer(model_folder).pad_token_id, max(rows["length"]), folder)
+    collator = _collator(run, model, load_tokenizer(model_folder).pad_token_id, objective.longest(rows), folder)
     use_tree_attention(model, on=not isinstance(collator, PaddedCollator))
-    limits = Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size)
+    batches = objective.batches(collator, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size))
     meter.reset()
+    rows, seconds_before = objective.before(model, rows, batches, folder, console)
     with tempfile.TemporaryDirectory() as scratch, TrainProgress(recipe.method, settings.max_steps, console) as progress:
         engine = Engine(
-            LossModel(model),
+            objective,
+            model,
             training_arguments(recipe, settings, Path(scratch), cpu=hardware.device == "cpu"),
             recipe.train,
             rows,
-            StepCollator(collator, limits),
+            batches,
             metrics_path=folder / "metrics.jsonl",
             on_step=progress.step,
         )
@@ -88,7 +92,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         "total_parameters": total_parameters(model),
         "peak_memory_bytes": peak,
     }
-    write_json(folder / "summary.json", summary | _figures(engine.history))
+    write_json(folder / "summary.json", summary | _figures(engine.history, seconds_before))
 
 
 def _settings(run: Run, rows: int, hardware: Hardware, folder: Path) -> Settings:
@@ -105,15 +109,19 @@ def _settings(run: Run, rows: int, hardware: Hardware, folder: Path) -> Settings
     return settings
 
 
-def _figures(history: Sequence[StepMetrics]) -> dict[str, Any]:
-    """Speed and loss over all steps; the first step also allocates, so the median leaves it out."""
+def _figures(history: Sequence[StepMetrics], seconds_before: float) -> dict[str, Any]:
+    """Speed and loss over all steps; the first step also allocates, so the median leaves it out.
+
+    `seconds` is the whole training, with what the objective took before the first step.
+    """
     seconds = [step.seconds for step in history]
     return {
         "steps": len(seconds),
         "seconds_per_step": statistics.median(seconds[1:] or seconds),
         "tokens_per_second": sum(step.tokens for step in history) / sum(seconds),
         "computed_tokens_per_second": sum(step.computed_tokens for step in history) / sum(seconds),
-        "seconds": sum(seconds),
+        "seconds_before_first_step": seconds_before,
+        "seconds": seconds_before + sum(seconds),
         "first_loss": history[0].loss,
         "last_loss": history[-1].loss,
     }

@@ -1,0 +1,155 @@
+"""One side of dpo_speed.py: for each prepared run that its input names, trains on the run's pairs and answers what that took.
+
+Answers are lines of JSON: `seconds` (reference and all steps), `losses`, `margins` (of rewards), `peak_memory_bytes`. Imports,
+loading the model and making the trainer are in no one's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import set_seed
+
+from tunesmith.hardware.memory import PeakMemory
+from tunesmith.methods import make_method
+from tunesmith.models.load import load_model, load_tokenizer, locate
+from tunesmith.runs import Run, open_run, read_jsonl
+from tunesmith.stages.train import train
+
+Answer = dict[str, Any]
+
+
+def our_side(run: Run) -> Answer:
+    """The train stage itself."""
+    summary = train(run, Console(quiet=True))
+    lines = read_jsonl(run.path / "train" / "metrics.jsonl")
+    return {
+        "seconds": summary["seconds"],
+        "seconds_before_first_step": summary["seconds_before_first_step"],
+        "losses": [line["loss"] for line in lines],
+        "margins": [line["reward_margin"] for line in lines],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+    }
+
+
+def trl_side(run: Run, micro: int, *, precompute: bool) -> Answer:
+    """TRL's DPOTrainer on the same ids, from the same adapter, with its own reference: the adapter off, or taken before."""
+    from trl import DPOTrainer
+
+    class Prepared(DPOTrainer):
+        """The rows are token ids already; taking the reference before is a part of the training's time."""
+
+        before = 0.0
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, *args: Any) -> Any:
+            begun = time.perf_counter()
+            made = super()._precompute_ref_logps(*args)
+            self.before += time.perf_counter() - begun
+            return made
+
+    model = plain_model(run)
+    rows = Dataset.from_list([cut(row) for row in Dataset.from_file(str(run.path / "data" / "train.arrow"))])
+    tokenizer = load_tokenizer(locate(run.recipe.model, None))
+    meter = PeakMemory()
+    meter.reset()
+    set_seed(run.recipe.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Prepared(
+            model=model,
+            args=arguments(run, micro, scratch, precompute=precompute),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        begun = time.perf_counter()
+        trainer.train()
+        seconds = trainer.before + time.perf_counter() - begun
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return {
+        "seconds": seconds,
+        "seconds_before_first_step": trainer.before,
+        "losses": [line["loss"] for line in lines],
+        "margins": [line["rewards/margins"] for line in lines],
+        "peak_memory_bytes": meter.peak_bytes(),
+    }
+
+
+def arguments(run: Run, micro: int, scratch: str, *, precompute: bool) -> Any:
+    """TRL's arguments as tuned as they get on a CPU: float32, no checkpointing."""
+    from trl import DPOConfig
+
+    asked = run.recipe.train
+    return DPOConfig(
+        output_dir=scratch,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=int(asked.effective_batch_size) // micro,
+        max_steps=asked.max_steps or -1,
+        learning_rate=float(asked.learning_rate),
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        beta=run.recipe.dpo.beta,
+        max_length=None,
+        precompute_ref_log_probs=precompute,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=run.recipe.seed,
+        data_seed=run.recipe.seed,
+        dataloader_pin_memory=False,
+    )
+
+
+def cut(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair in TRL's columns; what the template writes after the answers is in neither side's loss, so it is left out."""
+    names = {"prompt_ids": row["input_ids"][: row["trained"].index(True)]}
+    for name, prefix in (("chosen_ids", ""), ("rejected_ids", "rejected_")):
+        flags = zip(row[f"{prefix}input_ids"], row[f"{prefix}trained"], strict=True)
+        names[name] = [token for token, trained in flags if trained]
+    return names
+
+
+def plain_model(run: Run) -> Any:
+    """The model as transformers and PEFT make it, with the adapter that our side starts from (drawn from the same seed)."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    folder, lora = locate(run.recipe.model, None), run.recipe.lora
+    start = make_method(run.recipe, folder, compute_dtype="float32", r=int(lora.r), lora_alpha=int(lora.lora_alpha)).build()
+    drawn = {name.replace(".default", ""): value for name, value in start.state_dict().items() if "lora_" in name}
+    config = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.lora_alpha, target_modules="all-linear")
+    made = get_peft_model(load_model(folder, dtype="float32"), config)
+    set_peft_model_state_dict(made, drawn)
+    return made
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("side", choices=["tunesmith", "trl", "trl_precomputed"])
+    options.add_argument("--micro", type=int, required=True)
+    asked = options.parse_args()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print; answers go where nothing else does
+    for line in sys.stdin:
+        run = open_run(Path(line.strip()))
+        ours = asked.side == "tunesmith"
+        answer = our_side(run) if ours else trl_side(run, asked.micro, precompute=asked.side == "trl_precomputed")
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What training minimises: the loss model, its batches, and what its mean is over. The engine knows this interface alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from safetensors.torch import save
+
+from tunesmith.errors import DataError, Problem, TrainError
+from tunesmith.io.atomic import write_bytes
+from tunesmith.packing.batch import Batch, Collator, Rows, StepCollator, labelled_count
+from tunesmith.packing.loss import LossModel
+from tunesmith.packing.preference import PairCollator, Preference, PreferenceModel, pair_count, reference_logprobs
+from tunesmith.packing.tree import Limits
+from tunesmith.recipe import DpoSection, Recipe
+
+StepBatches = Callable[[Rows], dict[str, list[Batch]]]  # the rows of an optimizer step as `micro_batches`
+Sums = Mapping[str, torch.Tensor]  # figures of a batch, each summed over what `count` counts
+
+
+class Objective(Protocol):
+    """A loss over rows; its mean over the global batch is minimised."""
+
+    def checked(self, rows: Any) -> Any:
+        """The dataset if it has this objective's columns. Raises DataError where it was prepared for another one."""
+        ...
+
+    def longest(self, rows: Any) -> int:
+        """Tokens of the longest sequence of the dataset."""
+        ...
+
+    def batches(self, collate: Collator, limits: Limits) -> StepBatches:
+        """How the rows of a step become micro-batches."""
+        ...
+
+    def before(self, model: Any, rows: Any, batches: StepBatches, folder: Path, console: Console, /) -> tuple[Any, float]:
+        """The dataset with what the loss needs of the untrained model, stored in `folder` too, and the seconds that it took."""
+        ...
+
+    def loss_model(self, model: Any) -> torch.nn.Module:
+        """A module whose forward gives what `read` reads."""
+        ...
+
+    def read(self, output: Any) -> tuple[torch.Tensor, Sums]:
+        """The summed loss of a batch, and sums of the figures that go into metrics.jsonl beside it."""
+        ...
+
+    def count(self, batch: Batch) -> int:
+        """What the mean is over, in this batch."""
+        ...
+
+
+class Sft:
+    """Cross-entropy over labelled tokens."""
+
+    def checked(self, rows: Any) -> Any:
+        if "rejected_input_ids" in rows.column_names:
+            raise DataError(_prepared_for("dpo", "sft"))
+        return rows
+
+    def longest(self, rows: Any) -> int:
+        return int(max(rows["length"]))
+
+    def batches(self, collate: Collator, limits: Limits) -> StepBatches:
+        return StepCollator(collate, limits)
+
+    def before(self, _model: Any, rows: Any, *_: Any) -> tuple[Any, float]:
+        return rows, 0.0  # nothing is needed of the untrained model
+
+    def loss_model(self, model: Any) -> torch.nn.Module:
+        return LossModel(model)
+
+    def read(self, output: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+        return output, {}
+
+    def count(self, batch: Batch) -> int:
+        return labelled_count(batch)
+
+
+class Dpo:
+    """The preference loss over pairs, against the model as it was before the first step.
+
+    That model is the reference of the paper: an adapter starts as zero, so it is the base, and with full fine-tuning it is the
+    weights as they were loaded. All that the loss needs of it are two numbers a pair, which are taken once before training; no
+    second model is kept, and no step computes the reference again.
+    """
+
+    def __init__(self, asked: DpoSection) -> None:
+        self.asked = asked
+
+    def checked(self, rows: Any) -> Any:
+        if "rejected_input_ids" not in rows.column_names:
+            raise DataError(_prepared_for("sft", "dpo"))
+        return rows
+
+    def longest(self, rows: Any) -> int:
+        return max(int(max(rows[name])) for name in ("length", "rejected_length"))
+
+    def batches(self, collate: Collator, limits: Limits) -> PairCollator:
+        return PairCollator(collate, limits)
+
+    def before(self, model: Any, rows: Any, batches: StepBatches, folder: Path, console: Console, /) -> tuple[Any, float]:
+        """Takes the reference's log-probabilities of all rows. Raises TrainError where one is not finite."""
+        if not isinstance(batches, PairCollator):
+            raise AssertionError("pairs are laid out by the collator that `batches` gave")
+        begun = time.perf_counter()
+        console.print(f"reference: log-probabilities of {len(rows)} pairs under the untrained model", highlight=False)
+        found = reference_logprobs(model, rows, batches)
+        bad = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            raise TrainError(_reference_problem(rows[bad[0]]["where"], len(bad)))
+        write_bytes(folder / "reference.safetensors", save({"chosen": found[:, 0].clone(), "rejected": found[:, 1].clone()}))
+        return rows.add_column("reference", found.tolist()), time.perf_counter() - begun
+
+    def loss_model(self, model: Any) -> torch.nn.Module:
+        return PreferenceModel(model, self.asked.beta, self.asked.label_smoothing)
+
+    def read(self, output: Preference) -> tuple[torch.Tensor, Sums]:
+        return output.loss, {"reward_accuracy": output.right, "reward_margin": output.margin}
+
+    def count(self, batch: Batch) -> int:
+        return pair_count(batch)
+
+
+def make_objective(recipe: Recipe) -> Objective:
+    """The objective that the recipe names."""
+    return Sft() if recipe.objective == "sft" else Dpo(recipe.dpo)
+
+
+def _prepared_for(other: str, asked: str) -> Problem:
+    why = "what a row's columns mean depends on the objective"
+    fix = "run `tunesmith prepare` again"
+    return Problem("TS113", f"the rows were prepared for objective: {other}, not {asked}", "data/train.arrow", why, fix)
+
+
+def _reference_problem(where: str, rows: int) -> Problem:
+    why = "the loss compares the model with what it was, so it would not be a number from the first step on"
+    fix = "look at the row, check that the model's weights are finite, or set train.compute_dtype: float32"
+    return Problem("TS301", f"the untrained model gives no finite log-probability ({rows} rows)", where, why, fix)

@@ -1,0 +1,23 @@
+"""Preference pairs as several tests need them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.conftest import COLOURS
+
+
+def pair_row(number: int) -> dict[str, Any]:
+    """A raw row: the question of a thing's colour, the preferred answer short, the other one polite and wrong."""
+    right, wrong = COLOURS[number % 8], COLOURS[(number + 3) % 8]
+    question = f"Which colour is thing number {number}{', tell me please' * (number % 5)}?"
+    return {"prompt": question, "chosen": right, "rejected": f"Well, I would say {wrong}{', perhaps' * (number % 3)}."}
+
+
+PAIRS = [pair_row(number) for number in range(40)]
+
+
+def sides(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Both sides of dataset rows of pairs as plain rows, the chosen ones first."""
+    chosen = [{"input_ids": pair["input_ids"], "trained": pair["trained"]} for pair in pairs]
+    return chosen + [{"input_ids": pair["rejected_input_ids"], "trained": pair["rejected_trained"]} for pair in pairs]
