@@ -96,3 +96,13 @@ def test_section_digest_moves_with_its_section_alone() -> None:
     two = parse_recipe(GOOD, "r", Path("/base"), ["train.max_steps=3"]).recipe
     assert one.section_digest("data") == two.section_digest("data")
     assert one.section_digest("train") != two.section_digest("train")
+
+
+def test_mmlu_keys() -> None:
+    text = GOOD + "evaluate: {mmlu: mmlu, mmlu_subjects: [anatomy, us_foreign_policy], mmlu_shots: 0}\n"
+    resolved = parse_recipe(text, "recipe.yaml", Path("/base"))
+    assert resolved.recipe.evaluate.mmlu == "/base/mmlu"
+    assert parse_dumped_recipe(dump_recipe(resolved), "run") == resolved
+    for shots in ("-1", "6"):
+        assert any("evaluate.mmlu_shots" in what for what in problems(GOOD, f"evaluate.mmlu_shots={shots}"))
+    assert any("evaluate.mmlu_questions" in what for what in problems(GOOD, "evaluate.mmlu_questions=0"))

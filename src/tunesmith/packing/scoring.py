@@ -24,7 +24,7 @@ from tunesmith.packing.loss import changes_logits, logits_in_chunks, use_tree_at
 from tunesmith.packing.tree import MIN_SHARED, Limits, build_tree, shared_length, split_by_length
 
 #: Tokens that go through the model at once. Each tree pays for the header again, so few large trees are better than many
-#: small ones; `benchmarks/mmlu_scoring.py --budgets` measures it.
+#: small ones; docs/architecture.md has token counts, `benchmarks/mmlu_scoring.py --budgets` the seconds.
 MAX_TOKENS = 8192
 
 _AT_ONCE = 256  # padded rows that are split together: the split's cost grows with the square of their number

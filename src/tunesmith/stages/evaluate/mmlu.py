@@ -166,7 +166,8 @@ def encode_choices(tokenizer: Any, texts: Sequence[str], longest: int | None) ->
     requests, cut = [], 0
     for start in range(0, len(texts), _ENCODED):
         some = texts[start : start + _ENCODED]
-        encoded = tokenizer([text + end for text in some for end in ("", *(f" {letter}" for letter in LETTERS))])["input_ids"]
+        wanted = [text + end for text in some for end in ("", *(f" {letter}" for letter in LETTERS))]
+        encoded = tokenizer(wanted, return_attention_mask=False)["input_ids"]
         step = 1 + len(LETTERS)
         for first in range(0, len(encoded), step):
             context, wholes = encoded[first], encoded[first + 1 : first + step]
