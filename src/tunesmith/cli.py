@@ -172,6 +172,8 @@ def evaluate(
     this = open_run(run)
     results = evaluate_base(this, _err()) if base else stage(this, model, _err())
     _facts(results, "task_score", "json_parse_rate", "schema_valid_rate", "macro_f1", "eval_loss", "rows")
+    if "mmlu" in results:
+        _facts({f"mmlu_{key}": value for key, value in results["mmlu"].items()}, "mmlu_accuracy", "mmlu_questions")
 
 
 @app.command(rich_help_panel=_STAGES)
@@ -202,19 +204,28 @@ def _compare_methods(resolved: ResolvedRecipe, target: Path, methods: str) -> No
 
 
 def _show_table(table: dict[str, Any], folder: Path) -> None:
+    from tunesmith.stages.compare.forgetting import FORGETTING_HEADERS, forgetting_cells, forgetting_verdict
     from tunesmith.stages.compare.text import HEADERS, cells, verdict
 
-    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    for number, header in enumerate(HEADERS):
-        shown.add_column(header, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in cells(table["rows"]):
-        shown.add_row(*row)
     console = Console()
+    _print_table(console, HEADERS, cells(table["rows"]))
+    console.print(Text(verdict(table["rows"])))
+    if forgetting := forgetting_cells(table["rows"]):
+        _print_table(console, FORGETTING_HEADERS, forgetting)
+        console.print(Text(forgetting_verdict(table["rows"]) or ""))
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _print_table(console: Console, headers: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table with a blank line before and after it, the first column to the left, numbers to the right."""
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    for number, header in enumerate(headers):
+        shown.add_column(header, justify="left" if number == 0 else "right", no_wrap=True)
+    for line in lines:
+        shown.add_row(*line)
     console.print()
     console.print(shown)
     console.print()
-    console.print(Text(verdict(table["rows"])))
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _facts(values: dict[str, Any], *names: str) -> None:

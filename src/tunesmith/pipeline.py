@@ -159,7 +159,9 @@ def _evaluate(this: Run, console: Console) -> None:
 
     results = evaluate(this, console=console)
     loss = "" if results["eval_loss"] is None else f", eval loss {results['eval_loss']:.3f}"
-    _say(console, "evaluate", f"task score {100 * results['task_score']:.1f} % on {results['rows']} rows{loss}")
+    mmlu = results.get("mmlu")
+    known = "" if mmlu is None else f", MMLU {100 * mmlu['accuracy']:.1f} % on {mmlu['questions']} questions"
+    _say(console, "evaluate", f"task score {100 * results['task_score']:.1f} % on {results['rows']} rows{loss}{known}")
 
 
 def _say(console: Console, stage: str, text: str) -> None:

@@ -143,6 +143,14 @@ class EvaluateSection(Section):
     """Longest answer generated."""
     batch_size: PositiveInt = 32
     """Prompts generated at once."""
+    mmlu: str | None = None
+    """A folder with MMLU's dev/<subject>_dev.csv and test/<subject>_test.csv: also score what the model may have forgotten."""
+    mmlu_subjects: list[str] | None = None
+    """Subjects to score, by the names of their files; without it all."""
+    mmlu_questions: PositiveInt | None = None
+    """Score at most this many questions of each subject (the first ones)."""
+    mmlu_shots: Annotated[int, Field(ge=0, le=5)] = 5
+    """Examples before each question: the first ones of the dev file."""
 
 
 class Recipe(Section):
@@ -366,6 +374,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         return None if value is None else str((base / value).resolve())
 
     data = {key: absolute(getattr(recipe.data, key)) for key in ("train", "test", "chat_template")}
+    evaluate = {key: absolute(getattr(recipe.evaluate, key)) for key in ("json_schema", "mmlu")}
     model = recipe.model
     if model.startswith((".", "/", "~")):
         model = str((base / Path(model).expanduser()).resolve())
@@ -373,6 +382,6 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         update={
             "model": model,
             "data": recipe.data.model_copy(update=data),
-            "evaluate": recipe.evaluate.model_copy(update={"json_schema": absolute(recipe.evaluate.json_schema)}),
+            "evaluate": recipe.evaluate.model_copy(update=evaluate),
         }
     )

@@ -109,3 +109,13 @@ def test_preference_keys_move_the_digest_of_training(change: str) -> None:
 @pytest.mark.parametrize("change", ["objective=ppo", "dpo.beta=0", "dpo.label_smoothing=0.5", "dpo.label_smoothing=-0.1"])
 def test_preference_values_out_of_range_are_refused(change: str) -> None:
     assert change.partition("=")[0] in next(iter(problems(GOOD, change)))
+
+
+def test_mmlu_keys() -> None:
+    text = GOOD + "evaluate: {mmlu: mmlu, mmlu_subjects: [anatomy, us_foreign_policy], mmlu_shots: 0}\n"
+    resolved = parse_recipe(text, "recipe.yaml", Path("/base"))
+    assert resolved.recipe.evaluate.mmlu == "/base/mmlu"
+    assert parse_dumped_recipe(dump_recipe(resolved), "run") == resolved
+    for shots in ("-1", "6"):
+        assert any("evaluate.mmlu_shots" in what for what in problems(GOOD, f"evaluate.mmlu_shots={shots}"))
+    assert any("evaluate.mmlu_questions" in what for what in problems(GOOD, "evaluate.mmlu_questions=0"))

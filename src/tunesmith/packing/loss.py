@@ -5,7 +5,7 @@ Shapes: B rows, L tokens, H hidden size, V vocabulary, N labelled places.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,31 @@ def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         cap = soft_cap(causal)
         logits = logits if cap is None else (logits / cap).tanh() * cap
     return logits
+
+
+def changes_logits(model: Any) -> bool:
+    """Whether the model changes its logits after the head (Granite, Cohere, Falcon-H1), other than by soft-capping."""
+    return own_logits(causal_of(model))
+
+
+def logits_in_chunks(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
+    """`labelled_logits` without gradients, `chunk_rows` places at a time: the first place's number, and logits (places, V).
+
+    A model that changes its logits makes them all in its own forward, for each row at each column that any row needs.
+    """
+    causal = causal_of(model)
+    if own_logits(causal):
+        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+        width = batch["input_ids"].shape[1]
+        columns, which = torch.unique(batch["sources"] % width, return_inverse=True)
+        logits = causal(**inputs, use_cache=False, logits_to_keep=columns).logits  # (B, columns, V)
+        yield 0, logits[batch["sources"] // width, which]
+        return
+    hidden, head, cap = labelled_hidden(causal, batch), causal.get_output_embeddings(), soft_cap(causal)
+    size = chunk_rows(head.weight.shape[0])
+    for begin in range(0, len(hidden), size):
+        logits = head(hidden[begin : begin + size])
+        yield begin, logits if cap is None else (logits / cap).tanh() * cap
 
 
 def _chunk(

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from tunesmith.plotting import colour
 from tunesmith.stages.compare import plots
+from tunesmith.stages.compare.forgetting import FORGETTING_HEADERS, forgetting_cells, forgetting_verdict
 from tunesmith.stages.compare.text import HEADERS, PROMISE_HEADERS, cells, percent, promise_cells, verdict
 
 
@@ -30,6 +31,9 @@ def render(
         charts=_charts(rows),
         fields=sorted({name for row in rows for name in (row["field_accuracy"] or {})}),
         percent=percent,
+        forgetting_headers=FORGETTING_HEADERS,
+        forgetting=forgetting_cells(rows),
+        forgetting_verdict=forgetting_verdict(rows),
         promise_headers=PROMISE_HEADERS,
         promises=[promise_cells(run["name"], run["score"]) for run in details if run["score"] is not None],
     )

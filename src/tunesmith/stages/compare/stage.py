@@ -10,9 +10,12 @@ from tunesmith.errors import Problem, RunError
 from tunesmith.io.atomic import commit_folder, read_json, write_json, write_text
 from tunesmith.models.load import locate, model_digest
 from tunesmith.runs import Run, eval_folder, installed_versions, read_jsonl
+from tunesmith.stages.compare.forgetting import add_changes
 
 BOOTSTRAP_DRAWS = 10_000
 BOOTSTRAP_SEED = 0
+
+_PER_ROW = ("scores", "mmlu_answers")  # what the table is made of and does not hold
 
 
 def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
@@ -20,7 +23,8 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
 
     `rows` begins with the base model, then one row for each run. *Effectiveness* is a model's task score over that of
     full fine-tuning, in percent, with a 95 % interval by paired bootstrap over the test rows; it is null where no run
-    is a full fine-tune. Raises RunError where a run is not evaluated, or the runs were scored on different rows.
+    is a full fine-tune. `mmlu` has a model's accuracy and what it lost of the base model's, null where it was not scored.
+    Raises RunError where a run is not evaluated, or the runs were scored on different rows or questions.
     """
     evaluated = [_evaluated(run) for run in runs]
     base = _base_results(runs)
@@ -28,9 +32,10 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
     rows = [] if base is None else [_row("base", None, None, base)]
     rows += [_run_row(run, results) for run, results in zip(runs, evaluated, strict=True)]
     _add_effectiveness(rows)
+    add_changes(rows, {row["model"]: row["mmlu_answers"] for row in rows})
     curves = [read_jsonl(run.path / "train" / "metrics.jsonl") for run in runs]
     table = {
-        "rows": [{key: value for key, value in row.items() if key != "scores"} for row in rows],
+        "rows": [{key: value for key, value in row.items() if key not in _PER_ROW} for row in rows],
         "task": _task_facts(runs[0], evaluated[0]),
         "hardware": _settings(runs[0])["hardware"],
         "versions": installed_versions(),
@@ -46,12 +51,17 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
 
 
 def _results(run: Run, digest: str) -> dict[str, Any] | None:
-    """The run's evaluation of the model with this digest, with each row's score under `scores`; None if there is none."""
+    """The run's evaluation of the model with this digest; None if there is none.
+
+    With each row's score under `scores`, and under `mmlu_answers` whether each question was answered rightly.
+    """
     stage = eval_folder(digest)
     if run.status()["stages"].get(stage, {}).get("status") != "done":
         return None
     results: dict[str, Any] = read_json(run.path / stage / "results.json")
     results["scores"] = [sample["score"] for sample in read_jsonl(run.path / stage / "samples.jsonl")]
+    questions = read_jsonl(run.path / stage / "mmlu.jsonl")
+    results["mmlu_answers"] = [question["chosen"] == question["answer"] for question in questions]
     return results
 
 
@@ -75,11 +85,16 @@ def _base_results(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 
 def _check_same_rows(runs: Sequence[Run], evaluated: Sequence[dict[str, Any]]) -> None:
+    where = ", ".join(run.path.name for run in runs)
     if len({results["rows_digest"] for results in evaluated}) > 1:
-        where = ", ".join(run.path.name for run in runs)
         why = "scores on different rows say nothing about the methods"
         fix = "give the runs the same data.test and evaluate section"
         raise RunError(Problem("TS601", "the runs were scored on different test rows", where, why, fix))
+    asked = {(mmlu["questions_digest"], mmlu["shots"]) for results in evaluated if (mmlu := results.get("mmlu"))}
+    if len(asked) > 1:
+        why = "what was forgotten shows on the same questions alone"
+        fix = "give the runs the same evaluate.mmlu, mmlu_subjects, mmlu_questions and mmlu_shots"
+        raise RunError(Problem("TS601", "the runs were scored on different MMLU questions", where, why, fix))
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -106,8 +121,16 @@ def _row(model: str, method: str | None, summary: dict[str, Any] | None, results
         "macro_f1": results.get("macro_f1"),
         "effectiveness": None,
         "effectiveness_interval": None,
+        "mmlu": _mmlu(results),
         "scores": results["scores"],
+        "mmlu_answers": results["mmlu_answers"],
     }
+
+
+def _mmlu(results: dict[str, Any]) -> dict[str, Any] | None:
+    """What the table says of a model's MMLU; subject by subject it stands in the run's results.json."""
+    scored = results.get("mmlu")
+    return None if scored is None else {key: scored[key] for key in ("accuracy", "standard_error", "questions", "shots")}
 
 
 def _run_row(run: Run, results: dict[str, Any]) -> dict[str, Any]:

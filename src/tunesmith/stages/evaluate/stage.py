@@ -24,6 +24,7 @@ from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
 from tunesmith.stages.evaluate.generate import generate
+from tunesmith.stages.evaluate.mmlu import Subject, files_digest, read_subjects, score_mmlu
 from tunesmith.stages.evaluate.score import Answer, schema_validator, score_json, score_text, summarise_json
 
 _AT_ONCE = 128  # held-out rows that are laid out together
@@ -32,8 +33,8 @@ _AT_ONCE = 128  # held-out rows that are laid out together
 def evaluate(run: Run, model: Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Score `model` (default: the run's export) and return results.json; a no-op when nothing it reads has changed.
 
-    Raises EvaluateError where there are no test rows, or a reference or the schema cannot be used; RunError where the
-    export is missing.
+    Raises EvaluateError where there are no test rows, or a reference, the schema or MMLU's files cannot be used; RunError
+    where the export is missing.
     """
     recipe = run.recipe
     if model is None:
@@ -46,6 +47,7 @@ def evaluate(run: Run, model: Path | None = None, console: Console | None = None
         "data": run.outputs_digest("prepare"),
         "model": digest,
         "schema": _schema_digest(schema_path),
+        "mmlu": files_digest(recipe.evaluate),
     }
     folder = eval_folder(digest)
     if not run.is_current(folder, inputs):
@@ -96,7 +98,8 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
     settings, rows = run.recipe.evaluate, _test_rows(run)
     validator = _validator(settings.json_schema)
     references = [Answer(row["where"], row["messages"][-1]["content"], "") for row in rows]
-    _score(references, settings.task, validator)  # a bad reference shows before the model is loaded
+    _score(references, settings.task, validator)  # a bad reference shows before the model is loaded, and so does a bad file
+    subjects = read_subjects(settings) if settings.mmlu is not None else []
     tokenizer = load_tokenizer(model_folder)
     template = ChatTemplate(tokenizer, (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8"))
     prompts = _prompts(template, rows)
@@ -144,8 +147,25 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
             "generate_seconds": seconds,
             "generated_tokens_per_second": generated / seconds,
             "compute_dtype": dtype,
+            **(_mmlu(run, model, tokenizer, subjects, target, console) if subjects else {}),
         },
     )
+
+
+def _mmlu(
+    run: Run, model: Any, tokenizer: Any, subjects: Sequence[Subject], target: Path, console: Console
+) -> dict[str, dict[str, Any]]:
+    """Key `mmlu` of results.json. Each question goes to mmlu.jsonl, what differs from what was asked for to events.jsonl."""
+    summary, samples = score_mmlu(model, tokenizer, subjects, lambda text: console.print(text, highlight=False))
+    write_jsonl(target / "mmlu.jsonl", samples)
+    if summary["cut_prompts"]:
+        count = summary["cut_prompts"]
+        message = f"{count} MMLU prompts lost their beginning: the model has {model.config.max_position_embeddings} positions"
+        run.event(target, "mmlu-prompts-cut", message, count=count)
+    if summary["padded_because"] is not None:
+        reason = summary["padded_because"]
+        run.event(target, "packing-off", f"MMLU prompts are padded: {reason}", reason=reason)
+    return {"mmlu": summary}
 
 
 def _score(answers: Sequence[Answer], task: str, validator: Any | None) -> list[dict[str, Any]]:
