@@ -27,10 +27,11 @@ from tunesmith.methods.settings import settle
 from tunesmith.models import builtin
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.packing.batch import StepCollator, collate_tree
-from tunesmith.packing.loss import LossModel, use_tree_attention
+from tunesmith.packing.loss import use_tree_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.recipe import Recipe
 from tunesmith.stages.train.engine import Engine, training_arguments
+from tunesmith.stages.train.objective import Sft
 
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 _LONG = 100_000  # steps that the schedule is made for; turns end by being told so
@@ -179,7 +180,8 @@ def our_side(asked: argparse.Namespace) -> None:
     scratch = Path(tempfile.mkdtemp())
     limits = Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size)
     engine = Engine(
-        LossModel(model),
+        Sft(),
+        model,
         training_arguments(recipe, settings, scratch, cpu=True),
         recipe.train,
         rows,

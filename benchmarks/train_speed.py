@@ -36,7 +36,7 @@ ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_demo"
 
 ROWS = 16  # of an optimizer step
 MICRO = 8  # rows at once for TRL; more takes more memory and is no faster on a CPU
-TURNS = 3
+TURNS = 2
 PARITY_STEPS = 50
 R = 16
 
