@@ -106,6 +106,8 @@ class TrainSection(Section):
     """Update each weight as soon as its gradient is there and free the gradient; one micro-batch a step, clipped one by one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune: noise on the embeddings while training, at most alpha / sqrt(row length x hidden size); the paper takes 5 to 15."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; `auto` is bfloat16 where the hardware multiplies it faster than float32."""
 

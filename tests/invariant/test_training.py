@@ -140,6 +140,15 @@ def test_every_optimizer_learns_in_bf16(make_recipe: MakeRecipe, tmp_path: Path,
     assert all(0 < norm < 100 for (norm,) in metrics(run, "grad_norm"))
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_noise_changes_the_losses_and_follows_the_seed(make_recipe: MakeRecipe, tmp_path: Path, method: str) -> None:
+    names = ("plain", "noisy", "again")
+    alphas = {"plain": None, "noisy": 20.0, "again": 20.0}
+    runs = {n: trained(make_recipe, tmp_path / n, method=method, train__neftune_noise_alpha=alphas[n]) for n in names}
+    losses = {name: metrics(run, "loss") for name, run in runs.items()}
+    assert losses["noisy"] == losses["again"] != losses["plain"]
+
+
 def test_update_in_backward_refuses_accumulation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     more = {"train__optimizer_in_backward": True, "train__gradient_accumulation_steps": 2}
     with pytest.raises(RecipeError, match="nothing left to accumulate"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tunesmith.io.atomic import append_jsonl, commit_folder, sha256_file, write_json, write_text
+from tunesmith.io.atomic import append_jsonl, commit_folder, read_json, sha256_file, write_json, write_text
 
 
 def test_failed_folder_commit_keeps_the_old(tmp_path: Path) -> None:
@@ -24,6 +26,24 @@ def test_failed_folder_commit_keeps_the_old(tmp_path: Path) -> None:
         fail_halfway()
     assert (final / "a").read_text(encoding="utf-8") == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_many_processes_may_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    code = "import sys; from pathlib import Path; from tunesmith.io.atomic import write_json\n"
+    code += "for n in range(60): write_json(Path(sys.argv[1]), {'from': sys.argv[2], 'n': n})"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "abc"]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert read_json(path)["n"] == 59
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_killed_writers_partial_file_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    (tmp_path / f".a.json.{2**22 + 1}-0.partial").write_text("half", encoding="utf-8")  # above Linux' largest pid
+    living = tmp_path / f".a.json.{os.getppid()}-0.partial"
+    living.write_text("half", encoding="utf-8")
+    write_json(tmp_path / "a.json", 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [living.name, "a.json"]
 
 
 def test_folder_commit_replaces_the_whole(tmp_path: Path) -> None:

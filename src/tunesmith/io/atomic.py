@@ -8,7 +8,9 @@ the same name removes.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +18,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+_number = itertools.count()  # tells partial files of one process apart
 _CHUNK = 1 << 20  # bytes read at a time while hashing: 1 MiB
 
 
@@ -62,10 +67,22 @@ def _sync_tree(folder: Path) -> None:
         sync_folder(Path(root))
 
 
+def _remove_abandoned(path: Path) -> None:
+    """Remove partial files of `path` that processes left which are no more."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*.partial"):
+        owner = leftover.name.removesuffix(".partial").rpartition(".")[2].partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            leftover.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one rename; on any error the old content stays and nothing is left beside it."""
+    """Replace `path` by `data` in one rename; on any error the old content stays and nothing is left beside it.
+
+    Several processes may write the same file: each has a partial file of its own, and the last rename wins.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial"
+    _remove_abandoned(path)
+    partial = path.parent / f".{path.name}.{os.getpid()}-{next(_number)}.partial"
     try:
         with partial.open("wb") as handle:
             handle.write(data)

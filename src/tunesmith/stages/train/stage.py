@@ -21,6 +21,7 @@ from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
 from tunesmith.packing.loss import use_tree_attention
+from tunesmith.packing.noise import EmbeddingNoise
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import Run
 from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
@@ -65,6 +66,8 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
     collator = _collator(run, model, load_tokenizer(model_folder).pad_token_id, objective.longest(rows), folder)
     use_tree_attention(model, on=not isinstance(collator, PaddedCollator))
     batches = objective.batches(collator, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size))
+    if recipe.train.neftune_noise_alpha is not None:
+        EmbeddingNoise(model, recipe.train.neftune_noise_alpha)
     meter.reset()
     rows, seconds_before = objective.before(model, rows, batches, folder, console)
     with tempfile.TemporaryDirectory() as scratch, TrainProgress(recipe.method, settings.max_steps, console) as progress:
