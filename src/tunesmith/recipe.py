@@ -107,7 +107,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
-    """NEFTune: noise on the embeddings while training, at most alpha / sqrt(row length x hidden size); the paper takes 5 to 15."""
+    """NEFTune: noise on the embeddings while training, up to alpha / sqrt(row length x hidden size); 5 to 15 in the paper."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; `auto` is bfloat16 where the hardware multiplies it faster than float32."""
 
