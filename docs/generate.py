@@ -1,4 +1,4 @@
-"""Makes the reference pages out of the code: docs/recipe.md, docs/cli.md, docs/errors.md. `make docs` runs it.
+"""Makes the reference pages out of the code and the benchmarks' results: see PAGES. `make docs` runs it.
 
 The test in tests/docs fails when a page is not what this makes.
 """
@@ -105,27 +105,88 @@ PLAN_TABLE |= {"lora": "LoRA, r 16", "qlora": "QLoRA, r 16"}
 
 
 def _plan_accuracy() -> list[str]:
-    claims = {claim["name"]: claim for claim in _plan_result()["claims"]}
+    claims = {claim["name"]: claim for claim in _result("plan_accuracy")["claims"]}
     rows = [f"| {text} | {claims[name]['value']:.2g} {claims[name]['unit']} |" for name, text in PLAN_CLAIMS.items()]
     return ["| what | at most |", "|---|---|", *rows]
 
 
 def _plan_qwen() -> list[str]:
-    value = {claim["name"]: claim["value"] for claim in _plan_result()["claims"]}
+    value = _values("plan_accuracy")
     rows = [f"| {text} | {value[f'qwen2_7b_{name}_gib']:.1f} |" for name, text in PLAN_TABLE.items()]
     stock = [f"| stock {name} | {value[f'qwen2_7b_stock_{name}_gib']:.1f} |" for name in ("full", "lora", "qlora")]
     return ["| way | GiB on one GPU |", "|---|---|", *rows, *stock]
 
 
-def _plan_result() -> Any:
-    path = FOLDER.parent / "benchmarks" / "results" / "plan_accuracy.json"
+def _result(name: str) -> Any:
+    path = FOLDER.parent / "benchmarks" / "results" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _values(name: str) -> dict[str, float]:
+    return {claim["name"]: claim["value"] for claim in _result(name)["claims"]}
+
+
+_SETS = {"demo": "rows with one long instruction", "alpaca": "alpaca_demo, nothing shared but a system turn"}
+_TIMES = "{:.1f} x"
+_METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+
+#: The rows of docs/speed.md: result, what, claim, how it is written.
+SPEED_CLAIMS = (
+    *(
+        ("train_speed", f"{label}, {data}: rows a second against tuned TRL", f"rows_per_second_ratio_{key}_{method}", _TIMES)
+        for key, data in _SETS.items()
+        for method, label in _METHODS.items()
+    ),
+    ("train_speed", "LoRA, one long instruction: against TRL's defaults", "rows_per_second_ratio_to_trl_defaults", _TIMES),
+    ("train_speed", "LoRA, one long instruction: peak memory, share of tuned TRL's", "peak_memory_ratio_demo_lora", "{:.2f}"),
+    ("train_speed", "LoRA, alpaca_demo: peak memory, share of tuned TRL's", "peak_memory_ratio_alpaca_lora", "{:.2f}"),
+    ("train_speed", "full: share of the FLOP floor", "flop_floor_fraction_full", "{:.0%}"),
+    ("train_speed", "LoRA: share of the FLOP floor", "flop_floor_fraction_lora", "{:.0%}"),
+    ("train_speed", "losses of 50 steps against TRL's, largest difference (nats)", "loss_max_abs_diff_to_trl", "{:.1e}"),
+    ("train_speed", "gradients of trees, float64, largest relative difference", "packed_gradient_max_rel_diff_fp64", "{:.1e}"),
+    ("dpo_speed", "DPO, LoRA, hh-rlhf: pairs a second against the faster TRL", "dpo_pairs_per_second_ratio", _TIMES),
+    ("mmlu_scoring", "MMLU 5-shot scoring against lm-evaluation-harness", "mmlu_scoring_ratio_to_lm_eval", _TIMES),
+    ("mmlu_scoring", "log-likelihoods against its, largest difference (nats)", "mmlu_scoring_max_abs_diff", "{:.1e}"),
+)
+README_CLAIMS = (
+    "demo_full",
+    "demo_lora",
+    "demo_qlora",
+    "alpaca_full",
+    "alpaca_lora",
+    "alpaca_qlora",
+    "dpo_",
+    "mmlu_scoring_ratio",
+)
+
+
+def _speed(*, short: bool) -> list[str]:
+    rows = []
+    for result, what, name, form in SPEED_CLAIMS:
+        if not short or any(part in name for part in README_CLAIMS if not name.startswith("peak")):
+            rows.append(f"| {what} | {form.format(_values(result)[name])} |")
+    return ["| what | measured |", "|---|---|", *rows]
+
+
+def speed_page() -> str:
+    """docs/speed.md with its table."""
+    return _with_tables("speed.md", {"speed": _speed(short=False)})
+
+
+def readme() -> str:
+    """README.md with its table of speeds."""
+    return _with_tables("../README.md", {"speed": _speed(short=True)})
+
+
 def plan_page() -> str:
-    """docs/plan.md with its tables made again from the benchmark's result; the rest stays as it is written."""
-    text = (FOLDER / "plan.md").read_text(encoding="utf-8")
-    for name, rows in (("accuracy", _plan_accuracy()), ("qwen", _plan_qwen())):
+    """docs/plan.md with its tables."""
+    return _with_tables("plan.md", {"accuracy": _plan_accuracy(), "qwen": _plan_qwen()})
+
+
+def _with_tables(page: str, tables: dict[str, list[str]]) -> str:
+    """A page with its tables made again from the benchmarks' results; the rest stays as it is written."""
+    text = (FOLDER / page).read_text(encoding="utf-8")
+    for name, rows in tables.items():
         head, _, rest = text.partition(f"<!-- {name} -->\n")
         text = (
             head
@@ -136,6 +197,7 @@ def plan_page() -> str:
 
 
 PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page, "plan.md": plan_page}
+PAGES |= {"speed.md": speed_page, "../README.md": readme}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

@@ -108,6 +108,10 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     """NEFTune: noise on the embeddings while training, up to alpha / sqrt(row length x hidden size); 5 to 15 in the paper."""
+    eval_steps: PositiveInt | None = None
+    """Take the held-out loss after so many optimizer steps and keep the best checkpoint instead of the last."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after so many evaluations without a new best; needs eval_steps."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; `auto` is bfloat16 where the hardware multiplies it faster than float32."""
 

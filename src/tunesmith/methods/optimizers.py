@@ -11,7 +11,8 @@ A float32 parameter (an adapter, or a float32 model) is its own master in each o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -145,6 +146,17 @@ class AdamW(torch.optim.Optimizer):
             elif master.dtype != weight.dtype:
                 weight[part] = target.to(weight.dtype)
         state["step"] += 1
+
+    @contextmanager
+    def unloaded(self) -> Iterator[None]:
+        """For a while the model has its float32 masters, as after `unload`; then the rounded parameters again."""
+        kept = [(parameter, parameter.data) for parameter in self.state]
+        self.unload()
+        try:
+            yield
+        finally:
+            for parameter, data in kept:
+                parameter.data = data
 
     def unload(self) -> None:
         """Put the masters in the place of the rounded parameters: the model is then what was trained, in float32."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,15 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self._begun = time.perf_counter()
         return super().train(*args, **kwargs)
 
-    def finish(self) -> None:
-        """Give the model the weights as they were trained, in float32, for saving."""
+    def as_trained(self) -> AbstractContextManager[None]:
+        """In the block the model has the weights as they were trained, in float32, for saving."""
         if self.adamw is None:
-            raise AssertionError("finish comes after train")
-        self.adamw.unload()
+            raise AssertionError("there is nothing to save before training")
+        return self.adamw.unloaded()
+
+    def leave_out(self, seconds: float) -> None:
+        """Count so many seconds that have just gone by to no step."""
+        self._begun += seconds
 
     def training_step(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,11 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
 
-from tunesmith.errors import DataError, Problem
+from tunesmith.errors import DataError, Problem, RecipeError
 from tunesmith.hardware import Hardware, detect
 from tunesmith.hardware.memory import PeakMemory, keep_freed_memory
 from tunesmith.io.atomic import commit_folder, read_json, write_json
-from tunesmith.methods import METHODS, make_method
+from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
@@ -25,8 +27,9 @@ from tunesmith.packing.noise import EmbeddingNoise
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import Run
 from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
-from tunesmith.stages.train.objective import make_objective
+from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
 from tunesmith.stages.train.progress import TrainProgress
+from tunesmith.stages.train.watch import HeldoutWatch, mean_loss
 
 
 def train(run: Run, console: Console | None = None) -> dict[str, Any]:
@@ -55,6 +58,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
     if len(rows) == 0:
         why = "training over nothing changes nothing"
         raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
+    heldout = _heldout(run)
     settings = _settings(run, len(rows), hardware, folder)
     if hardware.device == "cpu":
         keep_freed_memory()
@@ -63,13 +67,12 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
     dtype, rank, alpha = settings.compute_dtype, settings.r, settings.lora_alpha
     method = make_method(recipe, model_folder, compute_dtype=dtype, r=rank, lora_alpha=alpha)
     model = method.build()
-    collator = _collator(run, model, load_tokenizer(model_folder).pad_token_id, objective.longest(rows), folder)
-    use_tree_attention(model, on=not isinstance(collator, PaddedCollator))
-    batches = objective.batches(collator, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size))
-    if recipe.train.neftune_noise_alpha is not None:
-        EmbeddingNoise(model, recipe.train.neftune_noise_alpha)
+    batches = _batches(run, objective, model, rows, settings, folder)
     meter.reset()
     rows, seconds_before = objective.before(model, rows, batches, folder, console)
+    if recipe.train.eval_steps is not None:
+        heldout, more_seconds = objective.before(model, heldout, batches, folder / "heldout", console)
+        seconds_before += more_seconds
     with tempfile.TemporaryDirectory() as scratch, TrainProgress(recipe.method, settings.max_steps, console) as progress:
         engine = Engine(
             objective,
@@ -81,12 +84,15 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
             metrics_path=folder / "metrics.jsonl",
             on_step=progress.step,
         )
+        checkpoints = Checkpoints(folder / "checkpoints", method, model, engine)
+        watch = None if recipe.train.eval_steps is None else _watch(run, engine, heldout, batches, checkpoints, folder)
+        if watch is not None:
+            engine.add_callback(watch)
         engine.train()
     peak = meter.peak_bytes()
-    engine.finish()
-    checkpoint = folder / "checkpoints" / f"step-{settings.max_steps:06d}"
-    with commit_folder(checkpoint) as target:
-        method.save(model, target)
+    if watch is None:
+        checkpoints.save(engine.history[-1].step)
+    checkpoint = checkpoints.kept()
     summary = {
         "method": recipe.method,
         "checkpoint": checkpoint.relative_to(run.path).as_posix(),
@@ -95,7 +101,95 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         "total_parameters": total_parameters(model),
         "peak_memory_bytes": peak,
     }
-    write_json(folder / "summary.json", summary | _figures(engine.history, seconds_before))
+    write_json(folder / "summary.json", summary | _figures(engine.history, seconds_before) | _evaluated(watch))
+
+
+class Checkpoints:
+    """The folder of checkpoints, in which one is kept: the last that was saved."""
+
+    def __init__(self, folder: Path, method: Method, model: Any, engine: Engine) -> None:
+        self.folder, self.method, self.model, self.engine = folder, method, model, engine
+        self._kept: Path | None = None
+
+    def save(self, step: int) -> None:
+        """Commit the weights as they are, then drop the checkpoint before."""
+        before, self._kept = self._kept, self.folder / f"step-{step:06d}"
+        with commit_folder(self._kept) as target, self.engine.as_trained():
+            self.method.save(self.model, target)
+        if before is not None:
+            shutil.rmtree(before)
+
+    def kept(self) -> Path:
+        """The checkpoint that is there."""
+        if self._kept is None:
+            raise AssertionError("nothing was saved")
+        return self._kept
+
+
+def _heldout(run: Run) -> Any:
+    """The held-out rows. Raises RecipeError where the recipe wants them watched and there are none, or stops by nothing."""
+    asked = run.recipe.train
+    rows = Dataset.from_file(str(run.path / "data" / "heldout.arrow"))
+    if asked.early_stopping_patience is not None and asked.eval_steps is None:
+        what, fix = "early_stopping_patience without eval_steps", "set train.eval_steps, such as 20"
+    elif asked.eval_steps is not None and len(rows) == 0:
+        what, fix = "eval_steps, but no rows are held out", "raise data.heldout above 0"
+    else:
+        return rows
+    raise RecipeError(Problem("TS003", what, "train", "there would be no held-out loss to go by", fix))
+
+
+def _watch(
+    run: Run, engine: Engine, heldout: Any, batches: StepBatches, checkpoints: Checkpoints, folder: Path
+) -> HeldoutWatch:
+    """Looks at the held-out rows every so many steps; their time counts to no step."""
+    asked, rows = run.recipe.train, list(heldout)
+    if asked.eval_steps is None:
+        raise AssertionError("the caller looked")
+
+    def evaluate() -> float:
+        begun = time.perf_counter()
+        loss = mean_loss(engine.objective, engine.model, rows, batches)
+        engine.leave_out(time.perf_counter() - begun)
+        return loss
+
+    def save(step: int) -> None:
+        begun = time.perf_counter()
+        checkpoints.save(step)
+        engine.leave_out(time.perf_counter() - begun)
+
+    return HeldoutWatch(
+        every=asked.eval_steps,
+        patience=asked.early_stopping_patience,
+        path=folder / "evals.jsonl",
+        evaluate=evaluate,
+        save=save,
+        losses=lambda: [step.loss for step in engine.history],
+        tell=lambda code, text: run.event(folder, code, text),
+    )
+
+
+def _evaluated(watch: HeldoutWatch | None) -> dict[str, Any]:
+    """What summary.json says of the held-out loss; nothing where nobody looked."""
+    if watch is None or watch.best is None:
+        return {}
+    return {
+        "best_step": watch.best.step,
+        "best_eval_loss": watch.best.eval_loss,
+        "last_eval_loss": watch.history[-1].eval_loss,
+        "stopped_early": watch.stopped,
+        "seconds_evaluating": watch.seconds,
+    }
+
+
+def _batches(run: Run, objective: Objective, model: Any, rows: Any, settings: Settings, folder: Path) -> StepBatches:
+    """How the rows of a step become micro-batches; switches the model to their attention, and its noise on where asked for."""
+    pad_id = load_tokenizer(locate(run.recipe.model, run.recipe.revision)).pad_token_id
+    collator = _collator(run, model, pad_id, objective.longest(rows), folder)
+    use_tree_attention(model, on=not isinstance(collator, PaddedCollator))
+    if run.recipe.train.neftune_noise_alpha is not None:
+        EmbeddingNoise(model, run.recipe.train.neftune_noise_alpha)
+    return objective.batches(collator, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size))
 
 
 def _settings(run: Run, rows: int, hardware: Hardware, folder: Path) -> Settings:

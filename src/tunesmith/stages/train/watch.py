@@ -1,0 +1,118 @@
+"""The held-out loss while training: the best checkpoint is kept, overfitting is told, and stopped where it goes on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tunesmith.io.atomic import append_jsonl
+from tunesmith.packing.batch import to_device
+from tunesmith.stages.train.objective import Objective, StepBatches
+
+_AT_ONCE = 128  # held-out rows that are laid out together
+_RISES = 2  # evaluations in a row with a higher held-out and a lower train loss that count as overfitting
+
+
+def mean_loss(objective: Objective, model: torch.nn.Module, rows: Sequence[Any], batches: StepBatches) -> float:
+    """The objective's mean loss over rows, in eval mode and without gradients; `model` is back in training mode after it.
+
+    Nothing random is drawn, so that training goes on as if nobody had looked.
+    """
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(rows), _AT_ONCE):
+            for batch in batches(rows[start : start + _AT_ONCE])["micro_batches"]:
+                count += objective.count(batch)
+                total += float(objective.read(model(**to_device(batch, device)))[0])
+    model.train()
+    return total / count
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One look at the held-out rows: losses are means; `train_loss` is of the steps since the look before."""
+
+    step: int
+    eval_loss: float
+    train_loss: float
+    seconds: float
+
+
+class HeldoutWatch(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
+    """Takes the held-out loss every `every` optimizer steps and after the last; writes evals.jsonl; keeps the best checkpoint.
+
+    `evaluate` gives the loss, `save` writes the weights of a step and drops those of the best one before. With `patience`
+    training stops after so many looks without a new best. `losses` gives the losses of all steps so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int,
+        patience: int | None,
+        path: Path,
+        evaluate: Callable[[], float],
+        save: Callable[[int], None],
+        losses: Callable[[], Sequence[float]],
+        tell: Callable[[str, str], None],
+    ) -> None:
+        self.every, self.patience, self.path = every, patience, path
+        self.evaluate, self.save, self.losses, self.tell = evaluate, save, losses, tell
+        self.history: list[Evaluation] = []
+        self.best: Evaluation | None = None
+        self.stopped = False
+
+    @property
+    def seconds(self) -> float:
+        """What all looks took."""
+        return sum(look.seconds for look in self.history)
+
+    def on_step_end(self, _arguments: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look, where it is time to."""
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._look(state.global_step, control)
+
+    def _look(self, step: int, control: Any) -> None:
+        begun = time.perf_counter()
+        loss = self.evaluate()
+        if self.best is None or loss < self.best.eval_loss:
+            self.save(step)
+        # The step that has just ended is not among the losses yet.
+        since = self.losses()[self.history[-1].step if self.history else 0 :] or [loss]
+        look = Evaluation(step, loss, statistics.fmean(since), time.perf_counter() - begun)
+        self.history.append(look)
+        append_jsonl(self.path, vars(look))
+        if self.best is None or loss < self.best.eval_loss:
+            self.best = look
+        self._tell_overfitting()
+        waited = sum(each.step > self.best.step for each in self.history)
+        if self.patience is not None and waited >= self.patience:
+            self.stopped = control.should_training_stop = True
+            text = f"stopped at step {step}: the held-out loss has not fallen below {self.best.eval_loss:.4f} of step"
+            self.tell("stopped-early", f"{text} {self.best.step} for {waited} evaluations")
+
+    def _tell_overfitting(self) -> None:
+        """An event when the train loss goes on falling while the held-out loss rises; once for each time it begins to."""
+        last = self.history[-_RISES - 1 :]
+        pairs = pairwise(last)
+        rises = [after.eval_loss > before.eval_loss and after.train_loss < before.train_loss for before, after in pairs]
+        if len(rises) == _RISES and all(rises) and not self._rose_before():
+            text = f"held-out loss {last[0].eval_loss:.4f} -> {last[-1].eval_loss:.4f}, train loss"
+            self.tell("overfitting", f"{text} {last[0].train_loss:.4f} -> {last[-1].train_loss:.4f} by step {last[-1].step}")
+
+    def _rose_before(self) -> bool:
+        """Whether the rise had begun before the last `_RISES` looks, and so was told."""
+        earlier = self.history[-_RISES - 2 : -_RISES]
+        return (
+            len(earlier) == 2 and earlier[1].eval_loss > earlier[0].eval_loss and earlier[1].train_loss < earlier[0].train_loss
+        )
