@@ -258,3 +258,16 @@ def test_many_rows_equal_one_by_one(tokenizer: Any) -> None:
     template = ChatTemplate(tokenizer)
     rows = [USER_FIRST, WITH_SYSTEM, USER_FIRST[:2]]
     assert template.encode(rows) == [template.encode([row])[0] for row in rows]
+
+
+def test_last_answer_alone_is_trained_where_that_is_asked(tokenizer: Any) -> None:
+    template = ChatTemplate(tokenizer)
+    (row,), (every,) = template.encode([WITH_SYSTEM], last_answer=True), template.encode([WITH_SYSTEM])
+    assert trained_texts(tokenizer, row) == ["I am an assistant<|im_end|>"]
+    assert len(trained_texts(tokenizer, every)) == 2
+    assert isinstance(row, Encoded)
+    assert isinstance(every, Encoded)
+    assert row.input_ids == every.input_ids
+    (unanswered,) = template.encode([WITH_SYSTEM[:-1]], last_answer=True)
+    assert isinstance(unanswered, Problem)
+    assert unanswered.code == "TS122"
