@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 #: A shared stretch shorter than this is computed for each row again: a node costs an attention call for each layer.
@@ -129,8 +130,9 @@ def split_units_for_trees(units: Sequence[Unit], limits: Limits) -> list[list[in
         if shared[place] < MIN_SHARED:
             runs.append([])
         runs[-1].append(index)
-    parts = [part for run in runs for part in _cut(run, limits, lambda some: _tree_tokens(units, some))]
-    return _best_fit([(_tree_tokens(units, part), part) for part in parts], limits)
+    tokens = partial(_tree_tokens, units)
+    parts = [part for run in runs for part in _cut(run, limits, tokens, at_least=tokens(run))]
+    return _best_fit([(tokens(part), part) for part in parts], limits)
 
 
 def split_by_length(lengths: Sequence[int], limits: Limits, rows: int = 1) -> list[list[int]]:
@@ -141,16 +143,21 @@ def split_by_length(lengths: Sequence[int], limits: Limits, rows: int = 1) -> li
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     if limits.hold(rows * len(order) * max(lengths, default=0), len(order)):
         return [list(range(len(lengths)))]
-    return _cut(order, limits, lambda some: rows * len(some) * max(lengths[index] for index in some))
+    least = rows * sum(lengths)
+    return _cut(order, limits, lambda some: rows * len(some) * max(lengths[index] for index in some), at_least=least)
 
 
 def _tree_tokens(units: Sequence[Unit], chosen: Sequence[int]) -> int:
     return len(build_tree([row for index in chosen for row in units[index]]).ids)
 
 
-def _cut(run: list[int], limits: Limits, cost: Callable[[Sequence[int]], int]) -> list[list[int]]:
-    """The run in as few stretches within the limits as it goes, near each other in rows."""
-    for count in range(1, len(run) + 1):
+def _cut(run: list[int], limits: Limits, cost: Callable[[Sequence[int]], int], *, at_least: int) -> list[list[int]]:
+    """The run in as few stretches within the limits as it goes, near each other in rows.
+
+    `at_least` is what all stretches together cost whatever their number, so that fewer are not tried.
+    """
+    fewest = min(len(run), -(-at_least // (limits.tokens or at_least or 1)) or 1)
+    for count in range(fewest, len(run) + 1):
         edges = [round(len(run) * part / count) for part in range(count + 1)]
         stretches = [run[low:high] for low, high in pairwise(edges)]
         if all(limits.hold(cost(stretch), len(stretch)) for stretch in stretches):
