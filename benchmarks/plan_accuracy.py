@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import subprocess
@@ -48,6 +49,8 @@ LENGTHS = (512, 2048)
 MEASURED_LENGTHS = (256, 1024)
 STEPS = 6
 ROUNDS = 3
+#: What a step may leave behind without its peak being in doubt: the loss and other scalars.
+LEFT_BYTES = 1 << 20
 
 Row = dict[str, Any]
 Part = Callable[[], tuple[list[dict[str, Any]], list[Row]]]
@@ -114,6 +117,7 @@ def allocated_peak(method_name: str, *, tokens: int, checkpointing: bool) -> int
         optimizer.zero_grad()
 
     step()
+    gc.collect()  # an earlier model that is freed inside the profile would count against this one
     held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _tensors(model, optimizer, batch)}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
@@ -122,6 +126,8 @@ def allocated_peak(method_name: str, *, tokens: int, checkpointing: bool) -> int
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
+    if abs(live) > LEFT_BYTES:
+        raise RuntimeError(f"{live} bytes more are held after the step than before it: the peak above is not this step's")
     return sum(held.values()) + peak
 
 
