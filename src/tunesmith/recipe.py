@@ -14,10 +14,11 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import sha256_json
+from tunesmith.rowrules import QUALITY, SCREENING, Rule, Setting, unknown_rules
 
 Method = Literal["full", "lora", "qlora"]
 Objective = Literal["sft", "dpo"]
@@ -32,6 +33,60 @@ class Section(BaseModel):
     """A frozen part of the recipe; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _checked_rules(given: dict[str, Setting], known: Mapping[str, Rule]) -> dict[str, Setting]:
+    if wrong := list(unknown_rules(given, known)):
+        raise ValueError("; ".join(wrong))
+    return given
+
+
+class CleanSection(Section):
+    """What is mended in a row's text. Code, JSON, maths, emoji and joiners that a script needs are left as they are."""
+
+    html: bool = True
+    """Turn text that is all HTML markup into plain text; `pre` and `code` become Markdown code, rows about HTML are left."""
+    mojibake: bool = True
+    """Repair text that was decoded with the wrong character set, such as `Ã©` for `é`."""
+    unicode: bool = True
+    """Compose characters that were written in parts (NFC); nothing that looks different is replaced."""
+    control: bool = True
+    """Remove control characters and terminal colours; form feeds become line ends."""
+    zero_width: bool = True
+    """Remove invisible characters where the script around them has no use for them."""
+    whitespace: bool = True
+    """One kind of line end, no blanks at line ends, at most two blank lines in a row; indentation stays."""
+
+
+class DuplicatesSection(Section):
+    """Rows that are nearly the same, by MinHash over words."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.8
+    """Rows whose sets of three-word runs overlap by this much (Jaccard) are duplicates; null looks for equal rows alone."""
+    num_perm: Annotated[int, Field(ge=16, le=1024)] = 128
+    """Hash functions of a signature: more find more pairs near the threshold and take more time."""
+
+
+class BalanceSection(Section):
+    """Down-sampling of classes that have too many rows."""
+
+    label: str | None = None
+    """A column, or a Jinja expression over `row`, `messages`, `answer` and `answer_json`, such as `answer_json.intent`."""
+    cap: PositiveInt | None = None
+    """Most rows of a class."""
+    ratio: Annotated[float, Field(ge=1)] | None = None
+    """Most rows of a class, as a multiple of the smallest class."""
+
+
+class OverlapSection(Section):
+    """Benchmarks that the rows must not contain: runs of 13 words that occur in them are reported."""
+
+    mmlu: str | None = None
+    """MMLU's folder with test/<subject>_test.csv."""
+    gsm8k: str | None = None
+    """GSM8K's test.jsonl."""
+    humaneval: str | None = None
+    """HumanEval.jsonl or .jsonl.gz."""
 
 
 class DataSection(Section):
@@ -55,6 +110,28 @@ class DataSection(Section):
     """What a row that cannot be used does: stop `prepare` with every such row named, or be left out and counted."""
     chat_template: str | None = None
     """A Jinja file to use instead of the tokenizer's own chat template."""
+    clean: CleanSection = CleanSection()
+    """What is mended in texts."""
+    quality: dict[str, Setting] = Field(default_factory=dict)
+    """Rules of quality whose action differs from the default: warn, fix, reject or off (docs/data.md names them)."""
+    screening: dict[str, Setting] = Field(default_factory=dict)
+    """The same for rules of screening: secrets, personal data, injections, hidden text."""
+    duplicates: DuplicatesSection = DuplicatesSection()
+    """Near duplicates."""
+    balance: BalanceSection = BalanceSection()
+    """Classes with too many rows."""
+    overlap: OverlapSection = OverlapSection()
+    """Benchmarks to look for among the rows."""
+
+    @field_validator("quality")
+    @classmethod
+    def _known_quality(cls, given: dict[str, Setting]) -> dict[str, Setting]:
+        return _checked_rules(given, QUALITY)
+
+    @field_validator("screening")
+    @classmethod
+    def _known_screening(cls, given: dict[str, Setting]) -> dict[str, Setting]:
+        return _checked_rules(given, SCREENING)
 
 
 class LoraSection(Section):
@@ -219,7 +296,7 @@ def parse_recipe(text: str, source: str, base: Path, overrides: Sequence[str] = 
     for override in overrides:
         key, value = _parse_override(override)
         _assign(values, key, value, override)
-        origins[key] = "override"
+        origins[".".join(key.split(".")[:2])] = "override"
     problems = [*_unknown_keys(Recipe, values, (), source)]
     try:
         recipe = Recipe.model_validate(values)
@@ -380,6 +457,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         return None if value is None else str((base / value).resolve())
 
     data = {key: absolute(getattr(recipe.data, key)) for key in ("train", "test", "chat_template")}
+    overlap = {key: absolute(value) for key, value in recipe.data.overlap}
     evaluate = {key: absolute(getattr(recipe.evaluate, key)) for key in ("json_schema", "mmlu")}
     model = recipe.model
     if model.startswith((".", "/", "~")):
@@ -387,7 +465,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     return recipe.model_copy(
         update={
             "model": model,
-            "data": recipe.data.model_copy(update=data),
+            "data": recipe.data.model_copy(update=data | {"overlap": recipe.data.overlap.model_copy(update=overlap)}),
             "evaluate": recipe.evaluate.model_copy(update=evaluate),
         }
     )

@@ -1,0 +1,69 @@
+"""Down-sampling of classes that have too many rows, and the class of a row."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from tunesmith.errors import Problem, RecipeError
+from tunesmith.quality.findings import Message, last_answer
+from tunesmith.recipe import BalanceSection
+
+
+class Label:
+    """Reads a row's class by `data.balance.label`. Raises RecipeError for an expression that is not one."""
+
+    def __init__(self, expression: str) -> None:
+        self.expression = expression
+        try:
+            self._compiled = SandboxedEnvironment().compile_expression(expression)
+        except TemplateError as error:
+            why, fix = "classes could not be told apart", "give a column, or an expression such as answer_json.intent"
+            problem = Problem("TS003", f"not an expression: {error}", "data.balance.label", why, fix)
+            raise RecipeError(problem) from error
+
+    def __call__(self, row: Mapping[str, Any], messages: Sequence[Message]) -> str | None:
+        """The class as text; None where the row has none, or the expression fails on it."""
+        answer = last_answer(messages)
+        names = {"messages": list(messages), "answer": answer, "answer_json": _json(answer), "row": dict(row)}
+        try:
+            value = self._compiled(**{**row, **names})
+        except Exception:  # noqa: BLE001 - a user's expression may raise anything on foreign rows
+            return None
+        return None if value is None or value == "" else str(value)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+
+
+def balance(labels: Sequence[str | None], settings: BalanceSection, seed: int) -> list[int]:
+    """Indices of the rows that are kept, in order: of each class at most `cap` and `ratio` times the smallest class.
+
+    A seeded draw within each class; rows without a class are kept.
+    """
+    sizes = Counter(label for label in labels if label is not None)
+    limits = [settings.cap] if settings.cap is not None else []
+    if settings.ratio is not None and sizes:
+        limits.append(max(1, int(settings.ratio * min(sizes.values()))))
+    if not limits:
+        return list(range(len(labels)))
+    limit = min(limits)
+    members: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        if label is not None:
+            members.setdefault(label, []).append(index)
+    kept = {index for index, label in enumerate(labels) if label is None}
+    for label, rows in sorted(members.items()):
+        draw = random.Random(f"{seed} {label}")
+        kept.update(rows if len(rows) <= limit else draw.sample(rows, limit))
+    return sorted(kept)

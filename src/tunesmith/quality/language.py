@@ -1,0 +1,35 @@
+"""Which language a text is in, by py3langid: 140 languages, a table of 4.6 MB, about 40 microseconds a text."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+_LOOKED_AT = 400  # characters: more does not change the answer
+_LEAST = 24  # letters; below it the answer is a guess
+_NOT_PROSE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\$[^$\n]*\$", re.DOTALL)
+_WIDE = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+
+
+@cache
+def _detector() -> Any:
+    import py3langid
+
+    return py3langid
+
+
+def language(text: str) -> str | None:
+    """The ISO 639-1 code of a text's language; None for short texts, code, JSON and numbers, where it would be a guess.
+
+    Close relatives (Danish and Norwegian, Croatian and Serbian) are confused at times.
+    """
+    if text.lstrip()[:1] in ("{", "[", "<"):
+        return None
+    prose = _NOT_PROSE.sub(" ", text[: 4 * _LOOKED_AT])[:_LOOKED_AT]
+    letters = sum(map(str.isalpha, prose))
+    weight = letters + 2 * len(_WIDE.findall(prose))
+    if weight < _LEAST or 2 * letters < len(prose.replace(" ", "")):
+        return None
+    code = _detector().classify(prose.encode("utf-8", "ignore").decode("utf-8"))[0]
+    return None if code == "zxx" else str(code)

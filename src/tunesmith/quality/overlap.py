@@ -1,0 +1,80 @@
+"""Rows that contain what a benchmark asks: a score on it would then say nothing.
+
+Runs of 13 lower-case words without punctuation, as in GPT-3's report (arXiv 2005.14165, appendix C). An item of fewer
+words has no such run and is not covered; how many these are is told. A paraphrase or a translation is not found.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tunesmith.errors import DataError, Problem
+from tunesmith.io.rows import read_rows
+from tunesmith.quality.words import run_hashes, words
+from tunesmith.recipe import OverlapSection
+
+RUN = 13  # words
+
+
+class Overlap:
+    """The benchmarks that the recipe names; a few megabytes, built once for each process."""
+
+    def __init__(self, settings: OverlapSection) -> None:
+        self.items: dict[str, int] = {}
+        self.too_short: dict[str, int] = {}
+        self._runs: dict[str, np.ndarray] = {}
+        for name, path in settings:
+            if path is not None:
+                self._read(name, _ITEMS[name](Path(path)))
+
+    def _read(self, name: str, items: Iterator[str]) -> None:
+        runs = [run_hashes(words(item), RUN) for item in items]
+        self.items[name], self.too_short[name] = len(runs), sum(len(found) == 0 for found in runs)
+        self._runs[name] = np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64)
+
+    def check(self, text: str) -> dict[str, int]:
+        """How many of the text's runs each benchmark has; benchmarks that share none are left out."""
+        if not self._runs:
+            return {}
+        found = np.unique(run_hashes(words(text), RUN))
+        counts = {name: int(np.isin(found, runs, assume_unique=True).sum()) for name, runs in self._runs.items()}
+        return {name: count for name, count in counts.items() if count}
+
+
+def _missing(path: Path) -> DataError:
+    why = "whether the rows hold what the benchmark asks could not be told"
+    return DataError(Problem("TS101", "no such benchmark file", str(path), why, "check data.overlap"))
+
+
+def _mmlu(folder: Path) -> Iterator[str]:
+    files = sorted((folder / "test").glob("*_test.csv"))
+    if not files:
+        raise _missing(folder / "test")
+    for path in files:
+        with path.open(encoding="utf-8", newline="") as handle:
+            yield from (row[0] for row in csv.reader(handle) if row)
+
+
+def _column(column: str) -> Callable[[Path], Iterator[str]]:
+    def read(path: Path) -> Iterator[str]:
+        if not path.is_file():
+            raise _missing(path)
+        for row in read_rows(path):
+            text = (row.value or {}).get(column)
+            if not isinstance(text, str):
+                why = "whether the rows hold what the benchmark asks could not be told"
+                raise DataError(Problem("TS104", f"no text in {column!r}", row.where, why, "give the published file"))
+            yield text
+
+    return read
+
+
+_ITEMS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "mmlu": _mmlu,
+    "gsm8k": _column("question"),
+    "humaneval": _column("prompt"),
+}
