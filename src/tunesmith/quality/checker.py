@@ -1,20 +1,36 @@
-"""All checks of one row, in their order: hidden text as it came, cleaning, then what is left."""
+"""All checks of one row, in their order: hidden text as it came, cleaning, screening, then the answers."""
 
 from __future__ import annotations
 
+from tunesmith.quality.clean import clean
 from tunesmith.quality.findings import Finding, Message
+from tunesmith.quality.rules import ROW_RULES, merged_turns
+from tunesmith.quality.screening import BEFORE_CLEANING, SCREENED, screen
 from tunesmith.recipe import DataSection
+from tunesmith.rowrules import QUALITY, SCREENING, settled
 
 
 class Checker:
     """Cleans and checks rows one by one. Cheap to build; a worker process builds its own from the recipe's data section."""
 
     def __init__(self, data: DataSection) -> None:
-        self.data = data
+        self._clean = data.clean
+        self._screening = settled(data.screening, SCREENING)
+        self._quality = settled(data.quality, QUALITY)
 
     def check(self, messages: list[Message]) -> tuple[list[Message], list[Finding]]:
         """The cleaned messages, and the findings of this row alone; the given messages stay as they are.
 
         A finding with action `reject` asks the caller to leave the row out; with `fix`, the mending is in what is returned.
         """
-        return messages, []
+        _, findings = screen(messages, self._screening, BEFORE_CLEANING)
+        checked, cleaned = clean(messages, self._clean)
+        checked, screened = screen(checked, self._screening, SCREENED)
+        findings += cleaned + screened
+        for rule, look in ROW_RULES.items():
+            action = self._quality.get(rule)
+            if action is not None and (detail := look(checked)) is not None:
+                findings.append(Finding(rule, action, detail))
+                if action == "fix":
+                    checked = merged_turns(checked)
+        return checked, findings

@@ -60,8 +60,9 @@ class NearDuplicates:
     def signature(self, text: str) -> np.ndarray:
         """uint32: a hash for each band, then the smallest hashes of the text's runs, sorted (at most 512)."""
         runs = np.unique(run_hashes(["\x02"] * (RUN - 1) + words(text) + ["\x03"] * (RUN - 1), RUN))
-        matrix = rensa.RMinHash.digest_matrix_from_token_hash_sets([runs.tolist()], self.num_perm, _SEED)
-        minima = np.asarray(matrix.to_rows()[0], np.uint64)[: self.bands.count * self.bands.rows]
+        minhash = rensa.RMinHash(num_perm=self.num_perm, seed=_SEED)
+        minhash.update(list(map(str, runs.tolist())))  # the calls that take numbers start threads for each text
+        minima = np.asarray(minhash.digest(), np.uint64)[: self.bands.count * self.bands.rows]
         mixed = (minima.reshape(self.bands.count, self.bands.rows) * self._factors).sum(axis=1, dtype=np.uint64)
         sketch = np.unique((runs >> np.uint64(32)).astype(np.uint32))[:SKETCH]
         return np.concatenate([(mixed >> np.uint64(32)).astype(np.uint32), sketch])

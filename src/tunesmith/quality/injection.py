@@ -1,0 +1,91 @@
+"""Heuristics for prompt injections and jailbreaks in English: families of phrases add up, a sum of 1 is a finding.
+
+The phrases were chosen on one half of a public collection of jailbreak prompts and measured on the other (docs/data.md).
+They find what is worded like the attacks of 2023; a new wording, another language or an encoding passes.
+"""
+
+from __future__ import annotations
+
+import re
+
+_LOOKED_AT = 20_000  # characters from the start, and as many from the end
+
+
+def _family(weight: float, *phrases: str) -> tuple[float, re.Pattern[str]]:
+    return weight, re.compile("|".join(phrases), re.IGNORECASE)
+
+
+_RULES = (
+    r"(?:rules?|instructions?|prompts?|guidelines?|polic(?:y|ies)|restrictions?|limitations?|filters?|programming|directions?)"
+)
+_FAMILIES = (
+    # Orders to forget what was said before.
+    _family(
+        1,
+        rf"\b(?:ignore|disregard|forget|override|bypass|drop)\b.{{0,30}}\b(?:all|any|previous|prior|above"
+        rf"|earlier|your|the)\b.{{0,30}}\b{_RULES}\b",
+        r"\b(?:reveal|print|repeat|show|output)\b.{0,20}\b(?:your|the)\b.{0,12}\b(?:system|initial|hidden)"
+        r" (?:prompt|instructions?|message)",
+    ),
+    # Names and formulas of known jailbreaks.
+    _family(
+        1,
+        r"\bdo anything now\b",
+        r"\bDAN mode\b",
+        r"\bjail ?br(?:eak|oken)\b",
+        r"\b(?:developer|god|sudo|evil|opposite) mode\b",
+        r"\b(?:AIM|STAN|DUDE|UCAR|BetterDAN|AntiGPT|NsfwGPT|ChadGPT)\b.{0,60}\b(?:stands for|acronym|short"
+        r" for|unfiltered|amoral)",
+        r"\b(?:unfiltered|uncensored|amoral|unrestricted|unethical)\b.{0,40}\b(?:AI|bot|chatbot|assistant"
+        r"|model|character|response|answer)s?\b",
+        r"\b(?:no|without|free (?:from|of)|none of)\b.{0,25}\b(?:ethical|moral|safety|legal|content)\b.{0,25}"
+        r"\b(?:guidelines?|restrictions?|limitations?|constraints?|boundaries|rules?|filters?|polic(?:y|ies))\b",
+        r"\bbroken free\b.{0,40}\bconfines\b",
+        r"\bstay in character\b.{0,120}\b(?:token|stop|break|remind)",
+    ),
+    # Disregard of what the maker of the model set.
+    _family(
+        0.6,
+        rf"\b(?:not|never|without|don['\u2019]?t|no longer)\b.{{0,30}}\b(?:abide|adher|bound|follow|restrict"
+        rf"|limit|comply|care about|concerned)\w*"
+        rf".{{0,40}}\b(?:{_RULES}|openai|ethics|ethical|morals?|laws?|legal)\b",
+        r"\bopenai(?:['\u2019]s)?\b.{0,25}\b(?:polic|guideline|rule|restrict|filter|content)",
+        r"\b(?:never|must not|cannot|can['\u2019]t|not|don['\u2019]?t)\b.{0,20}\b(?:refuse|reject|decline|say no)\b",
+        r"\b(?:illegal|unethical|immoral|harmful|dangerous|offensive|explicit|nsfw)\b.{0,60}\b(?:allowed|fine"
+        r"|okay|acceptable|regardless|no matter)",
+        r"\b(?:regardless|no matter how)\b.{0,40}\b(?:illegal|unethical|immoral|harmful|offensive|dangerous)",
+    ),
+    # A part that is to be played.
+    _family(
+        0.5,
+        r"\b(?:act|behave|respond|answer|reply|talk|speak|write) (?:only )?(?:as|like)\b",
+        r"\bpretend\b",
+        r"\brole[- ]?play",
+        r"\bimmerse yourself\b",
+        r"\byou are (?:now|going to|about to)\b",
+        r"\b(?:from now on|henceforth)\b",
+        r"\b(?:stay|remain|break) (?:in |out of )?character\b",
+        r"\byou (?:will|must|should|can) (?:always|never|only)\b",
+        r"\bhypothetical (?:story|response|scenario)\b",
+        r"\bin the role of\b|\btake on the (?:role|persona)\b|\bpersona\b",
+    ),
+    # How the answer must be given, where it is to come twice, start with a name, or say nothing of being a machine.
+    _family(
+        0.5,
+        r"\b(?:two|2|both) (?:different )?(?:ways|responses|answers|paragraphs)\b",
+        r"\[[A-Z][\w -]{1,24}\]:|\((?:classic|normal|gpt)\)|\U0001f513|\U0001f512",
+        r"\bas an ai (?:language )?model\b",
+        r"\bnever (?:say|mention|use|warn|apologi[sz]e|break)\b",
+        r"\b(?:disclaimers?|warnings?)\b",
+        r"\b(?:insert|my first) (?:prompt|question|request|command)\b|\bfirst (?:request|question|prompt"
+        r"|command) is\b|\{\{?(?:prompt|query|question)\}?\}",
+        r"\b(?:chat ?gpt|language model|openai)\b",
+    ),
+)
+
+
+def injection_score(text: str) -> float:
+    """Sum of the weights of the families that a text has phrases of; 1 and above is a finding."""
+    if len(text) > 2 * _LOOKED_AT:
+        text = text[:_LOOKED_AT] + "\n" + text[-_LOOKED_AT:]
+    return sum(weight for weight, phrases in _FAMILIES if phrases.search(text))

@@ -1,0 +1,156 @@
+"""Rules about the answers of one row: what a careful reader would not want a model to learn from.
+
+All are heuristics. Refusals and cut-offs are told in English alone (cut-offs by punctuation elsewhere too).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+from tunesmith.quality.clean import is_json
+from tunesmith.quality.findings import Message, texts
+from tunesmith.quality.words import words
+
+_ECHO_WORDS = 5  # a shorter question may well be answered by itself
+_REFUSAL = re.compile(
+    r"\W*(?:(?:i['\u2019]?m|i am) (?:very |truly |really )?sorry,? but|sorry,? (?:but )?i"
+    r" (?:can['\u2019]?t|cannot|am unable|am not able)"
+    r"|i (?:can['\u2019]?t|cannot|am unable to|am not able to|won['\u2019]?t|will not) (?:help|assist"
+    r"|fulfil|comply|provide|answer|do that|create"
+    r"|generate|support|engage)|i apologi[sz]e,? but|(?:unfortunately, )?as an? (?:ai|artificial|large"
+    r" language|language model|assistant)\b"
+    r"|i(?:['\u2019]m| am) (?:just |only )?an? (?:ai|artificial|(?:large )?language model)\b)",
+    re.IGNORECASE,
+)
+_STOPS_OPEN = re.compile(
+    r"(?:[,;:(\[{\u2013\u2014-]|\b(?:and|or|but|the|a|an|of|to|in|with|for|by|from|because|which|that|is|are|was|were))\Z",
+    re.IGNORECASE,
+)
+_LONG = 200  # characters from which an answer without an end is taken to be cut off
+_ENDS = re.compile(
+    r"[.!?\u2026\u3002\uff01\uff1f\u0964\u061f\u06d4\u0589\u17d4)\]}\"'\u201d\u2019\u00bb\u300d*_`|>:~=$%]\Z|\d\Z"
+)
+_LINE_WORDS = 3
+_LIST_LINE = re.compile(r"\s*(?:[-*+\u2022|#>]|\d+[.)]|\w+:)")
+
+
+def empty_answer(messages: Sequence[Message]) -> str | None:
+    """Turns of the assistant that hold nothing visible."""
+    empty = [turn for turn, text in texts(messages, "assistant") if not any(_visible(character) for character in text)]
+    return f"turn {', '.join(map(str, empty))}" if empty else None
+
+
+def _visible(character: str) -> bool:
+    return not character.isspace() and (character.isprintable() or ord(character) >= 0xE000)
+
+
+def one_word_answer(messages: Sequence[Message]) -> str | None:
+    """Answers of one word."""
+    short = [turn for turn, text in texts(messages, "assistant") if len(text.split()) == 1 and len(words(text)) <= 1]
+    return f"turn {', '.join(map(str, short))}" if short else None
+
+
+def answer_repeats_prompt(messages: Sequence[Message]) -> str | None:
+    """Answers that are the turn before them once more, punctuation and case apart."""
+    for (_, question), (turn, answer) in _exchanges(messages):
+        asked = words(question)
+        if len(asked) >= _ECHO_WORDS and words(answer) == asked:
+            return f"turn {turn}, {len(asked)} words"
+    return None
+
+
+def _exchanges(messages: Sequence[Message]) -> Iterator[tuple[tuple[int, str], tuple[int, str]]]:
+    turns = list(texts(messages, "user", "assistant"))
+    for before, after in pairwise(turns):
+        if messages[before[0] - 1]["role"] == "user" and messages[after[0] - 1]["role"] == "assistant":
+            yield before, after
+
+
+def cut_off_answer(messages: Sequence[Message]) -> str | None:
+    """The last answer, where it ends in a code block, after a word that needs another, or is long without an end."""
+    found = None
+    for turn, text in texts(messages, "assistant"):
+        found = _cut_off(text.rstrip(), turn)
+    return found
+
+
+def _cut_off(text: str, turn: int) -> str | None:
+    if not text or is_json(text):
+        return None
+    fences = len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE))
+    if fences % 2:
+        return f"turn {turn}, inside a code block"
+    if text[0] in "{[" and not fences:
+        return (
+            f"turn {turn}, inside a bracket" if text.count("{") > text.count("}") or text.count("[") > text.count("]") else None
+        )
+    if len(words(text)) >= _ECHO_WORDS and _STOPS_OPEN.search(text):
+        return f"turn {turn}, in mid-sentence"
+    last = text.rpartition("\n")[2]
+    prose = not _LIST_LINE.match(last) and len(last) >= _LONG and not fences
+    if prose and not _ENDS.search(text) and text[-1].isalpha() and re.search(r"[.!?]\s", last):
+        return f"turn {turn}, without an end"
+    return None
+
+
+def refusal(messages: Sequence[Message]) -> str | None:
+    """Answers that begin by refusing."""
+    refused = [turn for turn, text in texts(messages, "assistant") if _REFUSAL.match(text)]
+    return f"turn {', '.join(map(str, refused))}" if refused else None
+
+
+def repetition(messages: Sequence[Message]) -> str | None:
+    """Answers of which one line or sentence makes up half, four times or more, or whose runs of words mostly repeat."""
+    for turn, text in texts(messages, "assistant"):
+        if is_json(text) or "```" in text:
+            continue
+        parts = [part.strip() for part in re.split(r"\n+|(?<=[.!?])\s+", text) if len(words(part)) >= _LINE_WORDS]
+        times = max(Counter(parts).values(), default=0)
+        if times >= 4 and 2 * times >= len(parts):
+            return f"turn {turn}, one sentence {times} times"
+        each = words(text)
+        runs = [tuple(each[i : i + 4]) for i in range(len(each) - 3)]
+        if len(runs) >= 40 and 3 * len(set(runs)) < len(runs):
+            return f"turn {turn}, {len(set(runs))} of {len(runs)} runs of four words differ"
+    return None
+
+
+def non_alternating_roles(messages: Sequence[Message]) -> str | None:
+    """Two turns of one role in a row, a late system turn, or an assistant that begins. Tool turns may repeat."""
+    roles = [str(message.get("role")) for message in messages]
+    for number, (before, role) in enumerate(zip([None, *roles], roles, strict=False), start=1):
+        if role == before and role != "tool":
+            return f"turn {number}, {role} again"
+        if role == "system" and number > 1:
+            return f"turn {number}, a late system turn"
+        if role == "assistant" and before in (None, "system"):
+            return f"turn {number}, an answer to nothing"
+    return None
+
+
+def merged_turns(messages: Sequence[Message]) -> list[Message]:
+    """Neighbours of one role as one turn, a blank line between; turns that hold more than text stay apart."""
+    merged: list[Message] = []
+    for message in messages:
+        last = merged[-1] if merged else {}
+        plain = set(message) == set(last) == {"role", "content"} and isinstance(message["content"], str)
+        if plain and last["role"] == message["role"] != "tool" and isinstance(last["content"], str):
+            merged[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+        else:
+            merged.append(dict(message))
+    return merged
+
+
+#: Each rule of quality that looks at one row: what it found, or None.
+ROW_RULES: dict[str, Callable[[Sequence[Message]], str | None]] = {
+    "empty-answer": empty_answer,
+    "one-word-answer": one_word_answer,
+    "answer-repeats-prompt": answer_repeats_prompt,
+    "cut-off-answer": cut_off_answer,
+    "refusal": refusal,
+    "repetition": repetition,
+    "non-alternating-roles": non_alternating_roles,
+}
