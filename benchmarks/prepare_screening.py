@@ -1,8 +1,8 @@
-"""Precision and recall of the injection rule: jailbreak prompts seen in the wild against GSM8K's questions, and other harmless rows.
+"""Precision and recall of the injection rule: jailbreak prompts seen in the wild against GSM8K's questions and other rows.
 
-The collection's distinct prompts are cut in two by the parity of their sha256. The rule's phrases were chosen on the half with even
-digests; what is claimed is measured on the other half. Prompts of one family stand in both halves, so an attack of a new family
-is found less often than this says. Some of the collection are plain role plays, which no rule should find.
+The collection's distinct prompts are cut in two by the parity of their sha256. The rule's phrases were chosen on the half with
+even digests; what is claimed is measured on the other half. Prompts of one family stand in both halves, so an attack of a new
+family is found less often than this says. Some of the collection are plain role plays, which no rule should find.
 """
 
 from __future__ import annotations

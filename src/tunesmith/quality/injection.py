@@ -7,12 +7,24 @@ They find what is worded like the attacks of 2023; a new wording, another langua
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 _LOOKED_AT = 20_000  # characters from the start, and as many from the end
 
 
-def _family(weight: float, *phrases: str) -> tuple[float, re.Pattern[str]]:
-    return weight, re.compile("|".join(phrases), re.IGNORECASE)
+class _Family(NamedTuple):
+    """Phrases of one kind: what they weigh together, and stems of which each has one (looking for those first saves time)."""
+
+    weight: float
+    stems: tuple[str, ...]
+    phrases: re.Pattern[str]
+
+    def found(self, text: str, lower: str) -> bool:
+        return any(stem in lower for stem in self.stems) and self.phrases.search(text) is not None
+
+
+def _family(weight: float, stems: str, *phrases: str) -> _Family:
+    return _Family(weight, tuple(stems.split("|")), re.compile("|".join(phrases), re.IGNORECASE))
 
 
 _RULES = (
@@ -22,14 +34,17 @@ _FAMILIES = (
     # Orders to forget what was said before.
     _family(
         1,
-        rf"\b(?:ignore|disregard|forget|override|bypass|drop)\b.{{0,30}}\b(?:all|any|previous|prior|above"
-        rf"|earlier|your|the)\b.{{0,30}}\b{_RULES}\b",
-        r"\b(?:reveal|print|repeat|show|output)\b.{0,20}\b(?:your|the)\b.{0,12}\b(?:system|initial|hidden)"
+        "ignore|disregard|forget|override|bypass|drop|reveal|print|repeat|show|output",
+        rf"\b(?:ignore|disregard|forget|override|bypass|drop)\b[^.!?\n]{{0,30}}\b(?:all|any|previous|prior|above"
+        rf"|earlier|your|the)\b[^.!?\n]{{0,30}}\b{_RULES}\b",
+        r"\b(?:reveal|print|repeat|show|output)\b[^.!?\n]{0,20}\b(?:your|the)\b[^.!?\n]{0,12}\b(?:system|initial|hidden)"
         r" (?:prompt|instructions?|message)",
     ),
     # Names and formulas of known jailbreaks.
     _family(
         1,
+        "do anything now|jailbr|jail br| mode|stands for|acronym|short for|unfiltered|uncensored|amoral|"
+        "unrestricted|ethical|moral|safety|legal|content|broken free|stay in character",
         r"\bdo anything now\b",
         r"\bDAN mode\b",
         r"\bjail ?br(?:eak|oken)\b",
@@ -46,6 +61,8 @@ _FAMILIES = (
     # Disregard of what the maker of the model set.
     _family(
         0.6,
+        "abid|adher|bound|follow|restrict|limit|comply|care about|concerned|openai|refuse|reject|decline|"
+        "say no|legal|ethical|immoral|harmful|dangerous|offensive|explicit|nsfw|acceptable",
         rf"\b(?:not|never|without|don['\u2019]?t|no longer)\b.{{0,30}}\b(?:abide|adher|bound|follow|restrict"
         rf"|limit|comply|care about|concerned)\w*"
         rf".{{0,40}}\b(?:{_RULES}|openai|ethics|ethical|morals?|laws?|legal)\b",
@@ -58,6 +75,8 @@ _FAMILIES = (
     # A part that is to be played.
     _family(
         0.5,
+        "act |act\n|as|like|pretend|role|immerse|you are|from now on|henceforth|character|you will|you must|"
+        "you should|you can|hypothetical|persona",
         r"\b(?:act|behave|respond|answer|reply|talk|speak|write) (?:only )?(?:as|like)\b",
         r"\bpretend\b",
         r"\brole[- ]?play",
@@ -72,6 +91,8 @@ _FAMILIES = (
     # How the answer must be given, where it is to come twice, start with a name, or say nothing of being a machine.
     _family(
         0.5,
+        "ways|responses|answers|paragraphs|[|(classic|(normal|(gpt|\U0001f513|\U0001f512|as an ai|never|"
+        "disclaimer|warning|prompt|question|request|command|{|chatgpt|chat gpt|language model|openai",
         r"\b(?:two|2|both) (?:different )?(?:ways|responses|answers|paragraphs)\b",
         r"\[[A-Z][\w -]{1,24}\]:|\((?:classic|normal|gpt)\)|\U0001f513|\U0001f512",
         r"\bas an ai (?:language )?model\b",
@@ -85,7 +106,13 @@ _FAMILIES = (
 
 
 def injection_score(text: str) -> float:
-    """Sum of the weights of the families that a text has phrases of; 1 and above is a finding."""
+    """Sum of the weights of the families that a text has phrases of, as far as it decides: 1 and above is a finding."""
     if len(text) > 2 * _LOOKED_AT:
         text = text[:_LOOKED_AT] + "\n" + text[-_LOOKED_AT:]
-    return sum(weight for weight, phrases in _FAMILIES if phrases.search(text))
+    lower, score, left = text.lower(), 0.0, sum(family.weight for family in _FAMILIES)
+    for family in _FAMILIES:
+        left -= family.weight
+        score += family.weight * family.found(text, lower)
+        if score >= 1 or score + left < 1:
+            break
+    return score

@@ -15,14 +15,11 @@ from tunesmith.quality.findings import Message, texts
 from tunesmith.quality.words import words
 
 _ECHO_WORDS = 5  # a shorter question may well be answered by itself
+_NOT = r"(?:can['\u2019]?t|cannot|am unable to|am not able to|won['\u2019]?t|will not|do(?: not|n['\u2019]?t) have)"
 _REFUSAL = re.compile(
-    r"\W*(?:(?:i['\u2019]?m|i am) (?:very |truly |really )?sorry,? but|sorry,? (?:but )?i"
-    r" (?:can['\u2019]?t|cannot|am unable|am not able)"
-    r"|i (?:can['\u2019]?t|cannot|am unable to|am not able to|won['\u2019]?t|will not) (?:help|assist"
-    r"|fulfil|comply|provide|answer|do that|create"
-    r"|generate|support|engage)|i apologi[sz]e,? but|(?:unfortunately, )?as an? (?:ai|artificial|large"
-    r" language|language model|assistant)\b"
-    r"|i(?:['\u2019]m| am) (?:just |only )?an? (?:ai|artificial|(?:large )?language model)\b)",
+    r"\W*(?:(?:i['\u2019]?m|i am) (?:very |truly |really )?sorry,? but|i apologi[sz]e,? but"
+    rf"|(?:sorry,? (?:but )?)?i {_NOT} (?:help|assist|fulfil|comply|provide|answer|do that|create|generate|support|engage)"
+    rf"|(?:unfortunately,? )?as an? (?:ai|artificial|(?:large )?language)\b[^.\n]{{0,60}}\bi {_NOT}\b)",
     re.IGNORECASE,
 )
 _STOPS_OPEN = re.compile(

@@ -18,6 +18,34 @@ from tunesmith.rowrules import Action
 
 Places = Iterator[tuple[int, int]]  # start and end of what was found in a text
 
+#: What a text must hold for a rule to be worth a closer look; letters in lower case.
+_STEMS: dict[str, tuple[str, ...]] = {
+    "secret": (
+        *(
+            "akia",
+            "asia",
+            "ghp_",
+            "gho_",
+            "ghu_",
+            "ghs_",
+            "ghr_",
+            "github_pat",
+            "glpat-",
+            "hf_",
+            "sk-",
+            "k_live",
+            "k_test",
+            "xox",
+        ),
+        *("aiza", "sg.", "npm_", "pypi-", "dop_v1", "eyj", "-----begin", "://"),
+    ),
+    "high-entropy": ("key", "secret", "token", "passw", "auth", "credential"),
+    "email": ("@",),
+    "control-token": ("<|", "<\uff5c", "_of_turn", "inst]", "sys>>", "s>", "mask]", "tool_calls]"),
+}
+_DIGITS = re.compile(r"\d(?:[ .()A-Z-]{0,2}\d){8}")
+_NUMBERS = ("phone", "iban", "card")
+
 #: Known forms of keys, from their makers' documentation.
 _SECRET = re.compile(
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{60,}\b"
@@ -141,7 +169,7 @@ def screen(
             continue
         counts: dict[int, int] = {}
         for turn, text in list(texts(screened)):
-            found = list(_CHECKS[rule](text))
+            found = list(_CHECKS[rule](text)) if _worth_looking(rule, text) else []
             if found:
                 counts[turn] = len(found)
                 if action == "fix":
@@ -149,6 +177,15 @@ def screen(
         if counts:
             findings.append(Finding(rule, action, places(counts)))
     return screened, findings
+
+
+def _worth_looking(rule: str, text: str) -> bool:
+    if rule in BEFORE_CLEANING:
+        return not text.isascii()
+    if rule in _NUMBERS:
+        return _DIGITS.search(text) is not None
+    lower = text.lower()
+    return rule not in _STEMS or any(stem in lower for stem in _STEMS[rule])
 
 
 def _replaced(text: str, found: Sequence[tuple[int, int]], placeholder: str) -> str:
