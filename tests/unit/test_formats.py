@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.chat.formats import to_messages
+from tunesmith.chat.formats import mapped, to_messages
 from tunesmith.errors import Problem
 
 EXPECTED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -19,6 +19,8 @@ EXPECTED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
         ("messages", {"messages": EXPECTED}),
         ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}),
         ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello"}),
+        ("prompt", {"prompt": "Hi", "completion": "Hello"}),
+        ("prompt", {"prompt": EXPECTED[:1], "completion": EXPECTED[1:]}),
     ],
 )
 def test_three_formats_say_the_same(name: str, row: dict[str, Any], given_format: str | None) -> None:
@@ -52,7 +54,7 @@ def test_system_is_added_only_where_it_is_missing() -> None:
         ("TS104", {"instruction": "x"}),
         ("TS105", {"messages": [{"role": "gpt", "content": "x"}]}),
         ("TS105", {"messages": [{"role": ["user"], "content": "x"}]}),
-        ("TS105", {"conversations": [{"from": "observation", "value": "x"}]}),
+        ("TS105", {"conversations": [{"from": "narrator", "value": "x"}]}),
         ("TS106", {"messages": [EXPECTED[0], {"role": "assistant", "content": " \n"}]}),
         ("TS107", {"messages": [EXPECTED[0]]}),
         ("TS107", {"messages": []}),
@@ -71,5 +73,51 @@ def test_problems_are_coded_and_placed(code: str, row: dict[str, Any]) -> None:
 
 def test_named_format_is_not_guessed() -> None:
     problem = to_messages({"messages": EXPECTED}, "f:1", "alpaca")
+    assert isinstance(problem, Problem)
+    assert problem.code == "TS104"
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def test_tool_calls_have_one_form() -> None:
+    expected = [
+        {"role": "user", "content": "Rain?", "tools": TOOLS},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "sun"},
+        {"role": "assistant", "content": "No."},
+    ]
+    turns = [
+        ("human", "Rain?"),
+        ("function_call", '{"name": "weather", "arguments": {"city": "Rome"}}'),
+        ("observation", "sun"),
+        ("gpt", "No."),
+    ]
+    sharegpt = {
+        "conversations": [{"from": who, "value": what} for who, what in turns],
+        "tools": '[{"name": "weather", "parameters": {}}]',
+    }
+    assert to_messages(sharegpt, "f:1") == expected
+    texted = {"function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    plain = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [texted]}, *expected[2:]]
+    assert to_messages({"messages": plain, "tools": TOOLS}, "f:1") == expected
+    with_system = to_messages({"messages": plain, "tools": TOOLS}, "f:1", system="S")
+    assert isinstance(with_system, list)
+    assert [message.get("tools") for message in with_system] == [TOOLS, None, None, None, None]
+
+
+@pytest.mark.parametrize("call", [{"name": 3}, {"name": "f", "arguments": "no object"}, "text"])
+def test_bad_tool_calls_are_problems(call: Any) -> None:
+    problem = to_messages({"messages": [EXPECTED[0], {"role": "assistant", "tool_calls": [call]}]}, "f:1")
+    assert isinstance(problem, Problem)
+    assert problem.code == "TS108"
+
+
+def test_columns_are_mapped() -> None:
+    row = {"question": "Hi", "answer": "Hello", "id": 3}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert mapped(row, columns, "f:1") == {"id": 3, "prompt": "Hi", "completion": "Hello"}
+    problem = mapped({"question": "Hi"}, columns, "f:1")
     assert isinstance(problem, Problem)
     assert problem.code == "TS104"

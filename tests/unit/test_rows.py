@@ -6,6 +6,8 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,14 +83,85 @@ def test_broken_array_raises_with_its_place(tmp_path: Path, text: str, where: st
     assert caught.value.problems[0].where.endswith(where)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "a.txt", "folder.jsonl", "a.json.gz"])
+@pytest.mark.parametrize("name", ["missing.jsonl", "a.txt", "folder.jsonl", "a.parquet.gz"])
 def test_no_such_file_or_kind(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.txt").write_text("{}", encoding="utf-8")
-    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[]"))
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"[]"))
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(DataError) as caught:
         read_rows(tmp_path / name)
     assert caught.value.problems[0].code == "TS101"
+
+
+VALUES = [{"prompt": f"question {number}", "completion": "a,\nb"} for number in range(2500)]
+
+
+def _write(path: Path, values: list[dict[str, str]]) -> None:
+    lines = "".join(json.dumps(value) + "\n" for value in values).encode()
+    table = pa.Table.from_pylist(values)
+    match path.name.partition(".")[2]:
+        case "jsonl.zst":
+            with pa.CompressedOutputStream(str(path), "zstd") as sink:
+                sink.write(lines)
+        case "json.gz":
+            path.write_bytes(gzip.compress(json.dumps(values).encode()))
+        case "csv" | "csv.gz" as kind:
+            text = "prompt,completion\n" + "".join(f'{v["prompt"]},"{v["completion"]}"\n' for v in values)
+            path.write_bytes(gzip.compress(text.encode()) if kind == "csv.gz" else text.encode())
+        case "parquet":
+            pq.write_table(table, path)
+        case "arrow":
+            with pa.ipc.new_stream(str(path), table.schema) as stream:
+                stream.write_table(table, 700)
+        case "feather":
+            with pa.ipc.new_file(str(path), table.schema) as file:
+                file.write_table(table, 700)
+
+
+@pytest.mark.parametrize(
+    ("name", "second"),
+    [("a.jsonl.zst", ":2"), ("a.json.gz", ":1"), ("a.csv", ":4"), ("a.csv.gz", ":4")]
+    + [(f"a.{kind}", ":row 2") for kind in ("parquet", "arrow", "feather")],
+)
+def test_every_kind_says_the_same_and_where(tmp_path: Path, name: str, second: str) -> None:
+    path = tmp_path / name
+    _write(path, VALUES)
+    rows = list(read_rows(path))
+    assert [row.value for row in rows] == VALUES
+    assert rows[1].where == f"{path}{second}"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet", "a.arrow", "a.feather"])
+def test_damaged_tables_are_readable(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    _write(path, VALUES)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError) as caught:
+        list(read_rows(path))
+    assert (caught.value.problems[0].code, caught.value.problems[0].where) == ("TS114", str(path))
+
+
+def test_bad_csv_lines_are_rows_with_a_problem(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'a,b\n1,2\n3\n"x"y,1\n\xff,4\n5,6\n')
+    rows = list(read_rows(path))
+    assert [row.where.rpartition(":")[2] for row in rows] == ["2", "3", "4", "5", "6"]
+    assert [row.problem.code if row.problem else "" for row in rows] == ["", "TS115", "TS115", "TS115", ""]
+    path.write_text("a,a\n1,2\n", encoding="utf-8")
+    with pytest.raises(DataError):
+        list(read_rows(path))
+
+
+def test_folder_is_read_as_a_data_set(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    with pytest.raises(DataError) as caught:
+        read_rows(folder)
+    assert caught.value.problems[0].code == "TS101"
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"prompt": split}) + "\n", encoding="utf-8")
+    assert [(row.where, row.value) for row in read_rows(folder, "test")] == [(f"{folder}:test row 1", {"prompt": "test"})]
+    assert [row.value for row in read_rows(folder)] == [{"prompt": "train"}]
 
 
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none(), max_size=3), max_size=5), st.booleans())

@@ -271,3 +271,38 @@ def test_last_answer_alone_is_trained_where_that_is_asked(tokenizer: Any) -> Non
     (unanswered,) = template.encode([WITH_SYSTEM[:-1]], last_answer=True)
     assert isinstance(unanswered, Problem)
     assert unanswered.code == "TS122"
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}"
+    "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _tool_row(city: str) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+    return [
+        {"role": "user", "content": "Rain?", "tools": [{"type": "function", "function": {"name": "weather"}}]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "sun"},
+        {"role": "assistant", "content": "No."},
+    ]
+
+
+def test_tool_calls_are_trained_and_what_comes_back_is_not(tokenizer: Any) -> None:
+    template = ChatTemplate(tokenizer, TOOL_TEMPLATE)
+    (row,) = template.encode([_tool_row("Rome")])
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call><|im_end|>'
+    assert trained_texts(tokenizer, row) == [call, "No.<|im_end|>"]
+    assert isinstance(row, Encoded)
+    assert tokenizer.decode(row.input_ids) == template.render(_tool_row("Rome"))
+    assert '"weather"' in tokenizer.decode(row.input_ids[:30])
+
+
+def test_forged_turn_in_a_tool_call_and_lost_calls_are_refused(tokenizer: Any) -> None:
+    forged, lost = (
+        ChatTemplate(tokenizer, TOOL_TEMPLATE).encode([_tool_row("<|im_end|>")]),
+        ChatTemplate(tokenizer).encode([_tool_row("Rome")]),
+    )
+    assert [problem.code for problem in [*forged, *lost] if isinstance(problem, Problem)] == ["TS108", "TS121"]

@@ -1,4 +1,4 @@
-"""One conversation out of a row, whatever the row's format: messages, alpaca or sharegpt.
+"""One conversation out of a row, whatever the row's format: messages, alpaca, sharegpt or prompt and completion.
 
 Each reader returns messages or the problems that the row has; nothing is guessed or repaired.
 """
@@ -8,18 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from tunesmith.chat.tools import calls, texts, with_tools
 from tunesmith.errors import Problem
 
-Role = Literal["system", "user", "assistant"]
-Message = dict[str, str]  # {"role": Role, "content": str}, as chat templates read it
+Role = Literal["system", "user", "assistant", "tool"]
+Message = dict[str, Any]  # {"role": Role, "content": str}, as chat templates read it; with tools more (see `chat.tools`)
 
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES: dict[str, Role] = {
     "system": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
 }
 
 _WHY_COLUMNS = "columns of another meaning would be trained on as if they were a conversation"
@@ -37,7 +41,7 @@ def _turns(row: Mapping[str, Any], where: str, column: str, role_key: str, text_
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return wrong_columns(row, where, f"with {column!r}: a list of turns")
     for turn in turns:
-        if role_key not in turn or text_key not in turn:
+        if role_key not in turn or (text_key not in turn and not turn.get("tool_calls")):
             return wrong_columns(turn, f"{where} {column}", f"whose turns have {role_key!r} and {text_key!r}")
     return turns
 
@@ -46,7 +50,18 @@ def _from_messages(row: Mapping[str, Any], where: str) -> list[Message] | Proble
     turns = _turns(row, where, "messages", "role", "content")
     if isinstance(turns, Problem):
         return turns
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        message = {"role": turn["role"], "content": turn.get("content")}
+        if turn.get("tool_calls"):
+            found = calls(turn["tool_calls"], f"{where} turn {number}")
+            if isinstance(found, Problem):
+                return found
+            message |= {"content": message["content"] or "", "tool_calls": found}
+        if turn["role"] == "tool" and isinstance(turn.get("name"), str):
+            message["name"] = turn["name"]
+        messages.append(message)
+    return with_tools(messages, row.get("tools"), where)
 
 
 def _from_sharegpt(row: Mapping[str, Any], where: str) -> list[Message] | Problem:
@@ -54,7 +69,16 @@ def _from_sharegpt(row: Mapping[str, Any], where: str) -> list[Message] | Proble
     if isinstance(turns, Problem):
         return turns
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return system + [{"role": role_of(turn["from"]), "content": turn["value"]} for turn in turns]
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        message: Message = {"role": role_of(turn["from"]), "content": turn["value"]}
+        if turn["from"] == "function_call":
+            found = calls(turn["value"], f"{where} turn {number}")
+            if isinstance(found, Problem):
+                return found
+            message |= {"content": "", "tool_calls": found}
+        messages.append(message)
+    return with_tools(system + messages, row.get("tools"), where)
 
 
 def role_of(name: Any) -> Any:
@@ -77,11 +101,39 @@ def _from_alpaca(row: Mapping[str, Any], where: str) -> list[Message] | Problem:
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
+def _from_prompt(row: Mapping[str, Any], where: str) -> list[Message] | Problem:
+    """TRL's form: `prompt` and `completion`, each text or a list of messages."""
+    if "prompt" not in row or "completion" not in row:
+        return wrong_columns(row, where, "with 'prompt' and 'completion', and optionally 'system', 'tools'")
+    turns: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row[column]
+        turns += value if isinstance(value, list) else [{"role": role, "content": value}]
+    return _from_messages({"messages": turns, "tools": row.get("tools")}, where)
+
+
 _READERS: dict[str, tuple[str, Callable[[Mapping[str, Any], str], list[Message] | Problem]]] = {
     "messages": ("messages", _from_messages),
     "sharegpt": ("conversations", _from_sharegpt),
     "alpaca": ("instruction", _from_alpaca),
+    "prompt": ("completion", _from_prompt),
 }
+
+
+def detected(row: Mapping[str, Any]) -> str | None:
+    """The format that `auto` takes a row for, by the column that only that format has; None where it has none of them."""
+    return next((name for name, (column, _) in _READERS.items() if column in row), None)
+
+
+def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any] | Problem:
+    """The row with the file's columns under the names of the format, as `data.columns` maps them."""
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        return wrong_columns(row, where, f"with {missing[0]!r}, which data.columns names")
+    taken = set(columns.values())
+    return {name: value for name, value in row.items() if name not in taken} | {
+        ours: row[theirs] for ours, theirs in columns.items()
+    }
 
 
 def _message_problem(message: Mapping[str, Any], number: int, where: str) -> Problem | None:
@@ -95,10 +147,10 @@ def _message_problem(message: Mapping[str, Any], number: int, where: str) -> Pro
         why = "only text is trained on"
         return Problem("TS108", f"the content is {type(content).__name__}, not text", at, why, "write the content as a string")
     try:
-        content.encode("utf-8")
+        "".join(texts(message)).encode("utf-8")
     except UnicodeEncodeError:
         return Problem("TS108", "half of a surrogate pair in the text", at, "it cannot be tokenized", "repair the text")
-    if role == "assistant" and not content.strip():
+    if role == "assistant" and not content.strip() and "tool_calls" not in message:
         why = "the model would learn to answer with nothing"
         return Problem("TS106", "the assistant's answer is empty", at, why, "write the answer or delete the row")
     return None
@@ -120,9 +172,10 @@ def _read_as(row: Mapping[str, Any], where: str, row_format: str) -> list[Messag
         return conversation(row, where, row_format)
     if "chosen" in row and "rejected" in row:
         return _preference_row(where)
-    name = next((name for name, (column, _) in _READERS.items() if column in row), None)
+    name = detected(row)
     if name is None:
-        return wrong_columns(row, where, "as messages, sharegpt (conversations) or alpaca (instruction, output)")
+        wanted = "as messages, sharegpt (conversations), alpaca (instruction, output) or prompt (prompt, completion)"
+        return wrong_columns(row, where, wanted)
     return conversation(row, where, name)
 
 
@@ -131,8 +184,8 @@ def to_messages(
 ) -> list[Message] | Problem:
     """The row's conversation, with `system` put first where it has no system turn; or the row's first problem.
 
-    `row_format` is `messages`, `sharegpt`, `alpaca`, or `auto` (told by the column that only that format has; a preference row
-    is refused).
+    `row_format` is `messages`, `sharegpt`, `alpaca`, `prompt`, or `auto` (told by the column that only that format has; a
+    preference row is refused).
     """
     messages = _read_as(row, where, row_format)
     if isinstance(messages, Problem):
@@ -144,5 +197,9 @@ def to_messages(
         why = "without an answer there is nothing to learn"
         return Problem("TS107", "no assistant turn", where, why, "add the answer or delete the row")
     if system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+        added = {"role": "system", "content": system}
+        if "tools" in messages[0]:  # they stay in the first message
+            added["tools"] = messages[0]["tools"]
+            messages = [{key: value for key, value in messages[0].items() if key != "tools"}, *messages[1:]]
+        messages = [added, *messages]
     return messages

@@ -20,6 +20,8 @@ from itertools import pairwise
 from typing import Any
 
 from tunesmith.chat.formats import Message
+from tunesmith.chat.tools import texts as texts_in
+from tunesmith.chat.tools import tools_of, uses_tools
 from tunesmith.errors import ModelError, Problem
 
 _TRIMS = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to contents
@@ -100,8 +102,10 @@ class ChatTemplate:
         """The conversation as text, by the renderer that transformers and vLLM use. Template errors pass through."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        tools = tools_of(messages)
         texts, _ = render_jinja_template(
-            [list(messages)],
+            [[{key: value for key, value in message.items() if key != "tools"} for message in messages]],
+            tools=tools,
             chat_template=self.source,
             add_generation_prompt=add_generation_prompt,
             # transformers 4 gave templates this list too, and some count on it (GigaChat).
@@ -129,19 +133,27 @@ class ChatTemplate:
         """Spans of a conversation whose answers among `turns` are trained, with notes."""
         try:
             text = self._render_foreign(messages, add_generation_prompt=prompt)
-            pieces = self._pieces(messages, text, prompt)
+            tools = uses_tools(messages)
+            pieces = None if tools else self._pieces(messages, text, prompt)
+            if tools and (lost := _lost_calls(messages, text)):
+                return lost
             if pieces is not None:
                 answers = {turn for turn in turns if messages[turn]["role"] == "assistant"}
                 spans, notes = self._spans(pieces, answers)
                 notes += self._dropped(messages, pieces)
             elif prompt:
                 spans, notes = [Span(text, trained=False, content=False)], ()
+            elif tools:
+                answers = {turn for turn in turns if messages[turn]["role"] == "assistant"}
+                spans, notes = self._answers_after_prompts(messages, text, answers)
             else:
                 spans, notes = self._last_answer(messages, text)
         except _RefusedError as error:
             why = "this conversation has no form that the model knows"
             return Problem("TS121", f"the chat template refused the row: {error}", "", why, "reorder the turns")
-        if (pieces is None or self._prefixes_space) and any(self._control.search(m["content"]) for m in messages):
+        if (pieces is None or self._prefixes_space) and any(
+            self._control.search(part) for message in messages for part in texts_in(message)
+        ):
             what = "control tokens written out inside the content"
             why = "under this template and tokenizer they cannot be told from real ones and would forge a turn"
             return Problem("TS108", what, "", why, "remove them from the row")
@@ -273,6 +285,29 @@ class ChatTemplate:
         spans = [Span(prompt, False, False), Span(answer[:end], True, False), Span(answer[end:], False, False)]
         return [span for span in spans if span.text], ("last-answer-only",)
 
+    def _answers_after_prompts(
+        self, messages: Sequence[Message], text: str, answers: Collection[int]
+    ) -> tuple[list[Span], tuple[str, ...]]:
+        """Spans with each of the `answers` trained: what its prefix's rendering adds to the generation prompt.
+
+        For conversations with tools, where an answer is more than its content. Falls back to the last answer where the
+        template writes an earlier turn otherwise once others follow it.
+        """
+        spans: list[Span] = []
+        position = 0
+        for turn in sorted(answers):
+            prompt = self._render_foreign(messages[:turn], add_generation_prompt=True) if turn else ""
+            shared = os.path.commonprefix([text, self._render_foreign(messages[: turn + 1])])  # noqa: RUF071 - texts
+            if not turn or not text.startswith(prompt) or not position <= len(prompt) < len(shared):
+                return self._last_answer(messages, text)
+            answer = shared[len(prompt) :]
+            ends = [match.end() for match in self._control.finditer(answer) if not answer[match.end() :].strip()]
+            end = len(prompt) + (ends[0] if ends else len(answer.rstrip()))
+            spans += [Span(text[position : len(prompt)], False, False), Span(text[len(prompt) : end], True, False)]
+            position = end
+        spans.append(Span(text[position:], False, False))
+        return [span for span in spans if span.text], ()
+
     def _encode_plans(self, plans: Sequence[tuple[list[Span], tuple[str, ...]] | Problem]) -> list[Encoded | Problem]:
         by_offsets = self._prefixes_space
         texts: list[str] = []
@@ -321,6 +356,18 @@ class ChatTemplate:
                     parts.append((span.text[start:end], span.trained))
                 joinable = True
         return parts
+
+
+def _lost_calls(messages: Sequence[Message], text: str) -> Problem | None:
+    """The problem of a template that leaves calls, or what came back, out of the rendering."""
+    for message in messages:
+        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        content = str(message["content"]).strip() if message["role"] == "tool" else ""
+        if any(name not in text for name in names) or content not in text:
+            why = "the model would learn answers without the calls that led to them"
+            fix = "use a chat template with tools, as data.chat_template"
+            return Problem("TS121", "the chat template leaves tool calls out", "", why, fix)
+    return None
 
 
 def _by_offsets(plan: tuple[list[Span], tuple[str, ...]], ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:

@@ -1,20 +1,21 @@
 """The one module that reads rows, and knows where each row stands (file, line, column).
 
-Covered: `.jsonl` (one JSON object a line), the same compressed as `.jsonl.gz`, and `.json` (one array of objects). Not covered
-yet: csv, parquet, arrow, other compressed files and hub ids.
+Covered: `.jsonl` (one JSON object a line), `.json` (one array of objects) and `.csv` (with a header), plain or compressed as
+`.gz` or `.zst`; `.parquet`, `.arrow` and `.feather`; a folder with such files or `hub:owner/name`, by `datasets`. All but
+`.json` stream: memory does not grow with the rows. A `.json` array is read whole, as its end decides whether it is one.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import DataError, Problem
+from tunesmith.io import tables
+from tunesmith.io.compressed import opened, plain_suffix
 
 
 @dataclass(frozen=True)
@@ -59,34 +60,28 @@ def _row(where: str, value: Any) -> Row:
     return Row(where, None, _not_an_object(where, value))
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The file's lines, decompressed on the way. Raises DataError where a compressed file is damaged."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
-        try:
-            yield from handle
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            why = "the rows after the damage are lost"
-            fix = "get the file again, or compress it again with gzip"
-            raise DataError(Problem("TS114", f"not a whole gzip file: {error}", str(path), why, fix)) from error
-
-
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, raw in enumerate(_lines(path), start=1):
-        where = f"{path}:{number}"
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if not line:
-                continue
-            yield _row(where, _DECODER.decode(line))
-        except json.JSONDecodeError as error:
-            yield Row(where, None, _malformed(f"{where}:{error.colno}", error.msg))
-        except (ValueError, RecursionError) as error:
-            yield Row(where, None, _malformed(where, str(error) or "nested too deeply"))
+    with opened(path) as handle:
+        for number, raw in enumerate(handle, start=1):
+            if row := _line(f"{path}:{number}", raw, "utf-8-sig" if number == 1 else "utf-8"):
+                yield row
+
+
+def _line(where: str, raw: bytes, encoding: str) -> Row | None:
+    """The row in one line; None for a blank one."""
+    try:
+        line = raw.decode(encoding).strip()
+        return _row(where, _DECODER.decode(line)) if line else None
+    except json.JSONDecodeError as error:
+        return Row(where, None, _malformed(f"{where}:{error.colno}", error.msg))
+    except (ValueError, RecursionError) as error:
+        return Row(where, None, _malformed(where, str(error) or "nested too deeply"))
 
 
 def _read_json_array(path: Path) -> Iterator[Row]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with opened(path) as handle:
+            text = handle.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(_malformed(str(path), str(error))) from error
     position, line = _skip_blank(text, 0), 1
@@ -122,27 +117,51 @@ def _skip_blank(text: str, position: int) -> int:
     return position
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a `.jsonl`, `.jsonl.gz` or `.json` file in order; unreadable JSONL lines come as rows with a problem.
+def _tabled(read: Callable[[Path], Iterator[tables.Read]]) -> Callable[[Path], Iterator[Row]]:
+    return lambda path: (Row(*made) for made in read(path))
 
-    Raises DataError where the file is missing, of an unknown kind, damaged, or a broken array (nothing after the break
-    could be told apart). An empty file yields nothing: the caller says so.
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json_array,
+    ".csv": _tabled(tables.csv_rows),
+    ".parquet": _tabled(tables.parquet_rows),
+    ".arrow": _tabled(tables.arrow_rows),
+    ".feather": _tabled(tables.arrow_rows),
+}
+_TEXT = (".jsonl", ".json", ".csv")  # may be compressed; the others compress themselves
+
+
+def read_rows(path: Path | str, split: str | None = None) -> Iterator[Row]:
+    """Rows of a file, a folder or a hub data set in order; unreadable lines come as rows with a problem.
+
+    `split` names the part of a folder or hub data set (`train` by default); a file has none. Raises DataError where the file is
+    missing, of an unknown kind, damaged, or a broken array (nothing after the break could be told apart). An empty file
+    yields nothing: the caller says so.
     """
+    if str(path).startswith(tables.HUB):
+        return (Row(*made) for made in tables.dataset_rows(str(path), split))
+    path = Path(path)
+    if path.is_dir() and not path.suffix:
+        return (Row(*made) for made in tables.dataset_rows(str(path), split))
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise DataError(
             Problem("TS101", f"data file {what}", str(path), "there is nothing to train on", "check the path in the recipe")
         )
-    if path.suffix == ".jsonl" or path.name.endswith(".jsonl.gz"):
-        return _read_jsonl(path)
-    if path.suffix == ".json":
-        return _read_json_array(path)
-    raise DataError(
-        Problem(
-            "TS101",
-            f"unknown kind of data file {path.suffix or '(no suffix)'!r}",
-            str(path),
-            "the reader is chosen by the file's suffix",
-            "give a .jsonl, .jsonl.gz or .json file",
+    if split is not None:
+        why = "the whole file would be read"
+        raise DataError(Problem("TS101", f"a file has no split {split!r}", str(path), why, "leave `split` out"))
+    kind = plain_suffix(path)
+    if kind not in _READERS or (kind != path.suffix and kind not in _TEXT):
+        known = ", ".join(_READERS)
+        raise DataError(
+            Problem(
+                "TS101",
+                f"unknown kind of data file {path.suffix or '(no suffix)'!r}",
+                str(path),
+                "the reader is chosen by the file's suffix",
+                f"give one of {known}; {', '.join(_TEXT)} also as .gz or .zst",
+            )
         )
-    )
+    return _READERS[kind](path)
