@@ -88,10 +88,11 @@ def prepare_shown(this: Run, console: Console) -> None:
 
     ledger = prepare(this)
     reasons = ", ".join(f"{count} {reason}" for reason, count in ledger["reasons"].items())
+    added = f" + {ledger['rows_added']} by splitting" if ledger["rows_added"] else ""
     _say(
         console,
         "prepare",
-        f"{ledger['rows_in']} rows in = {ledger['rows_train']} train + {ledger['rows_heldout']} held out "
+        f"{ledger['rows_in']} rows in{added} = {ledger['rows_train']} train + {ledger['rows_heldout']} held out "
         f"+ {ledger['rows_rejected']} rejected" + (f" ({reasons})" if reasons else ""),
     )
 

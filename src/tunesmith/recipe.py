@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import sha256_json
@@ -24,6 +24,9 @@ Method = Literal["full", "lora", "qlora"]
 Objective = Literal["sft", "dpo"]
 Auto = Literal["auto"]
 Origin = Literal["default", "file", "override", "plan"]
+
+#: Chat templates that need no file.
+NAMED_TEMPLATES = ("chatml", "llama2", "llama3", "qwen", "chatglm", "mistral", "gemma", "phi")
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -89,14 +92,39 @@ class OverlapSection(Section):
     """HumanEval.jsonl or .jsonl.gz."""
 
 
+RowFormat = Literal["auto", "messages", "alpaca", "sharegpt", "prompt"]
+
+
+class SourceSection(Section):
+    """One of several sources of rows."""
+
+    path: str
+    """A file, a folder or `hub:owner/name`, as for `data.train`."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the mixture, relative to the other sources' weights; give all sources one, or none."""
+    format: RowFormat | None = None
+    """How its rows are written; data.format where it is not given."""
+    columns: dict[str, str] | None = None
+    """Its own mapping; data.columns where it is not given."""
+    split: str | None = None
+    """The split of a folder or hub data set; `train` where it is not given."""
+
+
 class DataSection(Section):
     """What is trained on, and what is kept aside."""
 
     train: str
-    """Rows to train on: a .jsonl, .jsonl.gz or .json file, relative to the recipe."""
+    """Rows to train on, relative to the recipe: .jsonl, .json or .csv (also .gz, .zst), .parquet, .arrow, .feather, a folder of
+    such files, or `hub:owner/name@revision`. Left out where `sources` is given."""
+    sources: list[SourceSection] = Field(default_factory=list)
+    """Several sources instead of `train`, mixed by their weights or by `temperature`, else all rows of all."""
+    temperature: Annotated[float, Field(ge=1)] | None = None
+    """Mix sources by their rows to the power of 1 / temperature: 1 is by size, more brings the small ones up."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """The file's columns by the format's names, such as `{prompt: question, completion: answer}`."""
     test: str | None = None
     """Rows of the task's test set; never trained on. Without it `evaluate` uses the held-out rows."""
-    format: Literal["auto", "messages", "alpaca", "sharegpt"] = "auto"
+    format: RowFormat = "auto"
     """How rows are written; `auto` reads it off each row's columns. With `objective: dpo`, how their prompts are."""
     system: str | None = None
     """A system turn put before conversations that have none."""
@@ -105,11 +133,17 @@ class DataSection(Section):
     max_rows: PositiveInt | None = None
     """Train on at most this many rows (a seeded draw; the rest count as rejected, reason `over-max-rows`)."""
     max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest row in tokens (of a pair the longer side); longer rows are rejected, never cut."""
+    """Longest row in tokens (of a pair the longer side)."""
+    overlong: Literal["reject", "truncate", "split"] = "reject"
+    """What happens to longer rows: left out, later turns dropped, or cut between turns into several. Pairs are left out."""
+    truncate_answers: bool = False
+    """With `overlong: truncate`, cut inside the answer of a row whose first answer is too long already."""
+    workers: PositiveInt | Auto = "auto"
+    """Processes that read rows; the result is the same for any number. `auto` takes one, and all cores from 20,000 rows on."""
     on_bad_row: Literal["error", "reject"] = "error"
     """What a row that cannot be used does: stop `prepare` with every such row named, or be left out and counted."""
     chat_template: str | None = None
-    """A Jinja file to use instead of the tokenizer's own chat template."""
+    """Instead of the tokenizer's own: chatml, llama2, llama3, qwen, chatglm, mistral, gemma, phi, or a Jinja file."""
     clean: CleanSection = CleanSection()
     """What is mended in texts."""
     quality: dict[str, Setting] = Field(default_factory=dict)
@@ -122,6 +156,41 @@ class DataSection(Section):
     """Classes with too many rows."""
     overlap: OverlapSection = OverlapSection()
     """Benchmarks to look for among the rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_way_in(cls, given: Any) -> Any:
+        """`train` may be left out where there are sources."""
+        if isinstance(given, dict) and given.get("sources"):
+            if given.get("train"):
+                raise ValueError("give data.train or data.sources, not both")
+            return {**given, "train": ""}
+        return given
+
+    @model_validator(mode="after")
+    def _checked_weights(self) -> DataSection:
+        weights = [source.weight for source in self.sources]
+        if len({weight is None for weight in weights}) > 1:
+            raise ValueError("give all data.sources a weight, or none")
+        if self.temperature is not None and (not weights or weights[0] is not None):
+            raise ValueError("data.temperature wants data.sources without weights")
+        if self.truncate_answers and self.overlong != "truncate":
+            raise ValueError("data.truncate_answers wants data.overlong: truncate")
+        return self
+
+    @property
+    def parts(self) -> list[SourceSection]:
+        """The sources with what they take over from the section, or the one that `train` names."""
+        own = self.sources or [SourceSection(path=self.train)]
+        return [
+            source.model_copy(
+                update={
+                    "format": source.format or self.format,
+                    "columns": self.columns if source.columns is None else source.columns,
+                }
+            )
+            for source in own
+        ]
 
     @field_validator("quality")
     @classmethod
@@ -456,7 +525,13 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     def absolute(value: str | None) -> str | None:
         return None if value is None else str((base / value).resolve())
 
-    data = {key: absolute(getattr(recipe.data, key)) for key in ("train", "test", "chat_template")}
+    def rows(value: str | None) -> str | None:
+        return value if not value or value.startswith("hub:") else absolute(value)
+
+    data: dict[str, Any] = {key: rows(getattr(recipe.data, key)) for key in ("train", "test")}
+    data["sources"] = [source.model_copy(update={"path": rows(source.path)}) for source in recipe.data.sources]
+    if recipe.data.chat_template not in NAMED_TEMPLATES:
+        data["chat_template"] = absolute(recipe.data.chat_template)
     overlap = {key: absolute(value) for key, value in recipe.data.overlap}
     evaluate = {key: absolute(getattr(recipe.evaluate, key)) for key in ("json_schema", "mmlu")}
     model = recipe.model

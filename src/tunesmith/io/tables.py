@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,22 @@ def hub_name(path: str) -> tuple[str, str | None]:
     """Name and revision of `hub:owner/name@revision`."""
     name, _, revision = path.removeprefix(HUB).partition("@")
     return name, revision or None
+
+
+def hub_commit(path: str) -> str:
+    """The commit that `hub:owner/name@revision` stands for; asks the hub unless the revision is a commit. Raises DataError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    name, revision = hub_name(path)
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    try:
+        return str(HfApi().dataset_info(name, revision=revision).sha)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        why, fix = "there is nothing to train on", "check the name and the network, or name a commit after @"
+        raise DataError(Problem("TS101", f"cannot reach the data set: {detail}", path, why, fix)) from error
 
 
 def dataset_rows(path: str, split: str | None) -> Iterator[Read]:

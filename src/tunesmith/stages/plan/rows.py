@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
-from tunesmith.chat.formats import Message, to_messages
+from tunesmith.chat.formats import Message, mapped, to_messages
 from tunesmith.chat.preference import to_pair
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.rows import read_rows
 from tunesmith.packing.tree import Limits, build_tree, split_by_length, split_units_for_trees
-from tunesmith.recipe import DataSection, Objective
+from tunesmith.recipe import DataSection, Objective, SourceSection
 
 SAMPLE = 1_000  # rows looked at closely
 _DRAWS = 24  # micro-batches drawn to see what their rows share
@@ -142,18 +142,19 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
 
     Raises DataError where the file is missing, or no sampled row can be used.
     """
-    path = Path(data.train)
-    total, raw = 0, list[Any]()
-    for value in _values(path):
-        total += 1
-        if value is not None:
-            raw.append(value)
-    sample = [row for value in _drawn(raw, SAMPLE) if (row := _row(value, data, encode, objective)) is not None]
+    total, raw = 0, list[tuple[Any, SourceSection]]()
+    for part in data.parts:
+        for value in _values(part):
+            total += 1
+            if value is not None:
+                raw.append((value, part))
+    drawn = _drawn(raw, SAMPLE)
+    sample = [row for value, part in drawn if (row := _row(value, part, data.system, encode, objective)) is not None]
     sample = [row for row in sample if max(len(side.ids) for side in row.sides) <= data.max_length] or sample[:1]
     if not sample:
         why = "the plan's time and memory depend on the rows' lengths"
         raise DataError(
-            Problem("TS109", "no row of the sample can be used", str(path), why, "run `tunesmith prepare` to see why")
+            Problem("TS109", "no row of the sample can be used", data.parts[0].path, why, "run `tunesmith prepare` to see why")
         )
     share = len(sample) / min(len(raw), SAMPLE)
     rows = max(1, round(total * share * (1 - data.heldout)))
@@ -162,10 +163,11 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
     return DataFacts(rows, tuple(sample), counted)
 
 
-def _values(path: Path) -> Iterator[dict[str, Any] | None]:
+def _values(part: SourceSection) -> Iterator[dict[str, Any] | None]:
     """Each row's value; of a large .jsonl file only a share is decoded, None stands for the others."""
+    path = Path(part.path)
     if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size < _LARGE:
-        yield from (row.value for row in read_rows(path))
+        yield from (row.value for row in read_rows(part.path, part.split))
         return
     generator = random.Random(_SEED)
     share = min(1.0, _LARGE / path.stat().st_size)
@@ -184,12 +186,18 @@ def _drawn(values: Sequence[Any], count: int) -> Sequence[Any]:
     return values if len(values) <= count else random.Random(_SEED).sample(values, count)
 
 
-def _row(value: dict[str, Any], data: DataSection, encode: Encoder | None, objective: Objective) -> Row | None:
+def _row(
+    value: dict[str, Any], part: SourceSection, system: str | None, encode: Encoder | None, objective: Objective
+) -> Row | None:
     """A row rendered in ChatML, which is about as long as any template; None where it is no conversation, or no pair."""
+    named = mapped(value, part.columns or {}, "")
+    if isinstance(named, Problem):
+        return None
+    row_format = part.format or "auto"
     if objective == "sft":
-        messages = to_messages(value, "", data.format, data.system)
+        messages = to_messages(named, "", row_format, system)
         return None if isinstance(messages, Problem) else _rendered(messages, encode)
-    pair = to_pair(value, "", data.format, data.system)
+    pair = to_pair(named, "", row_format, system)
     if isinstance(pair, Problem):
         return None
     rejected = _rendered(pair.rejected, encode, last_answer=True)

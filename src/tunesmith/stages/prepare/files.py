@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +12,6 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from tunesmith.chat.template import Encoded
-
-_BATCH = 1000  # rows in one Arrow record batch
 
 SCHEMA = pa.schema(
     [
@@ -33,6 +33,14 @@ PAIR_SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class ShownRow:
+    """A row read back from what was written."""
+
+    where: str
+    sides: list[Encoded]
+
+
 class EncodedRow(Protocol):
     """A row with its place and its token ids, of both sides where it is a pair."""
 
@@ -42,20 +50,59 @@ class EncodedRow(Protocol):
     def sides(self) -> list[Encoded]: ...
 
 
-def write_arrow(path: Path, rows: Sequence[EncodedRow], *, pairs: bool) -> None:
-    """Write rows, or pairs, as an Arrow stream, which `datasets.Dataset.from_file` maps into memory."""
-    schema = PAIR_SCHEMA if pairs else SCHEMA
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for start in range(0, len(rows), _BATCH):
-            chunk = rows[start : start + _BATCH]
-            columns: list[list[Any]] = [[row.where for row in chunk]]
-            for side in range(2 if pairs else 1):
-                encoded = [row.sides[side] for row in chunk]
-                columns.append([each.input_ids for each in encoded])
-                columns.append([each.trained for each in encoded])
-                columns.append([len(each.input_ids) for each in encoded])
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
+class SpooledRow(EncodedRow, Protocol):
+    """The same with its conversation."""
+
+    @property
+    def messages(self) -> list[dict[str, Any]]: ...
+
+
+def schema_of(*, pairs: bool) -> pa.Schema:
+    """The columns of the rows, or pairs, that are trained on."""
+    return PAIR_SCHEMA if pairs else SCHEMA
+
+
+def spool_batch(rows: Sequence[SpooledRow], *, pairs: bool) -> pa.RecordBatch:
+    """Encoded rows as one Arrow batch: the columns that are trained on, and `messages` as JSON."""
+    schema = schema_of(pairs=pairs)
+    columns: list[list[Any]] = [[row.where for row in rows]]
+    for side in range(2 if pairs else 1):
+        encoded = [row.sides[side] for row in rows]
+        columns.append([each.input_ids for each in encoded])
+        columns.append([each.trained for each in encoded])
+        columns.append([len(each.input_ids) for each in encoded])
+    columns.append([json.dumps(row.messages, ensure_ascii=False) for row in rows])
+    spooled = schema.append(pa.field("messages", pa.string()))
+    arrays = [pa.array(column, each.type) for column, each in zip(columns, spooled, strict=True)]
+    return pa.record_batch(arrays, schema=spooled)
+
+
+class ArrowWriter:
+    """An Arrow stream that grows batch by batch, `datasets.Dataset.from_file` maps it into memory."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._sink = pa.OSFile(str(path), "wb")
+        self._stream = pa.ipc.new_stream(self._sink, schema)
+        self._schema = schema
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append the rows of a batch; of its columns those that the schema has."""
+        if batch.num_rows:
+            self._stream.write_batch(batch.select(self._schema.names))
+
+    def close(self) -> None:
+        """Finish the stream."""
+        self._stream.close()
+        self._sink.close()
+
+
+def shown_rows(batch: pa.RecordBatch, count: int) -> Iterator[ShownRow]:
+    """The first rows of a batch, for a person to look at."""
+    for row in batch.slice(0, count).to_pylist():
+        sides = [Encoded(row["input_ids"], row["trained"])]
+        if "rejected_input_ids" in row:
+            sides.append(Encoded(row["rejected_input_ids"], row["rejected_trained"]))
+        yield ShownRow(row["where"], sides)
 
 
 def marked_sample(row: EncodedRow, tokenizer: Any) -> str:
@@ -69,8 +116,13 @@ def marked_sample(row: EncodedRow, tokenizer: Any) -> str:
 
 def _marked(where: str, encoded: Encoded, tokenizer: Any) -> str:
     parts = []
-    for trained, group in groupby(zip(encoded.input_ids, encoded.trained, strict=True), key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
+    for text, trained in stretches(encoded, tokenizer):
         parts.append(f"\u27e6{text}\u27e7" if trained else text)
     count = f"{sum(encoded.trained)} of {len(encoded.trained)} tokens trained on"
     return f"=== {where} ({count}) ===\n{''.join(parts)}\n"
+
+
+def stretches(encoded: Encoded, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """The row as text, cut where what is trained on begins and ends."""
+    for trained, group in groupby(zip(encoded.input_ids, encoded.trained, strict=True), key=lambda pair: pair[1]):
+        yield tokenizer.decode([token for token, _ in group], skip_special_tokens=False), trained

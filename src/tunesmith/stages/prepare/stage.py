@@ -1,165 +1,229 @@
-"""The data stage: every row that comes in is trained on, held out, or rejected with a reason."""
+"""The data stage: every row that comes in is trained on, held out, or rejected with a reason.
+
+Rows stream: chunks of them go through `work` (in several processes where there are many), what is encoded goes to a spool on
+disk, `whole` settles what becomes of each row by what it keeps of it, and a second pass over the spool writes the sets.
+"""
 
 from __future__ import annotations
 
-import random
+import itertools
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.chat.formats import Message, to_messages
-from tunesmith.chat.preference import Pair, chosen_messages, equal_answers, to_pair
-from tunesmith.chat.template import ChatTemplate, Encoded
-from tunesmith.errors import CODES, DataError, Problem
-from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_jsonl, write_text
-from tunesmith.io.rows import read_rows
-from tunesmith.models.load import load_tokenizer, locate, model_digest
-from tunesmith.recipe import DataSection, Recipe
-from tunesmith.runs import Run
-from tunesmith.stages.prepare.files import marked_sample, write_arrow
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-_MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
-_CHUNK = 1000  # rows encoded with one call of the tokenizer
+from tunesmith.chat.named import named_template
+from tunesmith.chat.probe import probe
+from tunesmith.errors import DataError, Problem
+from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_text
+from tunesmith.io.rows import Row, read_rows
+from tunesmith.io.tables import HUB, hub_commit
+from tunesmith.models.load import locate, model_digest
+from tunesmith.quality import Finding, Overlap, common_segments
+from tunesmith.recipe import NAMED_TEMPLATES, DataSection, Recipe
+from tunesmith.runs import Run
+from tunesmith.stages.prepare.candidate import Candidate
+from tunesmith.stages.prepare.files import marked_sample
+from tunesmith.stages.prepare.ledger import Ledger, Problems
+from tunesmith.stages.prepare.output import Lines, Spool, write_sets
+from tunesmith.stages.prepare.overlong import DECISIONS
+from tunesmith.stages.prepare.pool import chunked, worked
+from tunesmith.stages.prepare.report import render
+from tunesmith.stages.prepare.testset import write_test
+from tunesmith.stages.prepare.whole import OUT, WholeSet
+from tunesmith.stages.prepare.work import REASONS, Chunk, Rejection, Settings, Worker, read
+
+_COMMON_ROWS = 2000  # looked at for what many rows share
 _SAMPLES = 20  # rows shown in samples.txt
 
-#: Why a row is left out, by the code of its problem, as `ledger.json` spells it.
-_REASONS = {code: name.removeprefix("data-") for code, name in CODES.items()}
-
-
 #: What the notes of an encoded row mean.
-_NOTES = {
+NOTES = {
     "last-answer-only": "the template rewrites earlier answers, so only the last one is trained",
     "end-of-turn-added": "the template ends no turn, so the tokenizer's eos was put after the last answer",
     "system-dropped": "the template leaves the system turn out",
 }
 
 
-#: Makes a conversation, or a pair of them, out of a row: (row, where, format, system).
-Reader = Callable[[Mapping[str, Any], str, str, str | None], list[Message] | Pair | Problem]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A row on its way: where it stands, its conversation, and once encoded, its token ids.
-
-    A pair's conversation is the chosen one; the rejected one stands beside it.
-    """
-
-    where: str
-    messages: list[Message]
-    rejected: list[Message] | None = None
-    encoded: Encoded | None = None
-    encoded_rejected: Encoded | None = None
-
-    @property
-    def key(self) -> str:
-        """Equal for rows with the same conversation, or the same two."""
-        return sha256_json([self.messages, self.rejected])
-
-    @property
-    def sides(self) -> list[Encoded]:
-        """What was encoded: one conversation, or the two of a pair."""
-        return [side for side in (self.encoded, self.encoded_rejected) if side is not None]
-
-
-@dataclass
-class Ledger:
-    """Counts that add up: rows_in = rows_train + rows_heldout + rows_rejected."""
-
-    rows_in: int = 0
-    rows_train: int = 0
-    rows_heldout: int = 0
-    rejects: list[dict[str, Any]] = field(default_factory=list)
-    test: dict[str, Any] = field(default_factory=dict)
-    tokens_train: int = 0
-    tokens_trained_on: int = 0
-    notes: Counter[str] = field(default_factory=Counter)
-
-    def reject(self, where: str, reason: str, detail: str) -> None:
-        """Count one row out."""
-        self.rejects.append({"where": where, "reason": reason, "detail": detail})
-
-    def as_dict(self) -> dict[str, Any]:
-        """The content of ledger.json; `reasons` maps each reason to its count."""
-        if self.rows_in != self.rows_train + self.rows_heldout + len(self.rejects):
-            raise AssertionError("rows in and rows out do not add up")
-        return {
-            "rows_in": self.rows_in,
-            "rows_train": self.rows_train,
-            "rows_heldout": self.rows_heldout,
-            "rows_rejected": len(self.rejects),
-            "reasons": dict(sorted(Counter(entry["reason"] for entry in self.rejects).items())),
-            "tokens_train": self.tokens_train,
-            "tokens_trained_on": self.tokens_trained_on,
-            "notes": dict(sorted(self.notes.items())),
-            "test": self.test,
-        }
-
-
 def prepare(run: Run) -> dict[str, Any]:
     """Write the run's `data/` and return its ledger; a no-op when rows, template and settings are unchanged.
 
-    Raises DataError naming every bad row (up to 20) unless the recipe rejects bad rows; nothing is written then.
+    Raises DataError naming every kind of bad row (up to 20) unless the recipe rejects bad rows; nothing is written then.
     """
     recipe = run.recipe
     folder = locate(recipe.model, recipe.revision)
     inputs = _inputs(recipe, folder)
     if not run.is_current("prepare", inputs):
         with run.perform("prepare", "data", inputs) as target:
-            _write(run, folder, target)
+            _Preparation(run, folder, target).write()
     ledger: dict[str, Any] = read_json(run.path / "data" / "ledger.json")
     return ledger
 
 
 def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
-    inputs = {"recipe": recipe.section_digest("data", "seed", "objective"), "model": model_digest(folder)}
-    for name in ("train", "test", "chat_template"):
-        path = getattr(recipe.data, name)
-        if path is not None:
-            inputs[name] = sha256_file(Path(path)) if Path(path).is_file() else "missing"
-    return inputs
+    """Digests of what the stage reads. How many processes read it changes nothing."""
+    dumped = recipe.model_dump(mode="json")
+    data = {key: value for key, value in dumped["data"].items() if key != "workers"}
+    settings = {"data": data, "seed": dumped["seed"], "objective": dumped["objective"]}
+    inputs = {"recipe": sha256_json(settings), "model": model_digest(folder)}
+    named = {"test": recipe.data.test, "chat_template": recipe.data.chat_template}
+    named |= {f"train {number}" if number else "train": part.path for number, part in enumerate(recipe.data.parts)}
+    named |= {f"overlap {name}": path for name, path in recipe.data.overlap}
+    return inputs | {name: _path_digest(path) for name, path in named.items() if path is not None}
 
 
-def _write(run: Run, model_folder: Path, target: Path) -> None:
-    recipe, data = run.recipe, run.recipe.data
-    ledger = Ledger()
-    # Rows first: what is wrong with them shows before anything heavy is loaded.
-    read = to_messages if recipe.objective == "sft" else to_pair
-    candidates = _draw(_unique(_read(Path(data.train), read, data, ledger), ledger), recipe, ledger)
-    tokenizer = load_tokenizer(model_folder)
-    template = ChatTemplate(tokenizer, _template_source(data), str(model_folder))
-    rows = _encode(candidates, template, data, ledger)
-    if not rows:
-        why = f"{ledger.rows_in} rows came in and {len(ledger.rejects)} were rejected"
-        detail = ", ".join(f"{n} {reason}" for reason, n in Counter(e["reason"] for e in ledger.rejects).items())
-        raise DataError(Problem("TS109", f"no row is left to train on ({detail})", data.train, why, "correct the data"))
-    heldout, train = _split(rows, recipe)
-    ledger.rows_train, ledger.rows_heldout = len(train), len(heldout)
-    sides = [side for row in train for side in row.sides]
-    ledger.tokens_train = sum(len(side.input_ids) for side in sides)
-    ledger.tokens_trained_on = sum(sum(side.trained) for side in sides)
-    if data.test is not None:
-        _write_test(Path(data.test), data, target, ledger)
-    pairs = recipe.objective == "dpo"
-    write_arrow(target / "train.arrow", train, pairs=pairs)
-    write_arrow(target / "heldout.arrow", heldout, pairs=pairs)
-    write_jsonl(target / "heldout.jsonl", [{"where": row.where, "messages": row.messages} for row in heldout])
-    write_jsonl(target / "rejects.jsonl", ledger.rejects)
-    counts = ledger.as_dict()
-    write_json(target / "ledger.json", counts)
-    for reason, count in counts["reasons"].items():
-        run.event(target, "rows-rejected", f"{count} rows left out: {reason}", reason=reason, count=count)
-    for note, count in counts["notes"].items():
-        run.event(target, note, f"{count} rows: {_NOTES[note]}", count=count)
-    write_text(target / "chat_template.jinja", template.source)
-    write_text(target / "samples.txt", "\n".join(marked_sample(row, tokenizer) for row in train[:_SAMPLES]))
+def _path_digest(name: str) -> str:
+    if name.startswith(HUB):
+        return hub_commit(name)
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        return sha256_json({each.relative_to(path).as_posix(): sha256_file(each) for each in files})
+    return sha256_file(path) if path.is_file() else "missing"
+
+
+class _Preparation:
+    """One run of the stage, writing into `target`."""
+
+    def __init__(self, run: Run, model_folder: Path, target: Path) -> None:
+        self._run, self._recipe, self._data, self._target = run, run.recipe, run.recipe.data, target
+        self._folder = model_folder
+        self._ledger = Ledger([part.path for part in self._data.parts])
+        self._problems = Problems()
+        self._rejects = Lines(target / "rejects.jsonl")
+        self._findings = Lines(target / "findings.jsonl")
+        self._whole = WholeSet(self._data, self._recipe.seed, self._say, self._reject)
+
+    def write(self) -> None:
+        """Read all rows, settle what becomes of each, write the sets and what is told of them."""
+        data, ledger = self._data, self._ledger
+        settings = Settings(data, self._recipe.objective, self._folder, _template_source(data), frozenset())
+        rows = _rows(data)
+        head = list(itertools.islice(rows, _COMMON_ROWS))
+        settings = _with_common(settings, head)
+        worker = Worker(settings)
+        if data.test is not None:
+            ledger.test = write_test(data, worker, self._whole, self._target)
+        spool = Spool(self._target, pairs=self._recipe.objective == "dpo")
+        with _progress() as progress:
+            task = progress.add_task("rows", total=None)
+            for chunk in worked(chunked(itertools.chain(head, rows)), worker, settings):
+                self._take(chunk, spool)
+                progress.advance(task, chunk.rows_in.total())
+        spool.close()
+        self._problems.raise_any()
+        if not ledger.rows_in:
+            why = "there is nothing to train on"
+            what = "the data file holds no rows"
+            raise DataError(Problem("TS103", what, data.parts[0].path, why, "write rows, or check the path"))
+        ledger.more["balance"] = self._whole.settle(data.heldout)
+        if not any(fate != OUT for fate in self._whole.fates):
+            raise DataError(_nothing_left(ledger, data))
+        shown = write_sets(spool, self._whole, self._target, ledger, _SAMPLES)
+        self._rejects.close()
+        self._findings.close()
+        self._tell(worker, settings)
+        samples = (marked_sample(row, worker.tokenizer) for row in shown)
+        write_text(self._target / "samples.txt", "\n".join(samples))
+        counts = ledger.as_dict()
+        write_json(self._target / "ledger.json", counts)
+        self._events(counts)
+        page = render(self._recipe, counts, shown, worker.tokenizer, self._probed)
+        write_text(self._target / "report.html", page)
+
+    def _take(self, chunk: Chunk, spool: Spool) -> None:
+        """Count a chunk, and hand what it made on."""
+        ledger = self._ledger
+        ledger.rows_in.update(chunk.rows_in)
+        ledger.rows_added += chunk.rows_added
+        for name in ("formats", "lengths", "overlong"):
+            getattr(ledger, name).update(getattr(chunk, name))
+        for where, finding in chunk.findings:
+            self._say(where, finding)
+        for source, problem in chunk.problems:
+            if self._data.on_bad_row == "reject":
+                self._reject(Rejection(problem.where, source, REASONS[problem.code], problem.what))
+            else:
+                self._problems.add(problem)
+        for rejection in chunk.rejections:
+            self._reject(rejection)
+        for made in chunk.made:
+            ledger.notes.update(made.notes)
+            self._whole.add(made)
+        if chunk.batch is not None:
+            spool.write(chunk.batch)
+
+    def _say(self, where: str, finding: Finding) -> None:
+        self._ledger.findings.setdefault(finding.rule, Counter())[finding.action] += 1
+        self._findings.write({"where": where, "rule": finding.rule, "action": finding.action, "detail": finding.detail})
+
+    def _reject(self, rejection: Rejection) -> None:
+        self._ledger.rows_rejected[rejection.source] += 1
+        self._ledger.reasons[rejection.reason] += 1
+        self._rejects.write({"where": rejection.where, "reason": rejection.reason, "detail": rejection.detail})
+
+    def _tell(self, worker: Worker, settings: Settings) -> None:
+        """What is told of the template and of the benchmarks."""
+        self._probed = probe(worker.template)
+        write_text(self._target / "chat_template.jinja", worker.template.source)
+        write_json(self._target / "template.json", self._probed)
+        self._ledger.more["template"] = {
+            "name": settings.data.chat_template or "the tokenizer's own",
+            "digest": self._probed["digest"],
+            "findings": self._probed["findings"],
+        }
+        overlap = Overlap(self._data.overlap)
+        self._ledger.more["overlap"] = {
+            name: {"items": items, "too_short": overlap.too_short[name]} for name, items in overlap.items.items()
+        }
+
+    def _events(self, counts: dict[str, Any]) -> None:
+        def event(code: str, message: str, **facts: Any) -> None:
+            self._run.event(self._target, code, message, **facts)
+
+        for reason, count in counts["reasons"].items():
+            event("rows-rejected", f"{count} rows left out: {reason}", reason=reason, count=count)
+        for note, count in counts["notes"].items():
+            event(note, f"{count} rows: {NOTES[note]}", count=count)
+        for decision, count in counts["overlong"].items():
+            event("overlong", f"{count} {DECISIONS[decision]}", decision=decision, count=count)
+        for rule, actions in counts["findings"].items():
+            for action, count in actions.items():
+                event("finding", f"{count} times {rule}: {action}", rule=rule, action=action, count=count)
+        for finding in counts["template"]["findings"]:
+            event("template", finding["detail"], rule=finding["rule"])
+        if counts["rows_train"] < 1000:
+            event("few-rows", f"{counts['rows_train']} rows to train on: expand the data first", count=counts["rows_train"])
+
+
+def _nothing_left(ledger: Ledger, data: DataSection) -> Problem:
+    why = f"{ledger.rows_in.total()} rows came in and {ledger.rows_rejected.total()} were rejected"
+    detail = ", ".join(f"{count} {reason}" for reason, count in ledger.reasons.items())
+    return Problem("TS109", f"no row is left to train on ({detail})", data.parts[0].path, why, "correct the data")
+
+
+def _rows(data: DataSection) -> Iterator[tuple[int, Row]]:
+    """All rows of all sources in order, each with the number of its source."""
+    for number, part in enumerate(data.parts):
+        for row in read_rows(part.path, part.split):
+            yield number, row
+
+
+def _with_common(settings: Settings, head: Sequence[tuple[int, Row]]) -> Settings:
+    """The settings with the lines that many of the first rows share, which say nothing about whether two rows are alike."""
+    made = (read(row, settings.data.parts[source], settings, Counter()) for source, row in head if row.problem is None)
+    return replace(settings, common=common_segments(row.messages for row in made if isinstance(row, Candidate)))
 
 
 def _template_source(data: DataSection) -> str | None:
     if data.chat_template is None:
         return None
+    if data.chat_template in NAMED_TEMPLATES:
+        return named_template(data.chat_template)
     path = Path(data.chat_template)
     if not path.is_file():
         why = "rows must be trained on in the form in which the model will be asked"
@@ -167,128 +231,7 @@ def _template_source(data: DataSection) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def _read(path: Path, read: Reader, data: DataSection, ledger: Ledger) -> list[Candidate]:
-    """All usable rows; bad ones are rejected, or raised together, as the recipe says."""
-    candidates: list[Candidate] = []
-    problems: list[Problem] = []
-    for row in read_rows(path):
-        ledger.rows_in += 1
-        result = row.problem or read(row.value or {}, row.where, data.format, data.system)
-        if not isinstance(result, Problem):
-            sides = (result.chosen, result.rejected) if isinstance(result, Pair) else (result,)
-            candidates.append(Candidate(row.where, *sides))
-        elif data.on_bad_row == "reject":
-            ledger.reject(row.where, _REASONS[result.code], result.what)
-        else:
-            problems.append(result)
-    if problems:
-        raise DataError(_shortened(problems))
-    if ledger.rows_in == 0:
-        why = "there is nothing to train on"
-        raise DataError(Problem("TS103", "the data file holds no rows", str(path), why, "write rows, or check the path"))
-    return candidates
-
-
-def _shortened(problems: list[Problem]) -> list[Problem]:
-    """Rows with the same problem told as one, by the first of them; at most 20, the last saying how to go on without."""
-    alike: dict[tuple[str, str], list[Problem]] = {}
-    for problem in problems:
-        alike.setdefault((problem.code, problem.what), []).append(problem)
-    shown = []
-    for first, *others in list(alike.values())[:_MAX_SHOWN]:
-        where = f"{first.where} and {len(others)} more rows" if others else first.where
-        shown.append(replace(first, where=where))
-    left = len(alike) - len(shown)
-    more = f" ({left} more kinds of problems are not shown)" if left else ""
-    hint = f"{shown[-1].fix}; or set data.on_bad_row: reject to leave such rows out, counted{more}"
-    return [*shown[:-1], replace(shown[-1], fix=hint)]
-
-
-def _unique(candidates: Sequence[Candidate], ledger: Ledger) -> list[Candidate]:
-    """The first of each set of equal conversations."""
-    first: dict[str, str] = {}
-    kept = []
-    for candidate in candidates:
-        original = first.setdefault(candidate.key, candidate.where)
-        if original == candidate.where:
-            kept.append(candidate)
-        else:
-            ledger.reject(candidate.where, "duplicate", f"the same conversation as {original}")
-    return kept
-
-
-def _draw(candidates: list[Candidate], recipe: Recipe, ledger: Ledger) -> list[Candidate]:
-    """At most `data.max_rows` of them, drawn by the seed, in their order."""
-    limit = recipe.data.max_rows
-    if limit is None or len(candidates) <= limit:
-        return candidates
-    chosen = set(random.Random(recipe.seed).sample(range(len(candidates)), limit))
-    for index, candidate in enumerate(candidates):
-        if index not in chosen:
-            ledger.reject(candidate.where, "over-max-rows", f"data.max_rows is {limit}")
-    return [candidates[index] for index in sorted(chosen)]
-
-
-def _encode(candidates: Sequence[Candidate], template: ChatTemplate, data: DataSection, ledger: Ledger) -> list[Candidate]:
-    rows: list[Candidate] = []
-    problems: list[Problem] = []
-    for start in range(0, len(candidates), _CHUNK):
-        for candidate, result in _encoded(candidates[start : start + _CHUNK], template):
-            if isinstance(result, Problem):
-                if data.on_bad_row == "reject":
-                    ledger.reject(candidate.where, _REASONS[result.code], result.what)
-                else:
-                    problems.append(replace(result, where=candidate.where))
-                continue
-            longest = max(len(side.input_ids) for side in result.sides)
-            if longest > data.max_length:
-                ledger.reject(candidate.where, "too-long", f"{longest} tokens, data.max_length is {data.max_length}")
-            else:
-                ledger.notes.update({note for side in result.sides for note in side.notes})
-                rows.append(result)
-    if problems:
-        raise DataError(_shortened(problems))
-    return rows
-
-
-def _encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[tuple[Candidate, Candidate | Problem]]:
-    """Each candidate with itself encoded, or with its problem. Of a pair the last answers alone carry loss."""
-    pairs = [candidate for candidate in chunk if candidate.rejected is not None]
-    firsts = template.encode([candidate.messages for candidate in chunk], last_answer=bool(pairs))
-    others = iter(template.encode([pair.rejected for pair in pairs if pair.rejected is not None], last_answer=True))
-    for candidate, first in zip(chunk, firsts, strict=True):
-        other = next(others) if candidate.rejected is not None else None
-        if isinstance(first, Problem):
-            yield candidate, first
-        elif isinstance(other, Problem):
-            yield candidate, other
-        elif other is not None and first.input_ids == other.input_ids:
-            yield candidate, equal_answers(candidate.where)  # they differed in what the template trims
-        else:
-            yield candidate, replace(candidate, encoded=first, encoded_rejected=other)
-
-
-def _split(rows: list[Candidate], recipe: Recipe) -> tuple[list[Candidate], list[Candidate]]:
-    """Held-out and train rows, drawn by the seed; at least one of each where there are two rows and a share is asked."""
-    share = recipe.data.heldout
-    count = min(len(rows) - 1, max(1, round(share * len(rows)))) if share > 0 else 0
-    chosen = set(random.Random(recipe.seed + 1).sample(range(len(rows)), count))
-    return [rows[i] for i in sorted(chosen)], [row for i, row in enumerate(rows) if i not in chosen]
-
-
-def _write_test(path: Path, data: DataSection, target: Path, ledger: Ledger) -> None:
-    """Test rows as conversations; they are generated from, not trained on, so they are not encoded here.
-
-    Of a preference row the chosen answer is the reference.
-    """
-    counts = Ledger()
-    usable: list[Candidate] = []
-    for row in _read(path, chosen_messages, data, counts):
-        if row.messages[-1]["role"] == "assistant":
-            usable.append(row)
-        else:
-            counts.reject(row.where, "no-reference", "the last turn is not an assistant's")
-    counts.rows_heldout = len(usable)
-    ledger.test = {key: value for key, value in counts.as_dict().items() if key in ("rows_in", "rows_rejected", "reasons")}
-    ledger.test["rows_test"] = len(usable)
-    write_jsonl(target / "test.jsonl", [{"where": row.where, "messages": row.messages} for row in usable])
+def _progress() -> Progress:
+    columns = (SpinnerColumn(), TextColumn("prepare"), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())

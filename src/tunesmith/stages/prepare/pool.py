@@ -1,0 +1,74 @@
+"""Chunks through processes, in their order, with no more of them in memory than are being worked on."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from multiprocessing import get_context
+
+from tunesmith.errors import DataError, Problem
+from tunesmith.io.rows import Row
+from tunesmith.stages.prepare.work import Chunk, Settings, Worker
+
+CHUNK = 500  # rows
+_ALONE = 40  # chunks that one process works on before others are worth their start (20,000 rows)
+_AHEAD = 2  # chunks waiting for each process
+
+Rows = Sequence[tuple[int, Row]]
+
+_worker: Worker | None = None  # of a worker process
+
+
+def _start(settings: Settings) -> None:
+    global _worker  # noqa: PLW0603 - a process's only worker; the executor hands state to its processes no other way
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker = Worker(settings)
+
+
+def _work(rows: Rows) -> Chunk:
+    if _worker is None:
+        raise AssertionError("the process was not started by _start")
+    return _worker(rows)
+
+
+def chunked(rows: Iterator[tuple[int, Row]]) -> Iterator[Rows]:
+    """Rows in lists of at most 500."""
+    while part := list(islice(rows, CHUNK)):
+        yield part
+
+
+def worked(chunks: Iterator[Rows], worker: Worker, settings: Settings) -> Iterator[Chunk]:
+    """What becomes of each chunk, in order. `data.workers` says how many processes; this one takes short inputs alone."""
+    asked = settings.data.workers
+    count = (os.cpu_count() or 1) if asked == "auto" else asked
+    if asked == "auto" or count == 1:
+        for rows in chunks if count == 1 else islice(chunks, _ALONE):
+            yield worker(rows)
+    first = next(chunks, None)
+    if first is not None:
+        yield from _pooled(chain([first], chunks), settings, count)
+
+
+def _pooled(chunks: Iterator[Rows], settings: Settings, count: int) -> Iterator[Chunk]:
+    # Not forked: this process may have threads (torch, Arrow), which a fork would leave with held locks.
+    context = get_context("spawn")
+    waiting: deque[Future[Chunk]] = deque()
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(settings,)) as pool:
+        try:
+            for rows in chunks:
+                waiting.append(pool.submit(_work, rows))
+                if len(waiting) > _AHEAD * count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            why = "its rows would be missing"
+            fix = "give the machine more memory, or set data.workers: 1"
+            raise DataError(Problem("TS116", "a process that reads rows was ended", "data.workers", why, fix)) from error
+        finally:
+            for each in waiting:
+                each.cancel()

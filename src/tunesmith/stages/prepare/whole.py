@@ -1,0 +1,193 @@
+"""What only the whole set can tell: duplicates, leaks, conflicts, balance, mixture, and the draw of the held-out rows.
+
+Of a row some hundred bytes are kept in memory (digests, class, source, place), never the row.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from tunesmith.quality import Conflicts, Finding, NearDuplicates, RowFacts, SetStatistics, balance
+from tunesmith.recipe import DataSection
+from tunesmith.rowrules import QUALITY, settled
+from tunesmith.stages.prepare.mixture import kept_of_each
+from tunesmith.stages.prepare.work import Made, Rejection
+
+TRAIN, HELDOUT, OUT = 0, 1, 2
+_TEST = "\x00"  # before the key of a test row among the near duplicates
+
+#: Why a row that passed alone is left out of the set, and what else is told.
+Say = Callable[[str, Finding], None]
+Reject = Callable[[Rejection], None]
+
+
+class WholeSet:
+    """Takes rows one by one, in order, then settles what becomes of each: `fates` has TRAIN, HELDOUT or OUT for it."""
+
+    def __init__(self, data: DataSection, seed: int, say: Say, reject: Reject) -> None:
+        self._data, self._seed, self._say, self._reject = data, seed, say, reject
+        self._actions = settled(data.quality, QUALITY)
+        self._near = NearDuplicates(data.duplicates.threshold or 1.0, data.duplicates.num_perm)
+        self._first: dict[int, int] = {}  # key of a row -> its number
+        self._test_keys: set[int] = set()
+        self._test_prompts: set[int] = set()
+        self._places = _Texts()
+        self._conflicts = Conflicts()
+        self._statistics = SetStatistics(data)
+        self._answers, self._languages = array("Q"), list[str | None]()
+        self._prompts, self._sources = array("Q"), array("H")
+        self._labels: list[str | None] = []
+        self.fates = bytearray()
+
+    def add_test(self, key: int, prompt: str | None, signature: np.ndarray | None, where: str) -> None:
+        """Remember a test row: train rows that equal it, nearly equal it or ask the same will be left out."""
+        self._test_keys.add(key)
+        if prompt is not None:
+            self._test_prompts.add(int(prompt[:16], 16))
+        if signature is not None:
+            self._near.add(_TEST + where, signature)
+
+    def add(self, row: Made) -> None:
+        """Take a row; an equal or nearly equal earlier one, or one of the test set, leaves it out at once."""
+        number = len(self.fates)
+        self._places.append(row.where)
+        self._sources.append(row.source)
+        self._prompts.append(int(row.prompt[:16], 16) if row.prompt else 0)
+        self._labels.append(_shared(row.label))
+        self._answers.append(row.facts.answer_characters)
+        self._languages.append(_shared(row.facts.language))
+        self.fates.append(TRAIN)
+        for finding in row.findings:
+            self._say(row.where, finding)
+        if (reason := self._alike(row, number)) is not None:
+            self._leave_out(number, *reason)
+            return
+        self._statistics.add(row.facts)
+        if row.prompt is not None:
+            self._conflicts.add(row.where, row.prompt, row.answer)
+
+    def _alike(self, row: Made, number: int) -> tuple[str, str] | None:
+        """Reason and detail of a row that another one makes superfluous."""
+        if row.key in self._test_keys:
+            return "leaks-test", "the same conversation as a test row"
+        if row.prompt is not None and int(row.prompt[:16], 16) in self._test_prompts:
+            return "leaks-test", "asks the same as a test row"
+        first = self._first.setdefault(row.key, number)
+        if first != number:
+            return "duplicate", f"the same conversation as {self._places[first]}"
+        earlier = None if row.signature is None else self._near.add(row.where, row.signature)
+        if earlier is None:
+            return None
+        if earlier.startswith(_TEST):
+            return "leaks-test", f"nearly the same as test row {earlier[1:]}"
+        finding = Finding("near-duplicate", self._actions["near-duplicate"], f"nearly the same as {earlier}")
+        self._say(row.where, finding)
+        return ("near-duplicate", finding.detail) if finding.action == "reject" else None
+
+    def _leave_out(self, number: int, reason: str, detail: str) -> None:
+        self.fates[number] = OUT
+        self._reject(Rejection(self._places[number], self._sources[number], reason, detail))
+
+    def _left(self) -> list[int]:
+        return [number for number, fate in enumerate(self.fates) if fate != OUT]
+
+    def _keep(self, rows: Sequence[int], kept: Sequence[int], reason: str, detail: str) -> None:
+        """Leave out those of `rows` that do not stand at one of the `kept` indices."""
+        chosen = set(kept)
+        for index, number in enumerate(rows):
+            if index not in chosen:
+                self._leave_out(number, reason, detail)
+
+    def settle(self, heldout: float) -> dict[str, dict[str, int]]:
+        """Decide of all rows: set-wide findings, conflicts, balance, mixture, `max_rows`, held out. Returns classes' sizes."""
+        for number in self._left():
+            self._find(number)
+        self._find_conflicts()
+        classes = self._balance()
+        self._mix()
+        if (limit := self._data.max_rows) is not None and len(rows := self._left()) > limit:
+            chosen = random.Random(self._seed).sample(range(len(rows)), limit)
+            self._keep(rows, chosen, "over-max-rows", f"data.max_rows is {limit}")
+        self._hold_out(heldout)
+        return classes
+
+    def _find(self, number: int) -> None:
+        for finding in self._statistics.findings(RowFacts(self._answers[number], self._languages[number])):
+            self._say(self._places[number], finding)
+            if finding.action == "reject":
+                self._leave_out(number, finding.rule, finding.detail)
+                return
+
+    def _find_conflicts(self) -> None:
+        action = self._actions.get("conflicting-answers")
+        if action is None:
+            return
+        later: dict[str, str] = {}
+        for conflict in self._conflicts.report():
+            for where in conflict.where[1:]:
+                later[where] = f"another answer than {conflict.where[0]} to the same prompt"
+        for number in self._left() if later else []:
+            if (detail := later.get(self._places[number])) is not None:
+                self._say(self._places[number], Finding("conflicting-answers", action, detail))
+                if action == "reject":
+                    self._leave_out(number, "conflicting-answers", detail)
+
+    def _balance(self) -> dict[str, dict[str, int]]:
+        if self._data.balance.label is None:
+            return {}
+        rows = self._left()
+        labels = [self._labels[number] for number in rows]
+        kept = balance(labels, self._data.balance, self._seed)
+        self._keep(rows, kept, "balanced-out", "its class has more rows than data.balance allows")
+        before, after = Counter(labels), Counter(labels[index] for index in kept)
+        names = sorted(before, key=str)
+        return {str(name): {"before": before[name], "after": after[name]} for name in names}
+
+    def _mix(self) -> None:
+        rows = self._left()
+        kept = kept_of_each([self._sources[number] for number in rows], self._data, self._seed)
+        self._keep(rows, kept, "over-mixture", "its source has more rows than its share of the mixture")
+
+    def _hold_out(self, share: float) -> None:
+        """Draw the held-out rows: at least one where there are two; train rows that ask the same are left out."""
+        rows = self._left()
+        count = min(len(rows) - 1, max(1, round(share * len(rows)))) if share > 0 and rows else 0
+        for index in random.Random(self._seed + 1).sample(range(len(rows)), count):
+            self.fates[rows[index]] = HELDOUT
+        asked = {self._prompts[number] for number in rows if self.fates[number] == HELDOUT} - {0}
+        for number in rows:
+            if self.fates[number] == TRAIN and self._prompts[number] in asked:
+                self._leave_out(number, "leaks-heldout", "asks the same as a held-out row")
+
+    @property
+    def sources(self) -> Sequence[int]:
+        """The number of each row's source."""
+        return self._sources
+
+
+def _shared(text: str | None) -> str | None:
+    """The text, kept once however many rows have it."""
+    return None if text is None else sys.intern(text)
+
+
+class _Texts:
+    """A list of short texts in two flat buffers."""
+
+    def __init__(self) -> None:
+        self._text, self._ends = bytearray(), array("Q", [0])
+
+    def append(self, text: str) -> None:
+        self._text += text.encode("utf-8", "surrogatepass")
+        self._ends.append(len(self._text))
+
+    def __getitem__(self, number: int) -> str:
+        return self._text[self._ends[number] : self._ends[number + 1]].decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[number] for number in range(len(self._ends) - 1))

@@ -1,0 +1,222 @@
+"""What is done to rows alone, in any process: read, clean, check, encode, fit. Equal chunks give equal results anywhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tunesmith.chat.formats import Message, detected, mapped
+from tunesmith.chat.template import ChatTemplate
+from tunesmith.errors import CODES, Problem
+from tunesmith.io.atomic import sha256_json
+from tunesmith.io.rows import Row
+from tunesmith.models.load import load_tokenizer
+from tunesmith.quality import Checker, Finding, Label, NearDuplicates, Overlap, RowFacts, row_facts, row_text
+from tunesmith.recipe import DataSection, SourceSection
+from tunesmith.rowrules import QUALITY, SCREENING, settled
+from tunesmith.stages.prepare.candidate import READERS, Candidate, candidate_of, encoded, prompt_of
+from tunesmith.stages.prepare.files import spool_batch
+from tunesmith.stages.prepare.overlong import fitted
+
+#: Why a row is left out, by the code of its problem, as `ledger.json` spells it.
+REASONS = {code: name.removeprefix("data-") for code, name in CODES.items()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a process needs to work on rows; small, and sent to it once."""
+
+    data: DataSection
+    objective: str
+    model_folder: Path
+    template_source: str | None
+    common: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A row left out."""
+
+    where: str
+    source: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the parent must know of an encoded row; its ids stand in the chunk's batch at the same place."""
+
+    where: str
+    source: int
+    key: int  # 64 bits of the digest of the whole row
+    prompt: str | None  # digest of what stands before the last answer; None where nothing is asked
+    answer: str
+    label: str | None
+    facts: RowFacts
+    signature: np.ndarray | None
+    findings: list[Finding]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class Chunk:
+    """What became of a chunk of rows."""
+
+    rows_in: Counter[int] = field(default_factory=Counter)  # by source
+    formats: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)  # in tokens, before any cut
+    overlong: Counter[str] = field(default_factory=Counter)
+    rows_added: int = 0  # by cutting rows in several
+    problems: list[tuple[int, Problem]] = field(default_factory=list)  # with the source
+    rejections: list[Rejection] = field(default_factory=list)
+    findings: list[tuple[str, Finding]] = field(default_factory=list)  # of rows that are rejected
+    made: list[Made] = field(default_factory=list)
+    batch: pa.RecordBatch | None = None
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A row that passed its checks, on its way to the tokenizer."""
+
+    candidate: Candidate
+    source: int
+    label: str | None
+    findings: list[Finding]
+
+
+class Worker:
+    """Works on chunks of rows; one in each process. Raises ModelError where there is no usable template."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        data = settings.data
+        self._parts = data.parts
+        self._read = READERS[settings.objective]
+        self._checker = Checker(data)
+        self._quality = settled(data.quality, QUALITY)
+        near = data.duplicates.threshold is not None and "near-duplicate" in self._quality
+        self._near = NearDuplicates(data.duplicates.threshold or 1.0, data.duplicates.num_perm) if near else None
+        self._overlap = Overlap(data.overlap)
+        self._label = Label(data.balance.label) if data.balance.label else None
+        self.tokenizer = load_tokenizer(settings.model_folder)
+        self.template = ChatTemplate(self.tokenizer, settings.template_source, str(settings.model_folder))
+
+    def __call__(self, rows: Sequence[tuple[int, Row]]) -> Chunk:
+        """Work on a chunk of rows, each with the number of its source."""
+        chunk = Chunk()
+        checked = [made for source, row in rows if (made := self._checked(source, row, chunk)) is not None]
+        results = encoded([each.candidate for each in checked], self.template)
+        kept: list[Candidate] = []
+        for each, result in zip(checked, results, strict=True):
+            if isinstance(result, Problem):
+                chunk.problems.append((each.source, result))
+                continue
+            chunk.lengths[result.length] += 1
+            for row in self._fitting(result, each, chunk):
+                kept.append(row)
+                chunk.made.append(self._made(row, each))
+        if kept:
+            chunk.batch = spool_batch(kept, pairs=self._settings.objective == "dpo")
+        return chunk
+
+    def _checked(self, source: int, row: Row, chunk: Chunk) -> _Checked | None:
+        """The row read and cleaned; None where it has a problem or is rejected, which is noted in the chunk."""
+        chunk.rows_in[source] += 1
+        result = row.problem or read(row, self._parts[source], self._settings, chunk.formats)
+        if isinstance(result, Problem):
+            chunk.problems.append((source, result))
+            return None
+        candidate, findings = self._clean(result)
+        rejecting = next((finding for finding in findings if finding.action == "reject"), None)
+        if rejecting is not None:
+            chunk.findings += [(row.where, finding) for finding in findings]
+            chunk.rejections.append(Rejection(row.where, source, rejecting.rule, rejecting.detail))
+            return None
+        label = self._label(row.value or {}, candidate.messages) if self._label else None
+        return _Checked(candidate, source, label, findings)
+
+    def _clean(self, candidate: Candidate) -> tuple[Candidate, list[Finding]]:
+        messages, findings = self._checker.check(candidate.messages)
+        rejected = candidate.rejected
+        if rejected is not None:
+            # A rejected answer is meant to be bad: of it only what is mended, and what is not safe, is told.
+            rejected, more = self._checker.check(rejected)
+            findings += [each for each in more if (each.action == "fix" or each.rule in SCREENING) and each not in findings]
+        action = self._quality.get("benchmark-overlap")
+        if action is not None:
+            found = self._overlap.check("\n".join(_texts(messages)))
+            findings += [Finding("benchmark-overlap", action, f"{count} runs of {name}") for name, count in found.items()]
+        return Candidate(candidate.where, messages, rejected), findings
+
+    def _fitting(self, row: Candidate, each: _Checked, chunk: Chunk) -> list[Candidate]:
+        limit = self._settings.data.max_length
+        if row.length <= limit:
+            return [row]
+        fit = fitted(row, self.template, self._settings.data)
+        chunk.overlong[fit.decision] += 1
+        chunk.rows_added += len(fit.rows) + len(fit.lost) - 1
+        detail = f"{row.length} tokens, data.max_length is {limit}"
+        chunk.rejections += [Rejection(where, each.source, "too-long", detail) for where in fit.lost]
+        return fit.rows
+
+    def _made(self, row: Candidate, each: _Checked) -> Made:
+        key, prompt, answer = digests(row)
+        notes = tuple(sorted({note for side in row.sides for note in side.notes}))
+        return Made(
+            row.where,
+            each.source,
+            key,
+            prompt,
+            answer,
+            each.label,
+            row_facts(row.messages),
+            self.signature(row.messages, row.rejected),
+            each.findings,
+            notes,
+        )
+
+    def signature(self, messages: Sequence[Message], rejected: Sequence[Message] | None = None) -> np.ndarray | None:
+        """What near duplicates are told by; None where they are not looked for."""
+        if self._near is None:
+            return None
+        both = [*messages, *(rejected[-1:] if rejected else [])]
+        return self._near.signature(row_text(both, self._settings.common))
+
+    def cleaned(self, messages: list[Message]) -> list[Message]:
+        """The messages as a train row would be cleaned, for comparing with those."""
+        return self._checker.check(messages)[0]
+
+
+def read(row: Row, part: SourceSection, settings: Settings, formats: Counter[str]) -> Candidate | Problem:
+    """The row's conversation or pair, by its source's columns and format; which format it was is counted."""
+    value = mapped(row.value or {}, part.columns or {}, row.where) if part.columns else row.value or {}
+    if isinstance(value, Problem):
+        return value
+    asked = part.format or "auto"
+    made = READERS[settings.objective](value, row.where, asked, settings.data.system)
+    if isinstance(made, Problem):
+        return made
+    formats[asked if asked != "auto" else _detected(value)] += 1
+    return candidate_of(row.where, made)
+
+
+def _detected(value: Mapping[str, Any]) -> str:
+    return ("preference " if "chosen" in value else "") + (detected(value) or "messages")
+
+
+def _texts(messages: Sequence[Message]) -> list[str]:
+    return [message["content"] for message in messages]
+
+
+def digests(row: Candidate) -> tuple[int, str | None, str]:
+    """64 bits of the whole row's digest, and the digests of its prompt (None without a question) and of its answer."""
+    prompt = prompt_of(row.messages)
+    answer = row.messages[len(prompt) :] if prompt else row.messages
+    return int(row.key[:16], 16), sha256_json(prompt) if prompt else None, sha256_json([answer, row.rejected])
