@@ -122,6 +122,10 @@ class DataSection(Section):
     """Classes with too many rows."""
     overlap: OverlapSection = OverlapSection()
     """Benchmarks to look for among the rows."""
+    review: str = "review.jsonl"
+    """Where `tunesmith review` keeps what it decided about rows; the next `prepare` leaves out and edits rows by it."""
+    require_review: bool = False
+    """Train only on data that somebody has signed off with `tunesmith review`."""
 
     @field_validator("quality")
     @classmethod
@@ -456,7 +460,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     def absolute(value: str | None) -> str | None:
         return None if value is None else str((base / value).resolve())
 
-    data = {key: absolute(getattr(recipe.data, key)) for key in ("train", "test", "chat_template")}
+    data = {key: absolute(getattr(recipe.data, key)) for key in ("train", "test", "chat_template", "review")}
     overlap = {key: absolute(value) for key, value in recipe.data.overlap}
     evaluate = {key: absolute(getattr(recipe.evaluate, key)) for key in ("json_schema", "mmlu")}
     model = recipe.model
