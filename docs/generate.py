@@ -19,7 +19,7 @@ from tunesmith.recipe import Recipe, Section
 from tunesmith.rowrules import QUALITY, SCREENING, Rule
 
 FOLDER = Path(__file__).resolve().parent
-COMMANDS = ("", "demo", "run", "plan", "prepare", "review", "train", "export", "evaluate", "compare")
+COMMANDS = ("", "demo", "run", "plan", "augment", "prepare", "review", "train", "export", "evaluate", "compare")
 
 
 def _type_name(annotation: Any) -> str:

@@ -137,6 +137,19 @@ def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides =
 
 
 @app.command(rich_help_panel=_STAGES)
+def augment(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """More rows: paraphrases of the train rows by the endpoint that the recipe names, each checked."""
+    from tunesmith.stages.augment import augment as stage
+
+    resolved = load_recipe(recipe, overrides or ())
+    summary = stage(resolved.recipe, _err())
+    _facts(summary, "parents", "requests", "from_cache", "tokens", "rows")
+    for reason, count in summary["refused"].items():
+        print(f"{'refused':>22}  {count} {reason}")
+    print(resolved.recipe.augment.out)
+
+
+@app.command(rich_help_panel=_STAGES)
 def review(
     source: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="A prepared run folder, or a recipe to prepare first.")],
     folder: RunOption = None,

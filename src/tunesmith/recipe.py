@@ -138,6 +138,31 @@ class DataSection(Section):
         return _checked_rules(given, SCREENING)
 
 
+class AugmentSection(Section):
+    """More rows by paraphrases of an OpenAI-compatible endpoint, for `tunesmith augment`."""
+
+    base_url: str | None = None
+    """The endpoint, such as http://localhost:8000/v1."""
+    model: str | None = None
+    """The model's name there."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; local servers need none."""
+    out: str = "augmented.jsonl"
+    """Where the new rows go; what was asked is kept beside it, so that nothing is asked twice."""
+    paraphrases: PositiveInt = 1
+    """Paraphrases asked for each row."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """How free the paraphrases are."""
+    concurrency: Annotated[int, Field(gt=0, le=256)] = 8
+    """Requests at once."""
+    max_retries: Annotated[int, Field(ge=0)] = 5
+    """How often a request that failed is sent again, waiting longer each time."""
+    max_requests: PositiveInt = 1000
+    """Most answers to pay for, with those of earlier runs into the same file; an attempt that failed does not count."""
+    max_tokens: PositiveInt = 1_000_000
+    """Most tokens, prompts and answers, with those of earlier runs; requests on their way when it is reached still count."""
+
+
 class LoraSection(Section):
     """The adapter of LoRA and QLoRA, in PEFT's words."""
 
@@ -265,6 +290,8 @@ class Recipe(Section):
     """The exported model."""
     evaluate: EvaluateSection = EvaluateSection()
     """The score."""
+    augment: AugmentSection = AugmentSection()
+    """More rows."""
 
     def section_digest(self, *names: str) -> str:
         """sha256 over the named top-level keys, for a stage's no-op check."""
@@ -470,6 +497,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         update={
             "model": model,
             "data": recipe.data.model_copy(update=data | {"overlap": recipe.data.overlap.model_copy(update=overlap)}),
+            "augment": recipe.augment.model_copy(update={"out": absolute(recipe.augment.out)}),
             "evaluate": recipe.evaluate.model_copy(update=evaluate),
         }
     )

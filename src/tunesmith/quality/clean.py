@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import ftfy
+from ftfy.badness import is_bad
 
 from tunesmith.quality.findings import Finding, Message, places, texts
 from tunesmith.quality.markup import html_to_text, is_about_html
@@ -101,7 +102,7 @@ def _html(text: str) -> tuple[str, int]:
 
 
 def _mojibake(text: str) -> tuple[str, int]:
-    if text.isascii() or not ftfy.is_bad(text):
+    if text.isascii() or not is_bad(text):
         return text, 0
 
     def repair(part: str) -> tuple[str, int]:

@@ -101,11 +101,11 @@ def draw_sample(rows: Mapping[str, Sequence[str]], count: int, seed: int) -> lis
     drawn: set[str] = set()
     while queues and len(drawn) < count:
         for queue in list(queues):
-            where = next((where for where in queue if where not in drawn), None)
-            if where is None:
+            found = next((where for where in queue if where not in drawn), None)
+            if found is None:
                 queues.remove(queue)
             elif len(drawn) < count:
-                drawn.add(where)
+                drawn.add(found)
     return [where for where in rows if where in drawn]
 
 
