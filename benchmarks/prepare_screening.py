@@ -39,7 +39,7 @@ def _mmlu() -> list[str]:
     texts = []
     for path in sorted((DATA / "mmlu" / "test").glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as handle:
-            texts += [row[0] for row in csv.reader(handle)]
+            texts += [row[0] for row in csv.reader(handle) if row[-1] != "answer"]  # the copy has a header
     return texts
 
 

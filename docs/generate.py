@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from tunesmith.errors import CODES
 from tunesmith.recipe import Recipe, Section
+from tunesmith.rowrules import QUALITY, SCREENING, Rule
 
 FOLDER = Path(__file__).resolve().parent
-COMMANDS = ("", "demo", "run", "plan", "prepare", "train", "export", "evaluate", "compare")
+COMMANDS = ("", "demo", "run", "plan", "augment", "prepare", "review", "train", "export", "evaluate", "compare")
 
 
 def _type_name(annotation: Any) -> str:
@@ -28,6 +28,8 @@ def _type_name(annotation: Any) -> str:
     arguments = get_args(annotation)
     if str(get_origin(annotation)).endswith("Literal"):
         return " \\| ".join(f"`{value}`" for value in arguments)
+    if get_origin(annotation) is dict:
+        return f"mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
     if get_origin(annotation) is list:
         return f"list of {_type_name(arguments[0])}"
     if str(get_origin(annotation)).endswith("Annotated'>") or hasattr(annotation, "__metadata__"):
@@ -36,15 +38,19 @@ def _type_name(annotation: Any) -> str:
 
 
 def _field_row(name: str, field: FieldInfo) -> str:
-    default = "**required**" if field.default is PydanticUndefined else f"`{field.default}`"
+    default = "**required**" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
     if field.default is None:
         default = "none"
     return f"| `{name}` | {_type_name(field.annotation)} | {default} | {field.description} |"
 
 
 def _sections() -> dict[str, type[Section]]:
+    return _inner_sections(Recipe)
+
+
+def _inner_sections(model: type[Section]) -> dict[str, type[Section]]:
     found = {}
-    for name, field in Recipe.model_fields.items():
+    for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             found[name] = field.annotation
     return found
@@ -66,7 +72,11 @@ def recipe_page() -> str:
     lines += [_field_row(name, field) for name, field in Recipe.model_fields.items() if name not in sections]
     for section, model in sections.items():
         lines += ["", f"## {section}", "", (model.__doc__ or "").strip(), "", *head]
-        lines += [_field_row(name, field) for name, field in model.model_fields.items()]
+        inner = _inner_sections(model)
+        lines += [_field_row(name, field) for name, field in model.model_fields.items() if name not in inner]
+        for name, part in inner.items():
+            lines += ["", f"### {section}.{name}", "", (part.__doc__ or "").strip(), "", *head]
+            lines += [_field_row(key, field) for key, field in part.model_fields.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -183,6 +193,40 @@ def plan_page() -> str:
     return _with_tables("plan.md", {"accuracy": _plan_accuracy(), "qwen": _plan_qwen()})
 
 
+#: What docs/data.md says of each claim of the prepare benchmarks.
+PREPARE_CLAIMS = {
+    "duplicates": {
+        "exact_duplicate_recall": "1,000 exact copies: found",
+        "near_duplicate_recall": "1,000 near copies, Jaccard 0.8 and above: found",
+        "false_duplicate_rate": "found rows whose index is below the threshold",
+    },
+    "injection": {
+        "injection_recall": "recall on the half kept for measuring",
+        "injection_precision": "precision, that half with GSM8K's questions",
+    },
+}
+
+
+def _prepare(part: str) -> list[str]:
+    value = _values("prepare")
+    return [
+        "| what | share |",
+        "|---|---|",
+        *(f"| {text} | {value[name]:.1%} |" for name, text in PREPARE_CLAIMS[part].items()),
+    ]
+
+
+def _rules(rules: dict[str, Rule]) -> list[str]:
+    rows = (f"| `{name}` | {rule.default}{' (or fix)' if rule.fixable else ''} | {rule.what} |" for name, rule in rules.items())
+    return ["| rule | default | what it finds |", "|---|---|---|", *rows]
+
+
+def data_page() -> str:
+    """docs/data.md with its tables."""
+    tables = {part: _prepare(part) for part in PREPARE_CLAIMS} | {"quality": _rules(QUALITY), "screening": _rules(SCREENING)}
+    return _with_tables("data.md", tables)
+
+
 def _with_tables(page: str, tables: dict[str, list[str]]) -> str:
     """A page with its tables made again from the benchmarks' results; the rest stays as it is written."""
     text = (FOLDER / page).read_text(encoding="utf-8")
@@ -196,7 +240,7 @@ def _with_tables(page: str, tables: dict[str, list[str]]) -> str:
     return text
 
 
-PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page, "plan.md": plan_page}
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page, "plan.md": plan_page, "data.md": data_page}
 PAGES |= {"speed.md": speed_page, "../README.md": readme}
 
 if __name__ == "__main__":

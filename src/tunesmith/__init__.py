@@ -4,8 +4,8 @@ Each stage is a function here and a command of the same name; importing the pack
 
 Layers, each importing only what stands below it (enforced by import-linter):
 
-    cli > pipeline > demo, stages (plan, prepare, train, export, evaluate, compare) > methods > packing, chat, models,
-    hardware, plotting > run > recipe > io > errors
+    cli > pipeline > demo, stages (augment, plan, prepare, review, train, export, evaluate, compare) > methods > packing, chat,
+    quality, models, hardware, plotting > run > recipe > rowrules > io > errors
 """
 
 from __future__ import annotations

@@ -137,6 +137,43 @@ def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides =
 
 
 @app.command(rich_help_panel=_STAGES)
+def augment(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """More rows: paraphrases of the train rows by the endpoint that the recipe names, each checked."""
+    from tunesmith.stages.augment import augment as stage
+
+    resolved = load_recipe(recipe, overrides or ())
+    summary = stage(resolved.recipe, _err())
+    _facts(summary, "parents", "requests", "from_cache", "tokens", "rows")
+    for reason, count in summary["refused"].items():
+        print(f"{'refused':>22}  {count} {reason}")
+    print(resolved.recipe.augment.out)
+
+
+@app.command(rich_help_panel=_STAGES)
+def review(
+    source: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="A prepared run folder, or a recipe to prepare first.")],
+    folder: RunOption = None,
+    by: Annotated[str | None, typer.Option(metavar="NAME", help="Who signs off; default your user name.")] = None,
+    rows: Annotated[int, typer.Option(min=200, help="Rows to look at (all, where there are fewer).")] = 200,
+) -> None:
+    """Look at a sample of the prepared rows, decide on each with one key, and sign the data off."""
+    import getpass
+
+    from tunesmith.pipeline import prepare_shown, settle_method
+    from tunesmith.stages.review import Review
+    from tunesmith.stages.review.terminal import review as screen
+
+    if source.is_file():
+        resolved = settle_method(load_recipe(source), _err())
+        this = create_run(resolved, folder or Path("runs") / default_name(resolved.recipe))
+        prepare_shown(this, _err())
+    else:
+        this = open_run(source)
+    screen(Review(this, rows), by or getpass.getuser(), Console())
+    print(this.path)
+
+
+@app.command(rich_help_panel=_STAGES)
 def train(run: RunPath) -> None:
     """Train as the run's recipe says; where there was a plan, tell how far off it was."""
     from tunesmith.pipeline import score_shown

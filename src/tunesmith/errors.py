@@ -39,6 +39,12 @@ CODES: dict[str, str] = {
     "TS121": "template-refused-row",
     "TS122": "template-rewrites-answer",
     "TS123": "template-invalid",
+    "TS130": "review-missing",
+    "TS131": "review-rows-changed",
+    "TS132": "review-unreadable",
+    "TS140": "augment-not-asked",
+    "TS141": "augment-not-installed",
+    "TS142": "augment-endpoint-failed",
     "TS201": "model-folder-missing",
     "TS202": "model-folder-incomplete",
     "TS203": "model-unsafe-file",
@@ -97,6 +103,10 @@ class RecipeError(TunesmithError):
 
 class DataError(TunesmithError):
     """Rows cannot be read, or cannot be turned into conversations."""
+
+
+class AugmentError(TunesmithError):
+    """More rows cannot be made: no endpoint is named, or it does not answer."""
 
 
 class ModelError(TunesmithError):

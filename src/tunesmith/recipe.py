@@ -156,6 +156,10 @@ class DataSection(Section):
     """Classes with too many rows."""
     overlap: OverlapSection = OverlapSection()
     """Benchmarks to look for among the rows."""
+    review: str = "review.jsonl"
+    """Where `tunesmith review` keeps what it decided about rows; the next `prepare` leaves out and edits rows by it."""
+    require_review: bool = False
+    """Train only on data that somebody has signed off with `tunesmith review`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -201,6 +205,31 @@ class DataSection(Section):
     @classmethod
     def _known_screening(cls, given: dict[str, Setting]) -> dict[str, Setting]:
         return _checked_rules(given, SCREENING)
+
+
+class AugmentSection(Section):
+    """More rows by paraphrases of an OpenAI-compatible endpoint, for `tunesmith augment`."""
+
+    base_url: str | None = None
+    """The endpoint, such as http://localhost:8000/v1."""
+    model: str | None = None
+    """The model's name there."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; local servers need none."""
+    out: str = "augmented.jsonl"
+    """Where the new rows go; what was asked is kept beside it, so that nothing is asked twice."""
+    paraphrases: PositiveInt = 1
+    """Paraphrases asked for each row."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """How free the paraphrases are."""
+    concurrency: Annotated[int, Field(gt=0, le=256)] = 8
+    """Requests at once."""
+    max_retries: Annotated[int, Field(ge=0)] = 5
+    """How often a request that failed is sent again, waiting longer each time."""
+    max_requests: PositiveInt = 1000
+    """Most answers to pay for, with those of earlier runs into the same file; an attempt that failed does not count."""
+    max_tokens: PositiveInt = 1_000_000
+    """Most tokens, prompts and answers, with those of earlier runs; requests on their way when it is reached still count."""
 
 
 class LoraSection(Section):
@@ -330,6 +359,8 @@ class Recipe(Section):
     """The exported model."""
     evaluate: EvaluateSection = EvaluateSection()
     """The score."""
+    augment: AugmentSection = AugmentSection()
+    """More rows."""
 
     def section_digest(self, *names: str) -> str:
         """sha256 over the named top-level keys, for a stage's no-op check."""
@@ -532,6 +563,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     data["sources"] = [source.model_copy(update={"path": rows(source.path)}) for source in recipe.data.sources]
     if recipe.data.chat_template not in NAMED_TEMPLATES:
         data["chat_template"] = absolute(recipe.data.chat_template)
+    data["review"] = absolute(recipe.data.review)
     overlap = {key: absolute(value) for key, value in recipe.data.overlap}
     evaluate = {key: absolute(getattr(recipe.evaluate, key)) for key in ("json_schema", "mmlu")}
     model = recipe.model
@@ -541,6 +573,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         update={
             "model": model,
             "data": recipe.data.model_copy(update=data | {"overlap": recipe.data.overlap.model_copy(update=overlap)}),
+            "augment": recipe.augment.model_copy(update={"out": absolute(recipe.augment.out)}),
             "evaluate": recipe.evaluate.model_copy(update=evaluate),
         }
     )

@@ -29,7 +29,7 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["recipe.md", "cli.md", "errors.md", "plan.md", "speed.md", "../README.md"])
+@pytest.mark.parametrize("page", ["recipe.md", "cli.md", "errors.md", "plan.md", "speed.md", "data.md", "../README.md"])
 def test_generated_pages_are_current(generator: ModuleType, page: str) -> None:
     assert (REPO / "docs" / page).read_text(encoding="utf-8") == generator.PAGES[page](), "run `make docs`"
 
@@ -81,6 +81,7 @@ def test_links_lead_somewhere() -> None:
         REPO / "docs" / "architecture.md",
         REPO / "docs" / "plan.md",
         REPO / "docs" / "speed.md",
+        REPO / "docs" / "data.md",
     ):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"

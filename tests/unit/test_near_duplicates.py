@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.quality import Conflicts, Label, NearDuplicates, Overlap, balance, common_segments, row_text
+from tunesmith.quality import Conflicts, Label, NearDuplicates, Overlap, balance, common_segments, duplicates, row_text
 from tunesmith.quality.duplicates import RUN, choose_bands
 from tunesmith.quality.words import words
 from tunesmith.recipe import BalanceSection, OverlapSection
@@ -93,6 +93,14 @@ def test_many_rows_of_one_band_are_all_kept_apart() -> None:
     ]
     assert [index.add(str(i), index.signature(text)) for i, text in enumerate(texts)].count(None) > 1
     assert all(index.add("x", index.signature(text)) is not None for text in texts)
+
+
+def test_nothing_is_lost_when_the_index_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "_FIRST", 8)
+    index = NearDuplicates()
+    signatures = [index.signature(" ".join(random.Random(i).choices(WORDS, k=20))) for i in range(300)]
+    assert [index.add(str(i), signature) for i, signature in enumerate(signatures)] == [None] * 300
+    assert [index.add("x", signature) for signature in signatures] == [str(i) for i in range(300)]
 
 
 def test_bands_find_a_pair_at_the_threshold() -> None:

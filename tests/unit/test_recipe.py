@@ -119,3 +119,13 @@ def test_mmlu_keys() -> None:
     for shots in ("-1", "6"):
         assert any("evaluate.mmlu_shots" in what for what in problems(GOOD, f"evaluate.mmlu_shots={shots}"))
     assert any("evaluate.mmlu_questions" in what for what in problems(GOOD, "evaluate.mmlu_questions=0"))
+
+
+def test_a_key_of_a_section_in_a_section_can_be_overridden_and_survives_a_round_trip() -> None:
+    resolved = parse_recipe(GOOD, "r", Path("/base"), ["data.clean.html=false", "data.quality.refusal=reject"])
+    assert resolved.origins["data.clean"] == resolved.origins["data.quality"] == "override"
+    again = parse_dumped_recipe(dump_recipe(resolved), "r")
+    assert again == resolved
+    assert (again.recipe.data.clean.html, again.recipe.data.clean.control) == (False, True)
+    assert again.recipe.data.quality == {"refusal": "reject"}
+    assert again.recipe.data.review == "/base/review.jsonl"

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import ftfy
+from ftfy.badness import is_bad
 
 from tunesmith.quality.findings import Finding, Message, places, texts
 from tunesmith.quality.markup import html_to_text, is_about_html
@@ -42,7 +43,7 @@ _JOINED = re.compile(
 _BROKEN = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\u1950-\u19ff\ua9e0-\uaa7f]")
 _BLANK_END = re.compile(r"(?<=[^ \t\n])(?:[ \t]|[ \t]{3,})(?=\n)|(?<=\n)[ \t]+(?=\n)")  # two blanks are Markdown's line break
 _FOREIGN_END = re.compile(r"\r\n?|[\u2028\u2029\x85]")
-_EDGES = re.compile(r"\A(?:[ \t]*\n)+|\s+\Z")
+_BLANK_START = re.compile(r"(?:[ \t]*\n)+")
 _BLANK_LINES = re.compile(r"\n{4,}")
 
 _Step = Callable[[str], tuple[str, int]]
@@ -101,7 +102,7 @@ def _html(text: str) -> tuple[str, int]:
 
 
 def _mojibake(text: str) -> tuple[str, int]:
-    if text.isascii() or not ftfy.is_bad(text):
+    if text.isascii() or not is_bad(text):
         return text, 0
 
     def repair(part: str) -> tuple[str, int]:
@@ -169,12 +170,13 @@ def _has_use(match: re.Match[str], right_to_left: bool) -> bool:
 def _whitespace(text: str) -> tuple[str, int]:
     def tidy(part: str) -> tuple[str, int]:
         part, ends = _FOREIGN_END.subn("\n", part)
-        part, blanks = _BLANK_END.subn("", part)
+        part, blanks = _BLANK_END.subn("", part) if " \n" in part or "\t\n" in part else (part, 0)
         part, lines = _BLANK_LINES.subn("\n\n\n", part)
         return part, ends + blanks + lines
 
     text, count = _prose(text, tidy)
-    stripped = _EDGES.sub("", text)
+    start = _BLANK_START.match(text)
+    stripped = text[start.end() if start else 0 :].rstrip()
     return stripped, count + int(stripped != text)
 
 

@@ -34,9 +34,9 @@ class Conflicts:
         """Prompts with more than one answer, in order of their first row."""
         prompts, answers = np.frombuffer(self._prompts, np.uint64), np.frombuffer(self._answers, np.uint64)
         order = np.argsort(prompts, kind="stable")
-        starts = np.flatnonzero(np.r_[True, prompts[order][1:] != prompts[order][:-1]]) if len(order) else []
+        ends = 1 + np.flatnonzero(prompts[order][1:] != prompts[order][:-1])
         found = []
-        for rows in np.split(order, starts[1:]) if len(order) else []:
+        for rows in np.split(order, ends):
             _, first = np.unique(answers[rows], return_index=True)
             if len(first) > 1:
                 found.append((int(rows[0]), Conflict(tuple(self._where(int(rows[i])) for i in sorted(first)), len(rows))))

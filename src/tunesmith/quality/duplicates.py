@@ -116,7 +116,7 @@ class _Table:
 
     def put(self, hashes: np.ndarray, row: int) -> None:
         """Remember a row under each of its bands, unless eight rows stand there."""
-        if 3 * (self._entries + 1) > 2 * self._rows.shape[1]:
+        if 2 * (self._entries + 1) > self._rows.shape[1]:
             self._grow()
         self._entries += 1
         bands, places = self._bands, self._start(hashes)

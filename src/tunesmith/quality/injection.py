@@ -30,6 +30,7 @@ def _family(weight: float, stems: str, *phrases: str) -> _Family:
 _RULES = (
     r"(?:rules?|instructions?|prompts?|guidelines?|polic(?:y|ies)|restrictions?|limitations?|filters?|programming|directions?)"
 )
+#: The last is the one that harmless texts have most often: it is looked for only where it decides.
 _FAMILIES = (
     # Orders to forget what was said before.
     _family(
@@ -72,6 +73,20 @@ _FAMILIES = (
         r"|okay|acceptable|regardless|no matter)",
         r"\b(?:regardless|no matter how)\b.{0,40}\b(?:illegal|unethical|immoral|harmful|offensive|dangerous)",
     ),
+    # How the answer must be given, where it is to come twice, start with a name, or say nothing of being a machine.
+    _family(
+        0.5,
+        "ways|responses|answers|paragraphs|[|(classic|(normal|(gpt|\U0001f513|\U0001f512|as an ai|never|"
+        "disclaimer|warning|prompt|question|request|command|{|chatgpt|chat gpt|language model|openai",
+        r"\b(?:two|2|both) (?:different )?(?:ways|responses|answers|paragraphs)\b",
+        r"\[[A-Z][\w -]{1,24}\]:|\((?:classic|normal|gpt)\)|\U0001f513|\U0001f512",
+        r"\bas an ai (?:language )?model\b",
+        r"\bnever (?:say|mention|use|warn|apologi[sz]e|break)\b",
+        r"\b(?:disclaimers?|warnings?)\b",
+        r"\b(?:insert|my first) (?:prompt|question|request|command)\b|\bfirst (?:request|question|prompt"
+        r"|command) is\b|\{\{?(?:prompt|query|question)\}?\}",
+        r"\b(?:chat ?gpt|language model|openai)\b",
+    ),
     # A part that is to be played.
     _family(
         0.5,
@@ -87,20 +102,6 @@ _FAMILIES = (
         r"\byou (?:will|must|should|can) (?:always|never|only)\b",
         r"\bhypothetical (?:story|response|scenario)\b",
         r"\bin the role of\b|\btake on the (?:role|persona)\b|\bpersona\b",
-    ),
-    # How the answer must be given, where it is to come twice, start with a name, or say nothing of being a machine.
-    _family(
-        0.5,
-        "ways|responses|answers|paragraphs|[|(classic|(normal|(gpt|\U0001f513|\U0001f512|as an ai|never|"
-        "disclaimer|warning|prompt|question|request|command|{|chatgpt|chat gpt|language model|openai",
-        r"\b(?:two|2|both) (?:different )?(?:ways|responses|answers|paragraphs)\b",
-        r"\[[A-Z][\w -]{1,24}\]:|\((?:classic|normal|gpt)\)|\U0001f513|\U0001f512",
-        r"\bas an ai (?:language )?model\b",
-        r"\bnever (?:say|mention|use|warn|apologi[sz]e|break)\b",
-        r"\b(?:disclaimers?|warnings?)\b",
-        r"\b(?:insert|my first) (?:prompt|question|request|command)\b|\bfirst (?:request|question|prompt"
-        r"|command) is\b|\{\{?(?:prompt|query|question)\}?\}",
-        r"\b(?:chat ?gpt|language model|openai)\b",
     ),
 )
 

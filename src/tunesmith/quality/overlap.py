@@ -41,8 +41,16 @@ class Overlap:
         if not self._runs:
             return {}
         found = np.unique(run_hashes(words(text), RUN))
-        counts = {name: int(np.isin(found, runs, assume_unique=True).sum()) for name, runs in self._runs.items()}
+        counts = {name: _shared(found, runs) for name, runs in self._runs.items()}
         return {name: count for name, count in counts.items() if count}
+
+
+def _shared(found: np.ndarray, runs: np.ndarray) -> int:
+    """How many of `found` are among the sorted `runs`."""
+    if len(runs) == 0:
+        return 0
+    at = np.minimum(np.searchsorted(runs, found), len(runs) - 1)
+    return int((runs[at] == found).sum())
 
 
 def _missing(path: Path) -> DataError:
@@ -56,7 +64,7 @@ def _mmlu(folder: Path) -> Iterator[str]:
         raise _missing(folder / "test")
     for path in files:
         with path.open(encoding="utf-8", newline="") as handle:
-            yield from (row[0] for row in csv.reader(handle) if row)
+            yield from (row[0] for row in csv.reader(handle) if row and row[-1] != "answer")  # some copies have a header
 
 
 def _column(column: str) -> Callable[[Path], Iterator[str]]:

@@ -26,10 +26,13 @@ _STOPS_OPEN = re.compile(
     r"(?:[,;:(\[{\u2013\u2014-]|\b(?:and|or|but|the|a|an|of|to|in|with|for|by|from|because|which|that|is|are|was|were))\Z",
     re.IGNORECASE,
 )
+_FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
+_TAIL = 40  # characters at the end that tell of a cut
 _LONG = 200  # characters from which an answer without an end is taken to be cut off
 _ENDS = re.compile(
     r"[.!?\u2026\u3002\uff01\uff1f\u0964\u061f\u06d4\u0589\u17d4)\]}\"'\u201d\u2019\u00bb\u300d*_`|>:~=$%]\Z|\d\Z"
 )
+_PART = re.compile(r"\n+|(?<=[.!?])\s+")
 _LINE_WORDS = 3
 _LIST_LINE = re.compile(r"\s*(?:[-*+\u2022|#>]|\d+[.)]|\w+:)")
 
@@ -53,6 +56,8 @@ def one_word_answer(messages: Sequence[Message]) -> str | None:
 def answer_repeats_prompt(messages: Sequence[Message]) -> str | None:
     """Answers that are the turn before them once more, punctuation and case apart."""
     for (_, question), (turn, answer) in _exchanges(messages):
+        if len(answer) > 2 * len(question) or len(question) > 2 * len(answer):
+            continue
         asked = words(question)
         if len(asked) >= _ECHO_WORDS and words(answer) == asked:
             return f"turn {turn}, {len(asked)} words"
@@ -77,14 +82,14 @@ def cut_off_answer(messages: Sequence[Message]) -> str | None:
 def _cut_off(text: str, turn: int) -> str | None:
     if not text or is_json(text):
         return None
-    fences = len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE))
+    fences = len(_FENCE.findall(text)) if "```" in text or "~~~" in text else 0
     if fences % 2:
         return f"turn {turn}, inside a code block"
     if text[0] in "{[" and not fences:
         return (
             f"turn {turn}, inside a bracket" if text.count("{") > text.count("}") or text.count("[") > text.count("]") else None
         )
-    if len(words(text)) >= _ECHO_WORDS and _STOPS_OPEN.search(text):
+    if _STOPS_OPEN.search(text[-_TAIL:]) and len(words(text)) >= _ECHO_WORDS:
         return f"turn {turn}, in mid-sentence"
     last = text.rpartition("\n")[2]
     prose = not _LIST_LINE.match(last) and len(last) >= _LONG and not fences
@@ -104,11 +109,13 @@ def repetition(messages: Sequence[Message]) -> str | None:
     for turn, text in texts(messages, "assistant"):
         if is_json(text) or "```" in text:
             continue
-        parts = [part.strip() for part in re.split(r"\n+|(?<=[.!?])\s+", text) if len(words(part)) >= _LINE_WORDS]
-        times = max(Counter(parts).values(), default=0)
-        if times >= 4 and 2 * times >= len(parts):
-            return f"turn {turn}, one sentence {times} times"
+        parts = Counter(part.strip() for part in _PART.split(text))
+        often = [times for part, times in parts.items() if times >= 4 and len(words(part)) >= _LINE_WORDS]
+        if often and 2 * max(often) >= parts.total():
+            return f"turn {turn}, one sentence {max(often)} times"
         each = words(text)
+        if 2 * len(set(each)) > len(each):
+            continue  # half of the words are new: no run can repeat that often
         runs = [tuple(each[i : i + 4]) for i in range(len(each) - 3)]
         if len(runs) >= 40 and 3 * len(set(runs)) < len(runs):
             return f"turn {turn}, {len(set(runs))} of {len(runs)} runs of four words differ"

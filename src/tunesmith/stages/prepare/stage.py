@@ -25,6 +25,7 @@ from tunesmith.io.rows import Row, read_rows
 from tunesmith.io.tables import HUB, hub_commit
 from tunesmith.models.load import locate, model_digest
 from tunesmith.quality import Finding, Overlap, common_segments
+from tunesmith.quality.review import read_decisions
 from tunesmith.recipe import NAMED_TEMPLATES, DataSection, Recipe
 from tunesmith.runs import Run
 from tunesmith.stages.prepare.candidate import Candidate
@@ -68,8 +69,9 @@ def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Digests of what the stage reads. How many processes read it changes nothing."""
     dumped = recipe.model_dump(mode="json")
     data = {key: value for key, value in dumped["data"].items() if key != "workers"}
+    inputs = {"review": read_decisions(Path(recipe.data.review)).digest, "model": model_digest(folder)}
     settings = {"data": data, "seed": dumped["seed"], "objective": dumped["objective"]}
-    inputs = {"recipe": sha256_json(settings), "model": model_digest(folder)}
+    inputs["recipe"] = sha256_json(settings)
     named = {"test": recipe.data.test, "chat_template": recipe.data.chat_template}
     named |= {f"train {number}" if number else "train": part.path for number, part in enumerate(recipe.data.parts)}
     named |= {f"overlap {name}": path for name, path in recipe.data.overlap}
@@ -101,7 +103,9 @@ class _Preparation:
     def write(self) -> None:
         """Read all rows, settle what becomes of each, write the sets and what is told of them."""
         data, ledger = self._data, self._ledger
-        settings = Settings(data, self._recipe.objective, self._folder, _template_source(data), frozenset())
+        settings = Settings(
+            data, self._recipe.objective, self._folder, _template_source(data), frozenset(), read_decisions(Path(data.review))
+        )
         rows = _rows(data)
         head = list(itertools.islice(rows, _COMMON_ROWS))
         settings = _with_common(settings, head)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tunesmith.io.atomic import sha256_json
 from tunesmith.io.rows import Row
 from tunesmith.models.load import load_tokenizer
 from tunesmith.quality import Checker, Finding, Label, NearDuplicates, Overlap, RowFacts, row_facts, row_text
+from tunesmith.quality.review import Decisions
 from tunesmith.recipe import DataSection, SourceSection
 from tunesmith.rowrules import QUALITY, SCREENING, settled
 from tunesmith.stages.prepare.candidate import READERS, Candidate, candidate_of, encoded, prompt_of
@@ -37,6 +38,7 @@ class Settings:
     model_folder: Path
     template_source: str | None
     common: frozenset[str]
+    decisions: Decisions
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Made:
     where: str
     source: int
     key: int  # 64 bits of the digest of the whole row
-    prompt: str | None  # digest of what stands before the last answer; None where nothing is asked
+    prompt: str | None  # digest of what stands before the last answer, if anything is asked
     answer: str
     label: str | None
     facts: RowFacts
@@ -129,6 +131,11 @@ class Worker:
     def _checked(self, source: int, row: Row, chunk: Chunk) -> _Checked | None:
         """The row read and cleaned; None where it has a problem or is rejected, which is noted in the chunk."""
         chunk.rows_in[source] += 1
+        value = self._settings.decisions.apply(row.value or {})
+        if value is None:
+            chunk.rejections.append(Rejection(row.where, source, "reviewed", "rejected in the review"))
+            return None
+        row = replace(row, value=dict(value))
         result = row.problem or read(row, self._parts[source], self._settings, chunk.formats)
         if isinstance(result, Problem):
             chunk.problems.append((source, result))

@@ -25,6 +25,7 @@ from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
 from tunesmith.packing.loss import use_tree_attention
 from tunesmith.packing.noise import EmbeddingNoise
 from tunesmith.packing.tree import Limits
+from tunesmith.quality.review import require_signoff
 from tunesmith.runs import Run
 from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
@@ -35,9 +36,12 @@ from tunesmith.stages.train.watch import HeldoutWatch, mean_loss
 def train(run: Run, console: Console | None = None) -> dict[str, Any]:
     """Train as the recipe says and return `train/summary.json`; a no-op when data, model and settings are unchanged.
 
-    Raises TrainError when loss or gradients stop being finite; RunError when `prepare` has not run.
+    Raises TrainError when loss or gradients stop being finite; RunError when `prepare` has not run, or
+    the recipe wants its data signed off and nobody has.
     """
     recipe = run.recipe
+    if recipe.data.require_review:
+        require_signoff(run)
     model_folder = locate(recipe.model, recipe.revision)
     inputs = {
         "recipe": recipe.section_digest("model", "revision", "method", "seed", "lora", "train", "objective", "dpo"),

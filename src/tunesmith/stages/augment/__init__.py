@@ -1,0 +1,5 @@
+"""Stage `augment`: paraphrases of the train rows' questions, each checked and marked with its parent."""
+
+from tunesmith.stages.augment.stage import augment
+
+__all__ = ["augment"]

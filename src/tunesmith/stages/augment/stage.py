@@ -1,0 +1,148 @@
+"""More rows out of those that there are: the last question of a row in other words, its answer unchanged.
+
+A candidate is taken where it is no near duplicate of a question that is there, is in its parent's language, and keeps what the
+answer hangs on: every number of the question, and every value of the answer that stands in it. The answer, and so the label,
+is the parent's own. What is not told by these checks: whether the words still mean the same. `tunesmith review` is for that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tunesmith.chat.formats import Message, to_messages
+from tunesmith.errors import DataError, Problem
+from tunesmith.io.atomic import write_json, write_jsonl
+from tunesmith.io.rows import read_rows
+from tunesmith.quality.duplicates import NearDuplicates
+from tunesmith.quality.language import language
+from tunesmith.recipe import Recipe
+from tunesmith.stages.augment.ask import Cache, Question, ask_all
+
+_SYSTEM = (
+    "You rewrite a user's message in other words. Keep its meaning, language, names, numbers and everything in quotes exactly. "
+    "Do not answer it. Reply with the rewritten message alone."
+)
+_NUMBER = re.compile(r"\d+(?:[.,:/-]\d+)*")
+_LEAST_VALUE = 2  # characters of an answer's value that must be kept
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A row to paraphrase: its place, its conversation, and which turn is the last question."""
+
+    where: str
+    messages: list[Message]
+    turn: int
+
+    @property
+    def question(self) -> str:
+        return self.messages[self.turn]["content"]
+
+
+def augment(recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Write `augment.out`, and a summary beside it, which is returned: counts of parents, requests, rows, refusals by reason.
+
+    A second run asks nothing that was asked before. Raises AugmentError without an endpoint, DataError without a usable row.
+    """
+    settings, out = recipe.augment, Path(recipe.augment.out)
+    parents = list(_parents(recipe))
+    if not parents:
+        why, fix = "there is nothing to put in other words", "check data.train and data.format"
+        raise DataError(Problem("TS109", "no row has a question before an answer", recipe.data.train, why, fix))
+    cache = Cache(out.with_name(f"{out.name}.cache"))
+    known = len(cache.answers)
+    questions = [(parent, _question(parent, number)) for number in range(settings.paraphrases) for parent in parents]
+    answers, left = ask_all([question for _, question in questions], settings, cache)
+    rows, refused = _checked(recipe, parents, [(parent, answers.get(question)) for parent, question in questions])
+    write_jsonl(out, rows)
+    summary = {
+        "parents": len(parents),
+        "requests": len(cache.answers) - known,
+        "from_cache": len(answers) - (len(cache.answers) - known),
+        "not_asked": left,
+        "tokens": cache.tokens,
+        "rows": len(rows),
+        "refused": dict(sorted(refused.items())),
+    }
+    write_json(out.with_name(f"{out.name}.summary.json"), summary)
+    if left:
+        console.print(f"the budget is reached: {left} paraphrases were not asked for (augment.max_requests, max_tokens)")
+    return summary
+
+
+def _parents(recipe: Recipe) -> Iterator[Parent]:
+    """Rows whose last turn answers a question; others, and unreadable ones, are `prepare`'s to tell of."""
+    for row in read_rows(Path(recipe.data.train)):
+        messages = row.problem or to_messages(row.value or {}, row.where, recipe.data.format)
+        if isinstance(messages, Problem):
+            continue
+        if len(messages) > 1 and messages[-1]["role"] == "assistant" and messages[-2]["role"] == "user":
+            yield Parent(row.where, messages, len(messages) - 2)
+
+
+def _question(parent: Parent, number: int) -> Question:
+    return Question((("system", _SYSTEM), ("user", parent.question)), number)
+
+
+def _checked(
+    recipe: Recipe, parents: list[Parent], candidates: list[tuple[Parent, str | None]]
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Rows of the candidates that pass, and why the others do not."""
+    index = NearDuplicates(recipe.data.duplicates.threshold or 1.0, recipe.data.duplicates.num_perm)
+    for parent in parents:
+        index.add(parent.where, index.signature(parent.question))
+    rows: list[dict[str, Any]] = []
+    refused: Counter[str] = Counter()
+    for parent, text in candidates:
+        if text is None:
+            continue
+        candidate = text.strip()
+        reason = refusal(parent.question, parent.messages[-1]["content"], candidate)
+        if reason is None and index.add(f"new:{len(rows)}", index.signature(candidate)) is not None:
+            reason = "duplicate"
+        if reason is not None:
+            refused[reason] += 1
+            continue
+        messages = [dict(message) for message in parent.messages]
+        messages[parent.turn]["content"] = candidate
+        rows.append({"messages": messages, "augmented_from": parent.where})
+    return rows, refused
+
+
+def refusal(question: str, answer: str, candidate: str) -> str | None:
+    """Why a paraphrase cannot stand in for its question: `empty`, `other-language`, `lost-number`, `lost-value`; or None."""
+    if not candidate:
+        return "empty"
+    before, after = language(question), language(candidate)
+    if before is not None and after is not None and before != after:
+        return "other-language"
+    if Counter(_NUMBER.findall(question)) != Counter(_NUMBER.findall(candidate)):
+        return "lost-number"
+    kept = candidate.lower()
+    lost = any(value.lower() in question.lower() and value.lower() not in kept for value in _values(answer))
+    return "lost-value" if lost else None
+
+
+def _values(answer: str) -> Iterator[str]:
+    """Text values of a JSON answer; of another answer its own text."""
+    try:
+        parsed = json.loads(answer)
+    except (ValueError, RecursionError):
+        parsed = answer
+    stack = [parsed]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+        elif isinstance(value, str) and len(value) >= _LEAST_VALUE:
+            yield value

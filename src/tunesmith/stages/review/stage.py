@@ -1,0 +1,147 @@
+"""A review without its screen: which rows are shown, what was decided, the sign-off. The terminal and other screens use this.
+
+Every decision is in `review/session.json` of the run folder before the next row is shown, so a review can be left at any time.
+The sign-off also puts the decisions into the file that `data.review` names, where the next `prepare` finds them.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from tunesmith.errors import Problem, RunError
+from tunesmith.io.atomic import read_json, sha256_file, write_json
+from tunesmith.io.rows import read_rows
+from tunesmith.models.load import load_tokenizer, locate
+from tunesmith.quality.review import LEAST_ROWS, VERDICTS, add_decisions, draw_sample, read_decisions, row_digest
+from tunesmith.runs import Run, read_jsonl
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row to decide on: its place, its source row, the rules that it met, and its text as (text, trained) of each side."""
+
+    where: str
+    value: dict[str, Any]
+    findings: tuple[str, ...]
+    sides: tuple[tuple[tuple[str, bool], ...], ...]
+
+
+class Review:
+    """A review of a prepared run. Raises RunError where `prepare` has not run, or the source rows have changed since."""
+
+    def __init__(self, run: Run, count: int = LEAST_ROWS) -> None:
+        self.run = run
+        self.data_digest = run.outputs_digest("prepare")
+        self._path = run.path / "review" / "session.json"
+        self._rows = Dataset.from_file(str(run.path / "data" / "train.arrow"))
+        self._numbers = {where: number for number, where in enumerate(self._rows["where"])}
+        self._tokenizer = load_tokenizer(locate(run.recipe.model, run.recipe.revision))
+        self._findings = self._read_findings()
+        rules = {where: [rule for rule, _ in self._findings.get(where, ())] for where in self._numbers}
+        self.places = draw_sample(rules, count, run.recipe.seed)
+        self._values = self._read_sources()
+        self.decisions: dict[str, dict[str, Any]] = self._earlier()
+
+    def _read_findings(self) -> dict[str, list[tuple[str, str]]]:
+        found: dict[str, list[tuple[str, str]]] = {}
+        for entry in read_jsonl(self.run.path / "data" / "findings.jsonl"):
+            found.setdefault(entry["where"], []).append(
+                (entry["rule"], f"{entry['rule']} ({entry['action']}): {entry['detail']}")
+            )
+        return found
+
+    def _read_sources(self) -> dict[str, dict[str, Any]]:
+        """The rows of the sample as they stand in the data file."""
+        wanted = set(self.places)
+        found: dict[str, dict[str, Any]] = {}
+        parts = self.run.recipe.data.parts
+        inputs = self.run.status()["stages"]["prepare"]["inputs"]
+        for number, part in enumerate(parts):
+            path = Path(part.path)
+            prepared = inputs.get(f"train {number}" if number else "train")
+            if not path.is_file() or prepared in (None, sha256_file(path)):
+                rows = read_rows(part.path, part.split)
+                found |= {row.where: row.value for row in rows if row.where in wanted and row.value}
+        if missing := wanted - set(found):
+            what = f"{len(missing)} rows are no longer where `prepare` read them"
+            why = "a decision would be about another row than the one shown"
+            raise RunError(Problem("TS131", what, parts[0].path, why, "run `tunesmith prepare` again"))
+        return found
+
+    def _earlier(self) -> dict[str, dict[str, Any]]:
+        """Decisions of this session where it is of the same data, and what was accepted before.
+
+        An edit counts as accepted once `prepare` has applied it: what would be shown is the reviewer's own text.
+        """
+        known = read_decisions(Path(self.run.recipe.data.review))
+        applied = self.run.status()["stages"]["prepare"]["inputs"].get("review") == known.digest
+        found = {}
+        for where in self.places:
+            digest = row_digest(self._values[where])
+            verdict = known.by_row.get(digest, {}).get("verdict")
+            if verdict == "accept" or (verdict == "edit" and applied):
+                found[where] = {"row": digest, "verdict": "accept"}
+        session = read_json(self._path) if self._path.is_file() else {}
+        if session.get("data") == self.data_digest:
+            found |= {where: entry for where, entry in session["decisions"].items() if where in self._values}
+        return found
+
+    def open_places(self) -> list[str]:
+        """Rows of the sample without a decision."""
+        return [where for where in self.places if where not in self.decisions]
+
+    def show(self, where: str) -> Shown:
+        """A row with its trained stretches."""
+        row = self._rows[self._numbers[where]]
+        names = [("input_ids", "trained"), ("rejected_input_ids", "rejected_trained")]
+        sides = tuple(tuple(self._stretches(row[ids], row[trained])) for ids, trained in names if ids in row)
+        return Shown(where, self._values[where], tuple(text for _, text in self._findings.get(where, ())), sides)
+
+    def _stretches(self, ids: list[int], trained: list[bool]) -> Iterator[tuple[str, bool]]:
+        for is_trained, group in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
+            yield self._tokenizer.decode([token for token, _ in group], skip_special_tokens=False), is_trained
+
+    def decide(self, where: str, verdict: str, by: str, value: Mapping[str, Any] | None = None) -> None:
+        """Record a verdict (accept, reject or edit; the last with the new row) before anything else happens."""
+        if verdict not in VERDICTS or (verdict == "edit") != (value is not None):
+            raise AssertionError(f"no such decision: {verdict}")
+        entry = {"row": row_digest(self._values[where]), "verdict": verdict, "by": by, "at": _now()}
+        self.decisions[where] = entry if value is None else {**entry, "value": dict(value)}
+        self._save()
+
+    def undo(self, where: str) -> None:
+        """Take a decision of this session back."""
+        if self.decisions.pop(where, None) is not None:
+            self._save()
+
+    def _save(self) -> None:
+        write_json(self._path, {"data": self.data_digest, "sample": self.places, "decisions": self.decisions})
+
+    def sign(self, by: str) -> dict[str, Any]:
+        """Sign the data off: decisions into the review file, then `review/signoff.json`, which is returned.
+
+        Raises RunError while rows of the sample are undecided.
+        """
+        if left := self.open_places():
+            why, fix = "a sign-off is of the whole sample", "go on with `tunesmith review`"
+            raise RunError(Problem("TS130", f"{len(left)} rows are undecided", str(self.run.path), why, fix))
+        made = [{"where": where, **entry} for where, entry in self.decisions.items() if "by" in entry]
+        add_decisions(Path(self.run.recipe.data.review), made)
+        verdicts = [entry["verdict"] for entry in self.decisions.values()]
+        counts = {
+            name: verdicts.count(verdict) for name, verdict in zip(("accepted", "rejected", "edited"), VERDICTS, strict=True)
+        }
+        signed = {"data": self.data_digest, "by": by, "at": _now(), "rows": len(self.places), **counts}
+        write_json(self.run.path / "review" / "signoff.json", signed)
+        return signed
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

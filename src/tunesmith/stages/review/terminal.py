@@ -1,0 +1,124 @@
+"""The review in a terminal: a row, one key, the next row. Without a terminal keys are read from standard input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from tunesmith.stages.review.stage import Review, Shown
+
+_HELP = "[a]ccept  [r]eject  [e]dit  [b]ack  [q]uit, to go on later"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
+
+
+def review(session: Review, by: str, console: Console, keys: TextIO = sys.stdin) -> dict[str, Any] | None:
+    """Go through the undecided rows and sign off at the end; None where the reviewer left before."""
+    done: list[str] = []
+    with _single_keys(keys):
+        while left := session.open_places():
+            shown = session.show(left[0])
+            _print(shown, console, f"{len(session.places) - len(left) + 1} of {len(session.places)}")
+            key = _key(keys)
+            if key in ("q", ""):
+                console.print(f"{len(left)} rows are left; `tunesmith review` goes on here")
+                return None
+            if key == "b" and done:
+                session.undo(done.pop())
+            elif _decided(session, shown, key, by, console, keys):
+                done.append(shown.where)
+    signed = session.sign(by)
+    console.print(
+        f"signed off by {by}: {signed['accepted']} accepted, {signed['rejected']} rejected, {signed['edited']} edited"
+    )
+    if signed["rejected"] or signed["edited"]:
+        console.print(f"run `tunesmith prepare` again: it leaves them out and edits them by {session.run.recipe.data.review}")
+    return signed
+
+
+def _decided(session: Review, shown: Shown, key: str, by: str, console: Console, keys: TextIO) -> bool:
+    if key == "a":
+        session.decide(shown.where, "accept", by)
+    elif key == "r":
+        session.decide(shown.where, "reject", by)
+    elif key == "e" and (value := _edited(shown.value, keys, console)) is not None:
+        session.decide(shown.where, "edit", by, value)
+    else:
+        if key != "e":
+            console.print(_HELP, markup=False)
+        return False
+    return True
+
+
+def _print(shown: Shown, console: Console, counter: str) -> None:
+    console.rule(Text(f"{counter}  {shown.where}"))
+    for finding in shown.findings:
+        console.print(Text(_plain(finding), style="yellow"))
+    for side in shown.sides:
+        text = Text()
+        for part, trained in side:
+            # Brackets as well as colour: a pipe, and an eye that sees no green, must tell them apart.
+            text.append(f"\u27e6{_plain(part)}\u27e7" if trained else _plain(part), "bold green" if trained else "dim")
+        console.print(text, soft_wrap=True)
+    console.print(_HELP, style="cyan", markup=False)
+
+
+def _plain(text: str) -> str:
+    return _CONTROL.sub("\ufffd", text)
+
+
+@contextlib.contextmanager
+def _single_keys(keys: TextIO) -> Iterator[None]:
+    """A key counts without return, where there is a terminal that knows how (not on Windows)."""
+    try:
+        import termios
+        import tty
+
+        before = termios.tcgetattr(keys.fileno())
+    except (ImportError, OSError, termios.error):
+        yield
+        return
+    try:
+        tty.setcbreak(keys.fileno())
+        yield
+    finally:
+        termios.tcsetattr(keys.fileno(), termios.TCSADRAIN, before)
+
+
+def _key(keys: TextIO) -> str:
+    """The next key that is no blank; empty at the end of the input."""
+    while (key := keys.read(1)).isspace():
+        pass
+    return key.lower()
+
+
+def _edited(value: Mapping[str, Any], keys: TextIO, console: Console) -> dict[str, Any] | None:
+    """The row as the editor left it, or without a terminal the rest of the line; None, and told, where it is no JSON object."""
+    if keys.isatty():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "row.json"
+            path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+            editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+            subprocess.run([*editor.split(), str(path)], check=False)
+            text = path.read_text(encoding="utf-8")
+    else:
+        text = keys.readline()
+    try:
+        edited = json.loads(text)
+    except ValueError as error:
+        console.print(f"not valid JSON, nothing was changed: {error}", style="red", markup=False)
+        return None
+    if not isinstance(edited, dict):
+        console.print("a row is a JSON object, nothing was changed", style="red")
+        return None
+    return edited
