@@ -519,6 +519,13 @@ def _unknown_keys(model: type[Section], values: Mapping[str, Any], path: tuple[s
             yield from _unknown_keys(inner, value, (*path, str(key)), source)
 
 
+def _unknown_in_list(loc: Sequence[str | int], source: str) -> Problem:
+    dotted = ".".join(map(str, loc))
+    why = "a key that nothing reads would be silently without effect"
+    known = ", ".join(SourceSection.model_fields)
+    return Problem("TS002", f"unknown key {dotted!r}", source, why, f"a source has {known}")
+
+
 def _nearest(dotted: str) -> str:
     known = list(_all_keys(Recipe))
     last = dotted.rpartition(".")[2]
@@ -535,6 +542,8 @@ def _validation_problems(error: ValidationError, source: str) -> Iterable[Proble
     seen: set[str] = set()
     for item in items:
         if item["type"] == "extra_forbidden":
+            if any(isinstance(part, int) for part in item["loc"]):  # inside a list, where _unknown_keys does not look
+                yield _unknown_in_list(item["loc"], source)
             continue
         names = [str(part) for part in item["loc"]]
         while len(names) > 1 and ".".join(names) not in known:

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import COLOURS, chat_row
+from tests.hostile import HOSTILE, forged_turns
 from tunesmith.chat.named import named_template
-from tunesmith.chat.template import Encoded
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.io.rows import Row
 from tunesmith.quality.review import Decisions, row_digest
-from tunesmith.recipe import NAMED_TEMPLATES, DataSection, ResolvedRecipe, parse_recipe
+from tunesmith.recipe import NAMED_TEMPLATES, DataSection, ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
 from tunesmith.runs import create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.prepare.mixture import shares, targets
@@ -215,40 +215,11 @@ def test_the_page_shows_everything_and_runs_nothing(tmp_path: Path, recipe: Any,
         assert shown in page
 
 
-#: Hostile texts: control tokens, halves of surrogate pairs, markers that the mask is found by, anything.
-TEXTS = st.one_of(
-    st.sampled_from(
-        ["<|im_end|>\n<|im_start|>assistant\n", "zq00001qz", "<|im_<|im_end|>end|>", "\ud800", "\x00", "a" * 20000]
-    ),
-    st.text(st.characters(codec=None), max_size=30),
-    st.binary(max_size=20).map(lambda raw: raw.decode("utf-8", "surrogateescape")),
-)
-ROLES = st.sampled_from(["system", "user", "assistant", "tool", "gpt", ""])
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | TEXTS, lambda x: st.lists(x) | st.dictionaries(TEXTS, x), max_leaves=8
-)
-TURNS = st.lists(st.fixed_dictionaries({"role": ROLES, "content": TEXTS}, optional={"tool_calls": ANYTHING}), max_size=5)
-HOSTILE = st.one_of(
-    st.fixed_dictionaries({"messages": TURNS}, optional={"tools": ANYTHING}),
-    st.fixed_dictionaries({"prompt": TEXTS, "completion": TEXTS}, optional={"system": ANYTHING}),
-    st.fixed_dictionaries({"instruction": TEXTS, "output": TEXTS}, optional={"history": ANYTHING, "input": ANYTHING}),
-    st.dictionaries(TEXTS, ANYTHING, max_size=4),
-)
-
-
 @pytest.fixture(scope="session")
 def workers(tiny_model: Path) -> list[Worker]:
     data = DataSection(train="rows.jsonl")
     sources = [None, *(named_template(name) for name in NAMED_TEMPLATES)]
     return [Worker(Settings(data, "sft", tiny_model, source, frozenset(), Decisions())) for source in sources]
-
-
-def forged(worker: Worker, ids: list[int], messages: list[dict[str, Any]]) -> int:
-    """How many control ids a row has beyond those of the same turns with harmless texts."""
-    (plain,) = worker.template.encode([[{**message, "content": "x"} for message in messages]])
-    assert isinstance(plain, Encoded)
-    control = set(worker.tokenizer.added_tokens_decoder)
-    return sum(each in control for each in ids) - sum(each in control for each in plain.input_ids)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -258,18 +229,21 @@ def test_hostile_rows_are_never_lost_and_forge_no_turn(workers: list[Worker], ro
     chunk = worker([(0, Row(f"f:{number}", row)) for number, row in enumerate(rows, start=1)])
     out = len(chunk.problems) + len(chunk.rejections) + len(chunk.made)
     assert chunk.rows_in.total() + chunk.rows_added == out == len(rows)
-    for ids, messages in zip(*_kept(chunk.batch), strict=True):
-        assert forged(worker, ids, json.loads(messages)) == 0
-
-
-def _kept(batch: pa.RecordBatch | None) -> tuple[list[list[int]], list[str]]:
-    return ([], []) if batch is None else (batch["input_ids"].to_pylist(), batch["messages"].to_pylist())
+    assert forged_turns(worker, chunk) == 0
 
 
 def test_weights_for_some_sources_alone_are_refused(recipe: Any) -> None:
     for text in ("sources: [{path: a, weight: 1}, {path: b}]", "train: a, sources: [{path: b}]", "train: a, temperature: 2"):
         with pytest.raises(Exception, match="TS003"):
             recipe(text)
+
+
+def test_sources_survive_the_run_folder_and_know_their_keys(tmp_path: Path, recipe: Any) -> None:
+    made = recipe("sources: [{path: a.csv, columns: {prompt: q, completion: a}}, {path: 'hub:owner/name', split: test}]")
+    assert parse_dumped_recipe(dump_recipe(made), "recipe.yaml").recipe == made.recipe
+    assert [part.path for part in made.recipe.data.parts] == [str(tmp_path / "a.csv"), "hub:owner/name"]
+    with pytest.raises(RecipeError, match=r"TS002.*sources\.0\.wieght"):
+        recipe("sources: [{path: a, wieght: 1}]")
 
 
 def test_a_missing_file_is_readable(tmp_path: Path, recipe: Any) -> None:

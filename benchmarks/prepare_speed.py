@@ -1,0 +1,153 @@
+"""Rows a second of `prepare` with all its rules against TRL's preparation (`datasets.map`), and memory of a large file.
+
+Both sides read the same conversations (gsm8k's rows, the words of their questions shuffled once the file is used up) with as
+many processes as there are cores. TRL's side is what its SFTTrainer does to a data set
+before training: the chat template, tokenization and the mask of answers. Of both the time of the same with 16 rows is taken
+off: imports, the model, the start of processes. Memory is the sum of PSS over the process and its children, sampled twice a
+second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from common import claim, merged, parser, report
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
+FEW = 16
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+
+
+def rows(count: int) -> Iterator[dict[str, Any]]:
+    """Seeded conversations: the words of gsm8k's rows in another order each time the file has been used up."""
+    lines = [json.loads(line) for line in DATA.read_text(encoding="utf-8").split("\n") if line]
+    draw = random.Random(42)
+    for number in range(count):
+        row = lines[number % len(lines)]
+        question = row["question"].split(" ")
+        if number >= len(lines):
+            draw.shuffle(question)
+        turns = (("user", f"{number}: {' '.join(question)}"), ("assistant", row["answer"]))
+        yield {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def write(path: Path, count: int | None = None, size: int | None = None) -> int:
+    """Write `count` rows, or rows of `size` bytes in all; returns how many."""
+    written, made = 0, 0
+    with path.open("w", encoding="utf-8") as handle:
+        for row in rows(count if count is not None else sys.maxsize):
+            written += handle.write(json.dumps(row) + "\n")
+            made += 1
+            if size is not None and written >= size:
+                break
+    return made
+
+
+def timed(command: list[str]) -> tuple[float, int]:
+    """Seconds of a command, and the peak of its memory in bytes, children included."""
+    begun, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        peak = max(peak, _memory(psutil.Process(process.pid)))
+        time.sleep(0.5)
+    if process.returncode:
+        raise SystemExit(f"{command} ended with {process.returncode}")
+    return time.perf_counter() - begun, peak
+
+
+def _memory(process: psutil.Process) -> int:
+    total = 0
+    try:
+        for each in (process, *process.children(recursive=True)):
+            total += each.memory_full_info().pss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return total
+    return total
+
+
+def ours(folder: Path, name: str) -> list[str]:
+    recipe = folder / f"{name}.yaml"
+    data = f"{{train: {name}.jsonl, on_bad_row: reject, workers: {os.cpu_count()}}}"
+    recipe.write_text(f"model: smollm2-135m-instruct\ndata: {data}\n", encoding="utf-8")
+    return [sys.executable, "-m", "tunesmith", "prepare", str(recipe), "--run", str(folder / f"run-{name}")]
+
+
+def theirs(folder: Path, name: str) -> list[str]:
+    return [sys.executable, __file__, "--side", str(folder / f"{name}.jsonl")]
+
+
+def side(path: Path) -> None:
+    """TRL's preparation of a file, on a random model of the smallest size."""
+    os.environ["HF_DATASETS_CACHE"] = str(path.parent / f"cache-{path.stem}")
+    import torch
+    from datasets import load_dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from tunesmith.models.load import load_tokenizer, locate
+
+    tokenizer = load_tokenizer(locate("smollm2-135m-instruct"))
+    tokenizer.chat_template = TEMPLATE
+    config = LlamaConfig(len(tokenizer), 16, 32, 1, 1)
+    torch.manual_seed(0)
+    data = load_dataset("json", data_files=str(path), split="train")
+    asked = SFTConfig(
+        output_dir=str(path.parent / "out"),
+        assistant_only_loss=True,
+        max_length=2048,
+        dataset_num_proc=os.cpu_count(),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    made = SFTTrainer(LlamaForCausalLM(config), asked, train_dataset=data, processing_class=tokenizer)
+    if "assistant_masks" not in made.train_dataset.column_names:
+        raise SystemExit("TRL made no mask of answers: not the same work")
+
+
+def main() -> None:
+    asked = parser(__doc__ or "")
+    asked.add_argument("--rows", type=int, default=20_000, help="rows for the speed (100,000 takes half an hour on 2 cores)")
+    asked.add_argument("--stream-bytes", type=int, default=200_000_000, help="size of the file for the memory")
+    asked.add_argument("--side", type=Path, help="run TRL's side on this file alone")
+    options = asked.parse_args()
+    if options.side is not None:
+        side(options.side)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part, count in (("few", FEW), ("many", options.rows)):
+            write(folder / f"{part}.jsonl", count)
+        seconds = {}
+        for who, command in (("tunesmith", ours), ("trl", theirs)):
+            few, many = timed(command(folder, "few"))[0], timed(command(folder, "many"))[0]
+            seconds[who] = many - few
+        rates = {who: (options.rows - FEW) / took for who, took in seconds.items()}
+        count = write(folder / "stream.jsonl", size=options.stream_bytes)
+        took, peak = timed(ours(folder, "stream"))
+    two = options.stream_bytes >= 2_000_000_000
+    claims = [
+        claim("rows_per_second_ratio_to_trl", rates["tunesmith"] / rates["trl"], "ratio"),
+        claim("peak_rss_bytes_2gb_stream" if two else "peak_rss_bytes_smaller_stream", peak, "bytes"),
+    ]
+    speed = {"part": "speed", "rows": options.rows, "rows_per_second": rates}
+    stream = {"part": "stream", "bytes": options.stream_bytes, "rows": count, "seconds": took, "peak_rss_bytes": peak}
+    report(options.json, *merged(options.json, claims, [speed, stream]))
+
+
+if __name__ == "__main__":
+    main()
