@@ -246,6 +246,30 @@ def test_sources_survive_the_run_folder_and_know_their_keys(tmp_path: Path, reci
         recipe("sources: [{path: a, wieght: 1}]")
 
 
+def test_real_tool_calls_are_trained(tmp_path: Path, recipe: Any, shared_data: Path) -> None:
+    path = shared_data / "alpaca_demo" / "glaive_toolcall_en_demo.json"
+    run = create_run(recipe(f"train: {path}, chat_template: qwen, max_rows: 40, max_length: 100000"), tmp_path / "run")
+    ledger = prepare(run)
+    assert balanced(ledger)
+    assert (ledger["rows_in"], ledger["rows_train"] + ledger["rows_heldout"]) == (300, 40)
+    assert "empty-answer" not in ledger["reasons"]
+    assert "\u27e6<tool_call>" in (run.path / "data" / "samples.txt").read_text(encoding="utf-8").replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("gsm8k/train.jsonl", "columns: {prompt: question, completion: answer}"),
+        ("alpaca_demo/alpaca_zh_demo.json", "on_bad_row: reject"),
+        ("alpaca_demo/identity.json", "on_bad_row: reject"),
+    ],
+)
+def test_real_sets_load_by_one_recipe(tmp_path: Path, recipe: Any, shared_data: Path, name: str, more: str) -> None:
+    ledger = prepare(create_run(recipe(f"train: {shared_data / name}, max_rows: 50, {more}"), tmp_path / "run"))
+    assert balanced(ledger)
+    assert ledger["rows_train"] + ledger["rows_heldout"] == 50
+
+
 def test_a_missing_file_is_readable(tmp_path: Path, recipe: Any) -> None:
     with pytest.raises(DataError, match="TS101"):
         prepare(create_run(recipe("train: none.csv"), tmp_path / "run"))

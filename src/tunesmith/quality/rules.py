@@ -38,8 +38,9 @@ _LIST_LINE = re.compile(r"\s*(?:[-*+\u2022|#>]|\d+[.)]|\w+:)")
 
 
 def empty_answer(messages: Sequence[Message]) -> str | None:
-    """Turns of the assistant that hold nothing visible."""
-    empty = [turn for turn, text in texts(messages, "assistant") if not any(_visible(character) for character in text)]
+    """Turns of the assistant that hold nothing visible, and no call of a tool."""
+    answers = [(turn, text) for turn, text in texts(messages, "assistant") if not messages[turn - 1].get("tool_calls")]
+    empty = [turn for turn, text in answers if not any(_visible(character) for character in text)]
     return f"turn {', '.join(map(str, empty))}" if empty else None
 
 
