@@ -100,12 +100,18 @@ class TrainSection(Section):
     """Micro-batches for each optimizer step; `auto` follows from effective_batch_size."""
     packing: bool = True
     """Lay rows out as prefix trees, so that what they share is computed once; else pad them to the longest of like length."""
-    optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
-    """AdamW with float32 masters and states (12 bytes a bf16 weight), or with bf16 (4) or 8-bit (2) states and no masters."""
+    optim: Literal["adamw", "adamw_kahan", "adamw_bf16", "adamw_8bit"] = "adamw"
+    """AdamW with float32 masters and states (12 bytes a bf16 weight); with bf16 states and what rounding cuts off (6, Kahan
+    sums); with bf16 (4) or 8-bit (2) states and weights rounded stochastically."""
     optimizer_in_backward: bool = False
     """Update each weight as soon as its gradient is there and free the gradient; one micro-batch a step, clipped one by one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep activations in the machine's memory between forward and backward pass (GPU only)."""
+    attn_implementation: Literal["auto", "flash_attention_3", "flash_attention_2", "xformers", "sdpa", "eager"] = "auto"
+    """Attention's kernel, in transformers' words. `auto` is the trees' own, or sdpa where rows are padded; another one pads
+    rows, and falls back (flash, sdpa, eager) where it cannot be had, with an event."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     """NEFTune: noise on the embeddings while training, up to alpha / sqrt(row length x hidden size); 5 to 15 in the paper."""
     eval_steps: PositiveInt | None = None

@@ -63,6 +63,10 @@ def auto_batch(rows_seen: float) -> int:
 def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Hardware) -> Settings:
     """All settings of a run over `rows` train rows on one device."""
     asked, reasons = recipe.train, dict[str, str]()
+    if asked.activation_offloading and hardware.device == "cpu":
+        why = "on a CPU activations are in the machine's memory already"
+        fix = "leave it out, or use train.gradient_checkpointing: true to hold fewer of them"
+        raise RecipeError(Problem("TS003", "activation_offloading without a GPU", "train", why, fix))
 
     def settled(name: str, value: Any, auto: Any, reason: str) -> Any:
         if value == "auto":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from tunesmith.hardware.calibration import Correction, Entry, memory_correction, time_correction
 from tunesmith.hardware.catalogue import GIB, Device
@@ -52,6 +52,7 @@ class Lever:
 
 _EXACT_LEVERS = (Lever(), Lever(gradient_checkpointing=True))
 _SMALL_STATE_LEVERS = (
+    Lever(True, "adamw_kahan"),
     Lever(True, "adamw_bf16"),
     Lever(True, "adamw_8bit"),
     Lever(True, "adamw_8bit", True),
@@ -145,7 +146,8 @@ class Planner:
         fixed = frozenset(fixed)
         self.a, self.recipe, self.facts, self.device, self.entries = architecture, recipe, facts, device, entries
         self.fixed = fixed
-        self.packing = recipe.train.packing and architecture.model_type in TREE_ARCHITECTURES
+        own_attention = recipe.train.attn_implementation == "auto"
+        self.packing = recipe.train.packing and own_attention and architecture.model_type in TREE_ARCHITECTURES
         self._batches: dict[tuple[int, int | None], list[list[Batch]]] = {}
 
     def best(self, method: Method, *, free: bool = True) -> Option:
@@ -268,9 +270,15 @@ class Planner:
             optim=lever.optim,
             optimizer_in_backward=lever.optimizer_in_backward,
             accumulating=accumulating,
-            attention=("tree" if self.device.kind == "cpu" else "masked") if self.packing else "sdpa",
+            attention=self._attention(),
             logits_twice=self.recipe.objective == "dpo",
         )
+
+    def _attention(self) -> Literal["sdpa", "tree", "masked", "eager"]:
+        """The attention that the engine will run; flash kernels all keep what sdpa's keeps."""
+        if self.packing:
+            return "tree" if self.device.kind == "cpu" else "masked"
+        return "eager" if self.recipe.train.attn_implementation == "eager" else "sdpa"
 
     def _step_seconds(
         self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever

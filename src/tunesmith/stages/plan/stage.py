@@ -136,6 +136,9 @@ def plan_for(
     recommended, reasons = decide(options, architecture, facts, device, asks)
     clusters = _clusters(options, architecture, device, gpus)
     reasons += _of_size(architecture, facts, clusters, recommended)
+    if recipe.train.activation_offloading:
+        text = "activation_offloading is not counted: the peak will be lower than promised, a step longer"
+        reasons.append(Reason("offloading-not-counted", "tunesmith", text))
     change = _what_would_change_it(planner, options, recommended, gpus, clusters)
     return Plan(recipe.model, source, architecture, device, facts, options, recommended, reasons, change, clusters)
 

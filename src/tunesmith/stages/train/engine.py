@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import append_jsonl
+from tunesmith.methods.offload import ActivationOffload
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
 from tunesmith.methods.settings import Settings
-from tunesmith.methods.sizes import STATE_BITS
+from tunesmith.methods.sizes import COMPENSATED, STATE_BITS
 from tunesmith.packing.batch import Batch, labelled_count
 from tunesmith.recipe import Recipe, TrainSection
 from tunesmith.stages.train.objective import Objective, StepBatches
@@ -110,6 +111,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.asked = asked
         self.adamw: AdamW | None = None
         self.in_backward: InBackward | None = None
+        self.offload = ActivationOffload(self.model) if asked.activation_offloading else None
         self._tokens = 0
         self._computed = 0
         self._labelled = 0
@@ -162,7 +164,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self._tokens += inputs.pop("row_tokens")
         self._labelled += labelled_count(inputs)
         self._counted += self.objective.count(inputs)
-        summed, sums = self.objective.read(model(**inputs))
+        with self.offload or nullcontext():
+            summed, sums = self.objective.read(model(**inputs))
         self._sums = {name: value + self._sums.get(name, 0) for name, value in sums.items()}
         # Gradients are averaged over the ranks, so each gives its share times their number.
         loss: torch.Tensor = summed / num_items_in_batch * self.accelerator.num_processes
@@ -180,9 +183,14 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             {"params": [trained[name] for name in trained if name in decayed], "weight_decay": self.args.weight_decay},
             {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
         ]
-        bits = STATE_BITS[self.asked.optim]
         groups = [group for group in groups if group["params"]]
-        self.adamw = AdamW(groups, lr=self.args.learning_rate, bits=bits, seed=self.args.seed)
+        self.adamw = AdamW(
+            groups,
+            lr=self.args.learning_rate,
+            bits=STATE_BITS[self.asked.optim],
+            compensated=self.asked.optim in COMPENSATED,
+            seed=self.args.seed,
+        )
         if self.asked.optimizer_in_backward:
             self.in_backward = InBackward(self.adamw, self.args.max_grad_norm)
         self.optimizer: torch.optim.Optimizer = self.adamw

@@ -22,6 +22,7 @@ from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
+from tunesmith.packing.kernels import use_attention
 from tunesmith.packing.loss import use_tree_attention
 from tunesmith.packing.noise import EmbeddingNoise
 from tunesmith.packing.tree import Limits
@@ -186,7 +187,11 @@ def _batches(run: Run, objective: Objective, model: Any, rows: Any, settings: Se
     """How the rows of a step become micro-batches; switches the model to their attention, and its noise on where asked for."""
     pad_id = load_tokenizer(locate(run.recipe.model, run.recipe.revision)).pad_token_id
     collator = _collator(run, model, pad_id, objective.longest(rows), folder)
-    use_tree_attention(model, on=not isinstance(collator, PaddedCollator))
+    asked = run.recipe.train.attn_implementation
+    if isinstance(collator, PaddedCollator):
+        use_attention(model, "sdpa" if asked == "auto" else asked, lambda text: run.event(folder, "attention-fallback", text))
+    else:
+        use_tree_attention(model, on=True)
     if run.recipe.train.neftune_noise_alpha is not None:
         EmbeddingNoise(model, run.recipe.train.neftune_noise_alpha)
     return objective.batches(collator, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size))
@@ -228,7 +233,10 @@ def _collator(run: Run, model: Any, pad_id: int | None, longest: int, folder: Pa
     """How rows become batches; an event where a tree was asked for and cannot be."""
     if not run.recipe.train.packing:
         return PaddedCollator(pad_id)
+    asked = run.recipe.train.attn_implementation
     collator, reason = choose_collator(model.config, pad_id, longest)
+    if asked != "auto":
+        collator, reason = PaddedCollator(pad_id), f"attn_implementation is {asked}, and trees have their own"
     if reason is not None:
         run.event(folder, "packing-off", f"rows are padded, those of like length together: {reason}", reason=reason)
     return collator
