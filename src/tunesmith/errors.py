@@ -33,6 +33,7 @@ CODES: dict[str, str] = {
     "TS112": "data-different-prompts",
     "TS113": "data-wrong-objective",
     "TS114": "data-damaged-file",
+    "TS115": "data-empty-document",
     "TS120": "template-missing",
     "TS121": "template-refused-row",
     "TS122": "template-rewrites-answer",

@@ -20,7 +20,7 @@ from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import sha256_json
 
 Method = Literal["full", "lora", "qlora"]
-Objective = Literal["sft", "dpo"]
+Objective = Literal["sft", "dpo", "pretrain"]
 Auto = Literal["auto"]
 Origin = Literal["default", "file", "override", "plan"]
 
@@ -38,7 +38,8 @@ class DataSection(Section):
     """What is trained on, and what is kept aside."""
 
     train: str
-    """Rows to train on: a .jsonl, .jsonl.gz or .json file, relative to the recipe."""
+    """Rows to train on: a .jsonl, .jsonl.gz or .json file, relative to the recipe; with `objective: pretrain` rows with a
+    `text`, or a .txt or .md file, or a folder of such files, each of which is a document."""
     test: str | None = None
     """Rows of the task's test set; never trained on. Without it `evaluate` uses the held-out rows."""
     format: Literal["auto", "messages", "alpaca", "sharegpt"] = "auto"
@@ -50,7 +51,8 @@ class DataSection(Section):
     max_rows: PositiveInt | None = None
     """Train on at most this many rows (a seeded draw; the rest count as rejected, reason `over-max-rows`)."""
     max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest row in tokens (of a pair the longer side); longer rows are rejected, never cut."""
+    """Longest row in tokens (of a pair the longer side); longer rows are rejected, never cut. With `objective: pretrain` longer
+    documents go on in further rows, and nothing is lost."""
     on_bad_row: Literal["error", "reject"] = "error"
     """What a row that cannot be used does: stop `prepare` with every such row named, or be left out and counted."""
     chat_template: str | None = None
@@ -169,7 +171,8 @@ class Recipe(Section):
     method: Method | Auto = "lora"
     """full, lora or qlora; `auto` takes what `plan` recommends for the data and the machine."""
     objective: Objective = "sft"
-    """`sft` learns the answers, `dpo` to prefer a row's chosen answer to its rejected one."""
+    """`sft` learns the answers, `dpo` to prefer a row's chosen answer to its rejected one, `pretrain` every token of raw text
+    (continued pre-training)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds every draw: the held-out rows, the row order, the adapter's start, dropout."""
     data: DataSection
