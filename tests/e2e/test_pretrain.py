@@ -18,7 +18,7 @@ from tunesmith.packing.batch import PaddedCollator, StepCollator, collate_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.packing.tree import Limits
 
-WORDS = "the river runs slowly past an old mill and the wheel turns once more before night falls over all of it".split()
+WORDS = ("the", "river", "runs", "slowly", "past", "an", "old", "mill", "and", "its", "wheel", "turns", "once", "more")
 TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(10 + 9 * (i % 9))) + f" {i}." for i in range(24)]
 
 
@@ -66,12 +66,9 @@ def test_pretrain_then_sft(tmp_path: Path, base: Path, method: str) -> None:
 
     write(tmp_path / "chat.jsonl", "".join(json.dumps(chat_row(f"{i}?", f"a{i}")) + "\n" for i in range(12)))
     write(tmp_path / "t.jinja", "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}")
-    second = (
-        f"model: {run / 'export' / 'merged'}\ndata: {{train: chat.jsonl, chat_template: t.jinja}}\ntrain: {{max_steps: 1}}\n"
-    )
+    second = f"model: {run}/export/merged\ndata: {{train: chat.jsonl, chat_template: t.jinja}}\ntrain: {{max_steps: 1}}\n"
     sft = write(tmp_path / "sft.yaml", second)
-    for stage, target in (("prepare", sft), ("train", None)):
-        arguments = (stage, sft, "--run", "sft") if target is not None else (stage, "sft")
+    for arguments in (("prepare", sft, "--run", "sft"), ("train", "sft")):
         done = tunesmith(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def test_each_token_but_the_first_is_told_once(ids: list[int], max_length: int) 
     told = [t for p in pieces for t, trained in zip(p.input_ids, p.trained, strict=True) if trained]
     assert told == ids[1:]
     assert all(2 <= len(p.input_ids) == len(p.trained) <= max_length for p in pieces)
-    assert all(one.input_ids[-1] == two.input_ids[0] for one, two in zip(pieces, pieces[1:], strict=False))
+    assert all(one.input_ids[-1] == two.input_ids[0] for one, two in pairwise(pieces))
 
 
 def test_a_folder_gives_a_document_for_each_file(tmp_path: Path) -> None:

@@ -277,7 +277,9 @@ def _unique(candidates: Sequence[Candidate], ledger: Ledger) -> list[Candidate]:
         if original == candidate.where:
             kept.append(candidate)
         else:
-            ledger.reject(candidate.where, "duplicate", f"the same conversation as {original}")
+            ledger.reject(
+                candidate.where, "duplicate", f"the same {'conversation' if candidate.text is None else 'text'} as {original}"
+            )
     return kept
 
 
