@@ -47,6 +47,7 @@ CODES: dict[str, str] = {
     "TS207": "model-download-corrupt",
     "TS208": "model-config-incomplete",
     "TS209": "model-architecture-unknown",
+    "TS210": "model-positions-not-scalable",
     "TS301": "train-not-finite",
     "TS401": "export-not-equal",
     "TS501": "evaluate-schema-invalid",

@@ -161,6 +161,15 @@ class EvaluateSection(Section):
     """Examples before each question: the first ones of the dev file."""
 
 
+class RopeScalingSection(Section):
+    """Positions beyond the model's window, in transformers' words."""
+
+    rope_type: Literal["linear", "yarn"]
+    """`linear` interpolates positions, as LongLoRA does; `yarn` fast rotations less than slow ones."""
+    factor: Annotated[float, Field(gt=1)]
+    """The window grows by this factor: max_position_embeddings of the exported model."""
+
+
 class Recipe(Section):
     """One run: a model, a method, data, and how to train, export and evaluate."""
 
@@ -173,6 +182,8 @@ class Recipe(Section):
     objective: Objective = "sft"
     """`sft` learns the answers, `dpo` to prefer a row's chosen answer to its rejected one, `pretrain` every token of raw text
     (continued pre-training)."""
+    rope_scaling: RopeScalingSection | None = None
+    """`{rope_type: linear, factor: 4}`: train and export with a longer window (`linear` or `yarn`, factor above 1)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds every draw: the held-out rows, the row order, the adapter's start, dropout."""
     data: DataSection

@@ -18,6 +18,7 @@ from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json,
 from tunesmith.io.documents import folder_digest, read_documents
 from tunesmith.io.rows import read_rows
 from tunesmith.models.load import load_tokenizer, locate, model_digest
+from tunesmith.models.rope import check_scalable, window
 from tunesmith.recipe import DataSection, Recipe
 from tunesmith.runs import Run
 from tunesmith.stages.prepare.files import marked_sample, write_arrow
@@ -140,7 +141,7 @@ def prepare(run: Run) -> dict[str, Any]:
 
 
 def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
-    inputs = {"recipe": recipe.section_digest("data", "seed", "objective"), "model": model_digest(folder)}
+    inputs = {"recipe": recipe.section_digest("data", "seed", "objective", "rope_scaling"), "model": model_digest(folder)}
     for name in ("train", "test", "chat_template"):
         path = getattr(recipe.data, name)
         if path is not None:
@@ -156,6 +157,8 @@ def _file_digest(path: Path) -> str:
 
 def _check_pretrain(recipe: Recipe) -> None:
     """Raise RecipeError naming every key that has no meaning where raw text is learned."""
+    if recipe.objective != "pretrain":
+        return
     data, scored = recipe.data, recipe.evaluate
     asked = {
         "data.format": data.format != "auto",
@@ -175,10 +178,10 @@ def _check_pretrain(recipe: Recipe) -> None:
 def _write(run: Run, model_folder: Path, target: Path) -> None:
     recipe, data = run.recipe, run.recipe.data
     ledger = Ledger()
+    config = _model_config(recipe, model_folder)
     # Rows first: what is wrong with them shows before anything heavy is loaded.
+    _check_pretrain(recipe)
     read, documents = _READERS[recipe.objective], recipe.objective == "pretrain"
-    if documents:
-        _check_pretrain(recipe)
     candidates = _draw(_unique(_read(Path(data.train), read, data, ledger), ledger), recipe, ledger)
     tokenizer = load_tokenizer(model_folder)
     template = None if documents else ChatTemplate(tokenizer, _template_source(data), str(model_folder))
@@ -199,10 +202,8 @@ def _write(run: Run, model_folder: Path, target: Path) -> None:
     sides = [side for row in train for side in row.sides]
     ledger.tokens_train = sum(len(side.input_ids) for side in sides)
     ledger.tokens_trained_on = sum(sum(side.trained) for side in sides)
-    if data.test is not None and documents:
-        _write_test_documents(Path(data.test), DocumentEncoder(tokenizer), data, target, ledger)
-    elif data.test is not None:
-        _write_test(Path(data.test), data, target, ledger)
+    if data.test is not None:
+        _write_any_test(Path(data.test), tokenizer, recipe, target, ledger)
     pairs = recipe.objective == "dpo"
     write_arrow(target / "train.arrow", train, pairs=pairs)
     write_arrow(target / "heldout.arrow", heldout, pairs=pairs)
@@ -210,13 +211,38 @@ def _write(run: Run, model_folder: Path, target: Path) -> None:
     write_jsonl(target / "rejects.jsonl", ledger.rejects)
     counts = ledger.as_dict()
     write_json(target / "ledger.json", counts)
+    _tell(run, target, counts, _beyond(config, recipe, [*train, *heldout]))
+    if template is not None:
+        write_text(target / "chat_template.jinja", template.source)
+    write_text(target / "samples.txt", "\n".join(marked_sample(row, tokenizer) for row in train[:_SAMPLES]))
+
+
+def _model_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The model's config.json. Raises ModelError where its positions cannot be scaled as the recipe asks."""
+    config: dict[str, Any] = read_json(folder / "config.json")
+    if recipe.rope_scaling is not None:
+        check_scalable(config, folder)
+    return config
+
+
+def _beyond(config: Mapping[str, Any], recipe: Recipe, rows: Sequence[Candidate]) -> tuple[int, int | None]:
+    """How many rows are longer than the model's positions, and how many positions it has."""
+    positions = window(config, recipe.rope_scaling)
+    if positions is None:
+        return 0, None
+    return sum(any(len(side.input_ids) > positions for side in row.sides) for row in rows), positions
+
+
+def _tell(run: Run, target: Path, counts: Mapping[str, Any], beyond: tuple[int, int | None]) -> None:
+    """Events for what was left out, what differs from the plain reading, and rows beyond the model's window."""
+    many, positions = beyond
+    if many:
+        text = f"{many} rows are longer than the model's {positions} positions: lower data.max_length, or set rope_scaling"
+        run.event(target, "rows-beyond-window", text, count=many, window=positions)
     for reason, count in counts["reasons"].items():
         run.event(target, "rows-rejected", f"{count} rows left out: {reason}", reason=reason, count=count)
     for note, count in counts["notes"].items():
         run.event(target, note, f"{count} rows: {_NOTES[note]}", count=count)
-    if template is not None:
-        write_text(target / "chat_template.jinja", template.source)
-    write_text(target / "samples.txt", "\n".join(marked_sample(row, tokenizer) for row in train[:_SAMPLES]))
 
 
 def _template_source(data: DataSection) -> str | None:
@@ -381,6 +407,13 @@ def _write_test(path: Path, data: DataSection, target: Path, ledger: Ledger) -> 
     ledger.test = {key: value for key, value in counts.as_dict().items() if key in ("rows_in", "rows_rejected", "reasons")}
     ledger.test["rows_test"] = len(usable)
     write_jsonl(target / "test.jsonl", [{"where": row.where, "messages": row.messages} for row in usable])
+
+
+def _write_any_test(path: Path, tokenizer: Any, recipe: Recipe, target: Path, ledger: Ledger) -> None:
+    if recipe.objective == "pretrain":
+        _write_test_documents(path, DocumentEncoder(tokenizer), recipe.data, target, ledger)
+    else:
+        _write_test(path, recipe.data, target, ledger)
 
 
 def _write_test_documents(path: Path, encoder: DocumentEncoder, data: DataSection, target: Path, ledger: Ledger) -> None:

@@ -40,7 +40,9 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
     recipe = run.recipe
     model_folder = locate(recipe.model, recipe.revision)
     inputs = {
-        "recipe": recipe.section_digest("model", "revision", "method", "seed", "lora", "train", "objective", "dpo"),
+        "recipe": recipe.section_digest(
+            "model", "revision", "method", "seed", "lora", "train", "objective", "dpo", "rope_scaling"
+        ),
         "data": run.outputs_digest("prepare"),
         "model": model_digest(model_folder),
     }
