@@ -102,6 +102,9 @@ class TrainSection(Section):
     """Micro-batches for each optimizer step; `auto` follows from effective_batch_size."""
     packing: bool = True
     """Lay rows out as prefix trees, so that what they share is computed once; else pad them to the longest of like length."""
+    shifted_sparse_attention: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """LongLoRA's group size: while training, tokens attend within groups of so many, half of the heads half a group later. Rows
+    are padded instead of packed; evaluation and the exported model attend to everything."""
     optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
     """AdamW with float32 masters and states (12 bytes a bf16 weight), or with bf16 (4) or 8-bit (2) states and no masters."""
     optimizer_in_backward: bool = False
