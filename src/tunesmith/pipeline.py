@@ -161,7 +161,11 @@ def _evaluate(this: Run, console: Console) -> None:
     loss = "" if results["eval_loss"] is None else f", eval loss {results['eval_loss']:.3f}"
     mmlu = results.get("mmlu")
     known = "" if mmlu is None else f", MMLU {100 * mmlu['accuracy']:.1f} % on {mmlu['questions']} questions"
-    _say(console, "evaluate", f"task score {100 * results['task_score']:.1f} % on {results['rows']} rows{loss}{known}")
+    if "perplexity" in results:
+        score = f"perplexity {results['perplexity']:.2f}, {100 * results['task_score']:.1f} % of tokens the first choice,"
+    else:
+        score = f"task score {100 * results['task_score']:.1f} %"
+    _say(console, "evaluate", f"{score} on {results['rows']} rows{loss}{known}")
 
 
 def _say(console: Console, stage: str, text: str) -> None:

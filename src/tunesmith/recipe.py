@@ -20,7 +20,7 @@ from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import sha256_json
 
 Method = Literal["full", "lora", "qlora"]
-Objective = Literal["sft", "dpo"]
+Objective = Literal["sft", "dpo", "pretrain"]
 Auto = Literal["auto"]
 Origin = Literal["default", "file", "override", "plan"]
 
@@ -38,7 +38,8 @@ class DataSection(Section):
     """What is trained on, and what is kept aside."""
 
     train: str
-    """Rows to train on: a .jsonl, .jsonl.gz or .json file, relative to the recipe."""
+    """Rows to train on: a .jsonl, .jsonl.gz or .json file, relative to the recipe; with `objective: pretrain` rows with a
+    `text`, or a .txt or .md file, or a folder of such files, each of which is a document."""
     test: str | None = None
     """Rows of the task's test set; never trained on. Without it `evaluate` uses the held-out rows."""
     format: Literal["auto", "messages", "alpaca", "sharegpt"] = "auto"
@@ -50,7 +51,8 @@ class DataSection(Section):
     max_rows: PositiveInt | None = None
     """Train on at most this many rows (a seeded draw; the rest count as rejected, reason `over-max-rows`)."""
     max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest row in tokens (of a pair the longer side); longer rows are rejected, never cut."""
+    """Longest row in tokens (of a pair the longer side); longer rows are rejected, never cut. With `objective: pretrain` longer
+    documents go on in further rows, and nothing is lost."""
     on_bad_row: Literal["error", "reject"] = "error"
     """What a row that cannot be used does: stop `prepare` with every such row named, or be left out and counted."""
     chat_template: str | None = None
@@ -100,6 +102,9 @@ class TrainSection(Section):
     """Micro-batches for each optimizer step; `auto` follows from effective_batch_size."""
     packing: bool = True
     """Lay rows out as prefix trees, so that what they share is computed once; else pad them to the longest of like length."""
+    shifted_sparse_attention: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """LongLoRA's group size: while training, tokens attend within groups of so many, half of the heads half a group later. Rows
+    are padded instead of packed; evaluation and the exported model attend to everything."""
     optim: Literal["adamw", "adamw_kahan", "adamw_bf16", "adamw_8bit"] = "adamw"
     """AdamW with float32 masters and states (12 bytes a bf16 weight); with bf16 states and what rounding cuts off (6, Kahan
     sums); with bf16 (4) or 8-bit (2) states and weights rounded stochastically."""
@@ -165,6 +170,15 @@ class EvaluateSection(Section):
     """Examples before each question: the first ones of the dev file."""
 
 
+class RopeScalingSection(Section):
+    """Positions beyond the model's window, in transformers' words."""
+
+    rope_type: Literal["linear", "yarn"]
+    """`linear` interpolates positions, as LongLoRA does; `yarn` fast rotations less than slow ones."""
+    factor: Annotated[float, Field(gt=1)]
+    """The window grows by this factor: max_position_embeddings of the exported model."""
+
+
 class Recipe(Section):
     """One run: a model, a method, data, and how to train, export and evaluate."""
 
@@ -175,7 +189,10 @@ class Recipe(Section):
     method: Method | Auto = "lora"
     """full, lora or qlora; `auto` takes what `plan` recommends for the data and the machine."""
     objective: Objective = "sft"
-    """`sft` learns the answers, `dpo` to prefer a row's chosen answer to its rejected one."""
+    """`sft` learns the answers, `dpo` to prefer a row's chosen answer to its rejected one, `pretrain` every token of raw text
+    (continued pre-training)."""
+    rope_scaling: RopeScalingSection | None = None
+    """`{rope_type: linear, factor: 4}`: train and export with a longer window (`linear` or `yarn`, factor above 1)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds every draw: the held-out rows, the row order, the adapter's start, dropout."""
     data: DataSection

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tunesmith.recipe import RopeScalingSection
+
 
 @dataclass(frozen=True)
 class AdapterSettings:
@@ -31,6 +33,7 @@ class Method(ABC):
     compute_dtype: str
     adapter: AdapterSettings
     gradient_checkpointing: bool = False
+    rope_scaling: RopeScalingSection | None = None
 
     name: ClassVar[str]
     #: Peak learning rate where the recipe says `auto`.

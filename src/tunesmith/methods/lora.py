@@ -32,7 +32,7 @@ class Lora(Method):
 
     def load_base(self) -> Any:
         """The frozen base model."""
-        return load_model(self.folder, dtype=self.compute_dtype)
+        return load_model(self.folder, dtype=self.compute_dtype, rope_scaling=self.rope_scaling)
 
     def build(self) -> Any:
         import torch

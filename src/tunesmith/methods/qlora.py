@@ -31,7 +31,7 @@ class QLora(Lora):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
         )
-        return load_model(self.folder, dtype=self.compute_dtype, quantization_config=config)
+        return load_model(self.folder, dtype=self.compute_dtype, quantization_config=config, rope_scaling=self.rope_scaling)
 
     def load_trained(self, folder: Path) -> Any:
         import torch

@@ -23,6 +23,7 @@ from tunesmith.packing.batch import StepCollator, choose_collator, labelled_coun
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
+from tunesmith.stages.evaluate.documents import document_rows, score_documents
 from tunesmith.stages.evaluate.generate import generate
 from tunesmith.stages.evaluate.mmlu import Subject, files_digest, read_subjects, score_mmlu
 from tunesmith.stages.evaluate.score import Answer, schema_validator, score_json, score_text, summarise_json
@@ -52,7 +53,8 @@ def evaluate(run: Run, model: Path | None = None, console: Console | None = None
     folder = eval_folder(digest)
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:
-            _evaluate(run, model, digest, target, console or Console(stderr=True))
+            work = _evaluate_documents if recipe.objective == "pretrain" else _evaluate
+            work(run, model, digest, target, console or Console(stderr=True))
     results: dict[str, Any] = read_json(run.path / folder / "results.json")
     return results
 
@@ -146,6 +148,31 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
             "generated_tokens": generated,
             "generate_seconds": seconds,
             "generated_tokens_per_second": generated / seconds,
+            "compute_dtype": dtype,
+            **(_mmlu(run, model, tokenizer, subjects, target, console) if subjects else {}),
+        },
+    )
+
+
+def _evaluate_documents(run: Run, model_folder: Path, digest: str, target: Path, console: Console) -> None:
+    """Perplexity and next-token accuracy on raw text; nothing is generated."""
+    settings, rows = run.recipe.evaluate, document_rows(run)
+    subjects = read_subjects(settings) if settings.mmlu is not None else []
+    tokenizer = load_tokenizer(model_folder)
+    dtype = detect().compute_dtype
+    model = load_model(model_folder, dtype=dtype)
+    summary, samples = score_documents(model, rows)
+    write_jsonl(target / "samples.jsonl", samples)
+    write_json(
+        target / "results.json",
+        {
+            "model": str(model_folder),
+            "model_digest": digest,
+            "suite": EVAL_SUITE,
+            "rows": len(rows),
+            "rows_digest": sha256_json([[row["where"], row["input_ids"]] for row in rows]),
+            **summary,
+            "eval_loss": heldout_loss(run, model, tokenizer),
             "compute_dtype": dtype,
             **(_mmlu(run, model, tokenizer, subjects, target, console) if subjects else {}),
         },

@@ -53,7 +53,9 @@ def trained_method(run: Run) -> tuple[Method, Path]:
 def _export(run: Run, target: Path) -> None:
     method, checkpoint = trained_method(run)
     tokenizer = load_tokenizer(method.folder)
-    tokenizer.chat_template = (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8")
+    template = run.path / "data" / "chat_template.jinja"
+    if template.is_file():  # raw text is prepared without one
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     rows = concatenate_datasets([Dataset.from_file(str(run.path / "data" / f"{n}.arrow")) for n in ("heldout", "train")])
     probe = rows.select(range(min(PROBE_ROWS, len(rows))))
 
@@ -61,6 +63,8 @@ def _export(run: Run, target: Path) -> None:
     expected = log_probabilities(model, probe)
     merged = round_model(method.merge(model), run.recipe.seed)
     stops = _learned_stops(probe)
+    if run.recipe.objective == "pretrain":
+        stops = [token for token in stops if token == tokenizer.eos_token_id]  # other rows go on in a next piece
     added = _teach_stops(merged.generation_config, tokenizer, stops)
     merged.save_pretrained(target, max_shard_size=run.recipe.export.max_shard_size)
     tokenizer.save_pretrained(target)

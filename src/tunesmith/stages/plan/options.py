@@ -292,7 +292,7 @@ class Planner:
 
     def _seconds_before(self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever) -> float:
         """Seconds of the reference's forward pass over all pairs by the roofline; none without a reference."""
-        if self.recipe.objective == "sft":
+        if self.recipe.objective != "dpo":
             return 0.0
         scenario = self._scenario(method, mean_batch(drawn[:-1]), settings, lever)
         work = forward_work(self.a, scenario, estimate(self.a, scenario), self.facts.mean_tokens)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
+from tunesmith.chat.document import to_document, to_pieces
 from tunesmith.chat.formats import Message, to_messages
 from tunesmith.chat.preference import to_pair
 from tunesmith.errors import DataError, Problem
+from tunesmith.io.documents import read_documents
+from tunesmith.io.rows import Row as FileRow
 from tunesmith.io.rows import read_rows
 from tunesmith.packing.tree import Limits, build_tree, split_by_length, split_units_for_trees
 from tunesmith.recipe import DataSection, Objective
@@ -24,6 +27,7 @@ from tunesmith.recipe import DataSection, Objective
 SAMPLE = 1_000  # rows looked at closely
 _DRAWS = 24  # micro-batches drawn to see what their rows share
 _SEED = 0
+_END = -1  # stands for the id at the end of a document
 _CHARACTERS = 4  # of a token, where there is no tokenizer at hand
 _LARGE = 2**25  # bytes of a file from which on only a sample of its rows is decoded
 
@@ -144,11 +148,11 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
     """
     path = Path(data.train)
     total, raw = 0, list[Any]()
-    for value in _values(path):
+    for value in _values(path, read_documents if objective == "pretrain" else read_rows):
         total += 1
         if value is not None:
             raw.append(value)
-    sample = [row for value in _drawn(raw, SAMPLE) if (row := _row(value, data, encode, objective)) is not None]
+    sample = [row for value in _drawn(raw, SAMPLE) for row in _rows(value, data, encode, objective)]
     sample = [row for row in sample if max(len(side.ids) for side in row.sides) <= data.max_length] or sample[:1]
     if not sample:
         why = "the plan's time and memory depend on the rows' lengths"
@@ -157,15 +161,17 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
         )
     share = len(sample) / min(len(raw), SAMPLE)
     rows = max(1, round(total * share * (1 - data.heldout)))
-    rows = min(rows, data.max_rows) if data.max_rows else rows
+    if data.max_rows:
+        each = max(1.0, share) if objective == "pretrain" else 1.0  # pieces of a document
+        rows = min(rows, round(data.max_rows * each))
     counted = "the model's tokenizer" if encode is not None else f"{_CHARACTERS} characters a token"
-    return DataFacts(rows, tuple(sample), counted)
+    return DataFacts(rows, tuple(_drawn(sample, SAMPLE)), counted)
 
 
-def _values(path: Path) -> Iterator[dict[str, Any] | None]:
+def _values(path: Path, read: Callable[[Path], Iterable[FileRow]]) -> Iterator[dict[str, Any] | None]:
     """Each row's value; of a large .jsonl file only a share is decoded, None stands for the others."""
     if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size < _LARGE:
-        yield from (row.value for row in read_rows(path))
+        yield from (row.value for row in read(path))
         return
     generator = random.Random(_SEED)
     share = min(1.0, _LARGE / path.stat().st_size)
@@ -182,6 +188,18 @@ def _values(path: Path) -> Iterator[dict[str, Any] | None]:
 
 def _drawn(values: Sequence[Any], count: int) -> Sequence[Any]:
     return values if len(values) <= count else random.Random(_SEED).sample(values, count)
+
+
+def _rows(value: dict[str, Any], data: DataSection, encode: Encoder | None, objective: Objective) -> list[Row]:
+    """The rows that a value gives: one or none, or the pieces of a document (with one id more, for its end)."""
+    if objective != "pretrain":
+        row = _row(value, data, encode, objective)
+        return [] if row is None else [row]
+    document = to_document(value, "")
+    if isinstance(document, Problem):
+        return []
+    pieces = to_pieces([*_encoded(document.text, encode), _END], data.max_length)
+    return [Row(piece.input_ids, sum(piece.trained)) for piece in pieces]
 
 
 def _row(value: dict[str, Any], data: DataSection, encode: Encoder | None, objective: Objective) -> Row | None:

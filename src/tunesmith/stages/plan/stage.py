@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from tunesmith.errors import Problem
+from tunesmith.errors import ModelError, Problem
 from tunesmith.hardware.calibration import Entry, add_entries, read_entries, today
 from tunesmith.hardware.catalogue import GIB, Device, read_gpus, this_device
 from tunesmith.io.atomic import commit_folder, read_json, sha256_json, write_json, write_text
@@ -128,6 +128,9 @@ def plan_for(
 
     `free` lets micro-batch and levers vary, but for the keys in `fixed`; else the recipe's are taken as they are.
     """
+    if recipe.train.shifted_sparse_attention is not None:
+        what, why = "train.shifted_sparse_attention is not planned", "its memory and time are not those of full attention"
+        raise ModelError(Problem("TS703", what, "recipe", why, "plan without it, for full attention"))
     values, source = find_config(recipe.model, recipe.revision)
     architecture = read_architecture(values, source)
     known = read_entries(calibration_file()) if entries is None else entries

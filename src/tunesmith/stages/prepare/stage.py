@@ -9,13 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith.chat.document import Document, DocumentEncoder, to_document, to_pieces
 from tunesmith.chat.formats import Message, to_messages
 from tunesmith.chat.preference import Pair, chosen_messages, equal_answers, to_pair
 from tunesmith.chat.template import ChatTemplate, Encoded
-from tunesmith.errors import CODES, DataError, Problem
+from tunesmith.errors import CODES, DataError, Problem, RecipeError
 from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_jsonl, write_text
+from tunesmith.io.documents import folder_digest, read_documents
 from tunesmith.io.rows import read_rows
 from tunesmith.models.load import load_tokenizer, locate, model_digest
+from tunesmith.models.rope import check_scalable, window
 from tunesmith.recipe import DataSection, Recipe
 from tunesmith.runs import Run
 from tunesmith.stages.prepare.files import marked_sample, write_arrow
@@ -33,18 +36,23 @@ _NOTES = {
     "last-answer-only": "the template rewrites earlier answers, so only the last one is trained",
     "end-of-turn-added": "the template ends no turn, so the tokenizer's eos was put after the last answer",
     "system-dropped": "the template leaves the system turn out",
+    "document-split": "longer than data.max_length, so they go on in further rows",
+    "no-end-of-document": "the tokenizer has no eos to end them with",
 }
 
 
 #: Makes a conversation, or a pair of them, out of a row: (row, where, format, system).
-Reader = Callable[[Mapping[str, Any], str, str, str | None], list[Message] | Pair | Problem]
+Reader = Callable[[Mapping[str, Any], str, str, str | None], list[Message] | Pair | Document | Problem]
+
+_READERS: dict[str, Reader] = {"sft": to_messages, "dpo": to_pair, "pretrain": to_document}
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A row on its way: where it stands, its conversation, and once encoded, its token ids.
 
-    A pair's conversation is the chosen one; the rejected one stands beside it.
+    A pair's conversation is the chosen one; the rejected one stands beside it. A document has a text instead, and once encoded
+    its pieces.
     """
 
     where: str
@@ -52,21 +60,39 @@ class Candidate:
     rejected: list[Message] | None = None
     encoded: Encoded | None = None
     encoded_rejected: Encoded | None = None
+    text: str | None = None
+    pieces: tuple[Encoded, ...] = ()
 
     @property
     def key(self) -> str:
         """Equal for rows with the same conversation, or the same two."""
-        return sha256_json([self.messages, self.rejected])
+        return sha256_json([self.messages, self.rejected, self.text])
 
     @property
     def sides(self) -> list[Encoded]:
         """What was encoded: one conversation, or the two of a pair."""
         return [side for side in (self.encoded, self.encoded_rejected) if side is not None]
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What is kept of it as JSON: a conversation, or a text."""
+        return {"messages": self.messages} if self.text is None else {"text": self.text}
+
+    @property
+    def rows(self) -> list[Candidate]:
+        """The rows that are trained on: itself, or one for each piece of a document."""
+        count = len(self.pieces)
+        names = [self.where] if count == 1 else [f"{self.where} (piece {n} of {count})" for n in range(1, count + 1)]
+        pieces = zip(names, self.pieces, strict=True)
+        return [replace(self, where=where, encoded=piece, pieces=()) for where, piece in pieces] if count else [self]
+
 
 @dataclass
 class Ledger:
-    """Counts that add up: rows_in = rows_train + rows_heldout + rows_rejected."""
+    """Counts that add up: rows_in = rows_train + rows_heldout + rows_rejected.
+
+    Documents count as rows; `pieces` tells in how many rows they are trained on and held out.
+    """
 
     rows_in: int = 0
     rows_train: int = 0
@@ -75,6 +101,7 @@ class Ledger:
     test: dict[str, Any] = field(default_factory=dict)
     tokens_train: int = 0
     tokens_trained_on: int = 0
+    pieces: dict[str, int] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
 
     def reject(self, where: str, reason: str, detail: str) -> None:
@@ -95,7 +122,7 @@ class Ledger:
             "tokens_trained_on": self.tokens_trained_on,
             "notes": dict(sorted(self.notes.items())),
             "test": self.test,
-        }
+        } | ({"pieces": self.pieces} if self.pieces else {})
 
 
 def prepare(run: Run) -> dict[str, Any]:
@@ -114,47 +141,108 @@ def prepare(run: Run) -> dict[str, Any]:
 
 
 def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
-    inputs = {"recipe": recipe.section_digest("data", "seed", "objective"), "model": model_digest(folder)}
+    inputs = {"recipe": recipe.section_digest("data", "seed", "objective", "rope_scaling"), "model": model_digest(folder)}
     for name in ("train", "test", "chat_template"):
         path = getattr(recipe.data, name)
         if path is not None:
-            inputs[name] = sha256_file(Path(path)) if Path(path).is_file() else "missing"
+            inputs[name] = _file_digest(Path(path))
     return inputs
+
+
+def _file_digest(path: Path) -> str:
+    if path.is_dir():
+        return folder_digest(path)
+    return sha256_file(path) if path.is_file() else "missing"
+
+
+def _check_pretrain(recipe: Recipe) -> None:
+    """Raise RecipeError naming every key that has no meaning where raw text is learned."""
+    if recipe.objective != "pretrain":
+        return
+    data, scored = recipe.data, recipe.evaluate
+    asked = {
+        "data.format": data.format != "auto",
+        "data.system": data.system is not None,
+        "data.chat_template": data.chat_template is not None,
+        "evaluate.json_schema": scored.json_schema is not None,
+        "evaluate.label": scored.label is not None,
+    }
+    why = "raw text has no turns and no answers, so the key would be without effect"
+    fix = "remove it, or train on conversations with objective: sft"
+    keys = [key for key, given in asked.items() if given]
+    problems = [Problem("TS003", f"{key} with objective: pretrain", "recipe", why, fix) for key in keys]
+    if problems:
+        raise RecipeError(problems)
 
 
 def _write(run: Run, model_folder: Path, target: Path) -> None:
     recipe, data = run.recipe, run.recipe.data
     ledger = Ledger()
+    config = _model_config(recipe, model_folder)
     # Rows first: what is wrong with them shows before anything heavy is loaded.
-    read = to_messages if recipe.objective == "sft" else to_pair
+    _check_pretrain(recipe)
+    read, documents = _READERS[recipe.objective], recipe.objective == "pretrain"
     candidates = _draw(_unique(_read(Path(data.train), read, data, ledger), ledger), recipe, ledger)
     tokenizer = load_tokenizer(model_folder)
-    template = ChatTemplate(tokenizer, _template_source(data), str(model_folder))
-    rows = _encode(candidates, template, data, ledger)
+    template = None if documents else ChatTemplate(tokenizer, _template_source(data), str(model_folder))
+    if template is None:
+        rows = _encode_documents(candidates, DocumentEncoder(tokenizer), data, ledger)
+    else:
+        rows = _encode(candidates, template, data, ledger)
     if not rows:
         why = f"{ledger.rows_in} rows came in and {len(ledger.rejects)} were rejected"
         detail = ", ".join(f"{n} {reason}" for reason, n in Counter(e["reason"] for e in ledger.rejects).items())
         raise DataError(Problem("TS109", f"no row is left to train on ({detail})", data.train, why, "correct the data"))
     heldout, train = _split(rows, recipe)
     ledger.rows_train, ledger.rows_heldout = len(train), len(heldout)
+    kept = heldout
+    if documents:
+        heldout, train = ([row for document in part for row in document.rows] for part in (heldout, train))
+        ledger.pieces = {"train": len(train), "heldout": len(heldout)}
     sides = [side for row in train for side in row.sides]
     ledger.tokens_train = sum(len(side.input_ids) for side in sides)
     ledger.tokens_trained_on = sum(sum(side.trained) for side in sides)
     if data.test is not None:
-        _write_test(Path(data.test), data, target, ledger)
+        _write_any_test(Path(data.test), tokenizer, recipe, target, ledger)
     pairs = recipe.objective == "dpo"
     write_arrow(target / "train.arrow", train, pairs=pairs)
     write_arrow(target / "heldout.arrow", heldout, pairs=pairs)
-    write_jsonl(target / "heldout.jsonl", [{"where": row.where, "messages": row.messages} for row in heldout])
+    write_jsonl(target / "heldout.jsonl", [{"where": row.where, **row.shown} for row in kept])
     write_jsonl(target / "rejects.jsonl", ledger.rejects)
     counts = ledger.as_dict()
     write_json(target / "ledger.json", counts)
+    _tell(run, target, counts, _beyond(config, recipe, [*train, *heldout]))
+    if template is not None:
+        write_text(target / "chat_template.jinja", template.source)
+    write_text(target / "samples.txt", "\n".join(marked_sample(row, tokenizer) for row in train[:_SAMPLES]))
+
+
+def _model_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The model's config.json. Raises ModelError where its positions cannot be scaled as the recipe asks."""
+    config: dict[str, Any] = read_json(folder / "config.json")
+    if recipe.rope_scaling is not None:
+        check_scalable(config, folder)
+    return config
+
+
+def _beyond(config: Mapping[str, Any], recipe: Recipe, rows: Sequence[Candidate]) -> tuple[int, int | None]:
+    """How many rows are longer than the model's positions, and how many positions it has."""
+    positions = window(config, recipe.rope_scaling)
+    if positions is None:
+        return 0, None
+    return sum(any(len(side.input_ids) > positions for side in row.sides) for row in rows), positions
+
+
+def _tell(run: Run, target: Path, counts: Mapping[str, Any], beyond: tuple[int, int | None]) -> None:
+    """Events for what was left out, what differs from the plain reading, and rows beyond the model's window."""
+    many, positions = beyond
+    if many:
+        text = f"{many} rows are longer than the model's {positions} positions: lower data.max_length, or set rope_scaling"
+        run.event(target, "rows-beyond-window", text, count=many, window=positions)
     for reason, count in counts["reasons"].items():
         run.event(target, "rows-rejected", f"{count} rows left out: {reason}", reason=reason, count=count)
     for note, count in counts["notes"].items():
         run.event(target, note, f"{count} rows: {_NOTES[note]}", count=count)
-    write_text(target / "chat_template.jinja", template.source)
-    write_text(target / "samples.txt", "\n".join(marked_sample(row, tokenizer) for row in train[:_SAMPLES]))
 
 
 def _template_source(data: DataSection) -> str | None:
@@ -171,10 +259,12 @@ def _read(path: Path, read: Reader, data: DataSection, ledger: Ledger) -> list[C
     """All usable rows; bad ones are rejected, or raised together, as the recipe says."""
     candidates: list[Candidate] = []
     problems: list[Problem] = []
-    for row in read_rows(path):
+    for row in read_documents(path) if read is to_document else read_rows(path):
         ledger.rows_in += 1
         result = row.problem or read(row.value or {}, row.where, data.format, data.system)
-        if not isinstance(result, Problem):
+        if isinstance(result, Document):
+            candidates.append(Candidate(row.where, [], text=result.text))
+        elif not isinstance(result, Problem):
             sides = (result.chosen, result.rejected) if isinstance(result, Pair) else (result,)
             candidates.append(Candidate(row.where, *sides))
         elif data.on_bad_row == "reject":
@@ -213,7 +303,9 @@ def _unique(candidates: Sequence[Candidate], ledger: Ledger) -> list[Candidate]:
         if original == candidate.where:
             kept.append(candidate)
         else:
-            ledger.reject(candidate.where, "duplicate", f"the same conversation as {original}")
+            ledger.reject(
+                candidate.where, "duplicate", f"the same {'conversation' if candidate.text is None else 'text'} as {original}"
+            )
     return kept
 
 
@@ -248,6 +340,29 @@ def _encode(candidates: Sequence[Candidate], template: ChatTemplate, data: DataS
                 rows.append(result)
     if problems:
         raise DataError(_shortened(problems))
+    return rows
+
+
+def _encode_documents(
+    candidates: Sequence[Candidate], encoder: DocumentEncoder, data: DataSection, ledger: Ledger
+) -> list[Candidate]:
+    """The documents with their pieces; bad ones are rejected, or raised together, as the recipe says."""
+    rows: list[Candidate] = []
+    problems: list[Problem] = []
+    for start in range(0, len(candidates), _CHUNK):
+        chunk = candidates[start : start + _CHUNK]
+        for candidate, ids in zip(chunk, encoder.encode([each.text or "" for each in chunk]), strict=True):
+            if not isinstance(ids, Problem):
+                rows.append(replace(candidate, pieces=tuple(to_pieces(ids, data.max_length))))
+            elif data.on_bad_row == "reject":
+                ledger.reject(candidate.where, _REASONS[ids.code], ids.what)
+            else:
+                problems.append(replace(ids, where=candidate.where))
+    if problems:
+        raise DataError(_shortened(problems))
+    ledger.notes["document-split"] += sum(len(row.pieces) > 1 for row in rows)
+    ledger.notes["no-end-of-document"] += 0 if encoder.ends else len(rows)
+    ledger.notes = +ledger.notes  # only what there is
     return rows
 
 
@@ -292,3 +407,20 @@ def _write_test(path: Path, data: DataSection, target: Path, ledger: Ledger) -> 
     ledger.test = {key: value for key, value in counts.as_dict().items() if key in ("rows_in", "rows_rejected", "reasons")}
     ledger.test["rows_test"] = len(usable)
     write_jsonl(target / "test.jsonl", [{"where": row.where, "messages": row.messages} for row in usable])
+
+
+def _write_any_test(path: Path, tokenizer: Any, recipe: Recipe, target: Path, ledger: Ledger) -> None:
+    if recipe.objective == "pretrain":
+        _write_test_documents(path, DocumentEncoder(tokenizer), recipe.data, target, ledger)
+    else:
+        _write_test(path, recipe.data, target, ledger)
+
+
+def _write_test_documents(path: Path, encoder: DocumentEncoder, data: DataSection, target: Path, ledger: Ledger) -> None:
+    """Test documents as rows, of which the loss is taken."""
+    counts = Ledger()
+    usable = _encode_documents(_read(path, to_document, data, counts), encoder, data, counts)
+    counts.rows_heldout = len(usable)
+    ledger.test = {key: value for key, value in counts.as_dict().items() if key in ("rows_in", "rows_rejected", "reasons")}
+    ledger.test["rows_test"] = len(usable)
+    write_arrow(target / "test.arrow", [row for document in usable for row in document.rows], pairs=False)

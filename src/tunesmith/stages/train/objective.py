@@ -56,7 +56,7 @@ class Objective(Protocol):
 
 
 class Sft:
-    """Cross-entropy over labelled tokens."""
+    """Cross-entropy over labelled tokens: answers, or with `objective: pretrain` whole documents."""
 
     def checked(self, rows: Any) -> Any:
         if "rejected_input_ids" in rows.column_names:
@@ -129,7 +129,7 @@ class Dpo:
 
 def make_objective(recipe: Recipe) -> Objective:
     """The objective that the recipe names."""
-    return Sft() if recipe.objective == "sft" else Dpo(recipe.dpo)
+    return Dpo(recipe.dpo) if recipe.objective == "dpo" else Sft()
 
 
 def _prepared_for(other: str, asked: str) -> Problem:

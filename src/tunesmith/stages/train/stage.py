@@ -21,10 +21,11 @@ from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
-from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
+from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator, reason_against_tree
 from tunesmith.packing.kernels import use_attention
 from tunesmith.packing.loss import use_tree_attention
 from tunesmith.packing.noise import EmbeddingNoise
+from tunesmith.packing.shifted import ShiftedCollator, use_shifted_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import Run
 from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
@@ -41,7 +42,9 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
     recipe = run.recipe
     model_folder = locate(recipe.model, recipe.revision)
     inputs = {
-        "recipe": recipe.section_digest("model", "revision", "method", "seed", "lora", "train", "objective", "dpo"),
+        "recipe": recipe.section_digest(
+            "model", "revision", "method", "seed", "lora", "train", "objective", "dpo", "rope_scaling"
+        ),
         "data": run.outputs_digest("prepare"),
         "model": model_digest(model_folder),
     }
@@ -188,7 +191,9 @@ def _batches(run: Run, objective: Objective, model: Any, rows: Any, settings: Se
     pad_id = load_tokenizer(locate(run.recipe.model, run.recipe.revision)).pad_token_id
     collator = _collator(run, model, pad_id, objective.longest(rows), folder)
     asked = run.recipe.train.attn_implementation
-    if isinstance(collator, PaddedCollator):
+    if isinstance(collator, ShiftedCollator):
+        use_shifted_attention(model)
+    elif isinstance(collator, PaddedCollator):
         use_attention(model, "sdpa" if asked == "auto" else asked, lambda text: run.event(folder, "attention-fallback", text))
     else:
         use_tree_attention(model, on=True)
@@ -231,6 +236,9 @@ def _figures(history: Sequence[StepMetrics], seconds_before: float) -> dict[str,
 
 def _collator(run: Run, model: Any, pad_id: int | None, longest: int, folder: Path) -> Collator:
     """How rows become batches; an event where a tree was asked for and cannot be."""
+    group = run.recipe.train.shifted_sparse_attention
+    if group is not None:
+        return _shifted(run, model, pad_id, longest, group, folder)
     if not run.recipe.train.packing:
         return PaddedCollator(pad_id)
     asked = run.recipe.train.attn_implementation
@@ -240,6 +248,22 @@ def _collator(run: Run, model: Any, pad_id: int | None, longest: int, folder: Pa
     if reason is not None:
         run.event(folder, "packing-off", f"rows are padded, those of like length together: {reason}", reason=reason)
     return collator
+
+
+def _shifted(run: Run, model: Any, pad_id: int | None, longest: int, group: int, folder: Path) -> ShiftedCollator:
+    """Padded rows for shifted sparse attention; an event that they are. Raises RecipeError where it would not be exact."""
+    reason = reason_against_tree(model.config, longest)  # it needs the same: causal attention and no more
+    if run.recipe.objective == "dpo":
+        reason = "with objective: dpo the reference would see all tokens and the trained model would not"
+    elif run.recipe.train.attn_implementation != "auto":
+        reason = f"it has an attention of its own, and attn_implementation is {run.recipe.train.attn_implementation}"
+    if reason is not None:
+        what, why = f"shifted_sparse_attention: {reason}", "the loss would not be that of the attention that is asked for"
+        raise RecipeError(Problem("TS003", what, "train", why, "remove train.shifted_sparse_attention"))
+    if run.recipe.train.packing:
+        reason = "shifted sparse attention works on rows, not on trees"
+        run.event(folder, "packing-off", f"rows are padded, those of like length together: {reason}", reason=reason)
+    return ShiftedCollator(pad_id, group)
 
 
 def total_parameters(model: Any) -> int:

@@ -1,0 +1,48 @@
+"""Documents of raw text: plain files, folders of them, and rows with a `text` column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunesmith.errors import DataError, Problem
+from tunesmith.io.atomic import sha256_file, sha256_json
+from tunesmith.io.rows import Row, read_rows
+
+#: Suffixes of files that are one document each.
+PLAIN = (".txt", ".md")
+
+
+def read_documents(path: Path) -> Iterator[Row]:
+    """Rows with a `text`: those of a .jsonl, .jsonl.gz or .json file, or one for each .txt or .md file.
+
+    A folder gives its .txt and .md files, also those in folders below it, sorted by path. A file that is not UTF-8 comes as a
+    row with a problem. Raises DataError as `read_rows` does, and for a folder without such files.
+    """
+    if path.is_dir():
+        files = plain_files(path)
+        if not files:
+            what, why = "no .txt or .md file in this folder", "there is nothing to train on"
+            raise DataError(Problem("TS101", what, str(path), why, "check the path, or give a .jsonl file of texts"))
+        return map(_document, files)
+    if path.is_file() and path.suffix in PLAIN:
+        return iter([_document(path)])
+    return read_rows(path)
+
+
+def plain_files(folder: Path) -> list[Path]:
+    """The .txt and .md files below a folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in PLAIN)
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over the names and contents of a folder's documents."""
+    return sha256_json({path.relative_to(folder).as_posix(): sha256_file(path) for path in plain_files(folder)})
+
+
+def _document(path: Path) -> Row:
+    try:
+        return Row(str(path), {"text": path.read_bytes().decode("utf-8-sig")})
+    except UnicodeDecodeError as error:
+        why = "bytes that are no text would be trained on as something else"
+        return Row(str(path), None, Problem("TS108", f"not UTF-8: {error}", str(path), why, "convert the file to UTF-8"))
