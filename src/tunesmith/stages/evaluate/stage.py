@@ -197,6 +197,8 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def heldout_loss(run: Run, model: Any, tokenizer: Any) -> float | None:
     """Mean loss (nats a labelled token) over `data/heldout.arrow`; None where no rows are held out."""
     rows = sorted(Dataset.from_file(str(run.path / "data" / "heldout.arrow")), key=lambda row: row["length"])
+    # An undesirable answer is nothing to reach a low loss on, and a prompt without a reference has none.
+    rows = [row for row in rows if row.get("label", True) and any(row["trained"])]
     if not rows:
         return None
     collate, reason = choose_collator(model.config, tokenizer.pad_token_id, max(row["length"] for row in rows))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.chat.formats import Message, to_messages
+from tunesmith.chat.judged import Asked, Judged, to_asked, to_judged
 from tunesmith.chat.preference import Pair, chosen_messages, equal_answers, to_pair
 from tunesmith.chat.template import ChatTemplate, Encoded
 from tunesmith.errors import CODES, DataError, Problem
@@ -18,7 +19,7 @@ from tunesmith.io.rows import read_rows
 from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.recipe import DataSection, Recipe
 from tunesmith.runs import Run
-from tunesmith.stages.prepare.files import marked_sample, write_arrow
+from tunesmith.stages.prepare.files import marked_sample, schema_of, write_arrow
 
 _MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
 _CHUNK = 1000  # rows encoded with one call of the tokenizer
@@ -37,7 +38,15 @@ _NOTES = {
 
 
 #: Makes a conversation, or a pair of them, out of a row: (row, where, format, system).
-Reader = Callable[[Mapping[str, Any], str, str, str | None], list[Message] | Pair | Problem]
+Reader = Callable[[Mapping[str, Any], str, str, str | None], list[Message] | Pair | Judged | Asked | Problem]
+
+#: Which rows each objective reads.
+READERS: dict[str, Reader] = {
+    "sft": to_messages,
+    **dict.fromkeys(("dpo", "orpo", "reward"), to_pair),
+    "kto": to_judged,
+    **dict.fromkeys(("grpo", "rloo", "ppo"), to_asked),
+}
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,14 @@ class Candidate:
     rejected: list[Message] | None = None
     encoded: Encoded | None = None
     encoded_rejected: Encoded | None = None
+    more: Judged | Asked | None = None
+    prompt_ids: list[int] | None = None
 
     @property
     def key(self) -> str:
         """Equal for rows with the same conversation, or the same two."""
-        return sha256_json([self.messages, self.rejected])
+        label = self.more.label if isinstance(self.more, Judged) else None
+        return sha256_json([self.messages, self.rejected, label])
 
     @property
     def sides(self) -> list[Encoded]:
@@ -126,8 +138,7 @@ def _write(run: Run, model_folder: Path, target: Path) -> None:
     recipe, data = run.recipe, run.recipe.data
     ledger = Ledger()
     # Rows first: what is wrong with them shows before anything heavy is loaded.
-    read = to_messages if recipe.objective == "sft" else to_pair
-    candidates = _draw(_unique(_read(Path(data.train), read, data, ledger), ledger), recipe, ledger)
+    candidates = _draw(_unique(_read(Path(data.train), READERS[recipe.objective], data, ledger), ledger), recipe, ledger)
     tokenizer = load_tokenizer(model_folder)
     template = ChatTemplate(tokenizer, _template_source(data), str(model_folder))
     rows = _encode(candidates, template, data, ledger)
@@ -142,9 +153,9 @@ def _write(run: Run, model_folder: Path, target: Path) -> None:
     ledger.tokens_trained_on = sum(sum(side.trained) for side in sides)
     if data.test is not None:
         _write_test(Path(data.test), data, target, ledger)
-    pairs = recipe.objective == "dpo"
-    write_arrow(target / "train.arrow", train, pairs=pairs)
-    write_arrow(target / "heldout.arrow", heldout, pairs=pairs)
+    schema = schema_of(recipe.objective)
+    write_arrow(target / "train.arrow", train, schema)
+    write_arrow(target / "heldout.arrow", heldout, schema)
     write_jsonl(target / "heldout.jsonl", [{"where": row.where, "messages": row.messages} for row in heldout])
     write_jsonl(target / "rejects.jsonl", ledger.rejects)
     counts = ledger.as_dict()
@@ -175,8 +186,7 @@ def _read(path: Path, read: Reader, data: DataSection, ledger: Ledger) -> list[C
         ledger.rows_in += 1
         result = row.problem or read(row.value or {}, row.where, data.format, data.system)
         if not isinstance(result, Problem):
-            sides = (result.chosen, result.rejected) if isinstance(result, Pair) else (result,)
-            candidates.append(Candidate(row.where, *sides))
+            candidates.append(_candidate(row.where, result))
         elif data.on_bad_row == "reject":
             ledger.reject(row.where, _REASONS[result.code], result.what)
         else:
@@ -187,6 +197,12 @@ def _read(path: Path, read: Reader, data: DataSection, ledger: Ledger) -> list[C
         why = "there is nothing to train on"
         raise DataError(Problem("TS103", "the data file holds no rows", str(path), why, "write rows, or check the path"))
     return candidates
+
+
+def _candidate(where: str, result: list[Message] | Pair | Judged | Asked) -> Candidate:
+    if isinstance(result, Pair):
+        return Candidate(where, result.chosen, result.rejected)
+    return Candidate(where, result.messages, more=result) if isinstance(result, Judged | Asked) else Candidate(where, result)
 
 
 def _shortened(problems: list[Problem]) -> list[Problem]:
@@ -252,9 +268,13 @@ def _encode(candidates: Sequence[Candidate], template: ChatTemplate, data: DataS
 
 
 def _encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[tuple[Candidate, Candidate | Problem]]:
-    """Each candidate with itself encoded, or with its problem. Of a pair the last answers alone carry loss."""
+    """Each candidate with itself encoded, or with its problem. Of a pair, or a judged answer, the last answers alone carry loss."""
+    if chunk and isinstance(chunk[0].more, Asked):
+        yield from encoded_prompts(chunk, template)
+        return
     pairs = [candidate for candidate in chunk if candidate.rejected is not None]
-    firsts = template.encode([candidate.messages for candidate in chunk], last_answer=bool(pairs))
+    last_answer = bool(pairs) or any(candidate.more is not None for candidate in chunk)
+    firsts = template.encode([candidate.messages for candidate in chunk], last_answer=last_answer)
     others = iter(template.encode([pair.rejected for pair in pairs if pair.rejected is not None], last_answer=True))
     for candidate, first in zip(chunk, firsts, strict=True):
         other = next(others) if candidate.rejected is not None else None
@@ -266,6 +286,21 @@ def _encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[tup
             yield candidate, equal_answers(candidate.where)  # they differed in what the template trims
         else:
             yield candidate, replace(candidate, encoded=first, encoded_rejected=other)
+
+
+def encoded_prompts(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[tuple[Candidate, Candidate | Problem]]:
+    """Each prompt as it is asked; with a reference, also the conversation that it ends, which the held-out loss reads."""
+    asked = [candidate.more for candidate in chunk if isinstance(candidate.more, Asked)]
+    prompts = template.encode_prompts([each.prompt for each in asked])
+    answered = iter(template.encode([each.messages for each in asked if each.reference is not None], last_answer=True))
+    for candidate, each, prompt in zip(chunk, asked, prompts, strict=True):
+        whole = prompt if each.reference is None else next(answered)
+        if isinstance(prompt, Problem):
+            yield candidate, prompt
+        elif isinstance(whole, Problem):
+            yield candidate, whole
+        else:
+            yield candidate, replace(candidate, encoded=whole, prompt_ids=prompt.input_ids)
 
 
 def _split(rows: list[Candidate], recipe: Recipe) -> tuple[list[Candidate], list[Candidate]]:
