@@ -175,8 +175,8 @@ class Recipe(Section):
     """full, lora or qlora; `auto` takes what `plan` recommends for the data and the machine."""
     objective: Objective = "sft"
     """`sft` learns the answers, `dpo`, `kto` and `orpo` which answers are preferred, `reward` a model that scores answers;
-    `grpo`, `rloo` and `ppo` sample answers to prompts and learn from their rewards. All but the first two want `tunesmith[trl]`,
-    `ppo` not: see docs/preference.md."""
+    `grpo`, `rloo` and `ppo` sample answers to prompts and learn from their rewards. All but `sft`, `dpo` and `ppo` run in TRL
+    and want `tunesmith[trl]`: see docs/preference.md."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds every draw: the held-out rows, the row order, the adapter's start, dropout."""
     data: DataSection

@@ -144,7 +144,9 @@ def test_adapters_are_trained_without_trls_reference_copy(method: str, made: Cal
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_reward_model_ranks_pairs_and_serves_as_a_reward(method: str, made: Callable[..., Run]) -> None:
     rate = 3e-3 if method == "full" else 1e-2
-    run = made("reward", PAIRS, train_more=f", learning_rate: {rate}, max_steps: 12".replace(", max_steps: 12", ""), method=method)
+    run = made(
+        "reward", PAIRS, train_more=f", learning_rate: {rate}, max_steps: 12".replace(", max_steps: 12", ""), method=method
+    )
     run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 12)}))
     train(run, QUIET)
     proof = export(run)
@@ -179,7 +181,8 @@ def test_a_reward_model_of_qlora_is_trained_and_its_merge_refused(made: Callable
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_simple_reward_rises(objective: str, method: str, made: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "def short(prompts, completions, references):\n    return [-len(text) / 100 for text in completions]\n", encoding="utf-8"
+        "def short(prompts, completions, references):\n    return [-len(text) / 100 for text in completions]\n",
+        encoding="utf-8",
     )
     rate = 5e-3 if method == "full" else 3e-2
     section = f"{objective}: {{reward_funcs: ['mine.py:short'], num_generations: 4, max_completion_length: 8}}"

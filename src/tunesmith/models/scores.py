@@ -11,8 +11,5 @@ def rewards_of(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
     import torch
 
     model.eval()
-    found = []
     with torch.no_grad():
-        for ids in rows:
-            found.append(float(model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0, 0]))
-    return found
+        return [float(model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0, 0]) for ids in rows]

@@ -30,7 +30,7 @@ def refuse_unmergeable(recipe: Recipe) -> None:
 
 
 def export_scorer(run: Run, target: Path) -> None:
-    """Write the reward model and its proof into `target`. Raises ExportError where it gives other rewards than the trained one."""
+    """Write the reward model and its proof into `target`. Raises ExportError where its rewards are not the trained one's."""
     recipe = run.recipe
     settings, summary = read_json(run.path / "train" / "settings.json"), read_json(run.path / "train" / "summary.json")
     chosen = {name: settings[name] for name in ("compute_dtype", "r", "lora_alpha")}

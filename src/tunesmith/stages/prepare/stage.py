@@ -268,7 +268,7 @@ def _encode(candidates: Sequence[Candidate], template: ChatTemplate, data: DataS
 
 
 def _encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[tuple[Candidate, Candidate | Problem]]:
-    """Each candidate with itself encoded, or with its problem. Of a pair, or a judged answer, the last answers alone carry loss."""
+    """Each candidate with itself encoded, or with its problem. Of pairs and judged rows last answers alone carry loss."""
     if chunk and isinstance(chunk[0].more, Asked):
         yield from encoded_prompts(chunk, template)
         return
