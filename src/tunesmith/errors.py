@@ -49,6 +49,7 @@ CODES: dict[str, str] = {
     "TS301": "train-not-finite",
     "TS302": "train-extra-missing",
     "TS303": "train-bad-reward",
+    "TS304": "train-refused-by-trl",
     "TS401": "export-not-equal",
     "TS402": "export-not-mergeable",
     "TS501": "evaluate-schema-invalid",

@@ -15,7 +15,7 @@ from rich.console import Console
 from tests.conftest import chat_row
 from tests.pairs import PAIRS
 from tunesmith.chat.template import ChatTemplate
-from tunesmith.errors import ExportError, PlanError, TunesmithError
+from tunesmith.errors import EvaluateError, ExportError, PlanError, TunesmithError
 from tunesmith.models.load import load_model, load_scorer, load_tokenizer
 from tunesmith.models.scores import rewards_of
 from tunesmith.recipe import parse_recipe
@@ -141,17 +141,19 @@ def test_adapters_are_trained_without_trls_reference_copy(method: str, made: Cal
     assert export(run)["mean_kl"] < 0.01
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_reward_model_ranks_pairs_and_serves_as_a_reward(method: str, made: Callable[..., Run]) -> None:
+@pytest.mark.parametrize(("method", "dtype"), [("full", "float32"), ("lora", "bfloat16")])
+def test_a_reward_model_ranks_pairs_and_serves_as_a_reward(method: str, dtype: str, made: Callable[..., Run]) -> None:
     rate = 3e-3 if method == "full" else 1e-2
-    run = made(
-        "reward", PAIRS, train_more=f", learning_rate: {rate}, max_steps: 12".replace(", max_steps: 12", ""), method=method
-    )
+    run = made("reward", PAIRS, train_more=f", learning_rate: {rate}", method=method)
     run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 12)}))
+    recipe = run.recipe.model_copy(update={"train": run.recipe.train.model_copy(update={"compute_dtype": dtype})})
+    run = Run(run.path, run.resolved.model_copy(update={"recipe": recipe}))
     train(run, QUIET)
     proof = export(run)
     assert proof["max_reward_difference"] < 1e-4
     assert proof["reward_accuracy"] >= 0.9
+    with pytest.raises(EvaluateError, match="reward model"):
+        evaluate(run, console=QUIET)
     folder = run.path / "export" / "merged"
     reward = make_reward(str(folder))
     prompts = [[{"role": "user", "content": pair["prompt"]}] for pair in PAIRS[:4]]
@@ -163,8 +165,9 @@ def test_a_reward_model_ranks_pairs_and_serves_as_a_reward(method: str, made: Ca
     )
 
 
-def longer(recipe: Any, steps: int) -> Any:
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": steps})})
+def longer(recipe: Any, steps: int, batch: int = 8) -> Any:
+    more = {"max_steps": steps, "effective_batch_size": batch, "per_device_train_batch_size": batch}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=more)})
 
 
 def test_a_reward_model_of_qlora_is_trained_and_its_merge_refused(made: Callable[..., Run]) -> None:
@@ -177,17 +180,15 @@ def test_a_reward_model_of_qlora_is_trained_and_its_merge_refused(made: Callable
         export(run)
 
 
-@pytest.mark.parametrize("objective", ["grpo", "rloo"])
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_simple_reward_rises(objective: str, method: str, made: Callable[..., Run], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("objective", "method", "rate"), [("grpo", "lora", 3e-2), ("rloo", "full", 1e-2)])
+def test_a_simple_reward_rises(objective: str, method: str, rate: float, made: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "def short(prompts, completions, references):\n    return [-len(text) / 100 for text in completions]\n",
         encoding="utf-8",
     )
-    rate = 5e-3 if method == "full" else 3e-2
-    section = f"{objective}: {{reward_funcs: ['mine.py:short'], num_generations: 4, max_completion_length: 8}}"
+    section = f"{objective}: {{reward_funcs: ['mine.py:short'], num_generations: 4, max_completion_length: 4, beta: 0.0}}"
     run = made(objective, ASKED, section, f", learning_rate: {rate}, lr_scheduler_type: constant", method)
-    run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 10)}))
+    run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 10, 32)}))
     train(run, QUIET)
     rewards = [line["reward"] for line in metrics(run)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3, rewards
@@ -204,3 +205,15 @@ def test_rows_of_another_objective_are_refused(made: Callable[..., Run]) -> None
     for objective, rows in (("kto", PAIRS), ("orpo", JUDGED), ("grpo", PAIRS), ("kto", [chat_row("a?", "b")])):
         with pytest.raises(TunesmithError, match="TS113"):
             made(objective, rows)
+
+
+def test_the_ledger_of_judged_rows_and_prompts(made: Callable[..., Run]) -> None:
+    for objective, rows in (("kto", JUDGED), ("grpo", ASKED)):
+        run = made(objective, [*rows, rows[0]], "grpo: {reward_funcs: [json-fields]}" if objective == "grpo" else "")
+        ledger = json.loads((run.path / "data" / "ledger.json").read_text(encoding="utf-8"))
+        assert (ledger["rows_in"], ledger["rows_train"], ledger["rows_heldout"]) == (41, 36, 4)
+        assert ledger["reasons"] == {"duplicate": 1}
+        assert (ledger["tokens_trained_on"] > 0) == (objective == "kto")
+    row = Dataset.from_file(str(run.path / "data" / "train.arrow"))[0]
+    assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
+    assert json.loads(row["reference"])["colour"]

@@ -59,6 +59,14 @@ def to_judged(row: Mapping[str, Any], where: str, row_format: str = "auto", syst
     return _ends_with_answer(messages, where) or Judged(messages, label)
 
 
+def judged_or_plain(
+    row: Mapping[str, Any], where: str, row_format: str = "auto", system: str | None = None
+) -> Judged | list[Message] | Problem:
+    """A row of a test set: a judged answer where it has a label, else a plain conversation."""
+    read = to_judged if "label" in row else to_messages
+    return read(row, where, row_format, system)
+
+
 def to_asked(row: Mapping[str, Any], where: str, row_format: str = "auto", system: str | None = None) -> Asked | Problem:
     """The row's prompt and reference, or its first problem."""
     if "label" in row or ("chosen" in row and "rejected" in row):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.chat.formats import Message, to_messages
-from tunesmith.chat.judged import Asked, Judged, to_asked, to_judged
+from tunesmith.chat.judged import Asked, Judged, judged_or_plain, to_asked, to_judged
 from tunesmith.chat.preference import Pair, chosen_messages, equal_answers, to_pair
 from tunesmith.chat.template import ChatTemplate, Encoded
 from tunesmith.errors import CODES, DataError, Problem
@@ -19,6 +19,7 @@ from tunesmith.io.rows import read_rows
 from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.recipe import DataSection, Recipe
 from tunesmith.runs import Run
+from tunesmith.sections import SAMPLED
 from tunesmith.stages.prepare.files import marked_sample, schema_of, write_arrow
 
 _MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
@@ -45,8 +46,11 @@ READERS: dict[str, Reader] = {
     "sft": to_messages,
     **dict.fromkeys(("dpo", "orpo", "reward"), to_pair),
     "kto": to_judged,
-    **dict.fromkeys(("grpo", "rloo", "ppo"), to_asked),
+    **dict.fromkeys(SAMPLED, to_asked),
 }
+
+#: Which rows a test set may have; by default conversations and preference rows.
+TEST_READERS: dict[str, Reader] = {"kto": judged_or_plain, **dict.fromkeys(SAMPLED, to_asked)}
 
 
 @dataclass(frozen=True)
@@ -150,9 +154,10 @@ def _write(run: Run, model_folder: Path, target: Path) -> None:
     ledger.rows_train, ledger.rows_heldout = len(train), len(heldout)
     sides = [side for row in train for side in row.sides]
     ledger.tokens_train = sum(len(side.input_ids) for side in sides)
-    ledger.tokens_trained_on = sum(sum(side.trained) for side in sides)
+    # A reference is compared with what is sampled; nothing of it is trained on.
+    ledger.tokens_trained_on = 0 if recipe.objective in SAMPLED else sum(sum(side.trained) for side in sides)
     if data.test is not None:
-        _write_test(Path(data.test), data, target, ledger)
+        _write_test(Path(data.test), data, recipe.objective, target, ledger)
     schema = schema_of(recipe.objective)
     write_arrow(target / "train.arrow", train, schema)
     write_arrow(target / "heldout.arrow", heldout, schema)
@@ -311,15 +316,17 @@ def _split(rows: list[Candidate], recipe: Recipe) -> tuple[list[Candidate], list
     return [rows[i] for i in sorted(chosen)], [row for i, row in enumerate(rows) if i not in chosen]
 
 
-def _write_test(path: Path, data: DataSection, target: Path, ledger: Ledger) -> None:
+def _write_test(path: Path, data: DataSection, objective: str, target: Path, ledger: Ledger) -> None:
     """Test rows as conversations; they are generated from, not trained on, so they are not encoded here.
 
-    Of a preference row the chosen answer is the reference.
+    Of a preference row the chosen answer is the reference, of a judged one the answer if it is desirable.
     """
     counts = Ledger()
     usable: list[Candidate] = []
-    for row in _read(path, chosen_messages, data, counts):
-        if row.messages[-1]["role"] == "assistant":
+    for row in _read(path, TEST_READERS.get(objective, chosen_messages), data, counts):
+        if isinstance(row.more, Judged) and not row.more.label:
+            counts.reject(row.where, "no-reference", "the answer is judged undesirable")
+        elif row.messages[-1]["role"] == "assistant":
             usable.append(row)
         else:
             counts.reject(row.where, "no-reference", "the last turn is not an assistant's")

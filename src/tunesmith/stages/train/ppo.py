@@ -85,6 +85,9 @@ class Ppo:
         self.work, self.asked = work, work.run.recipe.ppo
         self.rewards, self.weights = make_rewards(self.asked, "ppo")
         check_references(self.asked, work.rows)
+        for module in work.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # probabilities before and after an update are compared
         self.policy = Policy(work.model, self.asked.temperature)
         self.stops = stop_ids(work.model.generation_config)
         if work.tokenizer.eos_token_id not in self.stops:

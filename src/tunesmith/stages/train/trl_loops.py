@@ -25,6 +25,7 @@ from trl import (
     RLOOTrainer,
 )
 
+from tunesmith.errors import Problem, TrainError
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.recipe import TrainSection
 from tunesmith.stages.train.beside import Recorder, Work, check_finite
@@ -230,7 +231,7 @@ def _sampled(config_type: Any, trainer_type: Any) -> Callable[[Work], AbstractCo
         check_references(asked, work.rows)
         names = ("num_generations", "num_iterations", "beta", "epsilon", "max_completion_length", "temperature")
         own = {name: getattr(asked, name) for name in names}
-        config = config_type(**arguments(work), **own, reward_weights=weights)
+        config = config_type(**arguments(work), **own, reward_weights=weights, disable_dropout=True)
         rows, ids = prompt_rows(work.rows)
         functions = [_as_trl(name, reward) for name, reward in zip(asked.reward_funcs, rewards, strict=True)]
 
@@ -267,12 +268,18 @@ def _as_trl(name: str, reward: Reward) -> Callable[..., list[float]]:
 def _trained(work: Work, make: Callable[..., Any]) -> AbstractContextManager[None]:
     """Run the trainer that `make` makes; then the context in which the model can be saved."""
     steps = _Steps(work.recorder)
-    trainer = make(model=work.model, processing_class=work.tokenizer, callbacks=[steps])
+    try:
+        trainer = make(model=work.model, processing_class=work.tokenizer, callbacks=[steps])
+    except ValueError as error:
+        why, fix = "TRL would train something else than was asked for", "change the key that it names"
+        raise TrainError(Problem("TS304", f"TRL refuses the settings: {error}", "train", why, fix)) from error
     trainer.remove_callback(PrinterCallback)
     steps.trainer, trainer.asked = trainer, work.run.recipe.train
-    for parameter in work.model.parameters():
+    dtype = getattr(torch, work.method.compute_dtype)
+    for name, parameter in work.model.named_parameters():
         if parameter.requires_grad and work.method.name != "full":
-            parameter.data = parameter.data.float()  # TRL puts adapters on a 4-bit base into bfloat16
+            # TRL puts what is trained on a 4-bit base into bfloat16; adapters stay in float32, a head in the compute dtype.
+            parameter.data = parameter.data.to(torch.float32 if "lora_" in name else dtype)
     trainer.train()
     return _as_trained(trainer, work.model)
 
