@@ -33,8 +33,8 @@ _AT_ONCE = 128  # held-out rows that are laid out together
 def evaluate(run: Run, model: Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Score `model` (default: the run's export) and return results.json; a no-op when nothing it reads has changed.
 
-    Raises EvaluateError where there are no test rows, or a reference, the schema or MMLU's files cannot be used, or the model is
-    a reward model; RunError where the export is missing.
+    Raises EvaluateError where there are no test rows, or a reference, the schema or MMLU's files cannot be used, or for a
+    reward model; RunError where the export is missing.
     """
     recipe = run.recipe
     if model is None:
