@@ -15,7 +15,7 @@ from rich.console import Console
 from tests.conftest import chat_row
 from tests.pairs import PAIRS
 from tunesmith.chat.template import ChatTemplate
-from tunesmith.errors import EvaluateError, ExportError, PlanError, TunesmithError
+from tunesmith.errors import DataError, EvaluateError, ExportError, PlanError, TunesmithError
 from tunesmith.models.load import load_model, load_scorer, load_tokenizer
 from tunesmith.models.scores import rewards_of
 from tunesmith.recipe import parse_recipe
@@ -217,3 +217,11 @@ def test_the_ledger_of_judged_rows_and_prompts(made: Callable[..., Run]) -> None
     row = Dataset.from_file(str(run.path / "data" / "train.arrow"))[0]
     assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
     assert json.loads(row["reference"])["colour"]
+
+
+def test_prepared_rows_are_not_taken_for_another_objectives(made: Callable[..., Run]) -> None:
+    run = made("kto", JUDGED)
+    for objective in ("sft", "orpo", "grpo"):
+        recipe = run.recipe.model_copy(update={"objective": objective})
+        with pytest.raises(DataError, match="TS113"):
+            train(Run(run.path, run.resolved.model_copy(update={"recipe": recipe})), QUIET)
