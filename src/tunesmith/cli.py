@@ -155,7 +155,8 @@ def export(run: RunPath) -> None:
 
     this = open_run(run)
     proof = stage(this)
-    _facts(proof, "mean_kl", "loss_difference", "top1_agreement", "tokens")
+    names = ("mean_kl", "loss_difference", "top1_agreement", "tokens", "max_reward_difference", "reward_accuracy")
+    _facts(proof, *(name for name in names if name in proof))
     print(this.path / "export" / this.recipe.export.name)
 
 

@@ -49,7 +49,11 @@ CODES: dict[str, str] = {
     "TS209": "model-architecture-unknown",
     "TS210": "model-positions-not-scalable",
     "TS301": "train-not-finite",
+    "TS302": "train-extra-missing",
+    "TS303": "train-bad-reward",
+    "TS304": "train-refused-by-trl",
     "TS401": "export-not-equal",
+    "TS402": "export-not-mergeable",
     "TS501": "evaluate-schema-invalid",
     "TS502": "evaluate-no-test-rows",
     "TS503": "evaluate-bad-reference",
@@ -61,6 +65,7 @@ CODES: dict[str, str] = {
     "TS702": "hardware-bad-catalogue",
     "TS703": "plan-bad-value",
     "TS704": "plan-nothing-fits",
+    "TS705": "plan-objective-not-covered",
 }
 
 

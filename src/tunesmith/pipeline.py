@@ -97,12 +97,12 @@ def prepare_shown(this: Run, console: Console) -> None:
 
 
 def _plan(this: Run, console: Console) -> None:
-    """The promise for this run; a model that the planner does not cover is trained without one."""
+    """The promise for this run; a model or an objective that the planner does not cover is trained without one."""
     from tunesmith.stages.plan.stage import plan
 
     try:
         promise = plan(this)["methods"][0]
-    except ModelError as error:
+    except (ModelError, PlanError) as error:
         _say(console, "plan", f"none: {error.problems[0].what}")
         return
     memory, step = promise["peak_memory_bytes"] / 2**30, promise["seconds_per_step"]
@@ -146,6 +146,10 @@ def _export(this: Run, console: Console) -> None:
     from tunesmith.stages.export import export
 
     proof = export(this)
+    if this.recipe.objective == "reward":
+        apart = proof["max_reward_difference"]
+        _say(console, "export", f"export/{this.recipe.export.name}, a reward model; rewards differ by {apart:.1e} at most")
+        return
     _say(
         console,
         "export",
@@ -157,6 +161,9 @@ def _export(this: Run, console: Console) -> None:
 def _evaluate(this: Run, console: Console) -> None:
     from tunesmith.stages.evaluate import evaluate
 
+    if this.recipe.objective == "reward":
+        _say(console, "evaluate", "nothing: a reward model answers no question")
+        return
     results = evaluate(this, console=console)
     loss = "" if results["eval_loss"] is None else f", eval loss {results['eval_loss']:.3f}"
     mmlu = results.get("mmlu")

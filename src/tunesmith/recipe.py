@@ -14,24 +14,29 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import sha256_json
+from tunesmith.sections import (
+    GrpoSection,
+    KtoSection,
+    OrpoSection,
+    PpoSection,
+    RewardSection,
+    RlooSection,
+    Section,
+    absolute_reward,
+    ignored_problems,
+)
 
 Method = Literal["full", "lora", "qlora"]
-Objective = Literal["sft", "dpo", "pretrain"]
+Objective = Literal["sft", "dpo", "pretrain", "kto", "orpo", "reward", "grpo", "rloo", "ppo"]
 Auto = Literal["auto"]
 Origin = Literal["default", "file", "override", "plan"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """A frozen part of the recipe; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataSection(Section):
@@ -189,8 +194,9 @@ class Recipe(Section):
     method: Method | Auto = "lora"
     """full, lora or qlora; `auto` takes what `plan` recommends for the data and the machine."""
     objective: Objective = "sft"
-    """`sft` learns the answers, `dpo` to prefer a row's chosen answer to its rejected one, `pretrain` every token of raw text
-    (continued pre-training)."""
+    """`sft` learns the answers, `pretrain` every token of raw text (continued pre-training); `dpo`, `kto` and `orpo` which answers
+    are preferred, `reward` a model that scores answers; `grpo`, `rloo` and `ppo` sample answers to prompts and learn from their
+    rewards. `kto`, `orpo`, `reward`, `grpo` and `rloo` run in TRL and want `tunesmith[trl]`: see docs/preference.md."""
     rope_scaling: RopeScalingSection | None = None
     """`{rope_type: linear, factor: 4}`: train and export with a longer window (`linear` or `yarn`, factor above 1)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
@@ -203,6 +209,18 @@ class Recipe(Section):
     """The training loop."""
     dpo: DpoSection = DpoSection()
     """The preference loss, with `objective: dpo`."""
+    kto: KtoSection = KtoSection()
+    """With `objective: kto`."""
+    orpo: OrpoSection = OrpoSection()
+    """With `objective: orpo`."""
+    reward: RewardSection = RewardSection()
+    """With `objective: reward`."""
+    grpo: GrpoSection = GrpoSection()
+    """With `objective: grpo`."""
+    rloo: RlooSection = RlooSection()
+    """With `objective: rloo`."""
+    ppo: PpoSection = PpoSection()
+    """With `objective: ppo`."""
     export: ExportSection = ExportSection()
     """The exported model."""
     evaluate: EvaluateSection = EvaluateSection()
@@ -249,6 +267,9 @@ def parse_recipe(text: str, source: str, base: Path, overrides: Sequence[str] = 
     except ValidationError as error:
         problems += _validation_problems(error, source)
         raise RecipeError(problems) from error
+    problems += ignored_problems(recipe.model_dump(mode="json"), source)
+    if problems:
+        raise RecipeError(problems)
     recipe = _with_absolute_paths(recipe, base)
     defaults: dict[str, Origin] = dict.fromkeys(_dotted(recipe.model_dump(mode="json")), "default")
     known = {key: origin for key, origin in origins.items() if key in defaults}
@@ -404,6 +425,10 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
 
     data = {key: absolute(getattr(recipe.data, key)) for key in ("train", "test", "chat_template")}
     evaluate = {key: absolute(getattr(recipe.evaluate, key)) for key in ("json_schema", "mmlu")}
+    sampling = {
+        key: section.model_copy(update={"reward_funcs": [absolute_reward(each, base) for each in section.reward_funcs]})
+        for key, section in (("grpo", recipe.grpo), ("rloo", recipe.rloo), ("ppo", recipe.ppo))
+    }
     model = recipe.model
     if model.startswith((".", "/", "~")):
         model = str((base / Path(model).expanduser()).resolve())
@@ -412,5 +437,6 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
             "model": model,
             "data": recipe.data.model_copy(update=data),
             "evaluate": recipe.evaluate.model_copy(update=evaluate),
+            **sampling,
         }
     )

@@ -140,3 +140,26 @@ def load_model(
         trust_remote_code=False,
         local_files_only=True,
     )
+
+
+def load_scorer(folder: Path, *, dtype: str, quantization_config: Any = None) -> Any:
+    """The folder's model with a head that gives one number for a sequence; the head is random where the folder has none.
+
+    Raises ModelError for a folder that is not safe to open.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    quiet()
+    safe.check_model_folder(folder)
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=1,
+        dtype=getattr(torch, dtype),
+        device_map={"": 0} if torch.cuda.is_available() else None,
+        quantization_config=quantization_config,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )

@@ -34,13 +34,17 @@ _AT_ONCE = 128  # held-out rows that are laid out together
 def evaluate(run: Run, model: Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Score `model` (default: the run's export) and return results.json; a no-op when nothing it reads has changed.
 
-    Raises EvaluateError where there are no test rows, or a reference, the schema or MMLU's files cannot be used; RunError
-    where the export is missing.
+    Raises EvaluateError where there are no test rows, or a reference, the schema or MMLU's files cannot be used, or for a
+    reward model; RunError where the export is missing.
     """
     recipe = run.recipe
     if model is None:
         run.outputs_digest(f"export/{recipe.export.name}")
         model = run.path / "export" / recipe.export.name
+    if (model / "reward.json").is_file():
+        why = "it gives an answer a number and generates none"
+        fix = "score the policy that it trained, or use it in reward_funcs"
+        raise EvaluateError(Problem("TS503", "a reward model cannot be asked", str(model), why, fix))
     digest = model_digest(model)
     schema_path = recipe.evaluate.json_schema
     inputs = {
@@ -224,6 +228,8 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def heldout_loss(run: Run, model: Any, tokenizer: Any) -> float | None:
     """Mean loss (nats a labelled token) over `data/heldout.arrow`; None where no rows are held out."""
     rows = sorted(Dataset.from_file(str(run.path / "data" / "heldout.arrow")), key=lambda row: row["length"])
+    # An undesirable answer is nothing to reach a low loss on, and a prompt without a reference has none.
+    rows = [row for row in rows if row.get("label", True) and any(row["trained"])]
     if not rows:
         return None
     collate, reason = choose_collator(model.config, tokenizer.pad_token_id, max(row["length"] for row in rows))

@@ -17,7 +17,7 @@ from zlib import crc32
 from tunesmith.chat.document import to_document, to_pieces
 from tunesmith.chat.formats import Message, to_messages
 from tunesmith.chat.preference import to_pair
-from tunesmith.errors import DataError, Problem
+from tunesmith.errors import DataError, PlanError, Problem
 from tunesmith.io.documents import read_documents
 from tunesmith.io.rows import Row as FileRow
 from tunesmith.io.rows import read_rows
@@ -131,8 +131,19 @@ def _batch(rows: Sequence[Row], *, packing: bool) -> Batch:
     return Batch(computed, max(1, labelled), total)
 
 
+def refuse_unplanned(objective: Objective) -> None:
+    """Raise PlanError for an objective whose steps the plan does not account for."""
+    if objective in {"sft", "dpo"}:
+        return
+    sampled = "answers are sampled and scored in each step" if objective in {"grpo", "rloo", "ppo"} else "its steps run in TRL"
+    what = f"no plan for objective: {objective}: {sampled}, which the account of bytes and seconds does not cover"
+    why = "a promise of memory or time would be wrong"
+    raise PlanError(Problem("TS705", what, "objective", why, "name the method and train without a plan, or plan sft or dpo"))
+
+
 def assumed(rows: int, length: int, objective: Objective = "sft") -> DataFacts:
     """Rows, or pairs, of one length that share nothing and carry loss everywhere: what is assumed where no data is given."""
+    refuse_unplanned(objective)
     count = 64
     made = [Row(range(number * length, (number + 1) * length), length - 1) for number in range(2 * count)]
     first, second = made[:count], made[count:]
@@ -146,6 +157,7 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
 
     Raises DataError where the file is missing, or no sampled row can be used.
     """
+    refuse_unplanned(objective)
     path = Path(data.train)
     total, raw = 0, list[Any]()
     for value in _values(path, read_documents if objective == "pretrain" else read_rows):

@@ -34,7 +34,7 @@ from tunesmith.stages.plan.decide import (
     smallest_cluster,
 )
 from tunesmith.stages.plan.options import OVERHEAD, Option, Planner
-from tunesmith.stages.plan.rows import DataFacts, Encoder, encoder_of, prepared_facts
+from tunesmith.stages.plan.rows import DataFacts, Encoder, encoder_of, prepared_facts, refuse_unplanned
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -270,6 +270,7 @@ def plan(run: Run, device: Device | None = None, gpus: Mapping[str, Device] | No
     recipe = run.recipe
     if recipe.method == "auto":
         raise AssertionError("a run's method is settled before its folder is made")
+    refuse_unplanned(recipe.objective)
     cards = read_gpus() if gpus is None else gpus
     here = this_device(cards) if device is None else device
     inputs = {

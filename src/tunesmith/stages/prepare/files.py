@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from tunesmith.chat.judged import Asked, Judged
 from tunesmith.chat.template import Encoded
 
 _BATCH = 1000  # rows in one Arrow record batch
@@ -33,6 +35,24 @@ PAIR_SCHEMA = pa.schema(
 )
 
 
+#: A judged answer has its label beside it.
+JUDGED_SCHEMA = pa.schema([*SCHEMA, ("label", pa.bool_())])
+
+#: A prompt: the ids that are asked, the same as messages (JSON), and the reference answer where there is one.
+PROMPT_SCHEMA = pa.schema([*SCHEMA, ("prompt_ids", pa.list_(pa.int32())), ("prompt", pa.string()), ("reference", pa.string())])
+
+_SCHEMAS = {
+    **dict.fromkeys(("dpo", "orpo", "reward"), PAIR_SCHEMA),
+    "kto": JUDGED_SCHEMA,
+    **dict.fromkeys(("grpo", "rloo", "ppo"), PROMPT_SCHEMA),
+}
+
+
+def schema_of(objective: str) -> pa.Schema:
+    """The columns of the rows that an objective trains on."""
+    return _SCHEMAS.get(objective, SCHEMA)
+
+
 class EncodedRow(Protocol):
     """A row with its place and its token ids, of both sides where it is a pair."""
 
@@ -40,22 +60,37 @@ class EncodedRow(Protocol):
     def where(self) -> str: ...
     @property
     def sides(self) -> list[Encoded]: ...
+    @property
+    def more(self) -> Judged | Asked | None: ...
+    @property
+    def prompt_ids(self) -> list[int] | None: ...
 
 
-def write_arrow(path: Path, rows: Sequence[EncodedRow], *, pairs: bool) -> None:
-    """Write rows, or pairs, as an Arrow stream, which `datasets.Dataset.from_file` maps into memory."""
-    schema = PAIR_SCHEMA if pairs else SCHEMA
+def write_arrow(path: Path, rows: Sequence[EncodedRow], schema: pa.Schema) -> None:
+    """Write rows of one of the schemas as an Arrow stream, which `datasets.Dataset.from_file` maps into memory."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for start in range(0, len(rows), _BATCH):
             chunk = rows[start : start + _BATCH]
             columns: list[list[Any]] = [[row.where for row in chunk]]
-            for side in range(2 if pairs else 1):
+            for side in range(2 if schema is PAIR_SCHEMA else 1):
                 encoded = [row.sides[side] for row in chunk]
                 columns.append([each.input_ids for each in encoded])
                 columns.append([each.trained for each in encoded])
                 columns.append([len(each.input_ids) for each in encoded])
+            columns += _more_columns(chunk, schema)
             arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
+
+
+def _more_columns(rows: Sequence[EncodedRow], schema: pa.Schema) -> list[list[Any]]:
+    """The columns of judged answers and of prompts that others do not have."""
+    if schema is JUDGED_SCHEMA:
+        return [[row.more.label for row in rows if isinstance(row.more, Judged)]]
+    if schema is PROMPT_SCHEMA:
+        asked = [row.more for row in rows if isinstance(row.more, Asked)]
+        prompts = [json.dumps(each.prompt, ensure_ascii=False) for each in asked]
+        return [[row.prompt_ids for row in rows], prompts, [each.reference for each in asked]]
+    return []
 
 
 def marked_sample(row: EncodedRow, tokenizer: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tunesmith.chat.document import Document, DocumentEncoder, to_document, to_pieces
 from tunesmith.chat.formats import Message, to_messages
+from tunesmith.chat.judged import Asked, Judged, judged_or_plain, to_asked, to_judged
 from tunesmith.chat.preference import Pair, chosen_messages, equal_answers, to_pair
 from tunesmith.chat.template import ChatTemplate, Encoded
 from tunesmith.errors import CODES, DataError, Problem, RecipeError
@@ -21,7 +22,8 @@ from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.models.rope import check_scalable, window
 from tunesmith.recipe import DataSection, Recipe
 from tunesmith.runs import Run
-from tunesmith.stages.prepare.files import marked_sample, write_arrow
+from tunesmith.sections import SAMPLED
+from tunesmith.stages.prepare.files import SCHEMA, marked_sample, schema_of, write_arrow
 
 _MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
 _CHUNK = 1000  # rows encoded with one call of the tokenizer
@@ -42,9 +44,19 @@ _NOTES = {
 
 
 #: Makes a conversation, or a pair of them, out of a row: (row, where, format, system).
-Reader = Callable[[Mapping[str, Any], str, str, str | None], list[Message] | Pair | Document | Problem]
+Reader = Callable[[Mapping[str, Any], str, str, str | None], list[Message] | Pair | Judged | Asked | Document | Problem]
 
-_READERS: dict[str, Reader] = {"sft": to_messages, "dpo": to_pair, "pretrain": to_document}
+#: Which rows each objective reads.
+READERS: dict[str, Reader] = {
+    "sft": to_messages,
+    "pretrain": to_document,
+    **dict.fromkeys(("dpo", "orpo", "reward"), to_pair),
+    "kto": to_judged,
+    **dict.fromkeys(SAMPLED, to_asked),
+}
+
+#: Which rows a test set may have; by default conversations and preference rows.
+TEST_READERS: dict[str, Reader] = {"kto": judged_or_plain, **dict.fromkeys(SAMPLED, to_asked)}
 
 
 @dataclass(frozen=True)
@@ -62,11 +74,14 @@ class Candidate:
     encoded_rejected: Encoded | None = None
     text: str | None = None
     pieces: tuple[Encoded, ...] = ()
+    more: Judged | Asked | None = None
+    prompt_ids: list[int] | None = None
 
     @property
     def key(self) -> str:
         """Equal for rows with the same conversation, or the same two."""
-        return sha256_json([self.messages, self.rejected, self.text])
+        label = self.more.label if isinstance(self.more, Judged) else None
+        return sha256_json([self.messages, self.rejected, self.text, label])
 
     @property
     def sides(self) -> list[Encoded]:
@@ -181,7 +196,7 @@ def _write(run: Run, model_folder: Path, target: Path) -> None:
     config = _model_config(recipe, model_folder)
     # Rows first: what is wrong with them shows before anything heavy is loaded.
     _check_pretrain(recipe)
-    read, documents = _READERS[recipe.objective], recipe.objective == "pretrain"
+    read, documents = READERS[recipe.objective], recipe.objective == "pretrain"
     candidates = _draw(_unique(_read(Path(data.train), read, data, ledger), ledger), recipe, ledger)
     tokenizer = load_tokenizer(model_folder)
     template = None if documents else ChatTemplate(tokenizer, _template_source(data), str(model_folder))
@@ -201,12 +216,13 @@ def _write(run: Run, model_folder: Path, target: Path) -> None:
         ledger.pieces = {"train": len(train), "heldout": len(heldout)}
     sides = [side for row in train for side in row.sides]
     ledger.tokens_train = sum(len(side.input_ids) for side in sides)
-    ledger.tokens_trained_on = sum(sum(side.trained) for side in sides)
+    # A reference is compared with what is sampled; nothing of it is trained on.
+    ledger.tokens_trained_on = 0 if recipe.objective in SAMPLED else sum(sum(side.trained) for side in sides)
     if data.test is not None:
         _write_any_test(Path(data.test), tokenizer, recipe, target, ledger)
-    pairs = recipe.objective == "dpo"
-    write_arrow(target / "train.arrow", train, pairs=pairs)
-    write_arrow(target / "heldout.arrow", heldout, pairs=pairs)
+    schema = schema_of(recipe.objective)
+    write_arrow(target / "train.arrow", train, schema)
+    write_arrow(target / "heldout.arrow", heldout, schema)
     write_jsonl(target / "heldout.jsonl", [{"where": row.where, **row.shown} for row in kept])
     write_jsonl(target / "rejects.jsonl", ledger.rejects)
     counts = ledger.as_dict()
@@ -262,11 +278,8 @@ def _read(path: Path, read: Reader, data: DataSection, ledger: Ledger) -> list[C
     for row in read_documents(path) if read is to_document else read_rows(path):
         ledger.rows_in += 1
         result = row.problem or read(row.value or {}, row.where, data.format, data.system)
-        if isinstance(result, Document):
-            candidates.append(Candidate(row.where, [], text=result.text))
-        elif not isinstance(result, Problem):
-            sides = (result.chosen, result.rejected) if isinstance(result, Pair) else (result,)
-            candidates.append(Candidate(row.where, *sides))
+        if not isinstance(result, Problem):
+            candidates.append(_candidate(row.where, result))
         elif data.on_bad_row == "reject":
             ledger.reject(row.where, _REASONS[result.code], result.what)
         else:
@@ -277,6 +290,14 @@ def _read(path: Path, read: Reader, data: DataSection, ledger: Ledger) -> list[C
         why = "there is nothing to train on"
         raise DataError(Problem("TS103", "the data file holds no rows", str(path), why, "write rows, or check the path"))
     return candidates
+
+
+def _candidate(where: str, result: list[Message] | Pair | Judged | Asked | Document) -> Candidate:
+    if isinstance(result, Document):
+        return Candidate(where, [], text=result.text)
+    if isinstance(result, Pair):
+        return Candidate(where, result.chosen, result.rejected)
+    return Candidate(where, result.messages, more=result) if isinstance(result, Judged | Asked) else Candidate(where, result)
 
 
 def _shortened(problems: list[Problem]) -> list[Problem]:
@@ -367,9 +388,13 @@ def _encode_documents(
 
 
 def _encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[tuple[Candidate, Candidate | Problem]]:
-    """Each candidate with itself encoded, or with its problem. Of a pair the last answers alone carry loss."""
+    """Each candidate with itself encoded, or with its problem. Of pairs and judged rows last answers alone carry loss."""
+    if chunk and isinstance(chunk[0].more, Asked):
+        yield from encoded_prompts(chunk, template)
+        return
     pairs = [candidate for candidate in chunk if candidate.rejected is not None]
-    firsts = template.encode([candidate.messages for candidate in chunk], last_answer=bool(pairs))
+    last_answer = bool(pairs) or any(candidate.more is not None for candidate in chunk)
+    firsts = template.encode([candidate.messages for candidate in chunk], last_answer=last_answer)
     others = iter(template.encode([pair.rejected for pair in pairs if pair.rejected is not None], last_answer=True))
     for candidate, first in zip(chunk, firsts, strict=True):
         other = next(others) if candidate.rejected is not None else None
@@ -383,6 +408,21 @@ def _encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[tup
             yield candidate, replace(candidate, encoded=first, encoded_rejected=other)
 
 
+def encoded_prompts(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[tuple[Candidate, Candidate | Problem]]:
+    """Each prompt as it is asked; with a reference, also the conversation that it ends, which the held-out loss reads."""
+    asked = [candidate.more for candidate in chunk if isinstance(candidate.more, Asked)]
+    prompts = template.encode_prompts([each.prompt for each in asked])
+    answered = iter(template.encode([each.messages for each in asked if each.reference is not None], last_answer=True))
+    for candidate, each, prompt in zip(chunk, asked, prompts, strict=True):
+        whole = prompt if each.reference is None else next(answered)
+        if isinstance(prompt, Problem):
+            yield candidate, prompt
+        elif isinstance(whole, Problem):
+            yield candidate, whole
+        else:
+            yield candidate, replace(candidate, encoded=whole, prompt_ids=prompt.input_ids)
+
+
 def _split(rows: list[Candidate], recipe: Recipe) -> tuple[list[Candidate], list[Candidate]]:
     """Held-out and train rows, drawn by the seed; at least one of each where there are two rows and a share is asked."""
     share = recipe.data.heldout
@@ -391,15 +431,17 @@ def _split(rows: list[Candidate], recipe: Recipe) -> tuple[list[Candidate], list
     return [rows[i] for i in sorted(chosen)], [row for i, row in enumerate(rows) if i not in chosen]
 
 
-def _write_test(path: Path, data: DataSection, target: Path, ledger: Ledger) -> None:
+def _write_test(path: Path, data: DataSection, objective: str, target: Path, ledger: Ledger) -> None:
     """Test rows as conversations; they are generated from, not trained on, so they are not encoded here.
 
-    Of a preference row the chosen answer is the reference.
+    Of a preference row the chosen answer is the reference, of a judged one the answer if it is desirable.
     """
     counts = Ledger()
     usable: list[Candidate] = []
-    for row in _read(path, chosen_messages, data, counts):
-        if row.messages[-1]["role"] == "assistant":
+    for row in _read(path, TEST_READERS.get(objective, chosen_messages), data, counts):
+        if isinstance(row.more, Judged) and not row.more.label:
+            counts.reject(row.where, "no-reference", "the answer is judged undesirable")
+        elif row.messages[-1]["role"] == "assistant":
             usable.append(row)
         else:
             counts.reject(row.where, "no-reference", "the last turn is not an assistant's")
@@ -413,7 +455,7 @@ def _write_any_test(path: Path, tokenizer: Any, recipe: Recipe, target: Path, le
     if recipe.objective == "pretrain":
         _write_test_documents(path, DocumentEncoder(tokenizer), recipe.data, target, ledger)
     else:
-        _write_test(path, recipe.data, target, ledger)
+        _write_test(path, recipe.data, recipe.objective, target, ledger)
 
 
 def _write_test_documents(path: Path, encoder: DocumentEncoder, data: DataSection, target: Path, ledger: Ledger) -> None:
@@ -423,4 +465,4 @@ def _write_test_documents(path: Path, encoder: DocumentEncoder, data: DataSectio
     counts.rows_heldout = len(usable)
     ledger.test = {key: value for key, value in counts.as_dict().items() if key in ("rows_in", "rows_rejected", "reasons")}
     ledger.test["rows_test"] = len(usable)
-    write_arrow(target / "test.arrow", [row for document in usable for row in document.rows], pairs=False)
+    write_arrow(target / "test.arrow", [row for document in usable for row in document.rows], SCHEMA)

@@ -85,6 +85,24 @@ def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu
     return arguments
 
 
+def make_adamw(trainer: Any, model: Any, asked: TrainSection) -> AdamW:
+    """The optimizer of a `Trainer`'s model in the format that the recipe names; weight decay on matrices only."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = set(trainer.get_decay_parameter_names(model)) & trained.keys()
+    groups = [
+        {"params": [trained[name] for name in trained if name in decayed], "weight_decay": trainer.args.weight_decay},
+        {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return AdamW(
+        groups,
+        lr=trainer.args.learning_rate,
+        bits=STATE_BITS[asked.optim],
+        compensated=asked.optim in COMPENSATED,
+        seed=trainer.args.seed,
+    )
+
+
 class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
     """`Trainer` over an objective's loss: its mean over the global batch, metrics for each step, finite or stopped."""
 
@@ -176,21 +194,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in the format that the recipe names; weight decay on matrices only."""
-        model = model or self.model
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        decayed = set(self.get_decay_parameter_names(model)) & trained.keys()
-        groups = [
-            {"params": [trained[name] for name in trained if name in decayed], "weight_decay": self.args.weight_decay},
-            {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        self.adamw = AdamW(
-            groups,
-            lr=self.args.learning_rate,
-            bits=STATE_BITS[self.asked.optim],
-            compensated=self.asked.optim in COMPENSATED,
-            seed=self.args.seed,
-        )
+        self.adamw = make_adamw(self, model or self.model, self.asked)
         if self.asked.optimizer_in_backward:
             self.in_backward = InBackward(self.adamw, self.args.max_grad_norm)
         self.optimizer: torch.optim.Optimizer = self.adamw

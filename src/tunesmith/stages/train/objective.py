@@ -59,8 +59,9 @@ class Sft:
     """Cross-entropy over labelled tokens: answers, or with `objective: pretrain` whole documents."""
 
     def checked(self, rows: Any) -> Any:
-        if "rejected_input_ids" in rows.column_names:
-            raise DataError(_prepared_for("dpo", "sft"))
+        for column, other in (("rejected_input_ids", "dpo"), ("label", "kto"), ("prompt_ids", "grpo, rloo or ppo")):
+            if column in rows.column_names:
+                raise DataError(_prepared_for(other, "sft"))
         return rows
 
     def longest(self, rows: Any) -> int:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,15 @@ from tunesmith.packing.noise import EmbeddingNoise
 from tunesmith.packing.shifted import ShiftedCollator, use_shifted_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import Run
-from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
+from tunesmith.stages.train.beside import own_sections, reward_digests, train_beside
+from tunesmith.stages.train.engine import Engine, training_arguments
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
 from tunesmith.stages.train.progress import TrainProgress
+from tunesmith.stages.train.summary import figures_of, total_parameters
 from tunesmith.stages.train.watch import HeldoutWatch, mean_loss
+
+#: Top-level keys of the recipe that every training depends on.
+SECTIONS = ("model", "revision", "method", "seed", "lora", "train", "objective", "dpo", "rope_scaling")
 
 
 def train(run: Run, console: Console | None = None) -> dict[str, Any]:
@@ -42,15 +45,15 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
     recipe = run.recipe
     model_folder = locate(recipe.model, recipe.revision)
     inputs = {
-        "recipe": recipe.section_digest(
-            "model", "revision", "method", "seed", "lora", "train", "objective", "dpo", "rope_scaling"
-        ),
+        "recipe": recipe.section_digest(*SECTIONS, *own_sections(recipe)),
         "data": run.outputs_digest("prepare"),
         "model": model_digest(model_folder),
+        **reward_digests(recipe),
     }
     if not run.is_current("train", inputs):
         with run.perform("train", "train", inputs, live=True) as folder:
-            _train(run, model_folder, folder, console or Console(stderr=True))
+            work = _train if recipe.objective in {"sft", "dpo"} else train_beside
+            work(run, model_folder, folder, console or Console(stderr=True))
     summary: dict[str, Any] = read_json(run.path / "train" / "summary.json")
     return summary
 
@@ -105,7 +108,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         "total_parameters": total_parameters(model),
         "peak_memory_bytes": peak,
     }
-    write_json(folder / "summary.json", summary | _figures(engine.history, seconds_before) | _evaluated(watch))
+    write_json(folder / "summary.json", summary | figures_of(engine.history, seconds_before) | _evaluated(watch))
 
 
 class Checkpoints:
@@ -216,24 +219,6 @@ def _settings(run: Run, rows: int, hardware: Hardware, folder: Path) -> Settings
     return settings
 
 
-def _figures(history: Sequence[StepMetrics], seconds_before: float) -> dict[str, Any]:
-    """Speed and loss over all steps; the first step also allocates, so the median leaves it out.
-
-    `seconds` is the whole training, with what the objective took before the first step.
-    """
-    seconds = [step.seconds for step in history]
-    return {
-        "steps": len(seconds),
-        "seconds_per_step": statistics.median(seconds[1:] or seconds),
-        "tokens_per_second": sum(step.tokens for step in history) / sum(seconds),
-        "computed_tokens_per_second": sum(step.computed_tokens for step in history) / sum(seconds),
-        "seconds_before_first_step": seconds_before,
-        "seconds": seconds_before + sum(seconds),
-        "first_loss": history[0].loss,
-        "last_loss": history[-1].loss,
-    }
-
-
 def _collator(run: Run, model: Any, pad_id: int | None, longest: int, folder: Path) -> Collator:
     """How rows become batches; an event where a tree was asked for and cannot be."""
     group = run.recipe.train.shifted_sparse_attention
@@ -264,12 +249,3 @@ def _shifted(run: Run, model: Any, pad_id: int | None, longest: int, group: int,
         reason = "shifted sparse attention works on rows, not on trees"
         run.event(folder, "packing-off", f"rows are padded, those of like length together: {reason}", reason=reason)
     return ShiftedCollator(pad_id, group)
-
-
-def total_parameters(model: Any) -> int:
-    """All parameters of the model; a 4-bit weight counts the parameters that it stands for."""
-    total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        total += parameter.numel() if state is None else state.shape.numel()
-    return total
