@@ -152,6 +152,10 @@ def ignored_problems(values: Mapping[str, Any], source: str) -> Iterator[Problem
         if name != objective and values[name] != section().model_dump(mode="json"):
             fix = f"remove the section, or set objective: {name}"
             yield Problem("TS003", f"{name}: it is for objective: {name}, not {objective}", source, why, fix)
+    if objective == "reward" and values["rope_scaling"] is not None:
+        yield Problem(
+            "TS003", "rope_scaling with objective: reward", source, why, "scale the positions when the policy is trained"
+        )
     if objective not in sections:
         return
     for key, (rest, reason) in _NOT_HONOURED.items():

@@ -39,6 +39,11 @@ class Method(ABC):
     #: Peak learning rate where the recipe says `auto`.
     default_learning_rate: ClassVar[float]
 
+    @property
+    def as_loaded(self) -> dict[str, Any]:
+        """What `load_model` is told of the base model, beside its folder."""
+        return {"dtype": self.compute_dtype, "rope_scaling": self.rope_scaling}
+
     @abstractmethod
     def build(self) -> Any:
         """The model ready to train: loaded, prepared, with exactly the trainable parameters requiring gradients."""

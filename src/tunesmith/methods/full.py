@@ -18,7 +18,7 @@ class Full(Method):
     def build(self) -> Any:
         from tunesmith.methods.blocks import fuse_blocks
 
-        model = load_model(self.folder, dtype=self.compute_dtype, rope_scaling=self.rope_scaling)
+        model = load_model(self.folder, **self.as_loaded)
         fuse_blocks(model)
         if self.gradient_checkpointing:
             enable_checkpointing(model)

@@ -32,7 +32,7 @@ class Lora(Method):
 
     def load_base(self) -> Any:
         """The frozen base model."""
-        return load_model(self.folder, dtype=self.compute_dtype, rope_scaling=self.rope_scaling)
+        return load_model(self.folder, **self.as_loaded)
 
     def build(self) -> Any:
         import torch

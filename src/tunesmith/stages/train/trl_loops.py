@@ -205,7 +205,7 @@ def _kto(work: Work) -> AbstractContextManager[None]:
     if work.method.name == "full":
         from tunesmith.models.load import load_model
 
-        reference = load_model(work.method.folder, dtype=work.method.compute_dtype)
+        reference = load_model(work.method.folder, **work.method.as_loaded)
     return _trained(work, lambda **more: _Kto(args=config, train_dataset=rows, ref_model=reference, **more))
 
 
