@@ -195,8 +195,8 @@ class Recipe(Section):
     """full, lora or qlora; `auto` takes what `plan` recommends for the data and the machine."""
     objective: Objective = "sft"
     """`sft` learns the answers, `pretrain` every token of raw text (continued pre-training); `dpo`, `kto` and `orpo` which
-    answers are preferred, `reward` a model that scores answers; `grpo`, `rloo` and `ppo` sample answers to prompts and learn from
-    their rewards. `kto`, `orpo`, `reward`, `grpo` and `rloo` run in TRL and want `tunesmith[trl]`: see docs/preference.md."""
+    answers are preferred, `reward` a model that scores answers; `grpo`, `rloo` and `ppo` sample answers and learn from their
+    rewards. `kto`, `orpo`, `reward`, `grpo` and `rloo` run in TRL and want `tunesmith[trl]`: see docs/preference.md."""
     rope_scaling: RopeScalingSection | None = None
     """`{rope_type: linear, factor: 4}`: train and export with a longer window (`linear` or `yarn`, factor above 1)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
