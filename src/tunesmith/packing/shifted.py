@@ -40,12 +40,15 @@ def _grouped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group:
     """Causal attention within each stretch of `group` tokens; all (B, H, L, D)."""
     batch, _, length, _ = query.shape
     short = -length % group
-    parts = [
-        F.pad(each, (0, 0, 0, short)).unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)  # (B x groups, H, G, D)
-        for each in (query, key, value)
-    ]
-    mixed = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scale)
-    return mixed.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+    def cut(each: torch.Tensor) -> torch.Tensor:
+        """(B x groups, H, G, D)."""
+        padded: torch.Tensor = F.pad(each, (0, 0, 0, short)).unflatten(2, (-1, group))
+        return padded.transpose(1, 2).flatten(0, 1)
+
+    mixed = F.scaled_dot_product_attention(cut(query), cut(key), cut(value), is_causal=True, scale=scale)
+    joined: torch.Tensor = mixed.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+    return joined[:, :, :length]
 
 
 def _shifted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: int, scale: float) -> torch.Tensor:
@@ -81,8 +84,9 @@ def shifted_attention(
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
         return mixed.transpose(1, 2), None
     half = query.shape[1] // 2
-    plain, late = zip(*(each.split([half, query.shape[1] - half], 1) for each in (query, key, value)), strict=True)
-    mixed = torch.cat([_grouped(*plain, shifted_group, scale), _shifted(*late, shifted_group, scale)], 1)
+    plain = _grouped(query[:, :half], key[:, :half], value[:, :half], shifted_group, scale)
+    late = _shifted(query[:, half:], key[:, half:], value[:, half:], shifted_group, scale)
+    mixed = torch.cat([plain, late], 1)
     return mixed.transpose(1, 2), None
 
 
