@@ -22,7 +22,8 @@ def build_scorer(method: Method, pad_token_id: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(method.adapter.seed)
-    base = _base(method, method.folder, method.compute_dtype)
+    quantised = method.quantization(skip=[HEAD]) if isinstance(method, QLora) else None
+    base = load_scorer(method.folder, dtype=method.compute_dtype, quantization_config=quantised)
     base.config.pad_token_id = pad_token_id
     if method.gradient_checkpointing:
         enable_checkpointing(base)
@@ -49,8 +50,3 @@ def load_trained_scorer(method: Method, checkpoint: Path) -> Any:
         return load_scorer(checkpoint, dtype="float32")
     base = load_scorer(method.folder, dtype=method.compute_dtype)  # rounded as training saw it
     return PeftModel.from_pretrained(base, checkpoint).float().merge_and_unload(safe_merge=True)
-
-
-def _base(method: Method, folder: Path, dtype: str) -> Any:
-    quantised = method.quantization(skip=[HEAD]) if isinstance(method, QLora) else None
-    return load_scorer(folder, dtype=dtype, quantization_config=quantised)

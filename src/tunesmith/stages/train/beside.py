@@ -28,9 +28,10 @@ from tunesmith.methods.settings import Settings, auto_batch, auto_rank, settle
 from tunesmith.models.load import load_tokenizer, model_digest
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
-from tunesmith.sections import NAMED_REWARDS, SAMPLED
+from tunesmith.sections import NAMED_REWARDS, SAMPLED, SamplingSection
 from tunesmith.stages.train.engine import StepMetrics
 from tunesmith.stages.train.progress import TrainProgress
+from tunesmith.stages.train.rewards import Reward, check_references, make_rewards
 from tunesmith.stages.train.summary import figures_of, total_parameters
 
 #: Rows, or answers, that are padded together where the recipe leaves it open.
@@ -87,12 +88,13 @@ class Work:
     method: Method
     model: Any
     tokenizer: Any
-    template: str
     rows: Any
     settings: Settings
     hardware: Hardware
     scratch: Path
     recorder: Recorder
+    rewards: list[Reward]
+    weights: list[float]
 
 
 #: Trains and returns a context in which the model has the weights as they were trained, in float32, for saving.
@@ -133,6 +135,7 @@ def train_beside(run: Run, model_folder: Path, folder: Path, console: Console) -
     recipe, hardware = run.recipe, detect()
     loop = _loop(recipe.objective)
     rows = _rows(run)
+    rewards, weights = _rewards(recipe, rows)
     settings = _settings(run, len(rows), hardware, folder)
     if recipe.train.packing:
         reason = f"objective: {recipe.objective} does not run on prefix trees"
@@ -146,15 +149,14 @@ def train_beside(run: Run, model_folder: Path, folder: Path, console: Console) -
     tokenizer = load_tokenizer(model_folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    template = (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8")
-    tokenizer.chat_template = template
+    tokenizer.chat_template = (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8")
     model = _model(recipe, method, tokenizer.pad_token_id)
     trainable = method.trainable_parameters(model)
     total = total_parameters(model)
     meter.reset()
     with tempfile.TemporaryDirectory() as scratch, TrainProgress(recipe.method, settings.max_steps, console) as progress:
         recorder = Recorder(folder / "metrics.jsonl", settings.max_steps, progress)
-        work = Work(run, method, model, tokenizer, template, rows, settings, hardware, Path(scratch), recorder)
+        work = Work(run, method, model, tokenizer, rows, settings, hardware, Path(scratch), recorder, rewards, weights)
         as_trained = loop(work)
         peak = meter.peak_bytes()
         checkpoint = folder / "checkpoints" / f"step-{recorder.history[-1].step:06d}"
@@ -181,6 +183,16 @@ def _loop(objective: str) -> Loop:
     from tunesmith.stages.train.trl_loops import LOOPS
 
     return LOOPS[objective]
+
+
+def _rewards(recipe: Recipe, rows: Any) -> tuple[list[Reward], list[float]]:
+    """The rewards and their weights, where answers are sampled; what is wrong with them shows before a model is loaded."""
+    if recipe.objective not in SAMPLED:
+        return [], []
+    asked: SamplingSection = getattr(recipe, recipe.objective)
+    made = make_rewards(asked, recipe.objective)
+    check_references(asked, rows)
+    return made
 
 
 def _model(recipe: Recipe, method: Method, pad_token_id: int) -> Any:

@@ -24,7 +24,6 @@ from tunesmith.methods.sizes import COMPENSATED, STATE_BITS
 from tunesmith.models.load import load_model, stop_ids
 from tunesmith.stages.train.beside import Work, check_finite
 from tunesmith.stages.train.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
-from tunesmith.stages.train.rewards import check_references, make_rewards
 
 
 @dataclass
@@ -83,8 +82,6 @@ class Ppo:
 
     def __init__(self, work: Work) -> None:
         self.work, self.asked = work, work.run.recipe.ppo
-        self.rewards, self.weights = make_rewards(self.asked, "ppo")
-        check_references(self.asked, work.rows)
         for module in work.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # probabilities before and after an update are compared
@@ -175,7 +172,7 @@ class Ppo:
         texts = self.work.tokenizer.batch_decode(answers, skip_special_tokens=True)
         prompts, references = [json.loads(row["prompt"]) for row in rows], [row["reference"] for row in rows]
         total = torch.zeros(len(rows))
-        for reward, weight in zip(self.rewards, self.weights, strict=True):
+        for reward, weight in zip(self.work.rewards, self.work.weights, strict=True):
             total += weight * torch.tensor(list(reward(prompts, texts, references)))
         return total
 

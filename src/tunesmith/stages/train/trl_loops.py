@@ -30,7 +30,7 @@ from tunesmith.methods.optimizers import AdamW
 from tunesmith.recipe import TrainSection
 from tunesmith.stages.train.beside import Recorder, Work, check_finite
 from tunesmith.stages.train.engine import make_adamw
-from tunesmith.stages.train.rewards import Reward, check_references, make_rewards
+from tunesmith.stages.train.rewards import Reward
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO lives in trl.experimental; the page on objectives says so
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -225,15 +225,12 @@ def _reward(work: Work) -> AbstractContextManager[None]:
 
 def _sampled(config_type: Any, trainer_type: Any) -> Callable[[Work], AbstractContextManager[None]]:
     def loop(work: Work) -> AbstractContextManager[None]:
-        objective = work.run.recipe.objective
-        asked = getattr(work.run.recipe, objective)
-        rewards, weights = make_rewards(asked, objective)
-        check_references(asked, work.rows)
+        asked = getattr(work.run.recipe, work.run.recipe.objective)
         names = ("num_generations", "num_iterations", "beta", "epsilon", "max_completion_length", "temperature")
         own = {name: getattr(asked, name) for name in names}
-        config = config_type(**arguments(work), **own, reward_weights=weights, disable_dropout=True)
+        config = config_type(**arguments(work), **own, reward_weights=work.weights, disable_dropout=True)
         rows, ids = prompt_rows(work.rows)
-        functions = [_as_trl(name, reward) for name, reward in zip(asked.reward_funcs, rewards, strict=True)]
+        functions = [_as_trl(name, reward) for name, reward in zip(asked.reward_funcs, work.rewards, strict=True)]
 
         def make(**more: Any) -> Any:
             trainer = trainer_type(args=config, train_dataset=rows, reward_funcs=functions, **more)
