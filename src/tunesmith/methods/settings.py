@@ -80,7 +80,7 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
         return value
 
     default, reason = default_learning_rate, f"default of {recipe.method}"
-    if recipe.objective != "sft":
+    if recipe.objective not in {"sft", "pretrain"}:
         rates = REWARD_LEARNING_RATES if recipe.objective == "reward" else DPO_LEARNING_RATES
         default, reason = rates[recipe.method], f"{reason} with {recipe.objective.upper()}"
     rate = settled("learning_rate", asked.learning_rate, default, reason)

@@ -138,7 +138,7 @@ def refuse_unplanned(objective: Objective) -> None:
     sampled = "answers are sampled and scored in each step" if objective in {"grpo", "rloo", "ppo"} else "its steps run in TRL"
     what = f"no plan for objective: {objective}: {sampled}, which the account of bytes and seconds does not cover"
     why = "a promise of memory or time would be wrong"
-    raise PlanError(Problem("TS705", what, "objective", why, "name the method and train without a plan, or plan sft, pretrain or dpo"))
+    raise PlanError(Problem("TS705", what, "objective", why, "name the method and train without a plan"))
 
 
 def assumed(rows: int, length: int, objective: Objective = "sft") -> DataFacts:
