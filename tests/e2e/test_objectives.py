@@ -186,7 +186,9 @@ def test_a_simple_reward_rises(objective: str, method: str, rate: float, made: C
         "def short(prompts, completions, references):\n    return [-len(text) / 100 for text in completions]\n",
         encoding="utf-8",
     )
-    section = f"{objective}: {{reward_funcs: ['mine.py:short'], num_generations: 4, max_completion_length: 4, beta: 0.0, temperature: 0.03}}"
+    # At a low temperature the random model prefers few tokens, so that what was good is sampled again.
+    asked = "reward_funcs: ['mine.py:short'], num_generations: 4, max_completion_length: 4, beta: 0.0, temperature: 0.03"
+    section = f"{objective}: {{{asked}}}"
     run = made(objective, ASKED, section, f", learning_rate: {rate}, lr_scheduler_type: constant", method)
     run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 10, 32)}))
     train(run, QUIET)

@@ -32,7 +32,8 @@ model: {model}
 method: {method}
 objective: ppo
 data: {{train: rows.jsonl, heldout: 0.1, max_length: 256}}
-train: {{effective_batch_size: 32, per_device_train_batch_size: 32, compute_dtype: float32, warmup_ratio: 0, lr_scheduler_type: constant{train_more}}}
+train:
+  {{effective_batch_size: 32, per_device_train_batch_size: 32, compute_dtype: float32, warmup_ratio: 0{train_more}}}
 ppo: {{{ppo}}}
 """
     run = create_run(parse_recipe(text, "r.yaml", tmp_path), tmp_path / "run")
@@ -42,7 +43,7 @@ ppo: {{{ppo}}}
 
 @pytest.mark.parametrize(("method", "rate"), [("full", 1e-3), ("lora", 1e-2)])
 def test_the_reward_rises(method: str, rate: float, tmp_path: Path, tiny_model: Path) -> None:
-    # At a low temperature the random model asks for few tokens, so that what was good is sampled again.
+    # At a low temperature the random model prefers few tokens, so that what was good is sampled again.
     asked = "reward_funcs: ['mine.py:short'], max_completion_length: 4, num_ppo_epochs: 2, kl_coef: 0.0, temperature: 0.03"
     run = run_of(tmp_path, tiny_model, method, asked, f", learning_rate: {rate}, max_steps: 8")
     summary = train(run, Console(quiet=True))
