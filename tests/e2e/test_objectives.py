@@ -190,10 +190,10 @@ def test_a_simple_reward_rises(objective: str, method: str, rate: float, made: C
     asked = "reward_funcs: ['mine.py:short'], num_generations: 4, max_completion_length: 4, beta: 0.0, temperature: 0.03"
     section = f"{objective}: {{{asked}}}"
     run = made(objective, ASKED, section, f", learning_rate: {rate}, lr_scheduler_type: constant", method)
-    run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 10, 32)}))
+    run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 6, 16)}))
     train(run, QUIET)
     rewards = [line["reward"] for line in metrics(run)]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3, rewards
+    assert sum(rewards[-2:]) > sum(rewards[:2]) + 0.02, rewards
     assert export(run)["mean_kl"] < 0.01
 
 
