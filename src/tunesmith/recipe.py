@@ -87,7 +87,8 @@ class TrainSection(Section):
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps; overrides num_train_epochs."""
     learning_rate: Rate | Auto = "auto"
-    """Peak rate; `auto` is 2e-4 for LoRA and QLoRA, 2e-5 for full, and a twentieth of these with `objective: dpo`."""
+    """Peak rate; `auto` is 2e-4 for LoRA and QLoRA, 2e-5 for full; with `objective: reward` five times as much, with all others
+    but `sft` a twentieth."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """How the rate moves after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05

@@ -180,18 +180,20 @@ def test_a_reward_model_of_qlora_is_trained_and_its_merge_refused(made: Callable
         export(run)
 
 
-@pytest.mark.parametrize(("objective", "method", "rate"), [("grpo", "lora", 3e-2), ("rloo", "full", 1e-2)])
+@pytest.mark.parametrize(("objective", "method", "rate"), [("grpo", "lora", 1e-2), ("rloo", "full", 1e-3)])
 def test_a_simple_reward_rises(objective: str, method: str, rate: float, made: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "def short(prompts, completions, references):\n    return [-len(text) / 100 for text in completions]\n",
         encoding="utf-8",
     )
-    section = f"{objective}: {{reward_funcs: ['mine.py:short'], num_generations: 4, max_completion_length: 4, beta: 0.0}}"
+    # At a low temperature the random model prefers few tokens, so that what was good is sampled again.
+    asked = "reward_funcs: ['mine.py:short'], num_generations: 4, max_completion_length: 4, beta: 0.0, temperature: 0.03"
+    section = f"{objective}: {{{asked}}}"
     run = made(objective, ASKED, section, f", learning_rate: {rate}, lr_scheduler_type: constant", method)
-    run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 10, 32)}))
+    run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 6, 16)}))
     train(run, QUIET)
     rewards = [line["reward"] for line in metrics(run)]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3, rewards
+    assert sum(rewards[-2:]) > sum(rewards[:2]) + 0.02, rewards
     assert export(run)["mean_kl"] < 0.01
 
 

@@ -32,7 +32,8 @@ model: {model}
 method: {method}
 objective: ppo
 data: {{train: rows.jsonl, heldout: 0.1, max_length: 256}}
-train: {{effective_batch_size: 16, compute_dtype: float32, warmup_ratio: 0, lr_scheduler_type: constant{train_more}}}
+train:
+  {{effective_batch_size: 16, per_device_train_batch_size: 16, compute_dtype: float32, warmup_ratio: 0{train_more}}}
 ppo: {{{ppo}}}
 """
     run = create_run(parse_recipe(text, "r.yaml", tmp_path), tmp_path / "run")
@@ -40,15 +41,16 @@ ppo: {{{ppo}}}
     return run
 
 
-@pytest.mark.parametrize(("method", "rate"), [("full", 3e-3), ("lora", 3e-2)])
+@pytest.mark.parametrize(("method", "rate"), [("full", 1e-3), ("lora", 1e-2)])
 def test_the_reward_rises(method: str, rate: float, tmp_path: Path, tiny_model: Path) -> None:
-    asked = "reward_funcs: ['mine.py:short'], max_completion_length: 8, num_ppo_epochs: 2, kl_coef: 0.0"
-    run = run_of(tmp_path, tiny_model, method, asked, f", learning_rate: {rate}, max_steps: 10")
+    # At a low temperature the random model prefers few tokens, so that what was good is sampled again.
+    asked = "reward_funcs: ['mine.py:short'], max_completion_length: 4, num_ppo_epochs: 2, kl_coef: 0.0, temperature: 0.03"
+    run = run_of(tmp_path, tiny_model, method, asked, f", learning_rate: {rate}, max_steps: 6")
     summary = train(run, Console(quiet=True))
     lines = read_jsonl(run.path / "train" / "metrics.jsonl")
     rewards = [line["reward"] for line in lines]
-    assert len(lines) == summary["steps"] == 10
-    assert sum(rewards[-3:]) > sum(rewards[:3]), rewards
+    assert len(lines) == summary["steps"] == 6
+    assert sum(rewards[-2:]) > sum(rewards[:2]) + 0.02, rewards
     assert abs(lines[0]["kl"]) < 1e-4  # nothing has moved when the first answers are sampled
     assert abs(lines[-1]["kl"]) > 1e-3
     assert export(run)["mean_kl"] < 0.01

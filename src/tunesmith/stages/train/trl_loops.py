@@ -48,8 +48,9 @@ class _Watched:
 
     def create_optimizer(self: Any, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in the format that the recipe names."""
-        self.adamw = self.optimizer = make_adamw(self, model or self.model, self.asked)
-        return self.adamw
+        made = make_adamw(self, model or self.model, self.asked)
+        self.adamw = self.optimizer = made
+        return made
 
     def compute_loss(self: Any, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss; the batch's tokens are counted on the way."""
