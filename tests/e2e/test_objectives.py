@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tests.conftest import chat_row
 from tests.pairs import PAIRS
+from tests.policy import REWARD, share_towards_reward
 from tunesmith.chat.template import ChatTemplate
 from tunesmith.errors import DataError, EvaluateError, ExportError, PlanError, TunesmithError
 from tunesmith.models.load import load_model, load_scorer, load_tokenizer
@@ -180,21 +181,20 @@ def test_a_reward_model_of_qlora_is_trained_and_its_merge_refused(made: Callable
         export(run)
 
 
-@pytest.mark.parametrize(("objective", "method", "rate"), [("grpo", "lora", 1e-2), ("rloo", "full", 1e-3)])
-def test_a_simple_reward_rises(objective: str, method: str, rate: float, made: Callable[..., Run], tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "def short(prompts, completions, references):\n    return [-len(text) / 100 for text in completions]\n",
-        encoding="utf-8",
-    )
-    # At a low temperature the random model prefers few tokens, so that what was good is sampled again.
-    asked = "reward_funcs: ['mine.py:short'], num_generations: 4, max_completion_length: 4, beta: 0.0, temperature: 0.03"
-    section = f"{objective}: {{{asked}}}"
-    run = made(objective, ASKED, section, f", learning_rate: {rate}, lr_scheduler_type: constant", method)
-    run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 6, 16)}))
+@pytest.mark.parametrize(
+    ("objective", "method", "rate"), [("grpo", "lora", 1e-2), ("grpo", "full", 1e-3), ("rloo", "lora", 1e-2)]
+)
+def test_a_step_goes_towards_what_was_rewarded(
+    objective: str, method: str, rate: float, made: Callable[..., Run], tmp_path: Path, tiny_model: Path, tokenizer: Any
+) -> None:
+    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
+    asked = "reward_funcs: ['mine.py:short'], num_generations: 8, max_completion_length: 1, beta: 0.0"
+    more = f", learning_rate: {rate}, lr_scheduler_type: constant"
+    run = made(objective, ASKED, f"{objective}: {{{asked}}}", more, method)
+    run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 1, 32)}))
     train(run, QUIET)
-    rewards = [line["reward"] for line in metrics(run)]
-    assert sum(rewards[-2:]) > sum(rewards[:2]) + 0.02, rewards
     assert export(run)["mean_kl"] < 0.01
+    assert share_towards_reward(run, tiny_model, tmp_path / "mine.py.jsonl", tokenizer, grouped=True) > 0.7
 
 
 def test_plans_are_refused(made: Callable[..., Run]) -> None:

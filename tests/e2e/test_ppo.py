@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from tests.pairs import PAIRS
+from tests.policy import REWARD, share_towards_reward
 from tunesmith.errors import TrainError
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.recipe import parse_recipe
@@ -23,10 +25,7 @@ from tunesmith.stages.train.ppo import Policy
 def run_of(tmp_path: Path, model: Path, method: str, ppo: str, train_more: str = "") -> Run:
     rows = "".join(json.dumps({"prompt": pair["prompt"]}) + "\n" for pair in PAIRS)
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    (tmp_path / "mine.py").write_text(
-        "def short(prompts, completions, references):\n    return [-len(text) / 100 for text in completions]\n",
-        encoding="utf-8",
-    )
+    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
     text = f"""\
 model: {model}
 method: {method}
@@ -42,18 +41,17 @@ ppo: {{{ppo}}}
 
 
 @pytest.mark.parametrize(("method", "rate"), [("full", 1e-3), ("lora", 1e-2)])
-def test_the_reward_rises(method: str, rate: float, tmp_path: Path, tiny_model: Path) -> None:
-    # At a low temperature the random model prefers few tokens, so that what was good is sampled again.
-    asked = "reward_funcs: ['mine.py:short'], max_completion_length: 4, num_ppo_epochs: 2, kl_coef: 0.0, temperature: 0.03"
-    run = run_of(tmp_path, tiny_model, method, asked, f", learning_rate: {rate}, max_steps: 6")
+def test_a_step_goes_towards_what_was_rewarded(
+    method: str, rate: float, tmp_path: Path, tiny_model: Path, tokenizer: Any
+) -> None:
+    asked = "reward_funcs: ['mine.py:short'], max_completion_length: 1, num_ppo_epochs: 2, kl_coef: 0.0"
+    run = run_of(tmp_path, tiny_model, method, asked, f", learning_rate: {rate}, lr_scheduler_type: constant, max_steps: 1")
     summary = train(run, Console(quiet=True))
-    lines = read_jsonl(run.path / "train" / "metrics.jsonl")
-    rewards = [line["reward"] for line in lines]
-    assert len(lines) == summary["steps"] == 6
-    assert sum(rewards[-2:]) > sum(rewards[:2]) + 0.02, rewards
-    assert abs(lines[0]["kl"]) < 1e-4  # nothing has moved when the first answers are sampled
-    assert abs(lines[-1]["kl"]) > 1e-3
+    (line,) = read_jsonl(run.path / "train" / "metrics.jsonl")
+    assert summary["steps"] == 1
+    assert abs(line["kl"]) < 1e-4  # nothing has moved when the answers are sampled
     assert export(run)["mean_kl"] < 0.01
+    assert share_towards_reward(run, tiny_model, tmp_path / "mine.py.jsonl", tokenizer, grouped=False) > 0.7
 
 
 def test_values_and_probabilities_do_not_depend_on_the_padding(tiny_model: Path) -> None:
