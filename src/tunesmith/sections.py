@@ -120,6 +120,9 @@ def absolute_reward(name: str, base: Path) -> str:
     return f"{(base / path).resolve()}:{function}"
 
 
+#: Objectives that the engine trains itself, on prefix trees, and that `plan` accounts for.
+ON_TREES = ("sft", "pretrain", "dpo")
+
 #: Objectives that sample answers.
 SAMPLED = ("grpo", "rloo", "ppo")
 

@@ -194,7 +194,7 @@ def test_a_step_goes_towards_what_was_rewarded(
     run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 1, 32)}))
     train(run, QUIET)
     assert export(run)["mean_kl"] < 0.01
-    assert share_towards_reward(run, tiny_model, tmp_path / "mine.py.jsonl", tokenizer, grouped=True) > 0.7
+    assert share_towards_reward(run, tiny_model, tmp_path / "mine.py.jsonl", tokenizer, grouped=True) > 0.5
 
 
 def test_plans_are_refused(made: Callable[..., Run]) -> None:

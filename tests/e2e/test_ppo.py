@@ -51,7 +51,7 @@ def test_a_step_goes_towards_what_was_rewarded(
     assert summary["steps"] == 1
     assert abs(line["kl"]) < 1e-4  # nothing has moved when the answers are sampled
     assert export(run)["mean_kl"] < 0.01
-    assert share_towards_reward(run, tiny_model, tmp_path / "mine.py.jsonl", tokenizer, grouped=False) > 0.7
+    assert share_towards_reward(run, tiny_model, tmp_path / "mine.py.jsonl", tokenizer, grouped=False) > 0.5
 
 
 def test_values_and_probabilities_do_not_depend_on_the_padding(tiny_model: Path) -> None:

@@ -26,6 +26,7 @@ from tunesmith.packing.noise import EmbeddingNoise
 from tunesmith.packing.shifted import ShiftedCollator, use_shifted_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import Run
+from tunesmith.sections import ON_TREES
 from tunesmith.stages.train.beside import own_sections, reward_digests, train_beside
 from tunesmith.stages.train.engine import Engine, training_arguments
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
@@ -52,7 +53,7 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
     }
     if not run.is_current("train", inputs):
         with run.perform("train", "train", inputs, live=True) as folder:
-            work = _train if recipe.objective in {"sft", "dpo"} else train_beside
+            work = _train if recipe.objective in ON_TREES else train_beside
             work(run, model_folder, folder, console or Console(stderr=True))
     summary: dict[str, Any] = read_json(run.path / "train" / "summary.json")
     return summary
