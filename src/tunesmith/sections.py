@@ -123,6 +123,9 @@ def absolute_reward(name: str, base: Path) -> str:
 #: Objectives that the engine trains itself, on prefix trees, and that `plan` accounts for.
 ON_TREES = ("sft", "pretrain", "dpo")
 
+#: Objectives on pairs of answers.
+ON_PAIRS = ("dpo", "orpo", "reward")
+
 #: Objectives that sample answers.
 SAMPLED = ("grpo", "rloo", "ppo")
 

@@ -48,6 +48,10 @@ class Method(ABC):
     def build(self) -> Any:
         """The model ready to train: loaded, prepared, with exactly the trainable parameters requiring gradients."""
 
+    def reference(self) -> Any | None:
+        """The untrained model beside the one that is trained; None where that is the base below its adapter."""
+        return None
+
     @abstractmethod
     def save(self, model: Any, folder: Path) -> None:
         """Write what was trained (weights or adapter) into `folder`, as safetensors and JSON only."""

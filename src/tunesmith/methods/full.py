@@ -24,6 +24,9 @@ class Full(Method):
             enable_checkpointing(model)
         return model
 
+    def reference(self) -> Any:
+        return load_model(self.folder, **self.as_loaded)
+
     def save(self, model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
 

@@ -21,7 +21,7 @@ from bitsandbytes.functional import create_dynamic_map
 from torch.optim.adamw import adamw
 
 from tunesmith.methods.rounding import join_halves, round_bits, split_halves
-from tunesmith.methods.sizes import OPTIMIZER_SLICE, STATE_BLOCK
+from tunesmith.methods.sizes import COMPENSATED, OPTIMIZER_SLICE, STATE_BITS, STATE_BLOCK
 
 #: The 256 values between -1 (or 0, unsigned) and 1 that a byte stands for: bitsandbytes' dynamic map.
 _VALUES: dict[bool, list[float]] = {signed: create_dynamic_map(signed=signed).tolist() for signed in (False, True)}
@@ -92,6 +92,11 @@ class AdamW(torch.optim.Optimizer):
         self.bits, self.compensated = bits, compensated
         device = self.param_groups[0]["params"][0].device
         self.generator = torch.Generator(device).manual_seed(seed)
+
+    @classmethod
+    def named(cls, optim: str, parameters: Iterable[Any], **more: Any) -> AdamW:
+        """The one that the recipe's `train.optim` names."""
+        return cls(parameters, bits=STATE_BITS[optim], compensated=optim in COMPENSATED, **more)
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.methods.base import Method, enable_checkpointing
-from tunesmith.methods.lora import adapter_targets
+from tunesmith.methods.lora import adapter_config
 from tunesmith.methods.qlora import QLora
 from tunesmith.models.load import load_scorer
 
@@ -19,7 +19,7 @@ HEAD = "score"
 def build_scorer(method: Method, pad_token_id: int) -> Any:
     """The model ready to train: a new head (seeded), and what the method trains beside it."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     torch.manual_seed(method.adapter.seed)
     quantised = method.quantization(skip=[HEAD]) if isinstance(method, QLora) else None
@@ -29,17 +29,7 @@ def build_scorer(method: Method, pad_token_id: int) -> Any:
         enable_checkpointing(base)
     if method.name == "full":
         return base
-    config = LoraConfig(
-        task_type="SEQ_CLS",
-        r=method.adapter.r,
-        lora_alpha=method.adapter.lora_alpha,
-        lora_dropout=method.adapter.lora_dropout,
-        target_modules=adapter_targets(base, method.adapter.target_modules),
-        use_rslora=method.adapter.use_rslora,
-        modules_to_save=[HEAD],
-        bias="none",
-    )
-    return get_peft_model(base, config)
+    return get_peft_model(base, adapter_config(base, method.adapter, task_type="SEQ_CLS", modules_to_save=[HEAD]))
 
 
 def load_trained_scorer(method: Method, checkpoint: Path) -> Any:

@@ -113,6 +113,21 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
+def _safely(dtype: str, quantization_config: Any) -> dict[str, Any]:
+    """How every model is opened: no code of its own, safetensors alone, nothing fetched; on the GPU where there is one."""
+    import torch
+
+    return {
+        "dtype": getattr(torch, dtype),
+        "device_map": {"": 0} if torch.cuda.is_available() else None,
+        "quantization_config": quantization_config,
+        "attn_implementation": "sdpa",
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "local_files_only": True,
+    }
+
+
 def load_model(
     folder: Path, *, dtype: str, quantization_config: Any = None, rope_scaling: RopeScalingSection | None = None
 ) -> Any:
@@ -120,7 +135,6 @@ def load_model(
 
     Attention is SDPA. Raises ModelError for a folder that is not safe to open, or whose positions cannot be scaled as asked.
     """
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet()
@@ -132,13 +146,7 @@ def load_model(
     return AutoModelForCausalLM.from_pretrained(
         folder,
         **changed,
-        dtype=getattr(torch, dtype),
-        device_map={"": 0} if torch.cuda.is_available() else None,
-        quantization_config=quantization_config,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
+        **_safely(dtype, quantization_config),
     )
 
 
@@ -147,7 +155,6 @@ def load_scorer(folder: Path, *, dtype: str, quantization_config: Any = None) ->
 
     Raises ModelError for a folder that is not safe to open.
     """
-    import torch
     from transformers import AutoModelForSequenceClassification
 
     quiet()
@@ -155,11 +162,5 @@ def load_scorer(folder: Path, *, dtype: str, quantization_config: Any = None) ->
     return AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=1,
-        dtype=getattr(torch, dtype),
-        device_map={"": 0} if torch.cuda.is_available() else None,
-        quantization_config=quantization_config,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
+        **_safely(dtype, quantization_config),
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tunesmith.packing.attention import repeat_heads
 from tunesmith.packing.loss import causal_of
 
 #: What follows a kernel that does not work here.
@@ -41,7 +42,7 @@ def use_attention(model: Any, asked: str, told: Callable[[str], None]) -> str:
 
 def _register_xformers(causal: Any) -> None:
     """Make xformers' kernel known to transformers. Raises ImportError where it is missing, ValueError where it cannot run."""
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention  # type: ignore[import-not-found, unused-ignore]
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     if causal.device.type != "cuda":
         raise ValueError("xformers has kernels for CUDA GPUs alone")
@@ -59,8 +60,7 @@ def _register_xformers(causal: Any) -> None:
         """(B, H, T, D) in, (B, T, H, D) out. Rows are padded on the right, so that causal attention sees no padding."""
         if attention_mask is not None:
             raise ValueError("padding is on the right and needs no mask")
-        groups = query.shape[1] // key.shape[1]
-        q, k, v = (each.transpose(1, 2) for each in (query, *(x.repeat_interleave(groups, 1) for x in (key, value))))
+        q, k, v = (each.transpose(1, 2) for each in (query, repeat_heads(query, key), repeat_heads(query, value)))
         return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask(), p=dropout, scale=scaling), None
 
     # No mask function beside it: transformers then makes no mask and passes None.

@@ -141,11 +141,7 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
     write_json(
         target / "results.json",
         {
-            "model": str(model_folder),
-            "model_digest": digest,
-            "suite": EVAL_SUITE,
-            "rows": len(rows),
-            "rows_digest": sha256_json(rows),
+            **_asked(model_folder, digest, rows, rows),
             **summary,
             "eval_loss": heldout_loss(run, model, tokenizer),
             "unfinished_answers": sum(len(ids) >= settings.max_new_tokens for ids in answers),
@@ -156,6 +152,17 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
             **(_mmlu(run, model, tokenizer, subjects, target, console) if subjects else {}),
         },
     )
+
+
+def _asked(model_folder: Path, digest: str, rows: Sequence[Any], content: Any) -> dict[str, Any]:
+    """What results.json says of the question: which model, and which rows; `content` is what their digest is taken of."""
+    return {
+        "model": str(model_folder),
+        "model_digest": digest,
+        "suite": EVAL_SUITE,
+        "rows": len(rows),
+        "rows_digest": sha256_json(content),
+    }
 
 
 def _evaluate_documents(run: Run, model_folder: Path, digest: str, target: Path, console: Console) -> None:
@@ -170,11 +177,7 @@ def _evaluate_documents(run: Run, model_folder: Path, digest: str, target: Path,
     write_json(
         target / "results.json",
         {
-            "model": str(model_folder),
-            "model_digest": digest,
-            "suite": EVAL_SUITE,
-            "rows": len(rows),
-            "rows_digest": sha256_json([[row["where"], row["input_ids"]] for row in rows]),
+            **_asked(model_folder, digest, rows, [[row["where"], row["input_ids"]] for row in rows]),
             **summary,
             "eval_loss": heldout_loss(run, model, tokenizer),
             "compute_dtype": dtype,

@@ -7,10 +7,10 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from tunesmith.errors import ExportError, Problem
-from tunesmith.io.atomic import read_json, write_json
-from tunesmith.methods import make_method
+from tunesmith.io.atomic import write_json
+from tunesmith.methods import Method
 from tunesmith.methods.scorer import load_trained_scorer
-from tunesmith.models.load import load_scorer, load_tokenizer, locate
+from tunesmith.models.load import load_scorer, load_tokenizer
 from tunesmith.models.scores import rewards_of
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
@@ -29,21 +29,20 @@ def refuse_unmergeable(recipe: Recipe) -> None:
         raise ExportError(Problem("TS402", what, "export", why, fix))
 
 
-def export_scorer(run: Run, target: Path) -> None:
-    """Write the reward model and its proof into `target`. Raises ExportError where its rewards are not the trained one's."""
-    recipe = run.recipe
-    settings, summary = read_json(run.path / "train" / "settings.json"), read_json(run.path / "train" / "summary.json")
-    chosen = {name: settings[name] for name in ("compute_dtype", "r", "lora_alpha")}
-    method = make_method(recipe, locate(recipe.model, recipe.revision), **chosen)
+def export_scorer(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
+    """Write the reward model of a checkpoint and its proof into `target`.
+
+    Raises ExportError where its rewards are not the trained one's.
+    """
     tokenizer = load_tokenizer(method.folder)
     tokenizer.chat_template = (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8")
     rows = concatenate_datasets([Dataset.from_file(str(run.path / "data" / f"{n}.arrow")) for n in ("heldout", "train")])
     probe = rows.select(range(min(_PROBE_PAIRS, len(rows))))
 
-    model = load_trained_scorer(method, run.path / summary["checkpoint"])
+    model = load_trained_scorer(method, checkpoint)
     model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sides = [rewards_of(model, probe[name]) for name in ("input_ids", "rejected_input_ids")]
-    model.save_pretrained(target, max_shard_size=recipe.export.max_shard_size)
+    model.save_pretrained(target, max_shard_size=run.recipe.export.max_shard_size)
     tokenizer.save_pretrained(target)
     del model
 

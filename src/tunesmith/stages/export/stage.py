@@ -38,7 +38,8 @@ def export(run: Run) -> dict[str, Any]:
     folder = f"export/{recipe.export.name}"
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:
-            (export_scorer if recipe.objective == "reward" else _export)(run, target)
+            work = export_scorer if recipe.objective == "reward" else _export
+            work(run, *trained_method(run), target)
     proof: dict[str, Any] = read_json(run.path / folder / "proof.json")
     return proof
 
@@ -52,8 +53,7 @@ def trained_method(run: Run) -> tuple[Method, Path]:
     return make_method(recipe, locate(recipe.model, recipe.revision), **chosen), run.path / summary["checkpoint"]
 
 
-def _export(run: Run, target: Path) -> None:
-    method, checkpoint = trained_method(run)
+def _export(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
     tokenizer = load_tokenizer(method.folder)
     template = run.path / "data" / "chat_template.jinja"
     if template.is_file():  # raw text is prepared without one

@@ -23,7 +23,7 @@ from tunesmith.io.rows import Row as FileRow
 from tunesmith.io.rows import read_rows
 from tunesmith.packing.tree import Limits, build_tree, split_by_length, split_units_for_trees
 from tunesmith.recipe import DataSection, Objective
-from tunesmith.sections import ON_TREES
+from tunesmith.sections import ON_TREES, SAMPLED
 
 SAMPLE = 1_000  # rows looked at closely
 _DRAWS = 24  # micro-batches drawn to see what their rows share
@@ -136,7 +136,7 @@ def refuse_unplanned(objective: Objective) -> None:
     """Raise PlanError for an objective whose steps the plan does not account for."""
     if objective in ON_TREES:
         return
-    sampled = "answers are sampled and scored in each step" if objective in {"grpo", "rloo", "ppo"} else "its steps run in TRL"
+    sampled = "answers are sampled and scored in each step" if objective in SAMPLED else "its steps run in TRL"
     what = f"no plan for objective: {objective}: {sampled}, which the account of bytes and seconds does not cover"
     why = "a promise of memory or time would be wrong"
     raise PlanError(Problem("TS705", what, "objective", why, "name the method and train without a plan"))

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from tunesmith.chat.judged import Asked, Judged
 from tunesmith.chat.template import Encoded
+from tunesmith.sections import ON_PAIRS, SAMPLED
 
 _BATCH = 1000  # rows in one Arrow record batch
 
@@ -42,9 +43,9 @@ JUDGED_SCHEMA = pa.schema([*SCHEMA, ("label", pa.bool_())])
 PROMPT_SCHEMA = pa.schema([*SCHEMA, ("prompt_ids", pa.list_(pa.int32())), ("prompt", pa.string()), ("reference", pa.string())])
 
 _SCHEMAS = {
-    **dict.fromkeys(("dpo", "orpo", "reward"), PAIR_SCHEMA),
+    **dict.fromkeys(ON_PAIRS, PAIR_SCHEMA),
     "kto": JUDGED_SCHEMA,
-    **dict.fromkeys(("grpo", "rloo", "ppo"), PROMPT_SCHEMA),
+    **dict.fromkeys(SAMPLED, PROMPT_SCHEMA),
 }
 
 

@@ -22,7 +22,7 @@ from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.models.rope import check_scalable, window
 from tunesmith.recipe import DataSection, Recipe
 from tunesmith.runs import Run
-from tunesmith.sections import SAMPLED
+from tunesmith.sections import ON_PAIRS, SAMPLED
 from tunesmith.stages.prepare.files import SCHEMA, marked_sample, schema_of, write_arrow
 
 _MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
@@ -50,7 +50,7 @@ Reader = Callable[[Mapping[str, Any], str, str, str | None], list[Message] | Pai
 READERS: dict[str, Reader] = {
     "sft": to_messages,
     "pretrain": to_document,
-    **dict.fromkeys(("dpo", "orpo", "reward"), to_pair),
+    **dict.fromkeys(ON_PAIRS, to_pair),
     "kto": to_judged,
     **dict.fromkeys(SAMPLED, to_asked),
 }

@@ -6,7 +6,6 @@ The same recipe, methods, optimizer and run files; the loop is TRL's, or for PPO
 from __future__ import annotations
 
 import importlib.util
-import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +31,7 @@ from tunesmith.sections import NAMED_REWARDS, SAMPLED, SamplingSection
 from tunesmith.stages.train.engine import StepMetrics
 from tunesmith.stages.train.progress import TrainProgress
 from tunesmith.stages.train.rewards import Reward, check_references, make_rewards
-from tunesmith.stages.train.summary import figures_of, total_parameters
+from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters
 
 #: Rows, or answers, that are padded together where the recipe leaves it open.
 ROWS_AT_ONCE = 8
@@ -136,7 +135,8 @@ def train_beside(run: Run, model_folder: Path, folder: Path, console: Console) -
     loop = _loop(recipe.objective)
     rows = _rows(run)
     rewards, weights = _rewards(recipe, rows)
-    settings = _settings(run, len(rows), hardware, folder)
+    settings = settle_beside(recipe, len(rows), hardware)
+    tell_settings(run, settings, hardware, folder)
     if recipe.train.packing:
         reason = f"objective: {recipe.objective} does not run on prefix trees"
         run.event(folder, "packing-off", f"rows are padded: {reason}", reason=reason)
@@ -215,19 +215,6 @@ def _rows(run: Run) -> Any:
     return rows
 
 
-def _settings(run: Run, rows: int, hardware: Hardware, folder: Path) -> Settings:
-    """The settled settings, written to settings.json, with an event for each value that the recipe left open."""
-    settings = settle_beside(run.recipe, rows, hardware)
-    write_json(folder / "settings.json", {**settings.as_dict(), "hardware": hardware.as_dict()})
-    for name, reason in settings.reasons.items():
-        if reason != "recipe":
-            value = getattr(settings, name)
-            run.event(folder, "setting", f"{name} = {value} ({reason})", name=name, value=value, reason=reason)
-    if hardware.accelerators > 1:
-        run.event(folder, "one-device", f"one of {hardware.accelerators} GPUs is used")
-    return settings
-
-
 def settle_beside(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
     """The settings of a run over `rows` rows; a batch counts answers where several are sampled for each prompt.
 
@@ -277,17 +264,3 @@ def _check_batch(recipe: Recipe, settings: Settings, rows: int, group: int) -> N
         why = "KTO takes the divergence from answers to other prompts of the same micro-batch"
         what = "one row at a time with objective: kto"
         raise RecipeError(Problem("TS003", what, "train.per_device_train_batch_size", why, "set it to at least 2"))
-
-
-def not_finite(step: int, loss: float, norm: float) -> TrainError:
-    """The error of a step whose loss or gradient is no number."""
-    what = f"loss {loss} and gradient norm {norm} at step {step}"
-    why = "the weights would turn to NaN and every later step would be lost; the optimizer has not moved"
-    fix = "lower train.learning_rate, look at the rows of this step, or set train.compute_dtype: float32"
-    return TrainError(Problem("TS301", what, "train", why, fix))
-
-
-def check_finite(step: int, loss: float, norm: float) -> None:
-    """Raise TrainError before the optimizer moves where the loss or the gradient norm is no number."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise not_finite(step, loss, norm)

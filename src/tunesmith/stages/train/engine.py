@@ -23,7 +23,6 @@ from tunesmith.io.atomic import append_jsonl
 from tunesmith.methods.offload import ActivationOffload
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
 from tunesmith.methods.settings import Settings
-from tunesmith.methods.sizes import COMPENSATED, STATE_BITS
 from tunesmith.packing.batch import Batch, labelled_count
 from tunesmith.recipe import Recipe, TrainSection
 from tunesmith.stages.train.objective import Objective, StepBatches
@@ -94,13 +93,7 @@ def make_adamw(trainer: Any, model: Any, asked: TrainSection) -> AdamW:
         {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return AdamW(
-        groups,
-        lr=trainer.args.learning_rate,
-        bits=STATE_BITS[asked.optim],
-        compensated=asked.optim in COMPENSATED,
-        seed=trainer.args.seed,
-    )
+    return AdamW.named(asked.optim, groups, lr=trainer.args.learning_rate, seed=trainer.args.seed)
 
 
 class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
@@ -189,7 +182,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         loss: torch.Tensor = summed / num_items_in_batch * self.accelerator.num_processes
         if self.in_backward is not None and not math.isfinite(float(loss.detach())):
             # The weights would be updated before the norm is known.
-            raise TrainError(_not_finite(self.state.global_step + 1, float(loss.detach()), math.nan))
+            raise not_finite(self.state.global_step + 1, float(loss.detach()), math.nan)
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -217,12 +210,10 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
         """The gradient norm before clipping; raises TrainError before the optimizer moves if anything is not finite."""
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
-        loss = float(self._tr_loss)
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            raise TrainError(_not_finite(self.state.global_step + 1, loss, norm))
+        check_finite(self.state.global_step + 1, float(self._tr_loss), norm)
         return norm
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002 - the base class's
+    def log(self, logs: dict[str, float], *_: Any, **__: Any) -> None:
         """Called by Trainer after each optimizer step; writes the step's line, and nothing else anywhere."""
         if "grad_norm" not in logs:
             return  # the summary at the end, which `train` makes itself
@@ -245,11 +236,15 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.on_step(metrics, self.state.max_steps)
 
 
-def _not_finite(step: int, loss: float, norm: float) -> Problem:
-    return Problem(
-        "TS301",
-        f"loss {loss} and gradient norm {norm} at step {step}",
-        "train",
-        "the weights would turn to NaN and every later step would be lost; the optimizer has not moved",
-        "lower train.learning_rate, look at the rows of this step, or set train.compute_dtype: float32",
-    )
+def not_finite(step: int, loss: float, norm: float) -> TrainError:
+    """The error of a step whose loss or gradient is no number."""
+    what = f"loss {loss} and gradient norm {norm} at step {step}"
+    why = "the weights would turn to NaN and every later step would be lost; the optimizer has not moved"
+    fix = "lower train.learning_rate, look at the rows of this step, or set train.compute_dtype: float32"
+    return TrainError(Problem("TS301", what, "train", why, fix))
+
+
+def check_finite(step: int, loss: float, norm: float) -> None:
+    """Raise TrainError before the optimizer moves where the loss or the gradient norm is no number."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise not_finite(step, loss, norm)

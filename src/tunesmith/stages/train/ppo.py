@@ -20,9 +20,9 @@ import torch
 from transformers import get_scheduler
 
 from tunesmith.methods.optimizers import AdamW, gradient_norm
-from tunesmith.methods.sizes import COMPENSATED, STATE_BITS
-from tunesmith.models.load import load_model, stop_ids
-from tunesmith.stages.train.beside import Work, check_finite
+from tunesmith.models.load import stop_ids
+from tunesmith.stages.train.beside import Work
+from tunesmith.stages.train.engine import check_finite
 from tunesmith.stages.train.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
 
 
@@ -89,20 +89,15 @@ class Ppo:
         self.stops = stop_ids(work.model.generation_config)
         if work.tokenizer.eos_token_id not in self.stops:
             self.stops.append(work.tokenizer.eos_token_id)
-        self.other = None if work.method.name != "full" else load_model(work.method.folder, **work.method.as_loaded)
+        self.other = work.method.reference()
         train = work.run.recipe.train
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.adamw = AdamW(
-            [group for group in groups if group["params"]],
-            lr=work.settings.learning_rate,
-            bits=STATE_BITS[train.optim],
-            compensated=train.optim in COMPENSATED,
-            seed=work.run.recipe.seed,
-        )
+        groups = [group for group in groups if group["params"]]
+        self.adamw = AdamW.named(train.optim, groups, lr=work.settings.learning_rate, seed=work.run.recipe.seed)
         self.scheduler = get_scheduler(train.lr_scheduler_type, self.adamw, work.settings.warmup_steps, work.settings.max_steps)
 
     def steps(self) -> None:

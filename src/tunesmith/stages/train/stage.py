@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from tunesmith.errors import DataError, Problem, RecipeError
-from tunesmith.hardware import Hardware, detect
+from tunesmith.hardware import detect
 from tunesmith.hardware.memory import PeakMemory, keep_freed_memory
 from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, Method, make_method
@@ -31,7 +31,7 @@ from tunesmith.stages.train.beside import own_sections, reward_digests, train_be
 from tunesmith.stages.train.engine import Engine, training_arguments
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
 from tunesmith.stages.train.progress import TrainProgress
-from tunesmith.stages.train.summary import figures_of, total_parameters
+from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters
 from tunesmith.stages.train.watch import HeldoutWatch, mean_loss
 
 #: Top-level keys of the recipe that every training depends on.
@@ -67,7 +67,8 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         why = "training over nothing changes nothing"
         raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
     heldout = _heldout(run)
-    settings = _settings(run, len(rows), hardware, folder)
+    settings = settle(recipe, len(rows), METHODS[recipe.method].default_learning_rate, hardware)
+    tell_settings(run, settings, hardware, folder)
     if hardware.device == "cpu":
         keep_freed_memory()
     meter = PeakMemory()
@@ -204,20 +205,6 @@ def _batches(run: Run, objective: Objective, model: Any, rows: Any, settings: Se
     if run.recipe.train.neftune_noise_alpha is not None:
         EmbeddingNoise(model, run.recipe.train.neftune_noise_alpha)
     return objective.batches(collator, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size))
-
-
-def _settings(run: Run, rows: int, hardware: Hardware, folder: Path) -> Settings:
-    """The settled settings, written to settings.json, with an event for each value that the recipe left open."""
-    recipe = run.recipe
-    settings = settle(recipe, rows, METHODS[recipe.method].default_learning_rate, hardware)
-    write_json(folder / "settings.json", {**settings.as_dict(), "hardware": hardware.as_dict()})
-    for name, reason in settings.reasons.items():
-        if reason != "recipe":
-            value = getattr(settings, name)
-            run.event(folder, "setting", f"{name} = {value} ({reason})", name=name, value=value, reason=reason)
-    if hardware.accelerators > 1:
-        run.event(folder, "one-device", f"one of {hardware.accelerators} GPUs is used")
-    return settings
 
 
 def _collator(run: Run, model: Any, pad_id: int | None, longest: int, folder: Path) -> Collator:

@@ -1,12 +1,28 @@
-"""What `train/summary.json` says of a training, whatever its objective."""
+"""What `train` writes down of a training, whatever its objective: its settings before, its figures after."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from tunesmith.hardware import Hardware
+from tunesmith.io.atomic import write_json
+from tunesmith.methods.settings import Settings
+from tunesmith.runs import Run
 from tunesmith.stages.train.engine import StepMetrics
+
+
+def tell_settings(run: Run, settings: Settings, hardware: Hardware, folder: Path) -> None:
+    """Write settings.json, with an event for each value that the recipe left open."""
+    write_json(folder / "settings.json", {**settings.as_dict(), "hardware": hardware.as_dict()})
+    for name, reason in settings.reasons.items():
+        if reason != "recipe":
+            value = getattr(settings, name)
+            run.event(folder, "setting", f"{name} = {value} ({reason})", name=name, value=value, reason=reason)
+    if hardware.accelerators > 1:
+        run.event(folder, "one-device", f"one of {hardware.accelerators} GPUs is used")
 
 
 def figures_of(history: Sequence[StepMetrics], seconds_before: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the metrics of each step, and that a loss that is no number stops the run. Impor
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import (
     GRPOConfig,
     GRPOTrainer,
@@ -28,8 +29,8 @@ from trl import (
 from tunesmith.errors import Problem, TrainError
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.recipe import TrainSection
-from tunesmith.stages.train.beside import Recorder, Work, check_finite
-from tunesmith.stages.train.engine import make_adamw
+from tunesmith.stages.train.beside import Recorder, Work
+from tunesmith.stages.train.engine import check_finite, make_adamw
 from tunesmith.stages.train.rewards import Reward
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO lives in trl.experimental; the page on objectives says so
@@ -39,26 +40,27 @@ _MASKS = ("attention_mask", "KL_attention_mask", "chosen_attention_mask", "rejec
 _BASE = {"loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens"}
 
 
-class _Watched:
+class _Watched(Trainer):  # type: ignore[misc] # transformers is untyped here
     """A mixin for TRL's trainers: our optimizer, counted tokens, and no step on what is not finite."""
 
     asked: TrainSection
     adamw: AdamW | None = None
     counted: tuple[int, int, int] = (0, 0, 0)
 
-    def create_optimizer(self: Any, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in the format that the recipe names."""
         made = make_adamw(self, model or self.model, self.asked)
         self.adamw = self.optimizer = made
         return made
 
-    def compute_loss(self: Any, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss; the batch's tokens are counted on the way."""
-        self.counted = tuple(a + b for a, b in zip(self.counted, _tokens(inputs), strict=True))
-        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc] # the trainer that it is mixed into
+        before, (real, computed, labelled) = self.counted, _tokens(inputs)
+        self.counted = (before[0] + real, before[1] + computed, before[2] + labelled)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _get_grad_norm(self: Any, model: Any, grad_norm: Any = None) -> float:
-        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))  # type: ignore[misc] # as above
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
         check_finite(self.state.global_step + 1, float(self._tr_loss), norm)
         return norm
 
@@ -74,7 +76,7 @@ def _tokens(inputs: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 class _Kto(_Watched, KTOTrainer):  # type: ignore[misc] # TRL is untyped here
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:  # noqa: ARG002
+    def _prepare_dataset(self, dataset: Any, _processing_class: Any, args: Any, *_: Any) -> Any:
         """The rows as they are, each with the answer of its neighbour in the micro-batch, as TRL pairs them for the KL term."""
 
         def paired(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -85,7 +87,7 @@ class _Kto(_Watched, KTOTrainer):  # type: ignore[misc] # TRL is untyped here
 
 
 class _Orpo(_Watched, ORPOTrainer):  # type: ignore[misc] # TRL is untyped here
-    def tokenize_row(self, feature: Mapping[str, Any], model: Any = None) -> dict[str, Any]:  # noqa: ARG002 - TRL's signature
+    def tokenize_row(self, feature: Mapping[str, Any], *_: Any) -> dict[str, Any]:
         """The row as it is: it holds token ids."""
         return dict(feature)
 
@@ -202,11 +204,7 @@ def _kto(work: Work) -> AbstractContextManager[None]:
     weights = {"desirable_weight": asked.desirable_weight, "undesirable_weight": asked.undesirable_weight}
     config = KTOConfig(**arguments(work), beta=asked.beta, **weights, max_length=None)
     rows = judged_rows(work.rows, work.run.recipe.seed)
-    reference = None
-    if work.method.name == "full":
-        from tunesmith.models.load import load_model
-
-        reference = load_model(work.method.folder, **work.method.as_loaded)
+    reference = work.method.reference()
     return _trained(work, lambda **more: _Kto(args=config, train_dataset=rows, ref_model=reference, **more))
 
 
@@ -245,8 +243,6 @@ def _sampled(config_type: Any, trainer_type: Any) -> Callable[[Work], AbstractCo
 
 def prompt_rows(rows: Any) -> tuple[Any, dict[tuple[tuple[str, str], ...], list[int]]]:
     """The prompts as messages with their references, and the ids that each is asked with."""
-    import json
-
     prompts = [json.loads(text) for text in rows["prompt"]]
     ids = {_key(prompt): list(found) for prompt, found in zip(prompts, rows["prompt_ids"], strict=True)}
     return Dataset.from_dict({"prompt": prompts, "reference": list(rows["reference"])}), ids
