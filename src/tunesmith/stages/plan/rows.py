@@ -21,7 +21,7 @@ from tunesmith.errors import DataError, PlanError, Problem
 from tunesmith.io.documents import read_documents
 from tunesmith.io.rows import Row as FileRow
 from tunesmith.io.rows import read_rows
-from tunesmith.packing.tree import Limits, build_tree, split_by_length, split_units_for_trees
+from tunesmith.packing.tree import Limits, build_tree, filled, split_by_length, split_units_for_trees
 from tunesmith.recipe import DataSection, Objective
 from tunesmith.sections import ON_TREES, SAMPLED
 
@@ -127,9 +127,10 @@ def _batches(rows: Sequence[Row], limits: Limits, *, packing: bool) -> list[Batc
 
 def _batch(rows: Sequence[Row], *, packing: bool) -> Batch:
     total, labelled = sum(len(row.ids) for row in rows), sum(row.labelled for row in rows)
-    padded = len(rows) * max(len(row.ids) for row in rows)
-    computed = len(build_tree([row.ids for row in rows]).ids) if packing else padded
-    return Batch(computed, max(1, labelled), total)
+    if not packing:
+        return Batch(len(rows) * max(len(row.ids) for row in rows), max(1, labelled), total)
+    computed = len(build_tree([row.ids for row in rows]).ids)
+    return Batch(filled(computed), filled(max(1, labelled)), total)
 
 
 def refuse_unplanned(objective: Objective) -> None:
