@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tunesmith.hardware.calibration import Correction, Entry, memory_correction, time_correction
+from tunesmith.hardware.calibration import Correction, Entry, bytes_beside, time_correction
 from tunesmith.hardware.catalogue import GIB, Device
 from tunesmith.methods import METHODS
 from tunesmith.methods.settings import Settings, settle
@@ -252,9 +252,10 @@ class Planner:
         )
 
     def _typical(self, method: Method, made: Estimate) -> int:
-        """The peak that the device will show: allocated bytes, the allocator's share, the context; corrected by runs."""
-        over, measured = OVERHEAD[self.device.kind], memory_correction(self.entries, self.device.name, method)
-        return round((made.total_bytes * over.typical_share + over.typical_bytes) * (measured.typical if measured else 1))
+        """The peak that the device will show: allocated bytes, the allocator's share, and the context, as runs found it."""
+        over, found = OVERHEAD[self.device.kind], bytes_beside(self.entries, self.device.name, method)
+        beside = over.typical_bytes if found is None else max(0, found)
+        return round(made.total_bytes * over.typical_share + beside)
 
     def _scenario(
         self, method: Method, batch: Batch, settings: Settings, lever: Lever, *, accumulating: bool = False

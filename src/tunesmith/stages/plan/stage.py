@@ -324,8 +324,9 @@ def _scored(promise: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str,
 
 def _entry(planned: Mapping[str, Any], promise: Mapping[str, Any], summary: Mapping[str, Any]) -> Entry:
     """A run's measurement against the uncorrected predictions."""
-    over = OVERHEAD[planned["hardware"]["kind"]]
-    plain = promise["allocated_bytes"] * over.typical_share + over.typical_bytes
+    kind = planned["hardware"]["kind"]
+    allocated = promise["allocated_bytes"] * OVERHEAD[kind].typical_share
+    unseen = OVERHEAD[kind].typical_bytes if kind == "cuda" else 0  # the context: the meter counts the allocator's bytes
     return Entry(
         device=planned["hardware"]["name"],
         torch=installed_versions().get("torch", ""),
@@ -335,5 +336,5 @@ def _entry(planned: Mapping[str, Any], promise: Mapping[str, Any], summary: Mapp
         dtype=promise["settings"]["compute_dtype"],
         hidden_size=planned["model"]["hidden_size"],
         time=summary["seconds_per_step"] / promise["roofline_seconds_per_step"],
-        memory=summary["peak_memory_bytes"] / plain,
+        bytes_beside=round(summary["peak_memory_bytes"] - allocated + unseen),
     )
