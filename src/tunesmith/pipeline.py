@@ -69,9 +69,32 @@ def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], 
         if not runs:
             _say(console, "evaluate", "the base model, for comparison")
             evaluate_base(this, console)
+            _measure_machine(this, methods, console)
         _tune(this, console)
         runs.append(this)
     return compare(runs, folder / "compare")
+
+
+def _measure_machine(this: Run, methods: Sequence[str], console: Console) -> None:
+    """Run a few steps of each method of which this machine has none on record, so that no run's time is promised by guess."""
+    from tunesmith.hardware.calibration import read_entries, time_correction
+    from tunesmith.hardware.catalogue import read_gpus, this_device
+    from tunesmith.stages.plan.probe import calibrate
+    from tunesmith.stages.plan.rows import prepared_facts, refuse_unplanned
+    from tunesmith.stages.plan.stage import METHODS, calibration_file
+
+    recipe, device, entries = this.recipe, this_device(read_gpus()), read_entries(calibration_file())
+    dtype = device.compute_dtype if recipe.train.compute_dtype == "auto" else recipe.train.compute_dtype
+    unknown = [
+        method
+        for method in METHODS
+        if method in methods and time_correction(entries, device.name, method, dtype, 1).measurements == 0
+    ]
+    try:
+        refuse_unplanned(recipe.objective)
+        calibrate(recipe, prepared_facts(this.path / "data"), device, unknown, console, free=False)
+    except (ModelError, PlanError):
+        return  # the plan says why there is none
 
 
 def _tune(this: Run, console: Console) -> None:
