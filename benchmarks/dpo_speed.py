@@ -13,8 +13,6 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import claim, parser, report
+from sides import Side
 
 from tunesmith.chat.preference import to_pair
 from tunesmith.errors import Problem
@@ -38,39 +37,13 @@ RATE = 1e-4  # ten times the default, so that the losses move within a few steps
 Answers = Mapping[str, Mapping[str, Any]]
 
 
-class Side:
-    """A process that trains when told to."""
-
-    def __init__(self, name: str, micro: int) -> None:
-        self.name = name
-        command = [sys.executable, str(Path(__file__).with_name("dpo_side.py")), name, "--micro", str(micro)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def turn(self, run: Path) -> dict[str, Any]:
-        """Train a prepared run; seconds, losses, margins, peak bytes."""
-        if self.process.stdin is None or self.process.stdout is None:
-            raise AssertionError("the pipes were asked for")
-        self.process.stdin.write(f"{run}\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def end(self) -> None:
-        """Stop the process."""
-        self.process.kill()
-        self.process.wait()
-
-
 @contextmanager
 def sides(micro: int) -> Iterator[list[Side]]:
     """One process for each side."""
     with ExitStack() as stack:
         made = []
         for name in SIDES:
-            made.append(Side(name, micro))
+            made.append(Side(name, "dpo_side.py", ["--micro", str(micro)]))
             stack.callback(made[-1].end)
         yield made
 
@@ -153,7 +126,7 @@ def main() -> None:
             mine = rows[begin : begin + (asked.pairs if turn == 0 else each)]
             run = prepared(mine, Path(scratch) / f"turn-{turn}", asked.pairs, asked.seed)
             tokens = json.loads((run / "data" / "ledger.json").read_text(encoding="utf-8"))["tokens_train"]
-            answers = {side.name: side.turn(run) for side in processes}
+            answers = {side.name: side.ask(str(run)) for side in processes}
             if turn > 0:
                 results.append(row_of(turn, len(mine), tokens, answers))
                 print(f"turn {turn}: " + ", ".join(f"{name} {a['seconds']:.1f} s" for name, a in answers.items()), flush=True)

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from tests.hostile import HOSTILE, forged_turns
 
 from tunesmith.chat.named import named_template
+from tunesmith.datasections import NAMED_TEMPLATES, DataSection
 from tunesmith.io.rows import Row
 from tunesmith.models.load import locate
 from tunesmith.quality.review import Decisions
-from tunesmith.recipe import NAMED_TEMPLATES, DataSection
 from tunesmith.stages.prepare.work import Settings, Worker
 
 ROWS = 10  # of an example

@@ -5,7 +5,8 @@
 Each side is a process of its own that holds its model and waits; they take turns of an optimizer step or two (A B A B ...), and
 what counts is the median of the ratios of turns that follow each other. TRL's SFTTrainer is tuned to match: float32, no
 checkpointing, its micro-batches once padding-free and once padded; what is claimed is against the faster of the two.
-`trl_defaults` is TRL as it comes. `--only PART` does one part and leaves the others' results in the file as they are.
+`trl_defaults` is TRL as it comes. LLaMA-Factory trains in an environment of its own (llamafactory_env.py). `--only PART` does
+one part and leaves the others' results in the file as they are.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +23,11 @@ from typing import Any
 
 import torch
 from common import claim, merged, parser, report
+from sides import Side
 
 import tunesmith
 from tunesmith.demodata import write_input
+from tunesmith.models import builtin
 from tunesmith.models.architecture import read_architecture
 from tunesmith.models.builtin import NAME
 from tunesmith.models.catalogue import find_config
@@ -44,40 +45,6 @@ Row = dict[str, Any]
 Claims = list[dict[str, Any]]
 
 
-class Side:
-    """A process that trains when told to."""
-
-    def __init__(self, name: str, arguments: Sequence[str]) -> None:
-        self.name = name
-        command = [sys.executable, str(Path(__file__).with_name("train_side.py")), name, *arguments]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.ready = self._read()
-
-    def _read(self) -> dict[str, Any]:
-        if self.process.stdout is None:
-            raise AssertionError("the pipe was asked for")
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def turn(self, steps: int) -> dict[str, Any]:
-        """Train some optimizer steps: `seconds, losses, grad_norms, peak_memory_bytes`."""
-        if self.process.stdin is None:
-            raise AssertionError("the pipe was asked for")
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def end(self) -> None:
-        """Stop the process."""
-        self.process.kill()
-        self.process.wait()
-
-
 @contextmanager
 def processes(names: Sequence[str], data: Path, method: str, *, rows: int, micro: int, dtype: str) -> Iterator[list[Side]]:
     """Sides that have loaded the model and wait."""
@@ -85,9 +52,20 @@ def processes(names: Sequence[str], data: Path, method: str, *, rows: int, micro
     with ExitStack() as stack:
         made = []
         for name in names:
-            made.append(Side(name, [*arguments, "--dtype", dtype, "--scratch", str(data)]))
+            made.append(side_of(name, [*arguments, "--dtype", dtype, "--scratch", str(data)]))
             stack.callback(made[-1].end)
+            made[-1].read()  # that it is ready
         yield made
+
+
+def side_of(name: str, arguments: Sequence[str]) -> Side:
+    """The process of a side; LLaMA-Factory's has its own environment."""
+    if name != "llamafactory":
+        return Side(name, "train_side.py", arguments)
+    from llamafactory_env import ensure, paths
+
+    model = ["--model", str(builtin.ensure())]
+    return Side(name, "llamafactory_side.py", [*model, *arguments], python=ensure(), environment=paths())
 
 
 def prepared(name: str, folder: Path) -> Path:
@@ -108,11 +86,11 @@ def compared(data: Path, name: str, method: str, others: Sequence[str], *, dtype
     """Seconds and peaks of all sides over turns of one step, and for each peer the median ratio of its time to ours."""
     with processes(["tunesmith", *others], data, method, rows=ROWS, micro=MICRO, dtype=dtype) as sides:
         for side in sides:
-            side.turn(1)  # what the first step allocates
+            side.ask("1")  # what the first step allocates
         taken: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
         for _ in range(turns):
             for side in sides:
-                taken[side.name].append(side.turn(1))
+                taken[side.name].append(side.ask("1"))
     ours = taken["tunesmith"]
     row: Row = {"part": f"{name}-{method}", "dtype": dtype, "rows_a_step": ROWS}
     for side_name, made in taken.items():
@@ -142,6 +120,17 @@ def speed(name: str, method: str) -> Callable[[Path], tuple[Claims, list[Row]]]:
         return claims, [row]
 
     return part
+
+
+def llamafactory(folder: Path) -> tuple[Claims, list[Row]]:
+    """Rows a second against LLaMA-Factory, tuned as TRL is, for adapters on both sets."""
+    claims, rows = [], []
+    for name in ("demo", "alpaca"):
+        row = compared(prepared(name, folder), name, "lora", ["llamafactory"])
+        row["part"] = f"llamafactory-{name}"
+        claims.append(claim(f"rows_per_second_ratio_to_llamafactory_{name}_lora", row["llamafactory"]["time_ratio"], "x"))
+        rows.append(row)
+    return claims, rows
 
 
 def defaults(folder: Path) -> tuple[Claims, list[Row]]:
@@ -183,10 +172,10 @@ def floor(method: str) -> Callable[[Path], tuple[Claims, list[Row]]]:
         each = 6 if method == "full" else 4
         shares, rates = [], []
         with processes(["tunesmith"], data, method, rows=ROWS, micro=MICRO, dtype="float32") as (side,):
-            side.turn(1)
+            side.ask("1")
             for _ in range(4):
                 before = matrix_rate()
-                turn = side.turn(1)
+                turn = side.ask("1")
                 rates.append((before + matrix_rate()) / 2)
                 flops = each * (weights * turn["computed_tokens"] + head * turn["labelled_tokens"])
                 shares.append(flops / rates[-1] / turn["seconds"])
@@ -203,7 +192,7 @@ def parity(folder: Path) -> tuple[Claims, list[Row]]:
     for method in ("full", "lora"):
         data = prepared("demo", folder / method)
         with processes(["tunesmith", "trl_padded"], data, method, rows=2, micro=2, dtype="float32") as sides:
-            ours, theirs = (side.turn(PARITY_STEPS) for side in sides)
+            ours, theirs = (side.ask(str(PARITY_STEPS)) for side in sides)
         losses = [abs(one - other) for one, other in zip(ours["losses"], theirs["losses"], strict=True)]
         norms = [abs(one / other - 1) for one, other in zip(ours["grad_norms"], theirs["grad_norms"], strict=True)]
         rows.append(
@@ -240,6 +229,7 @@ PARTS: Mapping[str, Callable[[Path], tuple[Claims, list[Row]]]] = {
     "floor-lora": floor("lora"),
     "floor-full": floor("full"),
     "defaults": defaults,
+    "llamafactory": llamafactory,
 }
 
 

@@ -36,8 +36,9 @@ def forged_turns(worker: Worker, chunk: Chunk) -> int:
         return 0
     control = set(worker.tokenizer.added_tokens_decoder)
     found = 0
-    for ids, text in zip(chunk.batch["input_ids"].to_pylist(), chunk.batch["messages"].to_pylist(), strict=True):
-        (plain,) = worker.template.encode([[{**message, "content": "x"} for message in json.loads(text)]])
+    for ids, text in zip(chunk.batch["input_ids"].to_pylist(), chunk.batch["shown"].to_pylist(), strict=True):
+        messages = json.loads(text)["messages"]
+        (plain,) = worker.template.encode([[{**message, "content": "x"} for message in messages]])
         if not isinstance(plain, Encoded):
             raise AssertionError("the same turns with harmless texts cannot be encoded")
         found += sum(each in control for each in ids) != sum(each in control for each in plain.input_ids)

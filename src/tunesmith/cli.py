@@ -192,7 +192,8 @@ def export(run: RunPath) -> None:
 
     this = open_run(run)
     proof = stage(this)
-    _facts(proof, "mean_kl", "loss_difference", "top1_agreement", "tokens")
+    names = ("mean_kl", "loss_difference", "top1_agreement", "tokens", "max_reward_difference", "reward_accuracy")
+    _facts(proof, *(name for name in names if name in proof))
     print(this.path / "export" / this.recipe.export.name)
 
 
@@ -208,7 +209,8 @@ def evaluate(
 
     this = open_run(run)
     results = evaluate_base(this, _err()) if base else stage(this, model, _err())
-    _facts(results, "task_score", "json_parse_rate", "schema_valid_rate", "macro_f1", "eval_loss", "rows")
+    names = ("task_score", "perplexity", "json_parse_rate", "schema_valid_rate", "macro_f1", "eval_loss", "rows")
+    _facts(results, *(name for name in names if name in results))
     if "mmlu" in results:
         _facts({f"mmlu_{key}": value for key, value in results["mmlu"].items()}, "mmlu_accuracy", "mmlu_questions")
 

@@ -33,8 +33,9 @@ CODES: dict[str, str] = {
     "TS112": "data-different-prompts",
     "TS113": "data-wrong-objective",
     "TS114": "data-damaged-file",
-    "TS115": "data-malformed-table",
-    "TS116": "data-worker-died",
+    "TS115": "data-empty-document",
+    "TS116": "data-malformed-table",
+    "TS117": "data-worker-died",
     "TS120": "template-missing",
     "TS121": "template-refused-row",
     "TS122": "template-rewrites-answer",
@@ -54,8 +55,13 @@ CODES: dict[str, str] = {
     "TS207": "model-download-corrupt",
     "TS208": "model-config-incomplete",
     "TS209": "model-architecture-unknown",
+    "TS210": "model-positions-not-scalable",
     "TS301": "train-not-finite",
+    "TS302": "train-extra-missing",
+    "TS303": "train-bad-reward",
+    "TS304": "train-refused-by-trl",
     "TS401": "export-not-equal",
+    "TS402": "export-not-mergeable",
     "TS501": "evaluate-schema-invalid",
     "TS502": "evaluate-no-test-rows",
     "TS503": "evaluate-bad-reference",
@@ -67,6 +73,7 @@ CODES: dict[str, str] = {
     "TS702": "hardware-bad-catalogue",
     "TS703": "plan-bad-value",
     "TS704": "plan-nothing-fits",
+    "TS705": "plan-objective-not-covered",
 }
 
 

@@ -69,9 +69,32 @@ def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], 
         if not runs:
             _say(console, "evaluate", "the base model, for comparison")
             evaluate_base(this, console)
+            _measure_machine(this, methods, console)
         _tune(this, console)
         runs.append(this)
     return compare(runs, folder / "compare")
+
+
+def _measure_machine(this: Run, methods: Sequence[str], console: Console) -> None:
+    """Run a few steps of each method of which this machine has none on record, so that no run's time is promised by guess."""
+    from tunesmith.hardware.calibration import read_entries, time_correction
+    from tunesmith.hardware.catalogue import read_gpus, this_device
+    from tunesmith.stages.plan.probe import calibrate
+    from tunesmith.stages.plan.rows import prepared_facts, refuse_unplanned
+    from tunesmith.stages.plan.stage import METHODS, calibration_file
+
+    recipe, device, entries = this.recipe, this_device(read_gpus()), read_entries(calibration_file())
+    dtype = device.compute_dtype if recipe.train.compute_dtype == "auto" else recipe.train.compute_dtype
+    unknown = [
+        method
+        for method in METHODS
+        if method in methods and time_correction(entries, device.name, method, dtype, 1).measurements == 0
+    ]
+    try:
+        refuse_unplanned(recipe.objective)
+        calibrate(recipe, prepared_facts(this.path / "data"), device, unknown, console, free=False)
+    except (ModelError, PlanError):
+        return  # the plan says why there is none
 
 
 def _tune(this: Run, console: Console) -> None:
@@ -98,12 +121,12 @@ def prepare_shown(this: Run, console: Console) -> None:
 
 
 def _plan(this: Run, console: Console) -> None:
-    """The promise for this run; a model that the planner does not cover is trained without one."""
+    """The promise for this run; a model or an objective that the planner does not cover is trained without one."""
     from tunesmith.stages.plan.stage import plan
 
     try:
         promise = plan(this)["methods"][0]
-    except ModelError as error:
+    except (ModelError, PlanError) as error:
         _say(console, "plan", f"none: {error.problems[0].what}")
         return
     memory, step = promise["peak_memory_bytes"] / 2**30, promise["seconds_per_step"]
@@ -147,6 +170,10 @@ def _export(this: Run, console: Console) -> None:
     from tunesmith.stages.export import export
 
     proof = export(this)
+    if this.recipe.objective == "reward":
+        apart = proof["max_reward_difference"]
+        _say(console, "export", f"export/{this.recipe.export.name}, a reward model; rewards differ by {apart:.1e} at most")
+        return
     _say(
         console,
         "export",
@@ -158,11 +185,18 @@ def _export(this: Run, console: Console) -> None:
 def _evaluate(this: Run, console: Console) -> None:
     from tunesmith.stages.evaluate import evaluate
 
+    if this.recipe.objective == "reward":
+        _say(console, "evaluate", "nothing: a reward model answers no question")
+        return
     results = evaluate(this, console=console)
     loss = "" if results["eval_loss"] is None else f", eval loss {results['eval_loss']:.3f}"
     mmlu = results.get("mmlu")
     known = "" if mmlu is None else f", MMLU {100 * mmlu['accuracy']:.1f} % on {mmlu['questions']} questions"
-    _say(console, "evaluate", f"task score {100 * results['task_score']:.1f} % on {results['rows']} rows{loss}{known}")
+    if "perplexity" in results:
+        score = f"perplexity {results['perplexity']:.2f}, {100 * results['task_score']:.1f} % of tokens the first choice,"
+    else:
+        score = f"task score {100 * results['task_score']:.1f} %"
+    _say(console, "evaluate", f"{score} on {results['rows']} rows{loss}{known}")
 
 
 def _say(console: Console, stage: str, text: str) -> None:

@@ -7,229 +7,36 @@ why, into its own folder.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError
 
+from tunesmith.datasections import NAMED_TEMPLATES, AugmentSection, DataSection, unread_problems
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import sha256_json
-from tunesmith.rowrules import QUALITY, SCREENING, Rule, Setting, unknown_rules
+from tunesmith.recipekeys import unknown_keys, validation_problems
+from tunesmith.sections import (
+    Auto,
+    GrpoSection,
+    KtoSection,
+    OrpoSection,
+    PositiveInt,
+    PpoSection,
+    RewardSection,
+    RlooSection,
+    Section,
+    absolute_reward,
+    ignored_problems,
+)
 
 Method = Literal["full", "lora", "qlora"]
-Objective = Literal["sft", "dpo"]
-Auto = Literal["auto"]
+Objective = Literal["sft", "dpo", "pretrain", "kto", "orpo", "reward", "grpo", "rloo", "ppo"]
 Origin = Literal["default", "file", "override", "plan"]
 
-#: Chat templates that need no file.
-NAMED_TEMPLATES = ("chatml", "llama2", "llama3", "qwen", "chatglm", "mistral", "gemma", "phi")
-
-PositiveInt = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """A frozen part of the recipe; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-def _checked_rules(given: dict[str, Setting], known: Mapping[str, Rule]) -> dict[str, Setting]:
-    if wrong := list(unknown_rules(given, known)):
-        raise ValueError("; ".join(wrong))
-    return given
-
-
-class CleanSection(Section):
-    """What is mended in a row's text. Code, JSON, maths, emoji and joiners that a script needs are left as they are."""
-
-    html: bool = True
-    """Turn text that is all HTML markup into plain text; `pre` and `code` become Markdown code, rows about HTML are left."""
-    mojibake: bool = True
-    """Repair text that was decoded with the wrong character set, such as `Ã©` for `é`."""
-    unicode: bool = True
-    """Compose characters that were written in parts (NFC); nothing that looks different is replaced."""
-    control: bool = True
-    """Remove control characters and terminal colours; form feeds become line ends."""
-    zero_width: bool = True
-    """Remove invisible characters where the script around them has no use for them."""
-    whitespace: bool = True
-    """One kind of line end, no blanks at line ends, at most two blank lines in a row; indentation stays."""
-
-
-class DuplicatesSection(Section):
-    """Rows that are nearly the same, by MinHash over words."""
-
-    threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.8
-    """Rows whose sets of three-word runs overlap by this much (Jaccard) are duplicates; null looks for equal rows alone."""
-    num_perm: Annotated[int, Field(ge=16, le=1024)] = 128
-    """Hash functions of a signature: more find more pairs near the threshold and take more time."""
-
-
-class BalanceSection(Section):
-    """Down-sampling of classes that have too many rows."""
-
-    label: str | None = None
-    """A column, or a Jinja expression over `row`, `messages`, `answer` and `answer_json`, such as `answer_json.intent`."""
-    cap: PositiveInt | None = None
-    """Most rows of a class."""
-    ratio: Annotated[float, Field(ge=1)] | None = None
-    """Most rows of a class, as a multiple of the smallest class."""
-
-
-class OverlapSection(Section):
-    """Benchmarks that the rows must not contain: runs of 13 words that occur in them are reported."""
-
-    mmlu: str | None = None
-    """MMLU's folder with test/<subject>_test.csv."""
-    gsm8k: str | None = None
-    """GSM8K's test.jsonl."""
-    humaneval: str | None = None
-    """HumanEval.jsonl or .jsonl.gz."""
-
-
-RowFormat = Literal["auto", "messages", "alpaca", "sharegpt", "prompt"]
-
-
-class SourceSection(Section):
-    """One of several sources of rows."""
-
-    path: str
-    """A file, a folder or `hub:owner/name`, as for `data.train`."""
-    weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the mixture, relative to the other sources' weights; give all sources one, or none."""
-    format: RowFormat | None = None
-    """How its rows are written; data.format where it is not given."""
-    columns: dict[str, str] | None = None
-    """Its own mapping; data.columns where it is not given."""
-    split: str | None = None
-    """The split of a folder or hub data set; `train` where it is not given."""
-
-
-class DataSection(Section):
-    """What is trained on, and what is kept aside."""
-
-    train: str
-    """Rows to train on, relative to the recipe: .jsonl, .json or .csv (also .gz, .zst), .parquet, .arrow, .feather, a folder of
-    such files, or `hub:owner/name@revision`. Left out where `sources` is given."""
-    sources: list[SourceSection] = Field(default_factory=list)
-    """Several sources instead of `train`, mixed by their weights or by `temperature`, else all rows of all."""
-    temperature: Annotated[float, Field(ge=1)] | None = None
-    """Mix sources by their rows to the power of 1 / temperature: 1 is by size, more brings the small ones up."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """The file's columns by the format's names, such as `{prompt: question, completion: answer}`."""
-    test: str | None = None
-    """Rows of the task's test set; never trained on. Without it `evaluate` uses the held-out rows."""
-    format: RowFormat = "auto"
-    """How rows are written; `auto` reads it off each row's columns. With `objective: dpo`, how their prompts are."""
-    system: str | None = None
-    """A system turn put before conversations that have none."""
-    heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the train rows kept aside for the eval loss (a seeded draw)."""
-    max_rows: PositiveInt | None = None
-    """Train on at most this many rows (a seeded draw; the rest count as rejected, reason `over-max-rows`)."""
-    max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest row in tokens (of a pair the longer side)."""
-    overlong: Literal["reject", "truncate", "split"] = "reject"
-    """What happens to longer rows: left out, later turns dropped, or cut between turns into several. Pairs are left out."""
-    truncate_answers: bool = False
-    """With `overlong: truncate`, cut inside the answer of a row whose first answer is too long already."""
-    workers: PositiveInt | Auto = "auto"
-    """Processes that read rows; the result is the same for any number. `auto` takes one, and all cores from 20,000 rows on."""
-    on_bad_row: Literal["error", "reject"] = "error"
-    """What a row that cannot be used does: stop `prepare` with every such row named, or be left out and counted."""
-    chat_template: str | None = None
-    """Instead of the tokenizer's own: chatml, llama2, llama3, qwen, chatglm, mistral, gemma, phi, or a Jinja file."""
-    clean: CleanSection = CleanSection()
-    """What is mended in texts."""
-    quality: dict[str, Setting] = Field(default_factory=dict)
-    """Rules of quality whose action differs from the default: warn, fix, reject or off (docs/data.md names them)."""
-    screening: dict[str, Setting] = Field(default_factory=dict)
-    """The same for rules of screening: secrets, personal data, injections, hidden text."""
-    duplicates: DuplicatesSection = DuplicatesSection()
-    """Near duplicates."""
-    balance: BalanceSection = BalanceSection()
-    """Classes with too many rows."""
-    overlap: OverlapSection = OverlapSection()
-    """Benchmarks to look for among the rows."""
-    review: str = "review.jsonl"
-    """Where `tunesmith review` keeps what it decided about rows; the next `prepare` leaves out and edits rows by it."""
-    require_review: bool = False
-    """Train only on data that somebody has signed off with `tunesmith review`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_way_in(cls, given: Any) -> Any:
-        """`train` may be left out where there are sources."""
-        if isinstance(given, dict) and given.get("sources"):
-            if given.get("train"):
-                raise ValueError("give data.train or data.sources, not both")
-            return {**given, "train": ""}
-        return given
-
-    @model_validator(mode="after")
-    def _checked_weights(self) -> DataSection:
-        weights = [source.weight for source in self.sources]
-        if len({weight is None for weight in weights}) > 1:
-            raise ValueError("give all data.sources a weight, or none")
-        if self.temperature is not None and (not weights or weights[0] is not None):
-            raise ValueError("data.temperature wants data.sources without weights")
-        if self.truncate_answers and self.overlong != "truncate":
-            raise ValueError("data.truncate_answers wants data.overlong: truncate")
-        return self
-
-    @property
-    def parts(self) -> list[SourceSection]:
-        """The sources with what they take over from the section, or the one that `train` names."""
-        own = self.sources or [SourceSection(path=self.train)]
-        return [
-            source.model_copy(
-                update={
-                    "format": source.format or self.format,
-                    "columns": self.columns if source.columns is None else source.columns,
-                }
-            )
-            for source in own
-        ]
-
-    @field_validator("quality")
-    @classmethod
-    def _known_quality(cls, given: dict[str, Setting]) -> dict[str, Setting]:
-        return _checked_rules(given, QUALITY)
-
-    @field_validator("screening")
-    @classmethod
-    def _known_screening(cls, given: dict[str, Setting]) -> dict[str, Setting]:
-        return _checked_rules(given, SCREENING)
-
-
-class AugmentSection(Section):
-    """More rows by paraphrases of an OpenAI-compatible endpoint, for `tunesmith augment`."""
-
-    base_url: str | None = None
-    """The endpoint, such as http://localhost:8000/v1."""
-    model: str | None = None
-    """The model's name there."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; local servers need none."""
-    out: str = "augmented.jsonl"
-    """Where the new rows go; what was asked is kept beside it, so that nothing is asked twice."""
-    paraphrases: PositiveInt = 1
-    """Paraphrases asked for each row."""
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    """How free the paraphrases are."""
-    concurrency: Annotated[int, Field(gt=0, le=256)] = 8
-    """Requests at once."""
-    max_retries: Annotated[int, Field(ge=0)] = 5
-    """How often a request that failed is sent again, waiting longer each time."""
-    max_requests: PositiveInt = 1000
-    """Most answers to pay for, with those of earlier runs into the same file; an attempt that failed does not count."""
-    max_tokens: PositiveInt = 1_000_000
-    """Most tokens, prompts and answers, with those of earlier runs; requests on their way when it is reached still count."""
 
 
 class LoraSection(Section):
@@ -255,7 +62,8 @@ class TrainSection(Section):
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps; overrides num_train_epochs."""
     learning_rate: Rate | Auto = "auto"
-    """Peak rate; `auto` is 2e-4 for LoRA and QLoRA, 2e-5 for full, and a twentieth of these with `objective: dpo`."""
+    """Peak rate; `auto` is 2e-4 for LoRA and QLoRA, 2e-5 for full; with `objective: reward` five times as much, with all others
+    but `sft` a twentieth."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """How the rate moves after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -275,12 +83,21 @@ class TrainSection(Section):
     """Micro-batches for each optimizer step; `auto` follows from effective_batch_size."""
     packing: bool = True
     """Lay rows out as prefix trees, so that what they share is computed once; else pad them to the longest of like length."""
-    optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
-    """AdamW with float32 masters and states (12 bytes a bf16 weight), or with bf16 (4) or 8-bit (2) states and no masters."""
+    shifted_sparse_attention: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """LongLoRA's group size: while training, tokens attend within groups of so many, half of the heads half a group later. Rows
+    are padded instead of packed; evaluation and the exported model attend to everything."""
+    optim: Literal["adamw", "adamw_kahan", "adamw_bf16", "adamw_8bit"] = "adamw"
+    """AdamW with float32 masters and states (12 bytes a bf16 weight); with bf16 states and what rounding cuts off (6, Kahan
+    sums); with bf16 (4) or 8-bit (2) states and weights rounded stochastically."""
     optimizer_in_backward: bool = False
     """Update each weight as soon as its gradient is there and free the gradient; one micro-batch a step, clipped one by one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep activations in the machine's memory between forward and backward pass (GPU only)."""
+    attn_implementation: Literal["auto", "flash_attention_3", "flash_attention_2", "xformers", "sdpa", "eager"] = "auto"
+    """Attention's kernel, in transformers' words. `auto` is the trees' own, or sdpa where rows are padded; another one pads
+    rows, and falls back (flash, sdpa, eager) where it cannot be had, with an event."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     """NEFTune: noise on the embeddings while training, up to alpha / sqrt(row length x hidden size); 5 to 15 in the paper."""
     eval_steps: PositiveInt | None = None
@@ -334,6 +151,15 @@ class EvaluateSection(Section):
     """Examples before each question: the first ones of the dev file."""
 
 
+class RopeScalingSection(Section):
+    """Positions beyond the model's window, in transformers' words."""
+
+    rope_type: Literal["linear", "yarn"]
+    """`linear` interpolates positions, as LongLoRA does; `yarn` fast rotations less than slow ones."""
+    factor: Annotated[float, Field(gt=1)]
+    """The window grows by this factor: max_position_embeddings of the exported model."""
+
+
 class Recipe(Section):
     """One run: a model, a method, data, and how to train, export and evaluate."""
 
@@ -344,7 +170,11 @@ class Recipe(Section):
     method: Method | Auto = "lora"
     """full, lora or qlora; `auto` takes what `plan` recommends for the data and the machine."""
     objective: Objective = "sft"
-    """`sft` learns the answers, `dpo` to prefer a row's chosen answer to its rejected one."""
+    """`sft` learns the answers, `pretrain` every token of raw text (continued pre-training); `dpo`, `kto` and `orpo` which
+    answers are preferred, `reward` a model that scores answers; `grpo`, `rloo` and `ppo` sample answers and learn from their
+    rewards. `kto`, `orpo`, `reward`, `grpo` and `rloo` run in TRL and want `tunesmith[trl]`: see docs/preference.md."""
+    rope_scaling: RopeScalingSection | None = None
+    """`{rope_type: linear, factor: 4}`: train and export with a longer window (`linear` or `yarn`, factor above 1)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds every draw: the held-out rows, the row order, the adapter's start, dropout."""
     data: DataSection
@@ -355,6 +185,18 @@ class Recipe(Section):
     """The training loop."""
     dpo: DpoSection = DpoSection()
     """The preference loss, with `objective: dpo`."""
+    kto: KtoSection = KtoSection()
+    """With `objective: kto`."""
+    orpo: OrpoSection = OrpoSection()
+    """With `objective: orpo`."""
+    reward: RewardSection = RewardSection()
+    """With `objective: reward`."""
+    grpo: GrpoSection = GrpoSection()
+    """With `objective: grpo`."""
+    rloo: RlooSection = RlooSection()
+    """With `objective: rloo`."""
+    ppo: PpoSection = PpoSection()
+    """With `objective: ppo`."""
     export: ExportSection = ExportSection()
     """The exported model."""
     evaluate: EvaluateSection = EvaluateSection()
@@ -397,12 +239,16 @@ def parse_recipe(text: str, source: str, base: Path, overrides: Sequence[str] = 
         key, value = _parse_override(override)
         _assign(values, key, value, override)
         origins[".".join(key.split(".")[:2])] = "override"
-    problems = [*_unknown_keys(Recipe, values, (), source)]
+    problems = [*unknown_keys(Recipe, values, source)]
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems += _validation_problems(error, source)
+        problems += validation_problems(Recipe, error, source)
         raise RecipeError(problems) from error
+    dumped = recipe.model_dump(mode="json")
+    problems += [*ignored_problems(dumped, source), *unread_problems(dumped, source)]
+    if problems:
+        raise RecipeError(problems)
     recipe = _with_absolute_paths(recipe, base)
     defaults: dict[str, Origin] = dict.fromkeys(_dotted(recipe.model_dump(mode="json")), "default")
     known = {key: origin for key, origin in origins.items() if key in defaults}
@@ -490,77 +336,6 @@ def _dotted(values: Mapping[str, Any]) -> Iterable[str]:
             yield key
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
-
-
-def _all_keys(model: type[Section], prefix: str = "") -> Iterable[str]:
-    for name, field in model.model_fields.items():
-        inner = _section_of(field.annotation)
-        yield f"{prefix}{name}"
-        if inner is not None:
-            yield from _all_keys(inner, f"{prefix}{name}.")
-
-
-def _unknown_keys(model: type[Section], values: Mapping[str, Any], path: tuple[str, ...], source: str) -> Iterable[Problem]:
-    for key, value in values.items():
-        field = model.model_fields.get(str(key))
-        if field is None:
-            dotted = ".".join((*path, str(key)))
-            yield Problem(
-                "TS002",
-                f"unknown key {dotted!r}",
-                source,
-                "a key that nothing reads would be silently without effect",
-                _nearest(dotted),
-            )
-        elif isinstance(value, dict) and (inner := _section_of(field.annotation)) is not None:
-            yield from _unknown_keys(inner, value, (*path, str(key)), source)
-
-
-def _unknown_in_list(loc: Sequence[str | int], source: str) -> Problem:
-    dotted = ".".join(map(str, loc))
-    why = "a key that nothing reads would be silently without effect"
-    known = ", ".join(SourceSection.model_fields)
-    return Problem("TS002", f"unknown key {dotted!r}", source, why, f"a source has {known}")
-
-
-def _nearest(dotted: str) -> str:
-    known = list(_all_keys(Recipe))
-    last = dotted.rpartition(".")[2]
-    by_last = {name.rpartition(".")[2]: name for name in known}
-    match = difflib.get_close_matches(dotted, known, 1, 0.75) or [
-        by_last[name] for name in difflib.get_close_matches(last, list(by_last), 1, 0.7)
-    ]
-    return f"did you mean {match[0]!r}?" if match else "see docs/recipe.md for all keys"
-
-
-def _validation_problems(error: ValidationError, source: str) -> Iterable[Problem]:
-    """Pydantic's errors as problems, one for each key (a union reports each of its branches)."""
-    items, known = error.errors(include_url=False), set(_all_keys(Recipe))
-    seen: set[str] = set()
-    for item in items:
-        if item["type"] == "extra_forbidden":
-            if any(isinstance(part, int) for part in item["loc"]):  # inside a list, where _unknown_keys does not look
-                yield _unknown_in_list(item["loc"], source)
-            continue
-        names = [str(part) for part in item["loc"]]
-        while len(names) > 1 and ".".join(names) not in known:
-            names.pop()  # the rest names a branch of a union, not a key
-        dotted = ".".join(names) or "recipe"
-        if dotted in seen:
-            continue
-        seen.add(dotted)
-        if item["type"] == "missing":
-            yield Problem("TS004", f"key {dotted!r} is missing", source, "there is no sensible default", f"add {dotted!r}")
-        else:
-            given = repr(item["input"])
-            allowed = "; ".join(dict.fromkeys(e["msg"] for e in items if e["loc"][: len(names)] == item["loc"][: len(names)]))
-            what = f"{dotted} = {given[:80]}: {allowed}"
-            yield Problem("TS003", what, source, "the run would not do what the recipe says", f"correct {dotted!r}")
-
-
 def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     def absolute(value: str | None) -> str | None:
         return None if value is None else str((base / value).resolve())
@@ -575,6 +350,10 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     data["review"] = absolute(recipe.data.review)
     overlap = {key: absolute(value) for key, value in recipe.data.overlap}
     evaluate = {key: absolute(getattr(recipe.evaluate, key)) for key in ("json_schema", "mmlu")}
+    sampling = {
+        key: section.model_copy(update={"reward_funcs": [absolute_reward(each, base) for each in section.reward_funcs]})
+        for key, section in (("grpo", recipe.grpo), ("rloo", recipe.rloo), ("ppo", recipe.ppo))
+    }
     model = recipe.model
     if model.startswith((".", "/", "~")):
         model = str((base / Path(model).expanduser()).resolve())
@@ -584,5 +363,6 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
             "data": recipe.data.model_copy(update=data | {"overlap": recipe.data.overlap.model_copy(update=overlap)}),
             "augment": recipe.augment.model_copy(update={"out": absolute(recipe.augment.out)}),
             "evaluate": recipe.evaluate.model_copy(update=evaluate),
+            **sampling,
         }
     )

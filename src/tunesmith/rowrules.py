@@ -38,6 +38,9 @@ QUALITY: dict[str, Rule] = {
     "benchmark-overlap": Rule("warn", "a run of 13 words that a benchmark has too (`data.overlap`)"),
 }
 
+#: Rules of quality that need neither turns nor answers, so that raw text is checked by them too.
+OF_TEXTS = ("near-duplicate", "benchmark-overlap")
+
 #: What `data.screening` may name.
 SCREENING: dict[str, Rule] = {
     "secret": Rule("reject", "a key, token or password of a known form", fixable=True),

@@ -42,8 +42,9 @@ evaluate: {{json_schema: schema.json, label: colour, max_new_tokens: 8}}
     return write(tmp_path / "recipe.yaml", recipe)
 
 
-def test_three_methods_and_their_comparison(task: Path) -> None:
+def test_three_methods_and_their_comparison(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = task.parent
+    monkeypatch.setenv("TUNESMITH_CALIBRATION", str(folder / "calibration.json"))  # a machine that was never measured
     done = tunesmith("run", task, "--run", "out", "--methods", "full,lora,qlora", cwd=folder)
     assert done.returncode == 0, done.stderr
     table = json.loads((folder / "out" / "compare" / "compare.json").read_text(encoding="utf-8"))
@@ -65,6 +66,7 @@ def test_three_methods_and_their_comparison(task: Path) -> None:
         assert len((run / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
         promise = json.loads((run / "plan" / "plan.json").read_text(encoding="utf-8"))
         assert [entry["method"] for entry in promise["methods"]] == [method]
+        assert promise["methods"][0]["time_measurements"] == 1  # the machine was measured first
         score = json.loads((run / "score" / "score.json").read_text(encoding="utf-8"))
         summary = json.loads((run / "train" / "summary.json").read_text(encoding="utf-8"))
         for key in ("peak_memory_bytes", "seconds_per_step"):
@@ -82,6 +84,7 @@ def test_three_methods_and_their_comparison(task: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "tok/s" not in again.stderr  # nothing was trained again
     assert "answers" not in again.stderr  # nor evaluated
+    assert "calibrate" not in again.stderr
 
 
 def test_stages_one_by_one(task: Path) -> None:

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from tests.conftest import COLOURS, chat_row
 from tests.hostile import HOSTILE, forged_turns
 from tunesmith.chat.named import named_template
+from tunesmith.datasections import NAMED_TEMPLATES, DataSection
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.io.rows import Row
 from tunesmith.quality.review import Decisions, row_digest
-from tunesmith.recipe import NAMED_TEMPLATES, DataSection, ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
+from tunesmith.recipe import ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
 from tunesmith.runs import create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.prepare.mixture import shares, targets

@@ -81,6 +81,7 @@ def test_closed_form_equals_trace(name: str, method: str) -> None:
         {"method": "full", "dtype": "float32"},
         {"method": "lora", "dtype": "float32", "gradient_checkpointing": True},
         {"method": "full", "optim": "adamw_bf16"},
+        {"method": "full", "optim": "adamw_kahan"},
         {"method": "full", "optim": "adamw_8bit", "optimizer_in_backward": True, "gradient_checkpointing": True},
         {"method": "full", "accumulating": True},
         {"method": "lora", "attention": "tree", "rows": 1, "length": 512},

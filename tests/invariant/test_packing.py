@@ -16,7 +16,7 @@ from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.packing.attention import Layout, masked_attention, tree_attention
 from tunesmith.packing.batch import PaddedCollator, StepCollator, collate_tree, labelled_count, reason_against_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
-from tunesmith.packing.tree import TREE_ARCHITECTURES, Limits, build_tree, split_by_length, split_for_trees
+from tunesmith.packing.tree import FILL, TREE_ARCHITECTURES, Limits, build_tree, fill, filled, split_by_length, split_for_trees
 
 VOCABULARY = 61
 SMALL: dict[str, Any] = {
@@ -80,8 +80,10 @@ def test_a_step_is_cut_into_micro_batches_within_the_limits(rows: list[dict[str,
         assert sum(batch["row_tokens"] for batch in batches) == sum(len(row["input_ids"]) for row in rows)
         whole = collate(rows)
         assert sum(map(labelled_count, batches)) == labelled_count(whole)
+        fill_up = filled if collate is collate_tree else int
         assert all(
-            batch["input_ids"].numel() <= tokens or batch["row_tokens"] == batch["input_ids"].numel() for batch in batches
+            batch["input_ids"].numel() <= tokens or batch["input_ids"].numel() == fill_up(batch["row_tokens"])
+            for batch in batches
         )
         groups = split_for_trees([row["input_ids"] for row in rows], limits)
         assert sorted(index for group in groups for index in group) == list(range(len(rows)))
@@ -99,8 +101,9 @@ def test_rows_that_share_come_together() -> None:
 
 
 def test_what_shares_nothing_fills_micro_batches_tightly() -> None:
-    """70 + 30 and 60 + 40 fit into two hundreds; taken in their order they would take three."""
-    rows = [[start + place for place in range(length)] for start, length in ((0, 60), (100, 70), (200, 40), (300, 30))]
+    """70 + 26 and 60 + 36 fit into two times 96; taken in their order they would take three. Trees are filled up."""
+    rows = [[start + place for place in range(length)] for start, length in ((0, 60), (100, 70), (200, 36), (300, 26))]
+    assert len(split_for_trees(rows, Limits(95))) == 3
     assert sorted(map(sorted, split_for_trees(rows, Limits(100)))) == [[0, 2], [1, 3]]
 
 
@@ -182,8 +185,25 @@ def test_shared_instruction_is_computed_once() -> None:
     shared = list(range(1, 51))
     rows = [{"input_ids": [*shared, 51 + n, 52, 53], "trained": [False] * 51 + [True] * 2} for n in range(6)]
     batch = collate_tree(rows)
-    assert batch["input_ids"].shape == (1, 50 + 6 * 3)
+    assert batch["input_ids"].shape == (1, filled(50 + 6 * 3))
     assert labelled_count(batch) == 12
+
+
+@given(rows=random_rows())
+def test_what_fills_a_tree_up_is_seen_by_no_row(rows: list[dict[str, Any]]) -> None:
+    plain = build_tree([row["input_ids"] for row in rows])
+    tree, held = fill(plain), len(plain.ids)
+    assert len(tree.ids) == len(tree.positions) == filled(held)
+    assert filled(held) % FILL == 0
+    assert 0 <= filled(held) - held < FILL
+    assert tree.ids[:held] == plain.ids
+    assert tree.paths == plain.paths
+    mask = Layout(tree.nodes, len(tree.ids)).mask(torch.device("cpu"))
+    assert torch.equal(mask[:held, :held], Layout(plain.nodes, held).mask(torch.device("cpu")))
+    assert not mask[:held, held:].any()
+    batch = collate_tree(rows)
+    assert len(batch["weights"]) % FILL == 0
+    assert labelled_count(batch) == sum(sum(row["trained"][1:]) for row in rows)
 
 
 def test_what_is_not_exact_is_refused() -> None:

@@ -129,7 +129,7 @@ def test_learning_rate_warms_up_and_follows_the_cosine(make_recipe: MakeRecipe, 
     assert rates[2:] == sorted(rates[2:], reverse=True)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adamw_bf16", "adamw_8bit"])
+@pytest.mark.parametrize("optim", ["adamw", "adamw_kahan", "adamw_bf16", "adamw_8bit"])
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_every_optimizer_learns_in_bf16(make_recipe: MakeRecipe, tmp_path: Path, optim: str, in_backward: bool) -> None:
     more = {"train__optim": optim, "train__optimizer_in_backward": in_backward, "train__compute_dtype": "bfloat16"}
@@ -138,6 +138,41 @@ def test_every_optimizer_learns_in_bf16(make_recipe: MakeRecipe, tmp_path: Path,
     losses = [loss for (loss,) in metrics(run, "loss")]
     assert losses[-1] < losses[0] - 0.4
     assert all(0 < norm < 100 for (norm,) in metrics(run, "grad_norm"))
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"),
+    [
+        ({"train__optim": "adamw_kahan"}, 0.003),
+        ({"train__optim": "adamw_bf16"}, 0.02),
+        ({"train__optim": "adamw_8bit"}, 0.03),
+        ({"train__gradient_checkpointing": True}, 1e-6),
+        ({"train__attn_implementation": "eager"}, 0.003),
+    ],
+)
+def test_the_loss_follows_the_plain_run(
+    make_recipe: MakeRecipe, tmp_path: Path, change: dict[str, Any], tolerance: float
+) -> None:
+    """20 steps in bf16 at a rate that brings the loss down by more than 0.4: never further apart than the tolerance."""
+    common = {"method": "full", "train__compute_dtype": "bfloat16", "train__max_steps": 20, "train__learning_rate": 2e-3}
+    plain = trained(make_recipe, tmp_path / "plain", **common)
+    other = trained(make_recipe, tmp_path / "other", **common, **change)
+    pairs = list(zip(metrics(plain, "loss"), metrics(other, "loss"), strict=True))
+    assert pairs[-1][0][0] < pairs[0][0][0] - 0.4
+    assert max(abs(one - two) for (one,), (two,) in pairs) < tolerance
+
+
+def test_attention_falls_back_and_tells(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    asked = {"train__attn_implementation": "flash_attention_3", "train__max_steps": 2, "train__compute_dtype": "float32"}
+    run = trained(make_recipe, tmp_path / "flash", method="lora", **asked)
+    events = [event for event in run.events("train") if event["code"] == "attention-fallback"]
+    assert [event["message"].split(":")[0] for event in events] == [
+        "attention flash_attention_3 cannot be used, flash_attention_2 is tried",
+        "attention flash_attention_2 cannot be used, sdpa is tried",
+    ]
+    assert "packing-off" in [event["code"] for event in run.events("train")]
+    padded = trained(make_recipe, tmp_path / "padded", method="lora", **asked | {"train__attn_implementation": "sdpa"})
+    assert metrics(run, "loss") == metrics(padded, "loss")
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -1,12 +1,17 @@
-"""Batched greedy generation equals one prompt at a time."""
+"""Batched greedy generation equals one prompt at a time, and what transformers generates."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.invariant.test_packing import CONFIGS
+from tunesmith.packing.decode import decode_attention, greedy, reason_against_sharing
 from tunesmith.stages.evaluate.generate import generate
 
 
@@ -31,3 +36,61 @@ def test_answers_end_before_the_stop_token(tiny_model: Path) -> None:
     stopped = generate(model, prompts, stop_ids=[stop], max_new_tokens=6, batch_size=2)
     assert stopped[0] == free[0][: free[0].index(stop)]
     assert stop not in stopped[1]
+
+
+def float64_model(name: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).double().eval()
+
+
+def alike(shared: int) -> list[list[int]]:
+    """Prompts of different lengths that begin with the same `shared` ids."""
+    generator = torch.Generator().manual_seed(1)
+    prefix, *rests = (torch.randint(3, 60, (n,), generator=generator).tolist() for n in (shared, 1, 7, 3, 5))
+    return [prefix + rest for rest in rests]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shared", [0, 1, 12])
+def test_a_shared_prefix_changes_no_answer(name: str, shared: int) -> None:
+    """Rows that end at different steps included: two of the ids that come are taken for stops."""
+    model, prompts = float64_model(name), alike(shared)
+    free = [transformers_answer(model, prompt, [0]) for prompt in prompts]
+    stops = [free[0][2], free[1][5]]
+    expected = [transformers_answer(model, prompt, stops) for prompt in prompts]
+    assert len({len(answer) for answer in expected}) > 1
+    before = model.config._attn_implementation
+    assert greedy(model, prompts, shared, stop_ids=stops, max_new_tokens=9) == expected
+    assert model.config._attn_implementation == before
+    assert generate(model, prompts, stop_ids=stops, max_new_tokens=9, batch_size=4) == [
+        [token for token in answer if token not in stops] for answer in expected
+    ]
+
+
+def transformers_answer(model: Any, prompt: list[int], stops: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    made = model.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=stops, pad_token_id=0)
+    answer: list[int] = made[0, len(prompt) :].tolist()
+    return answer
+
+
+def test_a_prefix_goes_through_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    sizes: list[int] = []
+    embed = model.get_input_embeddings()
+    embed.register_forward_hook(lambda _module, inputs, _output: sizes.append(inputs[0].numel()))
+    prompts = [[*range(100, 150), 7 + number] for number in range(6)]
+    generate(model, prompts, stop_ids=[2], max_new_tokens=3, batch_size=6)
+    assert sizes == [50, 6, 6, 6]
+
+
+def test_what_would_not_be_greedy_alone_goes_through_transformers(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    assert reason_against_sharing(model, 100) is None
+    prompts = [[11, 12, 13, 14, 11, 12], [11, 12, 21]]
+    plain = generate(model, prompts, stop_ids=[2], max_new_tokens=8, batch_size=2)
+    model.generation_config.repetition_penalty = 1.8
+    assert "repetition_penalty" in str(reason_against_sharing(model, 100))
+    assert generate(model, prompts, stop_ids=[2], max_new_tokens=8, batch_size=2) != plain
+    with pytest.raises(ValueError, match="its places"):
+        decode_attention(None, *(torch.ones(1, 1, 1, 2) for _ in range(3)), None)

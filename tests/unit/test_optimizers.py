@@ -9,6 +9,8 @@ import torch
 
 from tunesmith.methods import optimizers
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
+from tunesmith.methods.rounding import join_halves, split_halves
+from tunesmith.methods.sizes import COMPENSATED, STATE_BITS, master_bytes, state_bytes
 
 
 def trained(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: int = 20) -> torch.Tensor:
@@ -85,16 +87,43 @@ def test_small_states_lose_no_small_updates_in_the_mean() -> None:
     assert abs(weight.detach().double().mean().item() - (1 - 20e-5)) < 3e-5
 
 
-@pytest.mark.parametrize(("bits", "wanted"), [(32, 12), (16, 4), (8, 2 + 8 / 256)])
-def test_bytes_a_parameter(bits: int, wanted: float) -> None:
+@pytest.mark.parametrize("optim", STATE_BITS)
+def test_bytes_a_parameter(optim: str) -> None:
     weight = torch.nn.Parameter(torch.zeros(2**14, dtype=torch.bfloat16))
-    optimizer = AdamW([weight], bits=bits)
+    optimizer = AdamW([weight], bits=STATE_BITS[optim], compensated=optim in COMPENSATED)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     state = optimizer.state[weight]
     kept = [*state["exp_avg"].tensors(), *state["exp_avg_sq"].tensors()]
-    kept += [] if state["master"] is None else [state["master"]]
-    assert sum(tensor.numel() * tensor.element_size() for tensor in kept) / 2**14 == wanted
+    kept += [state[name] for name in ("master", "cut_off") if state.get(name) is not None]
+    taken = sum(tensor.numel() * tensor.element_size() for tensor in kept) / 2**14
+    assert taken == {"adamw": 12, "adamw_kahan": 6, "adamw_bf16": 4, "adamw_8bit": 2 + 8 / 256}[optim]
+    assert taken == state_bytes(optim) + master_bytes(optim)
+
+
+def test_kahan_sums_are_float32_sums() -> None:
+    """Beside a bf16 weight stand the 16 bits that rounding cut off: with exact states the sum is float32's, bit for bit."""
+    generator = torch.Generator().manual_seed(5)
+    start = torch.randn(3000, generator=generator).bfloat16()
+    weight, exact = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
+    kept, plain = AdamW([weight], lr=1e-3, compensated=True), AdamW([exact], lr=1e-3)
+    for _ in range(50):
+        gradient = torch.randn(3000, generator=generator)
+        weight.grad, exact.grad = gradient.bfloat16(), gradient.bfloat16().float()
+        kept.step()
+        plain.step()
+    assert (weight.detach().float() - exact.detach()).abs().max() <= exact.detach().abs().max() / 256
+    with kept.unloaded():
+        assert torch.equal(weight.detach(), exact.detach())
+    assert weight.dtype == torch.bfloat16
+
+
+def test_halves_join_to_the_same_bits() -> None:
+    values = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, 1e-40, 3.0e38, 1.00390625, -1.00390625, float("inf")])])
+    rounded, cut_off = split_halves(values.clone())
+    assert torch.equal(join_halves(rounded, cut_off).view(torch.int32), values.view(torch.int32))
+    nearest = values.bfloat16()
+    assert (rounded.float() - values)[:-1].abs().le((nearest.float() - values)[:-1].abs()).all()
 
 
 def test_update_in_backward_equals_update_after() -> None:

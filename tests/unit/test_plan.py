@@ -12,8 +12,9 @@ import pytest
 
 from tests.conftest import chat_row
 from tunesmith.errors import DataError, PlanError, RecipeError
-from tunesmith.hardware.calibration import Entry, add_entries, memory_correction, read_entries, time_correction
+from tunesmith.hardware.calibration import Entry, add_entries, bytes_beside, read_entries, time_correction
 from tunesmith.hardware.catalogue import GIB, find_device, read_gpus
+from tunesmith.io.atomic import read_json, write_json
 from tunesmith.models.architecture import Architecture, read_architecture
 from tunesmith.models.catalogue import known_models
 from tunesmith.planning import Request, facts_of, read_asks, recipe_of
@@ -21,7 +22,7 @@ from tunesmith.recipe import Method, ResolvedRecipe, parse_recipe
 from tunesmith.stages.plan.chart import frontier
 from tunesmith.stages.plan.decide import Asks, smallest_cluster
 from tunesmith.stages.plan.memory import estimate
-from tunesmith.stages.plan.options import Planner
+from tunesmith.stages.plan.options import OVERHEAD, Planner
 from tunesmith.stages.plan.rows import assumed, read_facts
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.speed import micro_batch_work
@@ -265,14 +266,16 @@ def test_time_follows_what_is_computed(architecture: Architecture) -> None:
 
 
 def entry(time: float, **more: Any) -> Entry:
-    fields: dict[str, Any] = {"source": "run", "method": "lora", "dtype": "bfloat16", "hidden_size": 576, "memory": None}
+    fields: dict[str, Any] = {"source": "run", "method": "lora", "dtype": "bfloat16", "hidden_size": 576}
     return Entry(device="cpu", torch="2", date="2026-01-01", time=time, **{**fields, **more})
 
 
 def test_corrections_come_from_like_measurements(tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     assert read_entries(file) == []
-    add_entries(file, [entry(1.5), entry(1.7), entry(1.6, memory=1.2), entry(9.0, method="full"), entry(4.0, hidden_size=4096)])
+    add_entries(
+        file, [entry(1.5), entry(1.7), entry(1.6, bytes_beside=2**30), entry(9.0, method="full"), entry(4.0, hidden_size=4096)]
+    )
     entries = read_entries(file)
     assert len(entries) == 5
     typical = time_correction(entries, "cpu", "lora", "bfloat16", 640)
@@ -280,9 +283,11 @@ def test_corrections_come_from_like_measurements(tmp_path: Path) -> None:
     assert typical.safe > 1.7
     assert time_correction(entries, "cpu", "lora", "bfloat16", 5120).typical == 4.0
     assert time_correction(entries, "other", "lora", "bfloat16", 576).measurements == 0
-    memory = memory_correction(entries, "cpu", "lora")
-    assert memory is not None
-    assert memory.typical == 1.2
+    assert bytes_beside(entries, "cpu", "lora") == 2**30
+    assert bytes_beside(entries, "cpu", "full") is None
+    older = [{**each, "memory": 1.2} for each in read_json(file)]
+    write_json(file, older)
+    assert read_entries(file) == entries
     file.write_text("{broken", encoding="utf-8")
     assert read_entries(file) == []
 
@@ -294,6 +299,17 @@ def test_a_measurement_moves_the_plan() -> None:
     slow = plan_for(recipe().recipe, assumed(10_000, 2048), device, GPUS, entries=known).options["lora"]
     assert slow.seconds_per_step == pytest.approx(2 * plain.seconds_per_step)
     assert slow.time_measurements == 1
+    assert slow.peak_memory_bytes == plain.peak_memory_bytes
+
+
+def test_what_a_run_took_beside_its_tensors_is_added_and_not_multiplied() -> None:
+    device = find_device("24GB", GPUS)
+    known = [replace(entry(1.0), device=device.name, bytes_beside=2**30)]
+    plain, found = (
+        plan_for(recipe().recipe, assumed(10_000, 2048), device, GPUS, entries=entries, free=False).options["lora"]
+        for entries in ([], known)
+    )
+    assert found.peak_memory_bytes - plain.peak_memory_bytes == 2**30 - OVERHEAD["cuda"].typical_bytes
 
 
 # --- what was typed ---

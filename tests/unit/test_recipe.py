@@ -106,7 +106,18 @@ def test_preference_keys_move_the_digest_of_training(change: str) -> None:
     assert one.section_digest("train", "data") == two.section_digest("train", "data")
 
 
-@pytest.mark.parametrize("change", ["objective=ppo", "dpo.beta=0", "dpo.label_smoothing=0.5", "dpo.label_smoothing=-0.1"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "objective=ipo",
+        "kto.beta=0",
+        "ppo.lam=2",
+        "grpo.num_generations=1",
+        "dpo.beta=0",
+        "dpo.label_smoothing=0.5",
+        "dpo.label_smoothing=-0.1",
+    ],
+)
 def test_preference_values_out_of_range_are_refused(change: str) -> None:
     assert change.partition("=")[0] in next(iter(problems(GOOD, change)))
 

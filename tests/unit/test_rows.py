@@ -146,7 +146,7 @@ def test_bad_csv_lines_are_rows_with_a_problem(tmp_path: Path) -> None:
     path.write_bytes(b'a,b\n1,2\n3\n"x"y,1\n\xff,4\n5,6\n')
     rows = list(read_rows(path))
     assert [row.where.rpartition(":")[2] for row in rows] == ["2", "3", "4", "5", "6"]
-    assert [row.problem.code if row.problem else "" for row in rows] == ["", "TS115", "TS115", "TS115", ""]
+    assert [row.problem.code if row.problem else "" for row in rows] == ["", "TS116", "TS116", "TS116", ""]
     path.write_text("a,a\n1,2\n", encoding="utf-8")
     with pytest.raises(DataError):
         list(read_rows(path))

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunesmith.datasections import DataSection
 from tunesmith.errors import RecipeError
 from tunesmith.quality import Checker, SetStatistics, row_facts
 from tunesmith.quality.language import language
 from tunesmith.quality.screening import is_card, is_iban
-from tunesmith.recipe import DataSection, parse_recipe
+from tunesmith.recipe import parse_recipe
 from tunesmith.rowrules import QUALITY, SCREENING
 
 

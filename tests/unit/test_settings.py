@@ -40,6 +40,11 @@ def test_defaults_of_the_methods() -> None:
     assert settings.compute_dtype == "float32"
 
 
+def test_raw_text_is_learned_at_the_rate_of_answers() -> None:
+    settings = settle(recipe().model_copy(update={"objective": "pretrain"}), 5_000, 2e-4, CPU)
+    assert (settings.learning_rate, settings.reasons["learning_rate"]) == (2e-4, "default of lora")
+
+
 @pytest.mark.parametrize(("method", "rate"), [("full", 1e-6), ("lora", 1e-5), ("qlora", 1e-5)])
 def test_preference_pairs_get_a_twentieth_of_the_rate(method: str, rate: float) -> None:
     asked = recipe().model_copy(update={"objective": "dpo", "method": method})

@@ -68,8 +68,10 @@ def _missing_side(row: Mapping[str, Any], where: str) -> Problem | None:
     missing = [side for side in SIDES if row.get(side) is None]
     if len(missing) == len(SIDES):
         why = "preferring needs an answer to prefer and one to prefer it to"
-        fix = f"give rows {_WANTED}, or train with objective: sft"
-        return Problem("TS113", "a row without 'chosen' and 'rejected' with objective: dpo", where, why, fix)
+        fix = f"give rows {_WANTED}, or train with another objective"
+        return Problem(
+            "TS113", "a row without 'chosen' and 'rejected' with an objective on pairs (dpo, orpo, reward)", where, why, fix
+        )
     if missing:
         why = "one answer alone says nothing about what is preferred"
         return Problem("TS110", f"the side {missing[0]!r} is missing", where, why, "add it or delete the row")

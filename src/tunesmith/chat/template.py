@@ -72,7 +72,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.source = template
         self._check(name, why)
-        self._control = _control_pattern(tokenizer)
+        self._control = control_pattern(tokenizer)
         self._skeletons: dict[tuple[str, ...], list[Piece] | str] = {}
         self._turn_end = self._shared_turn_end()
         tokens = tokenizer.convert_ids_to_tokens(tokenizer("Hi", add_special_tokens=False)["input_ids"])
@@ -347,7 +347,7 @@ class ChatTemplate:
         parts: list[tuple[str, bool]] = []
         joinable = False
         for span in spans:
-            cuts = _cuts(self._control, span.text) if span.content else []
+            cuts = control_cuts(self._control, span.text) if span.content else []
             edges = [0, *cuts, len(span.text)]
             for number, (start, end) in enumerate(pairwise(edges)):
                 if joinable and number == 0 and parts[-1][1] == span.trained:
@@ -378,14 +378,14 @@ def _by_offsets(plan: tuple[list[Span], tuple[str, ...]], ids: list[int], offset
     return Encoded(list(ids), [any(flags[start:end]) for start, end in offsets], plan[1])
 
 
-def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
+def control_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Matches the text of any token that the tokenizer takes out of a text whole: special and added ones."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     words = sorted({word for word in added if word.strip()}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, words)) if words else r"(?!)")
 
 
-def _cuts(control: re.Pattern[str], text: str) -> list[int]:
+def control_cuts(control: re.Pattern[str], text: str) -> list[int]:
     """Where to cut `text` so that no piece holds a whole control token: inside each occurrence, overlaps included."""
     cuts: list[int] = []
     position = 0

@@ -1,7 +1,7 @@
 """What was measured against what was predicted, kept for the next plan: one entry for each probe and each finished run.
 
 An entry says on which device, with which torch, when, for which method, dtype and width a step took how many times as long as
-the roofline says, and how many times as much memory as the closed form. The cache folder holds them, JSON, newest last.
+the roofline says, and how many bytes the process took beside the closed form's. The cache folder holds them, JSON, newest last.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import datetime
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tunesmith.io.atomic import read_json, write_json
 
@@ -26,7 +26,11 @@ LEAST_SPREAD = 1.1
 
 @dataclass(frozen=True)
 class Entry:
-    """One measurement: `time` and `memory` are measured over predicted; `memory` is null where it was not measured."""
+    """One measurement: `time` is measured over predicted; `bytes_beside` the peak less what the allocator was asked for.
+
+    Bytes and no ratio: they are the process's own (libraries, compiled products, slack), and so do not grow with the model.
+    None where memory was not measured.
+    """
 
     device: str
     torch: str
@@ -36,7 +40,7 @@ class Entry:
     dtype: str
     hidden_size: int
     time: float
-    memory: float | None = None
+    bytes_beside: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,13 @@ class Correction:
 
 
 def read_entries(file: Path) -> list[Entry]:
-    """All entries, oldest first; none where there is no file. A damaged file counts as none: it is only a cache."""
+    """All entries, oldest first; none where there is no file. A damaged file counts as none: it is only a cache.
+
+    What earlier versions wrote beside the fields of today is left out.
+    """
+    names = [each.name for each in fields(Entry)]
     try:
-        return [Entry(**entry) for entry in read_json(file)]
+        return [Entry(**{name: entry[name] for name in names if name in entry}) for entry in read_json(file)]
     except (OSError, ValueError, TypeError):
         return []
 
@@ -78,10 +86,10 @@ def time_correction(entries: Sequence[Entry], device: str, method: str, dtype: s
     return _correction(nearest)
 
 
-def memory_correction(entries: Sequence[Entry], device: str, method: str) -> Correction | None:
-    """The correction of a step's memory on this device, by runs alone; None before the first."""
-    like: list[Any] = [e.memory for e in entries if (e.device, e.method) == (device, method) and e.memory is not None]
-    return _correction(like[-_NEAR:]) if like else None
+def bytes_beside(entries: Sequence[Entry], device: str, method: str) -> int | None:
+    """Bytes that the process takes beside a step's own on this device, the median of the newest runs; None before the first."""
+    like = [e.bytes_beside for e in entries if (e.device, e.method) == (device, method) and e.bytes_beside is not None]
+    return round(statistics.median(like[-_NEAR:])) if like else None
 
 
 def _correction(ratios: Sequence[float]) -> Correction:

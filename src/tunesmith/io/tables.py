@@ -49,7 +49,7 @@ def _header(cells: list[str], where: str) -> list[str]:
     if len(set(cells)) == len(cells):
         return cells
     why = "of two columns with one name one would be lost"
-    raise DataError(Problem("TS115", "a column name stands twice in the header", where, why, "rename it"))
+    raise DataError(Problem("TS116", "a column name stands twice in the header", where, why, "rename it"))
 
 
 def _cells_problem(cells: list[str], header: list[str], where: str) -> Problem | None:
@@ -62,7 +62,7 @@ def _cells_problem(cells: list[str], header: list[str], where: str) -> Problem |
 
 def _bad_line(where: str, detail: str) -> Problem:
     why = "a row that cannot be read cannot be trained on, and guessing would change your data quietly"
-    return Problem("TS115", f"not a row of the table: {detail}", where, why, "correct that line; quote cells that hold commas")
+    return Problem("TS116", f"not a row of the table: {detail}", where, why, "correct that line; quote cells that hold commas")
 
 
 def parquet_rows(path: Path) -> Iterator[Read]:

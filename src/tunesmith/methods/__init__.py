@@ -25,4 +25,4 @@ def make_method(recipe: Recipe, folder: Path, *, compute_dtype: str, r: int, lor
         use_rslora=recipe.lora.use_rslora,
         seed=recipe.seed,
     )
-    return METHODS[recipe.method](folder, compute_dtype, adapter, recipe.train.gradient_checkpointing)
+    return METHODS[recipe.method](folder, compute_dtype, adapter, recipe.train.gradient_checkpointing, recipe.rope_scaling)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tunesmith.recipe import RopeScalingSection
+
 
 @dataclass(frozen=True)
 class AdapterSettings:
@@ -31,14 +33,24 @@ class Method(ABC):
     compute_dtype: str
     adapter: AdapterSettings
     gradient_checkpointing: bool = False
+    rope_scaling: RopeScalingSection | None = None
 
     name: ClassVar[str]
     #: Peak learning rate where the recipe says `auto`.
     default_learning_rate: ClassVar[float]
 
+    @property
+    def as_loaded(self) -> dict[str, Any]:
+        """What `load_model` is told of the base model, beside its folder."""
+        return {"dtype": self.compute_dtype, "rope_scaling": self.rope_scaling}
+
     @abstractmethod
     def build(self) -> Any:
         """The model ready to train: loaded, prepared, with exactly the trainable parameters requiring gradients."""
+
+    def reference(self) -> Any | None:
+        """The untrained model beside the one that is trained; None where that is the base below its adapter."""
+        return None
 
     @abstractmethod
     def save(self, model: Any, folder: Path) -> None:

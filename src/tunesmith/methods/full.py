@@ -18,11 +18,14 @@ class Full(Method):
     def build(self) -> Any:
         from tunesmith.methods.blocks import fuse_blocks
 
-        model = load_model(self.folder, dtype=self.compute_dtype)
+        model = load_model(self.folder, **self.as_loaded)
         fuse_blocks(model)
         if self.gradient_checkpointing:
             enable_checkpointing(model)
         return model
+
+    def reference(self) -> Any:
+        return load_model(self.folder, **self.as_loaded)
 
     def save(self, model: Any, folder: Path) -> None:
         model.save_pretrained(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tunesmith.methods.base import Method, enable_checkpointing
+from tunesmith.methods.base import AdapterSettings, Method, enable_checkpointing
 from tunesmith.models.load import load_model
 
 
@@ -24,6 +24,21 @@ def adapter_targets(model: Any, asked: str | list[str]) -> str | list[str]:
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
+def adapter_config(model: Any, asked: AdapterSettings, **more: Any) -> Any:
+    """PEFT's configuration of the adapter that is asked for on `model`; `more` are other keys of it, such as `task_type`."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=asked.r,
+        lora_alpha=asked.lora_alpha,
+        lora_dropout=asked.lora_dropout,
+        target_modules=adapter_targets(model, asked.target_modules),
+        use_rslora=asked.use_rslora,
+        bias="none",
+        **more,
+    )
+
+
 class Lora(Method):
     """Frozen base in the compute dtype; adapters kept in float32, multiplied in the compute dtype."""
 
@@ -32,11 +47,11 @@ class Lora(Method):
 
     def load_base(self) -> Any:
         """The frozen base model."""
-        return load_model(self.folder, dtype=self.compute_dtype)
+        return load_model(self.folder, **self.as_loaded)
 
     def build(self) -> Any:
         import torch
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
         from tunesmith.methods.adapter import fuse_adapters
         from tunesmith.methods.blocks import fuse_blocks
@@ -45,15 +60,7 @@ class Lora(Method):
         fuse_blocks(base)
         if self.gradient_checkpointing:
             enable_checkpointing(base)
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.adapter.r,
-            lora_alpha=self.adapter.lora_alpha,
-            lora_dropout=self.adapter.lora_dropout,
-            target_modules=adapter_targets(base, self.adapter.target_modules),
-            use_rslora=self.adapter.use_rslora,
-            bias="none",
-        )
+        config = adapter_config(base, self.adapter, task_type="CAUSAL_LM")
         torch.manual_seed(self.adapter.seed)
         model = get_peft_model(base, config)  # makes the adapters float32
         fuse_adapters(model)

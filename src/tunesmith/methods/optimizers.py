@@ -3,6 +3,7 @@
 Bytes for each parameter of a bf16 model, beside the weight (2) and its gradient (2):
 
     adamw        12      float32 master 4, states 4 + 4
+    adamw_kahan   6      states 2 + 2, and the 16 bits that rounding the weight to bf16 cuts off, so that nothing is lost
     adamw_bf16    4      states 2 + 2, the weight rounded stochastically instead of a master
     adamw_8bit    2.03   states 1 + 1 in blocks of 256 with a float32 scale each, the weight rounded stochastically
 
@@ -19,8 +20,8 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from torch.optim.adamw import adamw
 
-from tunesmith.methods.rounding import round_bits
-from tunesmith.methods.sizes import OPTIMIZER_SLICE, STATE_BLOCK
+from tunesmith.methods.rounding import join_halves, round_bits, split_halves
+from tunesmith.methods.sizes import COMPENSATED, OPTIMIZER_SLICE, STATE_BITS, STATE_BLOCK
 
 #: The 256 values between -1 (or 0, unsigned) and 1 that a byte stands for: bitsandbytes' dynamic map.
 _VALUES: dict[bool, list[float]] = {signed: create_dynamic_map(signed=signed).tolist() for signed in (False, True)}
@@ -70,7 +71,9 @@ class AdamW(torch.optim.Optimizer):
 
     A bf16 weight keeps 8 bits of precision: an update below 1/256 of the weight would be rounded away. So the update goes
     to a float32 master (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1), or is rounded stochastically, which keeps
-    it in expectation. `bits` is the size of each state: 32 (with masters), 16 or 8. `seed` decides the rounding.
+    it in expectation. `bits` is the size of each state: 32 (with masters), 16 or 8. `compensated` keeps beside a bf16 weight
+    what rounding cut off, to be added before the next update (Kahan's sum; here all 16 bits, so the sum is float32's).
+    `seed` decides the rounding.
     """
 
     def __init__(
@@ -82,19 +85,28 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         bits: int = 32,
+        compensated: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.bits = bits
+        self.bits, self.compensated = bits, compensated
         device = self.param_groups[0]["params"][0].device
         self.generator = torch.Generator(device).manual_seed(seed)
+
+    @classmethod
+    def named(cls, optim: str, parameters: Iterable[Any], **more: Any) -> AdamW:
+        """The one that the recipe's `train.optim` names."""
+        return cls(parameters, bits=STATE_BITS[optim], compensated=optim in COMPENSATED, **more)
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
             exact = parameter.dtype in {torch.float32, torch.float64}
             state["step"] = 0
-            state["master"] = parameter.detach() if exact else parameter.detach().float() if self.bits == 32 else None
+            masters = self.bits == 32 and not self.compensated
+            state["master"] = parameter.detach() if exact else parameter.detach().float() if masters else None
+            if self.compensated and not exact:
+                state["cut_off"] = torch.zeros(parameter.numel(), dtype=torch.int16, device=parameter.device)
             state["exp_avg"] = _State(parameter, self.bits, signed=True)
             state["exp_avg_sq"] = _State(parameter, self.bits, signed=False)
         return state
@@ -117,9 +129,13 @@ class AdamW(torch.optim.Optimizer):
         state = self._state_of(parameter)
         weight, gradient = parameter.detach().view(-1), parameter.grad.reshape(-1)
         master = None if state["master"] is None else state["master"].view(-1)
+        cut_off: torch.Tensor | None = state.get("cut_off")
         for begin in range(0, len(weight), OPTIMIZER_SLICE):
             part = slice(begin, min(begin + OPTIMIZER_SLICE, len(weight)))
-            target = weight[part].float() if master is None else master[part]
+            if cut_off is not None:
+                target = join_halves(weight[part], cut_off[part])
+            else:
+                target = weight[part].float() if master is None else master[part]
             moments = [state[name].read(part) for name in ("exp_avg", "exp_avg_sq")]
             step = torch.tensor(float(state["step"]), device=weight.device)
             beta1, beta2 = group["betas"]
@@ -141,7 +157,9 @@ class AdamW(torch.optim.Optimizer):
             )
             for name, values in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
                 state[name].write(part, values, self.generator)
-            if master is None:
+            if cut_off is not None:
+                weight[part], cut_off[part] = split_halves(target)
+            elif master is None:
                 weight[part] = round_bits(target, self.generator)
             elif master.dtype != weight.dtype:
                 weight[part] = target.to(weight.dtype)
@@ -149,7 +167,7 @@ class AdamW(torch.optim.Optimizer):
 
     @contextmanager
     def unloaded(self) -> Iterator[None]:
-        """For a while the model has its float32 masters, as after `unload`; then the rounded parameters again."""
+        """For a while the model has what was trained in float32, as after `unload`; then the rounded parameters again."""
         kept = [(parameter, parameter.data) for parameter in self.state]
         self.unload()
         try:
@@ -159,9 +177,11 @@ class AdamW(torch.optim.Optimizer):
                 parameter.data = data
 
     def unload(self) -> None:
-        """Put the masters in the place of the rounded parameters: the model is then what was trained, in float32."""
+        """Put what was trained, in float32, in the place of the rounded parameters, where it was kept."""
         for parameter, state in self.state.items():
-            if state["master"] is not None:
+            if "cut_off" in state:
+                parameter.data = join_halves(parameter.detach().view(-1), state["cut_off"]).view(parameter.shape)
+            elif state["master"] is not None:
                 parameter.data = state["master"]
 
 

@@ -21,17 +21,23 @@ class QLora(Lora):
 
     name: ClassVar[str] = "qlora"
 
-    def load_base(self) -> Any:
+    def quantization(self, skip: list[str] | None = None) -> Any:
+        """How transformers turns the base to NF4; modules named in `skip` (and by default the head) stay as they are."""
         import torch
         from transformers import BitsAndBytesConfig
 
-        config = BitsAndBytesConfig(
+        return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
+            llm_int8_skip_modules=skip,
         )
-        return load_model(self.folder, dtype=self.compute_dtype, quantization_config=config)
+
+    def load_base(self) -> Any:
+        return load_model(
+            self.folder, dtype=self.compute_dtype, quantization_config=self.quantization(), rope_scaling=self.rope_scaling
+        )
 
     def load_trained(self, folder: Path) -> Any:
         import torch

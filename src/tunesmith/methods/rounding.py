@@ -37,6 +37,26 @@ def round_bits(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     return kept.view(torch.float32).to(torch.bfloat16)
 
 
+def split_halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`values` (float32) as bfloat16, rounded to the nearest (halves away from zero), and the 16 bits that this cuts off.
+
+    `join_halves` gives back the same bits. `values` is used up. What is not finite stays so.
+    """
+    bits = values.view(torch.int32)
+    cut_off = bits.to(torch.int16)  # the lower half, as a signed number: where it is negative, rounding goes up
+    bits += 1 << (_DROPPED_BITS - 1)
+    bits >>= _DROPPED_BITS
+    return bits.to(torch.int16).view(torch.bfloat16), cut_off
+
+
+def join_halves(rounded: torch.Tensor, cut_off: torch.Tensor) -> torch.Tensor:
+    """The float32 values of which `split_halves` made the two."""
+    bits = rounded.view(torch.int16).to(torch.int32)
+    bits <<= _DROPPED_BITS
+    bits += cut_off
+    return bits.view(torch.float32)
+
+
 def round_model(model: Any, seed: int) -> Any:
     """`model` in bfloat16, its float32 parameters rounded stochastically in place; tied ones stay tied."""
     generator = torch.Generator().manual_seed(seed)

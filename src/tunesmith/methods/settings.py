@@ -17,6 +17,10 @@ RANKS: tuple[tuple[float, int], ...] = ((1_000, 8), (10_000, 16), (100_000, 32),
 #: of what SFT takes. The gradient pulls two answers apart, also where the model knows both; the paper's runs took 1e-6 too.
 DPO_LEARNING_RATES = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
 
+#: The same of the other objectives: the defaults of TRL's KTO, ORPO, GRPO and RLOO are 1e-6 too, that of its RewardConfig is
+#: 1e-4, and its pages take ten times as much for adapters. PPO takes what GRPO does.
+REWARD_LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
+
 #: Effective batch: the first one whose run has at least that many optimizer steps; small data gets a smaller batch
 #: rather than too few steps to learn from.
 #: Tokens at once where the recipe leaves both rows and tokens open: enough for products at full speed, on a laptop too.
@@ -63,6 +67,10 @@ def auto_batch(rows_seen: float) -> int:
 def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Hardware) -> Settings:
     """All settings of a run over `rows` train rows on one device."""
     asked, reasons = recipe.train, dict[str, str]()
+    if asked.activation_offloading and hardware.device == "cpu":
+        why = "on a CPU activations are in the machine's memory already"
+        fix = "leave it out, or use train.gradient_checkpointing: true to hold fewer of them"
+        raise RecipeError(Problem("TS003", "activation_offloading without a GPU", "train", why, fix))
 
     def settled(name: str, value: Any, auto: Any, reason: str) -> Any:
         if value == "auto":
@@ -72,8 +80,9 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
         return value
 
     default, reason = default_learning_rate, f"default of {recipe.method}"
-    if recipe.objective == "dpo":
-        default, reason = DPO_LEARNING_RATES[recipe.method], f"{reason} with DPO"
+    if recipe.objective not in {"sft", "pretrain"}:
+        rates = REWARD_LEARNING_RATES if recipe.objective == "reward" else DPO_LEARNING_RATES
+        default, reason = rates[recipe.method], f"{reason} with {recipe.objective.upper()}"
     rate = settled("learning_rate", asked.learning_rate, default, reason)
     rank = settled("r", recipe.lora.r, auto_rank(rows), f"{rows} train rows")
     alpha = settled("lora_alpha", recipe.lora.lora_alpha, 2 * rank, "2 r")

@@ -13,10 +13,18 @@ OPTIMIZER_SLICE = 2**23
 STATE_BLOCK = 256
 
 #: Bits of each of AdamW's two states, by the recipe's `train.optim`.
-STATE_BITS = {"adamw": 32, "adamw_bf16": 16, "adamw_8bit": 8}
+STATE_BITS = {"adamw": 32, "adamw_kahan": 16, "adamw_bf16": 16, "adamw_8bit": 8}
+
+#: Those of them that keep what rounding a bf16 weight cuts off, in two more bytes.
+COMPENSATED = frozenset({"adamw_kahan"})
 
 
 def state_bytes(optim: str) -> float:
-    """Bytes of both states for a parameter."""
+    """Bytes of both states for a parameter; what a bf16 weight needs beside them is in `master_bytes`."""
     bits = STATE_BITS[optim]
     return 2 * (bits / 8 + (4 / STATE_BLOCK if bits == 8 else 0))
+
+
+def master_bytes(optim: str) -> int:
+    """Bytes that keep a bf16 weight's update exact: a float32 master, or what rounding cut off; 0 where it is drawn."""
+    return 4 if optim == "adamw" else 2 if optim in COMPENSATED else 0

@@ -12,6 +12,8 @@ from tunesmith.io import safe
 from tunesmith.io.atomic import sha256_file, sha256_json, write_json
 from tunesmith.models import builtin
 from tunesmith.models.cache import cache_folder
+from tunesmith.models.rope import scale
+from tunesmith.recipe import RopeScalingSection
 
 #: What a model folder is made of. Nothing else is fetched from a hub or counted in a digest.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -111,23 +113,54 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def load_model(folder: Path, *, dtype: str, quantization_config: Any = None) -> Any:
+def _safely(dtype: str, quantization_config: Any) -> dict[str, Any]:
+    """How every model is opened: no code of its own, safetensors alone, nothing fetched; on the GPU where there is one."""
+    import torch
+
+    return {
+        "dtype": getattr(torch, dtype),
+        "device_map": {"": 0} if torch.cuda.is_available() else None,
+        "quantization_config": quantization_config,
+        "attn_implementation": "sdpa",
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "local_files_only": True,
+    }
+
+
+def load_model(
+    folder: Path, *, dtype: str, quantization_config: Any = None, rope_scaling: RopeScalingSection | None = None
+) -> Any:
     """The folder's causal language model in `dtype` ("float32" or "bfloat16"), on the GPU where there is one.
 
-    Attention is SDPA. Raises ModelError for a folder that is not safe to open.
+    Attention is SDPA. Raises ModelError for a folder that is not safe to open, or whose positions cannot be scaled as asked.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet()
     safe.check_model_folder(folder)
+    changed = {}
+    if rope_scaling is not None:
+        changed["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        scale(changed["config"], rope_scaling, folder)
     return AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=getattr(torch, dtype),
-        device_map={"": 0} if torch.cuda.is_available() else None,
-        quantization_config=quantization_config,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
+        **changed,
+        **_safely(dtype, quantization_config),
+    )
+
+
+def load_scorer(folder: Path, *, dtype: str, quantization_config: Any = None) -> Any:
+    """The folder's model with a head that gives one number for a sequence; the head is random where the folder has none.
+
+    Raises ModelError for a folder that is not safe to open.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    quiet()
+    safe.check_model_folder(folder)
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=1,
+        **_safely(dtype, quantization_config),
     )

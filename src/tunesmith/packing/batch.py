@@ -7,7 +7,7 @@ each, N labelled places.
     position_ids (B, L)    each token's place in its own row
     sources (N,)           index into the flattened (B x L) hidden states of the one that predicts the label
     targets (N,)           the label's id
-    weights (N,)           how many rows have this label at this place
+    weights (N,)           how many rows have this label at this place; 0 for what fills a tree's labels up (`tree.FILL`)
     row_tokens             tokens of all rows, each counted with its whole prefix (an int)
     tree_layout            a tree's nodes, for attention (tree only)
     attention_mask (B, L)  1 for real tokens (padded only, and only where rows differ in length)
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from tunesmith.packing.attention import Layout
-from tunesmith.packing.tree import TREE_ARCHITECTURES, Limits, build_tree, split_by_length, split_for_trees
+from tunesmith.packing.tree import TREE_ARCHITECTURES, Limits, build_tree, fill, filled, split_by_length, split_for_trees
 
 Batch = dict[str, Any]
 Owners = list[tuple[int, int]]  # (row, label): a batch's label that a row has; one that rows share stands once for each
@@ -54,7 +54,7 @@ def collate_tree(rows: Rows) -> Batch:
 
 def tree_with_owners(rows: Rows) -> tuple[Batch, Owners]:
     """`collate_tree`, and which row has which labels."""
-    tree = build_tree([row["input_ids"] for row in rows])
+    tree = fill(build_tree([row["input_ids"] for row in rows]))
     labels: dict[tuple[int, int], int] = {}  # (source, target): the label's number
     owners: Owners = []
     for number, (row, path) in enumerate(zip(rows, tree.paths, strict=True)):
@@ -62,13 +62,16 @@ def tree_with_owners(rows: Rows) -> tuple[Batch, Owners]:
         places = [(path[i - 1], path[i]) for i in range(1, len(path)) if trained[i]]
         owners += [(number, labels.setdefault(place, len(labels))) for place in places]
     sources, targets = [source for source, _ in labels], [tree.ids[target] for _, target in labels]
-    weights = Counter(label for _, label in owners)
+    count = Counter(label for _, label in owners)
+    weights = [count[label] for label in range(len(labels))]
+    more = filled(len(labels)) - len(labels)
+    sources, targets, weights = (some + [0] * more for some in (sources, targets, weights))
     batch = {
         "input_ids": torch.tensor([tree.ids], dtype=torch.long),
         "position_ids": torch.tensor([tree.positions], dtype=torch.long),
         "sources": torch.tensor(sources, dtype=torch.long),
         "targets": torch.tensor(targets, dtype=torch.long),
-        "weights": torch.tensor([weights[label] for label in range(len(labels))], dtype=torch.float32),
+        "weights": torch.tensor(weights, dtype=torch.float32),
         "row_tokens": sum(map(len, tree.paths)),
         "tree_layout": Layout(tree.nodes, len(tree.ids)),
     }

@@ -21,7 +21,7 @@ from tunesmith.packing.attention import Layout
 from tunesmith.packing.batch import Batch, PaddedCollator, reason_against_tree, to_device
 from tunesmith.packing.chunks import chunk_rows
 from tunesmith.packing.loss import changes_logits, logits_in_chunks, use_tree_attention
-from tunesmith.packing.tree import MIN_SHARED, Limits, build_tree, shared_length, split_by_length
+from tunesmith.packing.tree import MIN_SHARED, Limits, build_tree, fill, shared_length, split_by_length
 
 #: Tokens that go through the model at once. Each tree pays for the header again, so few large trees are better than many
 #: small ones; docs/architecture.md has token counts, `benchmarks/mmlu_scoring.py --budgets` the seconds.
@@ -156,7 +156,7 @@ def _padded_groups(model: Any, rows: Sequence[Row], max_tokens: int) -> Iterator
 
 def _tree_batch(rows: Sequence[Row]) -> tuple[Batch, Sequence[Sequence[int]]]:
     """The model's inputs for a tree of rows, and for each row the places of its tokens."""
-    tree = build_tree(rows)
+    tree = fill(build_tree(rows))
     batch: Batch = {
         "input_ids": torch.tensor([tree.ids], dtype=torch.long),
         "position_ids": torch.tensor([tree.positions], dtype=torch.long),

@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
+from tunesmith.datasections import BalanceSection
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.quality.findings import Message, last_answer
-from tunesmith.recipe import BalanceSection
 
 
 class Label:

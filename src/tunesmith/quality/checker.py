@@ -1,12 +1,15 @@
-"""All checks of one row, in their order: hidden text as it came, cleaning, screening, then the answers."""
+"""All checks of one row, in their order: hidden text as it came, cleaning, screening, then the answers.
+
+Raw text is screened and nothing else.
+"""
 
 from __future__ import annotations
 
+from tunesmith.datasections import DataSection
 from tunesmith.quality.clean import clean
 from tunesmith.quality.findings import Finding, Message
 from tunesmith.quality.rules import ROW_RULES, merged_turns
 from tunesmith.quality.screening import BEFORE_CLEANING, SCREENED, screen
-from tunesmith.recipe import DataSection
 from tunesmith.rowrules import QUALITY, SCREENING, settled
 
 
@@ -34,3 +37,8 @@ class Checker:
                 if action == "fix":
                     checked = merged_turns(checked)
         return checked, findings
+
+    def screen_text(self, text: str) -> tuple[str, list[Finding]]:
+        """The same of a text that is no conversation: screened alone, neither cleaned nor judged as answers are."""
+        (screened,), findings = screen([{"content": text}], self._screening, (*BEFORE_CLEANING, *SCREENED))
+        return screened["content"], findings

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tunesmith.datasections import DataSection
 from tunesmith.quality.findings import Finding, Message, texts
 from tunesmith.quality.language import language
-from tunesmith.recipe import DataSection
 from tunesmith.rowrules import QUALITY, settled
 
 _SHARE = 0.9  # of the answers whose language is told: then it is the set's language

@@ -44,7 +44,7 @@ class Parent:
 
     @property
     def question(self) -> str:
-        return self.messages[self.turn]["content"]
+        return str(self.messages[self.turn]["content"])
 
 
 def augment(recipe: Recipe, console: Console) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from tunesmith.packing.decode import greedy, reason_against_sharing
+from tunesmith.packing.tree import shared_length
+
 
 def generate(
     model: Any,
@@ -19,35 +22,49 @@ def generate(
 ) -> list[list[int]]:
     """For each prompt (token ids) the ids of its greedy answer, without the stop id. Order is kept.
 
-    Prompts are padded on the left and told apart by the attention mask, so the pad id does not matter. The longest
-    batch comes first: if memory does not suffice, it shows at once.
+    What the prompts of a batch share goes through the model once where that is exact (`decode.reason_against_sharing`). The
+    longest batch comes first: if memory does not suffice, it shows at once.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: list[list[int]] = [[] for _ in prompts]
     model.eval()
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    answer = _padded if reason_against_sharing(model, longest) else _sharing
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        longest = len(prompts[chosen[0]])
-        input_ids = torch.full((len(chosen), longest), stop_ids[0], dtype=torch.long)
-        mask = torch.zeros((len(chosen), longest), dtype=torch.long)
-        for number, index in enumerate(chosen):
-            size = len(prompts[index])
-            input_ids[number, longest - size :] = torch.tensor(prompts[index])
-            mask[number, longest - size :] = 1
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(stop_ids),
-                pad_token_id=stop_ids[0],
-                use_cache=True,
-            )
-        for index, ids in zip(chosen, output[:, longest:].tolist(), strict=True):
+        found = answer(model, [prompts[index] for index in chosen], stop_ids, max_new_tokens)
+        for index, ids in zip(chosen, found, strict=True):
             answers[index] = _until_stop(ids, set(stop_ids))
         on_batch(start + len(chosen))
     return answers
+
+
+def _sharing(model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+    shared = min(shared_length(prompts[0], prompt) for prompt in prompts)
+    shared = min(shared, *(len(prompt) - 1 for prompt in prompts)) if len(prompts) > 1 else 0
+    return greedy(model, prompts, shared, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+
+
+def _padded(model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+    """By transformers. Prompts are padded on the left and told apart by the attention mask, so the pad id does not matter."""
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), stop_ids[0], dtype=torch.long)
+    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
+    for number, prompt in enumerate(prompts):
+        input_ids[number, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[number, longest - len(prompt) :] = 1
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
+            use_cache=True,
+        )
+    made: list[list[int]] = output[:, longest:].tolist()
+    return made
 
 
 def _until_stop(ids: list[int], stop_ids: set[int]) -> list[int]:

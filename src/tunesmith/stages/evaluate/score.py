@@ -10,6 +10,7 @@ from typing import Any
 from jsonschema.exceptions import SchemaError
 from jsonschema.validators import validator_for
 
+from tunesmith.chat.fields import equal_fields, parse_json
 from tunesmith.errors import EvaluateError, Problem
 
 
@@ -20,14 +21,6 @@ class Answer:
     where: str
     reference: str
     answer: str
-
-
-def _parse(text: str) -> tuple[bool, Any]:
-    """Whether the whole text is one JSON value, and the value."""
-    try:
-        return True, json.loads(text)
-    except (ValueError, RecursionError):
-        return False, None
 
 
 def schema_validator(schema: Any, source: str) -> Any:
@@ -43,7 +36,7 @@ def schema_validator(schema: Any, source: str) -> Any:
 
 def reference_fields(answer: Answer) -> dict[str, Any]:
     """The reference's fields. Raises EvaluateError where it is not a JSON object."""
-    ok, value = _parse(answer.reference)
+    ok, value = parse_json(answer.reference)
     if not ok or not isinstance(value, dict) or not value:
         why = "fields are scored one by one against the reference"
         fix = "write references as JSON objects, or set evaluate.task: text"
@@ -54,9 +47,9 @@ def reference_fields(answer: Answer) -> dict[str, Any]:
 def score_json(answer: Answer, validator: Any | None) -> dict[str, Any]:
     """One row: whether it parses, whether the schema accepts it, which fields equal the reference, their mean as score."""
     wanted = reference_fields(answer)
-    parsed, value = _parse(answer.answer)
+    parsed, value = parse_json(answer.answer)
     got = value if isinstance(value, dict) else {}
-    fields = {name: name in got and got[name] == want for name, want in wanted.items()}
+    fields = equal_fields(wanted, value)
     return {
         "parsed": parsed,
         "valid": parsed and validator is not None and bool(validator.is_valid(value)),

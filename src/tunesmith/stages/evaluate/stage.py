@@ -23,6 +23,7 @@ from tunesmith.packing.batch import StepCollator, choose_collator, labelled_coun
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
+from tunesmith.stages.evaluate.documents import document_rows, score_documents
 from tunesmith.stages.evaluate.generate import generate
 from tunesmith.stages.evaluate.mmlu import Subject, files_digest, read_subjects, score_mmlu
 from tunesmith.stages.evaluate.score import Answer, schema_validator, score_json, score_text, summarise_json
@@ -33,13 +34,17 @@ _AT_ONCE = 128  # held-out rows that are laid out together
 def evaluate(run: Run, model: Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Score `model` (default: the run's export) and return results.json; a no-op when nothing it reads has changed.
 
-    Raises EvaluateError where there are no test rows, or a reference, the schema or MMLU's files cannot be used; RunError
-    where the export is missing.
+    Raises EvaluateError where there are no test rows, or a reference, the schema or MMLU's files cannot be used, or for a
+    reward model; RunError where the export is missing.
     """
     recipe = run.recipe
     if model is None:
         run.outputs_digest(f"export/{recipe.export.name}")
         model = run.path / "export" / recipe.export.name
+    if (model / "reward.json").is_file():
+        why = "it gives an answer a number and generates none"
+        fix = "score the policy that it trained, or use it in reward_funcs"
+        raise EvaluateError(Problem("TS503", "a reward model cannot be asked", str(model), why, fix))
     digest = model_digest(model)
     schema_path = recipe.evaluate.json_schema
     inputs = {
@@ -52,7 +57,8 @@ def evaluate(run: Run, model: Path | None = None, console: Console | None = None
     folder = eval_folder(digest)
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:
-            _evaluate(run, model, digest, target, console or Console(stderr=True))
+            work = _evaluate_documents if recipe.objective == "pretrain" else _evaluate
+            work(run, model, digest, target, console or Console(stderr=True))
     results: dict[str, Any] = read_json(run.path / folder / "results.json")
     return results
 
@@ -135,17 +141,45 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
     write_json(
         target / "results.json",
         {
-            "model": str(model_folder),
-            "model_digest": digest,
-            "suite": EVAL_SUITE,
-            "rows": len(rows),
-            "rows_digest": sha256_json(rows),
+            **_asked(model_folder, digest, rows, rows),
             **summary,
             "eval_loss": heldout_loss(run, model, tokenizer),
             "unfinished_answers": sum(len(ids) >= settings.max_new_tokens for ids in answers),
             "generated_tokens": generated,
             "generate_seconds": seconds,
             "generated_tokens_per_second": generated / seconds,
+            "compute_dtype": dtype,
+            **(_mmlu(run, model, tokenizer, subjects, target, console) if subjects else {}),
+        },
+    )
+
+
+def _asked(model_folder: Path, digest: str, rows: Sequence[Any], content: Any) -> dict[str, Any]:
+    """What results.json says of the question: which model, and which rows; `content` is what their digest is taken of."""
+    return {
+        "model": str(model_folder),
+        "model_digest": digest,
+        "suite": EVAL_SUITE,
+        "rows": len(rows),
+        "rows_digest": sha256_json(content),
+    }
+
+
+def _evaluate_documents(run: Run, model_folder: Path, digest: str, target: Path, console: Console) -> None:
+    """Perplexity and next-token accuracy on raw text; nothing is generated."""
+    settings, rows = run.recipe.evaluate, document_rows(run)
+    subjects = read_subjects(settings) if settings.mmlu is not None else []
+    tokenizer = load_tokenizer(model_folder)
+    dtype = detect().compute_dtype
+    model = load_model(model_folder, dtype=dtype)
+    summary, samples = score_documents(model, rows)
+    write_jsonl(target / "samples.jsonl", samples)
+    write_json(
+        target / "results.json",
+        {
+            **_asked(model_folder, digest, rows, [[row["where"], row["input_ids"]] for row in rows]),
+            **summary,
+            "eval_loss": heldout_loss(run, model, tokenizer),
             "compute_dtype": dtype,
             **(_mmlu(run, model, tokenizer, subjects, target, console) if subjects else {}),
         },
@@ -197,6 +231,8 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def heldout_loss(run: Run, model: Any, tokenizer: Any) -> float | None:
     """Mean loss (nats a labelled token) over `data/heldout.arrow`; None where no rows are held out."""
     rows = sorted(Dataset.from_file(str(run.path / "data" / "heldout.arrow")), key=lambda row: row["length"])
+    # An undesirable answer is nothing to reach a low loss on, and a prompt without a reference has none.
+    rows = [row for row in rows if row.get("label", True) and any(row["trained"])]
     if not rows:
         return None
     collate, reason = choose_collator(model.config, tokenizer.pad_token_id, max(row["length"] for row in rows))

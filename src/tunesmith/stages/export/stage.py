@@ -17,6 +17,7 @@ from tunesmith.models.load import load_model, load_tokenizer, locate, stop_ids
 from tunesmith.packing.batch import PaddedCollator, to_device
 from tunesmith.packing.loss import labelled_logits
 from tunesmith.runs import Run
+from tunesmith.stages.export.scorer import export_scorer, refuse_unmergeable
 
 PROBE_ROWS = 16
 #: Largest mean KL divergence (nats a token) between trained and exported; stochastic rounding to bf16
@@ -32,11 +33,13 @@ def export(run: Run) -> dict[str, Any]:
     Raises ExportError, and leaves nothing behind, when the written model does not compute what was trained.
     """
     recipe = run.recipe
+    refuse_unmergeable(recipe)
     inputs = {"recipe": recipe.section_digest("export"), "train": run.outputs_digest("train")}
     folder = f"export/{recipe.export.name}"
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:
-            _export(run, target)
+            work = export_scorer if recipe.objective == "reward" else _export
+            work(run, *trained_method(run), target)
     proof: dict[str, Any] = read_json(run.path / folder / "proof.json")
     return proof
 
@@ -50,17 +53,20 @@ def trained_method(run: Run) -> tuple[Method, Path]:
     return make_method(recipe, locate(recipe.model, recipe.revision), **chosen), run.path / summary["checkpoint"]
 
 
-def _export(run: Run, target: Path) -> None:
-    method, checkpoint = trained_method(run)
+def _export(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
     tokenizer = load_tokenizer(method.folder)
-    tokenizer.chat_template = (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8")
+    template = run.path / "data" / "chat_template.jinja"
+    if template.is_file():  # raw text is prepared without one
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     rows = concatenate_datasets([Dataset.from_file(str(run.path / "data" / f"{n}.arrow")) for n in ("heldout", "train")])
-    probe = rows.select(range(min(PROBE_ROWS, len(rows))))
+    probe, taught = probe_rows(rows.select(range(min(PROBE_ROWS, len(rows)))))
 
     model = method.load_trained(checkpoint)
     expected = log_probabilities(model, probe)
     merged = round_model(method.merge(model), run.recipe.seed)
-    stops = _learned_stops(probe)
+    stops = _learned_stops(probe) if taught else []
+    if run.recipe.objective == "pretrain":
+        stops = [token for token in stops if token == tokenizer.eos_token_id]  # other rows go on in a next piece
     added = _teach_stops(merged.generation_config, tokenizer, stops)
     merged.save_pretrained(target, max_shard_size=run.recipe.export.max_shard_size)
     tokenizer.save_pretrained(target)
@@ -77,6 +83,16 @@ def _export(run: Run, target: Path) -> None:
     write_json(target / "proof.json", proof)
     if added:
         run.event(target, "stop-token-added", f"generation_config stops at {added} too", tokens=added)
+
+
+def probe_rows(rows: Any) -> tuple[Any, bool]:
+    """The rows that the export is compared on, and whether what they label was trained.
+
+    Prompts without reference answers label nothing; they are compared in all their tokens.
+    """
+    if all(any(trained) for trained in rows["trained"]):
+        return rows, True
+    return rows.map(lambda row: {"trained": [False] + [True] * (len(row["input_ids"]) - 1)}), False
 
 
 def _learned_stops(rows: Any) -> list[int]:

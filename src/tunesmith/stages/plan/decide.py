@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from tunesmith.hardware.catalogue import GIB, Device
+from tunesmith.methods.sizes import COMPENSATED
 from tunesmith.models.architecture import Architecture
 from tunesmith.recipe import Method
 from tunesmith.stages.plan.memory import sharded_bytes
@@ -142,9 +143,9 @@ def _of_settings(option: Option, facts: DataFacts) -> list[Reason]:
         text = "activations are computed again in the backward pass: memory demands it, or it buys a larger micro-batch"
         reasons.append(Reason("checkpointing", "tunesmith", text))
     if option.lever.optim != "adamw":
-        text = (
-            f"optimizer states are small ({option.lever.optim}), weights are rounded stochastically: float32 masters do not fit"
-        )
+        exact = option.lever.optim in COMPENSATED
+        kept = "what rounding a weight cuts off is kept" if exact else "weights are rounded stochastically"
+        text = f"optimizer states are small ({option.lever.optim}), {kept}: float32 masters do not fit"
         reasons.append(Reason("small-states", "tunesmith", text))
     return reasons
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tunesmith.methods.sizes import NF4_BYTES, OPTIMIZER_SLICE, state_bytes
+from tunesmith.methods.sizes import NF4_BYTES, OPTIMIZER_SLICE, master_bytes, state_bytes
 from tunesmith.models.architecture import Architecture
 from tunesmith.stages.plan.block import Modules
 from tunesmith.stages.plan.scenario import Scenario
@@ -265,7 +265,7 @@ class _Step:
         """AdamW's states, and masters where weights are bf16; torch's own states follow the parameters' dtype."""
         if self.s.optim in {"adamw_torch_fused", "adamw_torch_foreach"}:
             return 2 * self.weight * self.trained
-        masters = 4 if self.s.optim == "adamw" and self.weight == 2 else 0
+        masters = master_bytes(self.s.optim) if self.weight == 2 else 0
         return round((state_bytes(self.s.optim) + masters) * self.trained)
 
     def _update_scratch(self, gradient: int) -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from tunesmith.hardware.calibration import Correction, Entry, memory_correction, time_correction
+from tunesmith.hardware.calibration import Correction, Entry, bytes_beside, time_correction
 from tunesmith.hardware.catalogue import GIB, Device
 from tunesmith.methods import METHODS
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.architecture import Architecture
 from tunesmith.packing.tree import TREE_ARCHITECTURES
-from tunesmith.recipe import Auto, Method, Recipe
+from tunesmith.recipe import Method, Recipe
+from tunesmith.sections import Auto
 from tunesmith.stages.plan.memory import Estimate, estimate
 from tunesmith.stages.plan.rows import Batch, DataFacts
 from tunesmith.stages.plan.scenario import Optim, Scenario
@@ -52,6 +53,7 @@ class Lever:
 
 _EXACT_LEVERS = (Lever(), Lever(gradient_checkpointing=True))
 _SMALL_STATE_LEVERS = (
+    Lever(True, "adamw_kahan"),
     Lever(True, "adamw_bf16"),
     Lever(True, "adamw_8bit"),
     Lever(True, "adamw_8bit", True),
@@ -145,7 +147,8 @@ class Planner:
         fixed = frozenset(fixed)
         self.a, self.recipe, self.facts, self.device, self.entries = architecture, recipe, facts, device, entries
         self.fixed = fixed
-        self.packing = recipe.train.packing and architecture.model_type in TREE_ARCHITECTURES
+        own_attention = recipe.train.attn_implementation == "auto"
+        self.packing = recipe.train.packing and own_attention and architecture.model_type in TREE_ARCHITECTURES
         self._batches: dict[tuple[int, int | None], list[list[Batch]]] = {}
 
     def best(self, method: Method, *, free: bool = True) -> Option:
@@ -250,9 +253,10 @@ class Planner:
         )
 
     def _typical(self, method: Method, made: Estimate) -> int:
-        """The peak that the device will show: allocated bytes, the allocator's share, the context; corrected by runs."""
-        over, measured = OVERHEAD[self.device.kind], memory_correction(self.entries, self.device.name, method)
-        return round((made.total_bytes * over.typical_share + over.typical_bytes) * (measured.typical if measured else 1))
+        """The peak that the device will show: allocated bytes, the allocator's share, and the context, as runs found it."""
+        over, found = OVERHEAD[self.device.kind], bytes_beside(self.entries, self.device.name, method)
+        beside = over.typical_bytes if found is None else max(0, found)
+        return round(made.total_bytes * over.typical_share + beside)
 
     def _scenario(
         self, method: Method, batch: Batch, settings: Settings, lever: Lever, *, accumulating: bool = False
@@ -268,9 +272,15 @@ class Planner:
             optim=lever.optim,
             optimizer_in_backward=lever.optimizer_in_backward,
             accumulating=accumulating,
-            attention=("tree" if self.device.kind == "cpu" else "masked") if self.packing else "sdpa",
+            attention=self._attention(),
             logits_twice=self.recipe.objective == "dpo",
         )
+
+    def _attention(self) -> Literal["sdpa", "tree", "masked", "eager"]:
+        """The attention that the engine will run; flash kernels all keep what sdpa's keeps."""
+        if self.packing:
+            return "tree" if self.device.kind == "cpu" else "masked"
+        return "eager" if self.recipe.train.attn_implementation == "eager" else "sdpa"
 
     def _step_seconds(
         self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever
@@ -284,7 +294,7 @@ class Planner:
 
     def _seconds_before(self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever) -> float:
         """Seconds of the reference's forward pass over all pairs by the roofline; none without a reference."""
-        if self.recipe.objective == "sft":
+        if self.recipe.objective != "dpo":
             return 0.0
         scenario = self._scenario(method, mean_batch(drawn[:-1]), settings, lever)
         work = forward_work(self.a, scenario, estimate(self.a, scenario), self.facts.mean_tokens)

@@ -8,22 +8,27 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
+from tunesmith.chat.document import to_document, to_pieces
 from tunesmith.chat.formats import Message, mapped, to_messages
 from tunesmith.chat.preference import to_pair
-from tunesmith.errors import DataError, Problem
-from tunesmith.io.rows import read_rows
-from tunesmith.packing.tree import Limits, build_tree, split_by_length, split_units_for_trees
-from tunesmith.recipe import DataSection, Objective, SourceSection
+from tunesmith.datasections import DataSection, SourceSection
+from tunesmith.errors import DataError, PlanError, Problem
+from tunesmith.io.documents import reader_of
+from tunesmith.io.rows import Row as FileRow
+from tunesmith.packing.tree import Limits, build_tree, filled, split_by_length, split_units_for_trees
+from tunesmith.recipe import Objective
+from tunesmith.sections import ON_TREES, SAMPLED
 
 SAMPLE = 1_000  # rows looked at closely
 _DRAWS = 24  # micro-batches drawn to see what their rows share
 _SEED = 0
+_END = -1  # stands for the id at the end of a document
 _CHARACTERS = 4  # of a token, where there is no tokenizer at hand
 _LARGE = 2**25  # bytes of a file from which on only a sample of its rows is decoded
 
@@ -122,13 +127,25 @@ def _batches(rows: Sequence[Row], limits: Limits, *, packing: bool) -> list[Batc
 
 def _batch(rows: Sequence[Row], *, packing: bool) -> Batch:
     total, labelled = sum(len(row.ids) for row in rows), sum(row.labelled for row in rows)
-    padded = len(rows) * max(len(row.ids) for row in rows)
-    computed = len(build_tree([row.ids for row in rows]).ids) if packing else padded
-    return Batch(computed, max(1, labelled), total)
+    if not packing:
+        return Batch(len(rows) * max(len(row.ids) for row in rows), max(1, labelled), total)
+    computed = len(build_tree([row.ids for row in rows]).ids)
+    return Batch(filled(computed), filled(max(1, labelled)), total)
+
+
+def refuse_unplanned(objective: Objective) -> None:
+    """Raise PlanError for an objective whose steps the plan does not account for."""
+    if objective in ON_TREES:
+        return
+    sampled = "answers are sampled and scored in each step" if objective in SAMPLED else "its steps run in TRL"
+    what = f"no plan for objective: {objective}: {sampled}, which the account of bytes and seconds does not cover"
+    why = "a promise of memory or time would be wrong"
+    raise PlanError(Problem("TS705", what, "objective", why, "name the method and train without a plan"))
 
 
 def assumed(rows: int, length: int, objective: Objective = "sft") -> DataFacts:
     """Rows, or pairs, of one length that share nothing and carry loss everywhere: what is assumed where no data is given."""
+    refuse_unplanned(objective)
     count = 64
     made = [Row(range(number * length, (number + 1) * length), length - 1) for number in range(2 * count)]
     first, second = made[:count], made[count:]
@@ -142,14 +159,15 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
 
     Raises DataError where the file is missing, or no sampled row can be used.
     """
+    refuse_unplanned(objective)
     total, raw = 0, list[tuple[Any, SourceSection]]()
     for part in data.parts:
-        for value in _values(part):
+        for value in _values(part, reader_of(objective)):
             total += 1
             if value is not None:
                 raw.append((value, part))
     drawn = _drawn(raw, SAMPLE)
-    sample = [row for value, part in drawn if (row := _row(value, part, data.system, encode, objective)) is not None]
+    sample = [row for value, part in drawn for row in _rows(value, part, data, encode, objective)]
     sample = [row for row in sample if max(len(side.ids) for side in row.sides) <= data.max_length] or sample[:1]
     if not sample:
         why = "the plan's time and memory depend on the rows' lengths"
@@ -158,16 +176,20 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
         )
     share = len(sample) / min(len(raw), SAMPLE)
     rows = max(1, round(total * share * (1 - data.heldout)))
-    rows = min(rows, data.max_rows) if data.max_rows else rows
+    if data.max_rows:
+        each = max(1.0, share) if objective == "pretrain" else 1.0  # pieces of a document
+        rows = min(rows, round(data.max_rows * each))
     counted = "the model's tokenizer" if encode is not None else f"{_CHARACTERS} characters a token"
-    return DataFacts(rows, tuple(sample), counted)
+    return DataFacts(rows, tuple(_drawn(sample, SAMPLE)), counted)
 
 
-def _values(part: SourceSection) -> Iterator[dict[str, Any] | None]:
+def _values(
+    part: SourceSection, read: Callable[[Path | str, str | None], Iterable[FileRow]]
+) -> Iterator[dict[str, Any] | None]:
     """Each row's value; of a large .jsonl file only a share is decoded, None stands for the others."""
     path = Path(part.path)
     if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size < _LARGE:
-        yield from (row.value for row in read_rows(part.path, part.split))
+        yield from (row.value for row in read(part.path, part.split))
         return
     generator = random.Random(_SEED)
     share = min(1.0, _LARGE / path.stat().st_size)
@@ -186,18 +208,31 @@ def _drawn(values: Sequence[Any], count: int) -> Sequence[Any]:
     return values if len(values) <= count else random.Random(_SEED).sample(values, count)
 
 
-def _row(
-    value: dict[str, Any], part: SourceSection, system: str | None, encode: Encoder | None, objective: Objective
-) -> Row | None:
-    """A row rendered in ChatML, which is about as long as any template; None where it is no conversation, or no pair."""
+def _rows(
+    value: dict[str, Any], part: SourceSection, data: DataSection, encode: Encoder | None, objective: Objective
+) -> list[Row]:
+    """The rows that a value gives: one or none, or the pieces of a document (with one id more, for its end)."""
     named = mapped(value, part.columns or {}, "")
     if isinstance(named, Problem):
-        return None
-    row_format = part.format or "auto"
+        return []
+    if objective != "pretrain":
+        row = _row(named, part.format or "auto", data.system, encode, objective)
+        return [] if row is None else [row]
+    document = to_document(named, "")
+    if isinstance(document, Problem):
+        return []
+    pieces = to_pieces([*_encoded(document.text, encode), _END], data.max_length)
+    return [Row(piece.input_ids, sum(piece.trained)) for piece in pieces]
+
+
+def _row(
+    value: Mapping[str, Any], row_format: str, system: str | None, encode: Encoder | None, objective: Objective
+) -> Row | None:
+    """A row rendered in ChatML, which is about as long as any template; None where it is no conversation, or no pair."""
     if objective == "sft":
-        messages = to_messages(named, "", row_format, system)
+        messages = to_messages(value, "", row_format, system)
         return None if isinstance(messages, Problem) else _rendered(messages, encode)
-    pair = to_pair(named, "", row_format, system)
+    pair = to_pair(value, "", row_format, system)
     if isinstance(pair, Problem):
         return None
     rejected = _rendered(pair.rejected, encode, last_answer=True)

@@ -11,7 +11,7 @@ from tunesmith.recipe import Method
 #: Bytes of one number.
 BYTES = {"float32": 4, "bfloat16": 2}
 
-Optim = Literal["adamw", "adamw_bf16", "adamw_8bit", "adamw_torch_fused", "adamw_torch_foreach"]
+Optim = Literal["adamw", "adamw_kahan", "adamw_bf16", "adamw_8bit", "adamw_torch_fused", "adamw_torch_foreach"]
 
 
 @dataclass(frozen=True)

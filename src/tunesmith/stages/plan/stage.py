@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from tunesmith.errors import Problem
+from tunesmith.errors import ModelError, Problem
 from tunesmith.hardware.calibration import Entry, add_entries, read_entries, today
 from tunesmith.hardware.catalogue import GIB, Device, read_gpus, this_device
 from tunesmith.io.atomic import commit_folder, read_json, sha256_json, write_json, write_text
@@ -34,7 +34,7 @@ from tunesmith.stages.plan.decide import (
     smallest_cluster,
 )
 from tunesmith.stages.plan.options import OVERHEAD, Option, Planner
-from tunesmith.stages.plan.rows import DataFacts, Encoder, encoder_of, prepared_facts
+from tunesmith.stages.plan.rows import DataFacts, Encoder, encoder_of, prepared_facts, refuse_unplanned
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -128,6 +128,9 @@ def plan_for(
 
     `free` lets micro-batch and levers vary, but for the keys in `fixed`; else the recipe's are taken as they are.
     """
+    if recipe.train.shifted_sparse_attention is not None:
+        what, why = "train.shifted_sparse_attention is not planned", "its memory and time are not those of full attention"
+        raise ModelError(Problem("TS703", what, "recipe", why, "plan without it, for full attention"))
     values, source = find_config(recipe.model, recipe.revision)
     architecture = read_architecture(values, source)
     known = read_entries(calibration_file()) if entries is None else entries
@@ -136,6 +139,9 @@ def plan_for(
     recommended, reasons = decide(options, architecture, facts, device, asks)
     clusters = _clusters(options, architecture, device, gpus)
     reasons += _of_size(architecture, facts, clusters, recommended)
+    if recipe.train.activation_offloading:
+        text = "activation_offloading is not counted: the peak will be lower than promised, a step longer"
+        reasons.append(Reason("offloading-not-counted", "tunesmith", text))
     change = _what_would_change_it(planner, options, recommended, gpus, clusters)
     return Plan(recipe.model, source, architecture, device, facts, options, recommended, reasons, change, clusters)
 
@@ -264,6 +270,7 @@ def plan(run: Run, device: Device | None = None, gpus: Mapping[str, Device] | No
     recipe = run.recipe
     if recipe.method == "auto":
         raise AssertionError("a run's method is settled before its folder is made")
+    refuse_unplanned(recipe.objective)
     cards = read_gpus() if gpus is None else gpus
     here = this_device(cards) if device is None else device
     inputs = {
@@ -317,8 +324,9 @@ def _scored(promise: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str,
 
 def _entry(planned: Mapping[str, Any], promise: Mapping[str, Any], summary: Mapping[str, Any]) -> Entry:
     """A run's measurement against the uncorrected predictions."""
-    over = OVERHEAD[planned["hardware"]["kind"]]
-    plain = promise["allocated_bytes"] * over.typical_share + over.typical_bytes
+    kind = planned["hardware"]["kind"]
+    allocated = promise["allocated_bytes"] * OVERHEAD[kind].typical_share
+    unseen = OVERHEAD[kind].typical_bytes if kind == "cuda" else 0  # the context: the meter counts the allocator's bytes
     return Entry(
         device=planned["hardware"]["name"],
         torch=installed_versions().get("torch", ""),
@@ -328,5 +336,5 @@ def _entry(planned: Mapping[str, Any], promise: Mapping[str, Any], summary: Mapp
         dtype=promise["settings"]["compute_dtype"],
         hidden_size=planned["model"]["hidden_size"],
         time=summary["seconds_per_step"] / promise["roofline_seconds_per_step"],
-        memory=summary["peak_memory_bytes"] / plain,
+        bytes_beside=round(summary["peak_memory_bytes"] - allocated + unseen),
     )

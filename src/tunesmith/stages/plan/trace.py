@@ -31,7 +31,6 @@ from tunesmith.methods.base import enable_checkpointing
 from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.methods.lora import adapter_targets
 from tunesmith.methods.optimizers import AdamW, InBackward
-from tunesmith.methods.sizes import STATE_BITS
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
 from tunesmith.packing.attention import Layout, masked_attention
 from tunesmith.packing.batch import Batch
@@ -275,7 +274,7 @@ def make_optimizer(trained: list[torch.nn.Parameter], scenario: Scenario) -> tor
         return torch.optim.AdamW(trained, lr=1e-4, fused=True)
     if scenario.optim == "adamw_torch_foreach":
         return torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-    optimizer = AdamW(trained, bits=STATE_BITS[scenario.optim])
+    optimizer = AdamW.named(scenario.optim, trained)
     if scenario.optimizer_in_backward:
         InBackward(optimizer, max_grad_norm=1.0)
     return optimizer

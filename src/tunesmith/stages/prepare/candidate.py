@@ -1,4 +1,4 @@
-"""A row on its way through `prepare`: read into a conversation or a pair, then encoded."""
+"""A row on its way through `prepare`: read into what its objective learns from, then encoded."""
 
 from __future__ import annotations
 
@@ -6,24 +6,45 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tunesmith.chat.document import Document, DocumentEncoder, to_document, to_pieces
 from tunesmith.chat.formats import Message, to_messages
-from tunesmith.chat.preference import Pair, equal_answers, to_pair
+from tunesmith.chat.judged import Asked, Judged, judged_or_plain, to_asked, to_judged
+from tunesmith.chat.preference import Pair, chosen_messages, equal_answers, to_pair
 from tunesmith.chat.template import ChatTemplate, Encoded
 from tunesmith.errors import Problem
 from tunesmith.io.atomic import sha256_json
+from tunesmith.sections import ON_PAIRS, SAMPLED
 
-#: Makes a conversation, or a pair of them, out of a row: (row, where, format, system).
-Reader = Callable[[Mapping[str, Any], str, str, str | None], list[Message] | Pair | Problem]
+#: What a row may be read as.
+ReadRow = list[Message] | Pair | Judged | Asked | Document
+
+#: Makes one of them out of a row: (row, where, format, system).
+Reader = Callable[[Mapping[str, Any], str, str, str | None], ReadRow | Problem]
 
 #: Which rows each objective reads.
-READERS: dict[str, Reader] = {"sft": to_messages, "dpo": to_pair}
+READERS: dict[str, Reader] = {
+    "sft": to_messages,
+    "pretrain": to_document,
+    **dict.fromkeys(ON_PAIRS, to_pair),
+    "kto": to_judged,
+    **dict.fromkeys(SAMPLED, to_asked),
+}
+
+#: Which rows a test set of each objective may have: conversations and preference rows, or its own.
+TEST_READERS: dict[str, Reader] = {
+    **dict.fromkeys(("sft", *ON_PAIRS), chosen_messages),
+    "pretrain": to_document,
+    "kto": judged_or_plain,
+    **dict.fromkeys(SAMPLED, to_asked),
+}
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A row on its way: where it stands, its conversation, and once encoded, its token ids.
 
-    A pair's conversation is the chosen one; the rejected one stands beside it.
+    A pair's conversation is the chosen one; the rejected one stands beside it. A document has a text instead, and once encoded
+    its pieces. A judged answer and a prompt stand in `more` too.
     """
 
     where: str
@@ -31,39 +52,85 @@ class Candidate:
     rejected: list[Message] | None = None
     encoded: Encoded | None = None
     encoded_rejected: Encoded | None = None
+    text: str | None = None
+    pieces: tuple[Encoded, ...] = ()
+    more: Judged | Asked | None = None
+    prompt_ids: list[int] | None = None
 
     @property
     def key(self) -> str:
-        """Equal for rows with the same conversation, or the same two."""
-        return sha256_json([self.messages, self.rejected])
+        """Equal for rows with the same conversation, or the same two, or the same text."""
+        label = self.more.label if isinstance(self.more, Judged) else None
+        return sha256_json([self.messages, self.rejected, self.text, label])
+
+    @property
+    def unwanted(self) -> bool:
+        """Whether its answer is judged undesirable."""
+        return isinstance(self.more, Judged) and not self.more.label
 
     @property
     def sides(self) -> list[Encoded]:
-        """What was encoded: one conversation, or the two of a pair."""
-        return [side for side in (self.encoded, self.encoded_rejected) if side is not None]
+        """What was encoded: one conversation, or the two of a pair, or a document's pieces."""
+        return [side for side in (self.encoded, self.encoded_rejected, *self.pieces) if side is not None]
 
     @property
     def length(self) -> int:
-        """Tokens of the longer side."""
+        """Tokens of the longer side, or of the whole document."""
+        if self.pieces:
+            return 1 + sum(len(piece.input_ids) - 1 for piece in self.pieces)
         return max(len(side.input_ids) for side in self.sides)
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What is kept of it as JSON: a conversation, or a text."""
+        return {"messages": self.messages} if self.text is None else {"text": self.text}
 
-def candidate_of(where: str, made: list[Message] | Pair) -> Candidate:
+    @property
+    def rows(self) -> list[Candidate]:
+        """The rows that are trained on: itself, or one for each piece of a document."""
+        count = len(self.pieces)
+        names = [self.where] if count == 1 else [f"{self.where} (piece {n} of {count})" for n in range(1, count + 1)]
+        pieces = zip(names, self.pieces, strict=True)
+        return [replace(self, where=where, encoded=piece, pieces=()) for where, piece in pieces] if count else [self]
+
+
+def candidate_of(where: str, made: ReadRow) -> Candidate:
     """The candidate of what a reader made."""
-    return Candidate(where, made.chosen, made.rejected) if isinstance(made, Pair) else Candidate(where, made)
+    if isinstance(made, Document):
+        return Candidate(where, [], text=made.text)
+    if isinstance(made, Pair):
+        return Candidate(where, made.chosen, made.rejected)
+    return Candidate(where, made.messages, more=made) if isinstance(made, Judged | Asked) else Candidate(where, made)
 
 
-def prompt_of(messages: Sequence[Message]) -> list[Message] | None:
-    """What stands before the last answer; None where nothing is asked there, so that nothing can be told alike."""
+def with_messages(candidate: Candidate, messages: list[Message]) -> Candidate:
+    """The candidate with its turns as they were mended, none of them taken away."""
+    more = candidate.more
+    if isinstance(more, Judged):
+        more = Judged(messages, more.label)
+    elif isinstance(more, Asked):
+        more = Asked(messages, None) if more.reference is None else Asked(messages[:-1], messages[-1]["content"])
+    return replace(candidate, messages=messages, more=more)
+
+
+def prompt_of(candidate: Candidate) -> list[Message] | None:
+    """What the answer is given to; None where nothing is asked, so that nothing can be told alike."""
+    if isinstance(candidate.more, Asked):
+        return candidate.more.prompt
+    messages = candidate.messages
     last = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     prompt = list(messages[:last])
     return prompt if any(message["role"] == "user" for message in prompt) else None
 
 
 def encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[Candidate | Problem]:
-    """Each candidate encoded, or its problem. Of a pair the last answers alone carry loss."""
+    """Each candidate encoded, or its problem. Of pairs and judged answers the last answers alone carry loss."""
+    if chunk and isinstance(chunk[0].more, Asked):
+        yield from _encoded_prompts(chunk, template)
+        return
     pairs = [candidate for candidate in chunk if candidate.rejected is not None]
-    firsts = template.encode([candidate.messages for candidate in chunk], last_answer=bool(pairs))
+    last_answer = bool(pairs) or any(candidate.more is not None for candidate in chunk)
+    firsts = template.encode([candidate.messages for candidate in chunk], last_answer=last_answer)
     others = iter(template.encode([pair.rejected for pair in pairs if pair.rejected is not None], last_answer=True))
     for candidate, first in zip(chunk, firsts, strict=True):
         other = next(others) if candidate.rejected is not None else None
@@ -75,3 +142,27 @@ def encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[Cand
             yield equal_answers(candidate.where)  # they differed in what the template trims
         else:
             yield replace(candidate, encoded=first, encoded_rejected=other)
+
+
+def _encoded_prompts(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[Candidate | Problem]:
+    """Each prompt as it is asked; with a reference, also the conversation that it ends, which the held-out loss reads."""
+    asked = [candidate.more for candidate in chunk if isinstance(candidate.more, Asked)]
+    prompts = template.encode_prompts([each.prompt for each in asked])
+    answered = iter(template.encode([each.messages for each in asked if each.reference is not None], last_answer=True))
+    for candidate, each, prompt in zip(chunk, asked, prompts, strict=True):
+        whole = prompt if each.reference is None else next(answered)
+        if isinstance(prompt, Problem):
+            yield replace(prompt, where=candidate.where)
+        elif isinstance(whole, Problem):
+            yield replace(whole, where=candidate.where)
+        else:
+            yield replace(candidate, encoded=whole, prompt_ids=prompt.input_ids)
+
+
+def encoded_documents(chunk: Sequence[Candidate], encoder: DocumentEncoder, max_length: int) -> Iterator[Candidate | Problem]:
+    """Each document in pieces of at most `max_length`, or its problem."""
+    for candidate, ids in zip(chunk, encoder.encode([each.text or "" for each in chunk]), strict=True):
+        if isinstance(ids, Problem):
+            yield replace(ids, where=candidate.where)
+        else:
+            yield replace(candidate, pieces=tuple(to_pieces(ids, max_length)))

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from tunesmith.chat.judged import Asked, Judged
 from tunesmith.chat.template import Encoded
+from tunesmith.sections import ON_PAIRS, SAMPLED
 
 SCHEMA = pa.schema(
     [
@@ -32,13 +34,30 @@ PAIR_SCHEMA = pa.schema(
     ]
 )
 
+#: A judged answer has its label beside it.
+JUDGED_SCHEMA = pa.schema([*SCHEMA, ("label", pa.bool_())])
 
-@dataclass(frozen=True)
-class ShownRow:
-    """A row read back from what was written."""
+#: A prompt: the ids that are asked, the same as messages (JSON), and the reference answer where there is one.
+PROMPT_SCHEMA = pa.schema([*SCHEMA, ("prompt_ids", pa.list_(pa.int32())), ("prompt", pa.string()), ("reference", pa.string())])
 
-    where: str
-    sides: list[Encoded]
+_SCHEMAS = {
+    **dict.fromkeys(ON_PAIRS, PAIR_SCHEMA),
+    "kto": JUDGED_SCHEMA,
+    **dict.fromkeys(SAMPLED, PROMPT_SCHEMA),
+}
+
+#: Beside them, while rows stand in the spool: what is kept of a row as a line of JSON, null in a document's further pieces.
+_SHOWN = pa.field("shown", pa.string())
+
+
+def schema_of(objective: str) -> pa.Schema:
+    """The columns of the rows that an objective trains on."""
+    return _SCHEMAS.get(objective, SCHEMA)
+
+
+def spool_schema(objective: str) -> pa.Schema:
+    """The same with what is kept of each row."""
+    return schema_of(objective).append(_SHOWN)
 
 
 class EncodedRow(Protocol):
@@ -51,34 +70,60 @@ class EncodedRow(Protocol):
 
 
 class SpooledRow(EncodedRow, Protocol):
-    """The same with its conversation."""
+    """The same with what its objective has beside the ids, what is kept of it, and the rows that it is trained on as."""
 
     @property
-    def messages(self) -> list[dict[str, Any]]: ...
+    def more(self) -> Judged | Asked | None: ...
+    @property
+    def prompt_ids(self) -> list[int] | None: ...
+    @property
+    def shown(self) -> dict[str, Any]: ...
+    @property
+    def rows(self) -> Sequence[SpooledRow]: ...
 
 
-def schema_of(*, pairs: bool) -> pa.Schema:
-    """The columns of the rows, or pairs, that are trained on."""
-    return PAIR_SCHEMA if pairs else SCHEMA
+@dataclass(frozen=True)
+class ShownRow:
+    """A row read back from what was written."""
+
+    where: str
+    sides: list[Encoded]
 
 
-def spool_batch(rows: Sequence[SpooledRow], *, pairs: bool) -> pa.RecordBatch:
-    """Encoded rows as one Arrow batch: the columns that are trained on, and `messages` as JSON."""
-    schema = schema_of(pairs=pairs)
+def spool_batch(made: Sequence[SpooledRow], objective: str) -> pa.RecordBatch:
+    """Encoded rows, or the pieces of documents, as one Arrow batch: the columns that are trained on, and `shown`."""
+    schema = spool_schema(objective)
+    rows = [row for each in made for row in each.rows]
     columns: list[list[Any]] = [[row.where for row in rows]]
-    for side in range(2 if pairs else 1):
+    for side in range(2 if "rejected_length" in schema.names else 1):
         encoded = [row.sides[side] for row in rows]
         columns.append([each.input_ids for each in encoded])
         columns.append([each.trained for each in encoded])
         columns.append([len(each.input_ids) for each in encoded])
-    columns.append([json.dumps(row.messages, ensure_ascii=False) for row in rows])
-    spooled = schema.append(pa.field("messages", pa.string()))
-    arrays = [pa.array(column, each.type) for column, each in zip(columns, spooled, strict=True)]
-    return pa.record_batch(arrays, schema=spooled)
+    columns += _more_columns(rows, schema)
+    columns.append([line for each in made for line in _lines(each)])
+    arrays = [pa.array(column, each.type) for column, each in zip(columns, schema, strict=True)]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def _lines(row: SpooledRow) -> list[str | None]:
+    """What is kept of a row, and nothing for each of its further pieces."""
+    return [json.dumps({"where": row.where, **row.shown}, ensure_ascii=False), *[None] * (len(row.rows) - 1)]
+
+
+def _more_columns(rows: Sequence[SpooledRow], schema: pa.Schema) -> list[list[Any]]:
+    """The columns of judged answers and of prompts that others do not have."""
+    if "label" in schema.names:
+        return [[row.more.label for row in rows if isinstance(row.more, Judged)]]
+    if "prompt" in schema.names:
+        asked = [row.more for row in rows if isinstance(row.more, Asked)]
+        prompts = [json.dumps(each.prompt, ensure_ascii=False) for each in asked]
+        return [[row.prompt_ids for row in rows], prompts, [each.reference for each in asked]]
+    return []
 
 
 class ArrowWriter:
-    """An Arrow stream that grows batch by batch, `datasets.Dataset.from_file` maps it into memory."""
+    """An Arrow stream that grows batch by batch; `datasets.Dataset.from_file` maps it into memory."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._sink = pa.OSFile(str(path), "wb")

@@ -15,7 +15,10 @@ _QUANTILES = (50, 90, 95, 99, 100)
 
 @dataclass
 class Ledger:
-    """Counts that add up: rows_in + rows_added = rows_train + rows_heldout + rows_rejected."""
+    """Counts that add up: rows_in + rows_added = rows_train + rows_heldout + rows_rejected.
+
+    Documents count as rows; `pieces` tells in how many rows they are trained on and held out.
+    """
 
     sources: Sequence[str]
     rows_in: Counter[int] = field(default_factory=Counter)  # by number of the source, as the next three
@@ -31,6 +34,7 @@ class Ledger:
     notes: Counter[str] = field(default_factory=Counter)
     tokens_train: int = 0
     tokens_trained_on: int = 0
+    pieces: dict[str, int] = field(default_factory=dict)
     test: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)  # balance, template, overlap
 
@@ -57,6 +61,7 @@ class Ledger:
             "lengths": length_facts(self.lengths),
             "overlong": _sorted(self.overlong),
             "findings": {rule: _sorted(actions) for rule, actions in sorted(self.findings.items())},
+            **({"pieces": self.pieces} if self.pieces else {}),
             **self.more,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tunesmith.stages.prepare.files import ArrowWriter, ShownRow, schema_of, shown_rows
+from tunesmith.sections import SAMPLED
+from tunesmith.stages.prepare.files import ArrowWriter, ShownRow, schema_of, shown_rows, spool_schema
 from tunesmith.stages.prepare.ledger import Ledger
 from tunesmith.stages.prepare.whole import HELDOUT, TRAIN, WholeSet
 
@@ -35,11 +37,10 @@ class Lines:
 class Spool:
     """Encoded rows on disk between the two passes; `close` it, then `batches` reads them back, and it is gone."""
 
-    def __init__(self, folder: Path, *, pairs: bool) -> None:
-        self.schema = schema_of(pairs=pairs)
-        self.pairs = pairs
+    def __init__(self, folder: Path, objective: str) -> None:
+        self.schema, self.objective = schema_of(objective), objective
         self._path = folder / "spool.arrow"
-        self._writer = ArrowWriter(self._path, self.schema.append(pa.field("messages", pa.string())))
+        self._writer = ArrowWriter(self._path, spool_schema(objective))
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Append rows."""
@@ -57,32 +58,57 @@ class Spool:
         self._path.unlink()
 
 
-def write_sets(spool: Spool, whole: WholeSet, target: Path, ledger: Ledger, shown: int) -> list[ShownRow]:
-    """Write train.arrow, heldout.arrow and heldout.jsonl and count their rows and tokens; returns the first train rows."""
+@dataclass
+class Written:
+    """What the sets hold beside what the ledger counts: the first train rows, and rows longer than so many positions."""
+
+    shown: list[ShownRow] = field(default_factory=list)
+    beyond: int = 0
+
+
+def write_sets(spool: Spool, whole: WholeSet, target: Path, ledger: Ledger, shown: int, positions: int | None) -> Written:
+    """Write train.arrow, heldout.arrow and heldout.jsonl and count rows and tokens; pieces share their document's fate."""
     train, heldout = (ArrowWriter(target / f"{name}.arrow", spool.schema) for name in ("train", "heldout"))
     lines = Lines(target / "heldout.jsonl")
     fates, sources = np.frombuffer(whole.fates, np.uint8), np.asarray(whole.sources)
-    first: list[ShownRow] = []
+    ledger.rows_train.update(sources[fates == TRAIN].tolist())
+    ledger.rows_heldout.update(sources[fates == HELDOUT].tolist())
+    fates = np.repeat(fates, whole.pieces)
+    if spool.objective == "pretrain":
+        ledger.pieces = {"train": int((fates == TRAIN).sum()), "heldout": int((fates == HELDOUT).sum())}
+    written = Written()
     start = 0
     for batch in spool.batches():
-        fate, source = fates[start : start + batch.num_rows], sources[start : start + batch.num_rows]
+        fate = fates[start : start + batch.num_rows]
         start += batch.num_rows
-        ledger.rows_train.update(source[fate == TRAIN].tolist())
-        ledger.rows_heldout.update(source[fate == HELDOUT].tolist())
         trained = batch.filter(pa.array(fate == TRAIN))
-        _count_tokens(trained, ledger, pairs=spool.pairs)
-        first += shown_rows(trained, shown - len(first))
+        _count_tokens(trained, ledger, spool.objective)
+        written.shown += shown_rows(trained, shown - len(written.shown))
         train.write(trained)
         kept = batch.filter(pa.array(fate == HELDOUT))
         heldout.write(kept)
-        for where, messages in zip(kept["where"].to_pylist(), kept["messages"].to_pylist(), strict=True):
-            lines.write({"where": where, "messages": json.loads(messages)})
+        for line in kept["shown"].drop_null().to_pylist():
+            lines.write(json.loads(line))
+        if positions is not None:
+            written.beyond += _longer(trained, positions) + _longer(kept, positions)
     for each in (train, heldout, lines):
         each.close()
-    return first
+    return written
 
 
-def _count_tokens(batch: pa.RecordBatch, ledger: Ledger, *, pairs: bool) -> None:
-    for side in ("", "rejected_") if pairs else ("",):
+def _sides(batch: pa.RecordBatch) -> tuple[str, ...]:
+    """What stands before the names of each side's columns."""
+    return ("", "rejected_") if "rejected_length" in batch.schema.names else ("",)
+
+
+def _count_tokens(batch: pa.RecordBatch, ledger: Ledger, objective: str) -> None:
+    for side in _sides(batch):
         ledger.tokens_train += pc.sum(batch[f"{side}length"]).as_py() or 0
-        ledger.tokens_trained_on += pc.sum(pc.list_flatten(batch[f"{side}trained"])).as_py() or 0
+        if objective not in SAMPLED:  # a reference is compared with what is sampled; nothing of it is trained on
+            ledger.tokens_trained_on += pc.sum(pc.list_flatten(batch[f"{side}trained"])).as_py() or 0
+
+
+def _longer(batch: pa.RecordBatch, positions: int) -> int:
+    """How many rows have a side longer than this."""
+    longest = np.max([np.asarray(batch[f"{side}length"]) for side in _sides(batch)], axis=0)
+    return int((longest > positions).sum())

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from tunesmith.chat.formats import Message
 from tunesmith.chat.template import ChatTemplate, Encoded
+from tunesmith.datasections import DataSection
 from tunesmith.errors import Problem
-from tunesmith.recipe import DataSection
 from tunesmith.stages.prepare.candidate import Candidate
 
 #: What was decided of an overlong row, as `ledger.json` spells it.
@@ -30,14 +30,15 @@ class Fitted:
 
 
 def fitted(candidate: Candidate, template: ChatTemplate, data: DataSection) -> Fitted:
-    """The row made to fit as `data.overlong` says. A pair is left out: both sides must answer the same whole prompt."""
-    rows: list[Candidate] = []
-    if candidate.rejected is None and data.overlong == "truncate":
+    """The row made to fit as `data.overlong` says. Pairs, judged answers and prompts are left out: they are about their end."""
+    if candidate.rejected is not None or candidate.more is not None:
+        return Fitted("rejected", [], [candidate.where])
+    if data.overlong == "truncate":
         if shorter := _longest_start(candidate, template, data.max_length):
             return Fitted("turns-dropped", [shorter], [])
         if data.truncate_answers and (cut := _cut(candidate, data.max_length)):
             return Fitted("answer-cut", [cut], [])
-    elif candidate.rejected is None and data.overlong == "split":
+    elif data.overlong == "split":
         rows, lost = _windows(candidate, template, data.max_length)
         if rows:
             return Fitted("split", rows, lost)

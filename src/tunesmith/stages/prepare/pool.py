@@ -68,7 +68,7 @@ def _pooled(chunks: Iterator[Rows], settings: Settings, count: int) -> Iterator[
         except BrokenProcessPool as error:
             why = "its rows would be missing"
             fix = "give the machine more memory, or set data.workers: 1"
-            raise DataError(Problem("TS116", "a process that reads rows was ended", "data.workers", why, fix)) from error
+            raise DataError(Problem("TS117", "a process that reads rows was ended", "data.workers", why, fix)) from error
         finally:
             for each in waiting:
                 each.cancel()

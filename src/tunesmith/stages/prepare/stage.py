@@ -19,14 +19,17 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from tunesmith.chat.named import named_template
 from tunesmith.chat.probe import probe
+from tunesmith.datasections import NAMED_TEMPLATES, DataSection
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_text
-from tunesmith.io.rows import Row, read_rows
+from tunesmith.io.documents import folder_digest, reader_of
+from tunesmith.io.rows import Row
 from tunesmith.io.tables import HUB, hub_commit
 from tunesmith.models.load import locate, model_digest
+from tunesmith.models.rope import check_scalable, window
 from tunesmith.quality import Finding, Overlap, common_segments
 from tunesmith.quality.review import read_decisions
-from tunesmith.recipe import NAMED_TEMPLATES, DataSection, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 from tunesmith.stages.prepare.candidate import Candidate
 from tunesmith.stages.prepare.files import marked_sample
@@ -47,6 +50,8 @@ NOTES = {
     "last-answer-only": "the template rewrites earlier answers, so only the last one is trained",
     "end-of-turn-added": "the template ends no turn, so the tokenizer's eos was put after the last answer",
     "system-dropped": "the template leaves the system turn out",
+    "document-split": "longer than data.max_length, so they go on in further rows",
+    "no-end-of-document": "the tokenizer has no eos to end them with",
 }
 
 
@@ -70,18 +75,21 @@ def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
     dumped = recipe.model_dump(mode="json")
     data = {key: value for key, value in dumped["data"].items() if key != "workers"}
     inputs = {"review": read_decisions(Path(recipe.data.review)).digest, "model": model_digest(folder)}
-    settings = {"data": data, "seed": dumped["seed"], "objective": dumped["objective"]}
-    inputs["recipe"] = sha256_json(settings)
-    named = {"test": recipe.data.test, "chat_template": recipe.data.chat_template}
-    named |= {f"train {number}" if number else "train": part.path for number, part in enumerate(recipe.data.parts)}
-    named |= {f"overlap {name}": path for name, path in recipe.data.overlap}
-    return inputs | {name: _path_digest(path) for name, path in named.items() if path is not None}
+    inputs["recipe"] = sha256_json({"data": data} | {key: dumped[key] for key in ("seed", "objective", "rope_scaling")})
+    rows = {"test": recipe.data.test}
+    rows |= {f"train {number}" if number else "train": part.path for number, part in enumerate(recipe.data.parts)}
+    others = {"chat_template": recipe.data.chat_template} | {f"overlap {name}": path for name, path in recipe.data.overlap}
+    documents = recipe.objective == "pretrain"
+    inputs |= {name: _path_digest(path, documents=documents) for name, path in rows.items() if path is not None}
+    return inputs | {name: _path_digest(path) for name, path in others.items() if path is not None}
 
 
-def _path_digest(name: str) -> str:
+def _path_digest(name: str, *, documents: bool = False) -> str:
     if name.startswith(HUB):
         return hub_commit(name)
     path = Path(name)
+    if path.is_dir() and documents:
+        return folder_digest(path)
     if path.is_dir():
         files = sorted(each for each in path.rglob("*") if each.is_file())
         return sha256_json({each.relative_to(path).as_posix(): sha256_file(each) for each in files})
@@ -93,26 +101,29 @@ class _Preparation:
 
     def __init__(self, run: Run, model_folder: Path, target: Path) -> None:
         self._run, self._recipe, self._data, self._target = run, run.recipe, run.recipe.data, target
-        self._folder = model_folder
+        self._folder, self._objective = model_folder, run.recipe.objective
         self._ledger = Ledger([part.path for part in self._data.parts])
         self._problems = Problems()
         self._rejects = Lines(target / "rejects.jsonl")
         self._findings = Lines(target / "findings.jsonl")
-        self._whole = WholeSet(self._data, self._recipe.seed, self._say, self._reject)
+        kind = "text" if self._objective == "pretrain" else "conversation"
+        self._whole = WholeSet(self._data, self._recipe.seed, self._say, self._reject, kind)
+        self._probed: dict[str, Any] = {}
 
     def write(self) -> None:
         """Read all rows, settle what becomes of each, write the sets and what is told of them."""
         data, ledger = self._data, self._ledger
+        positions = _positions(self._recipe, self._folder)
         settings = Settings(
-            data, self._recipe.objective, self._folder, _template_source(data), frozenset(), read_decisions(Path(data.review))
+            data, self._objective, self._folder, _template_source(data), frozenset(), read_decisions(Path(data.review))
         )
-        rows = _rows(data)
+        rows = _rows(data, self._objective)
         head = list(itertools.islice(rows, _COMMON_ROWS))
         settings = _with_common(settings, head)
         worker = Worker(settings)
         if data.test is not None:
-            ledger.test = write_test(data, worker, self._whole, self._target)
-        spool = Spool(self._target, pairs=self._recipe.objective == "dpo")
+            ledger.test = write_test(data, self._objective, worker, self._whole, self._target)
+        spool = Spool(self._target, self._objective)
         with _progress() as progress:
             task = progress.add_task("rows", total=None)
             for chunk in worked(chunked(itertools.chain(head, rows)), worker, settings):
@@ -127,16 +138,16 @@ class _Preparation:
         ledger.more["balance"] = self._whole.settle(data.heldout)
         if not any(fate != OUT for fate in self._whole.fates):
             raise DataError(_nothing_left(ledger, data))
-        shown = write_sets(spool, self._whole, self._target, ledger, _SAMPLES)
+        written = write_sets(spool, self._whole, self._target, ledger, _SAMPLES, positions)
         self._rejects.close()
         self._findings.close()
-        self._tell(worker, settings)
-        samples = (marked_sample(row, worker.tokenizer) for row in shown)
+        self._tell(worker)
+        samples = (marked_sample(row, worker.tokenizer) for row in written.shown)
         write_text(self._target / "samples.txt", "\n".join(samples))
         counts = ledger.as_dict()
         write_json(self._target / "ledger.json", counts)
-        self._events(counts)
-        page = render(self._recipe, counts, shown, worker.tokenizer, self._probed)
+        self._events(counts, written.beyond, positions)
+        page = render(self._recipe, counts, written.shown, worker.tokenizer, self._probed)
         write_text(self._target / "report.html", page)
 
     def _take(self, chunk: Chunk, spool: Spool) -> None:
@@ -170,25 +181,31 @@ class _Preparation:
         self._ledger.reasons[rejection.reason] += 1
         self._rejects.write({"where": rejection.where, "reason": rejection.reason, "detail": rejection.detail})
 
-    def _tell(self, worker: Worker, settings: Settings) -> None:
-        """What is told of the template and of the benchmarks."""
-        self._probed = probe(worker.template)
-        write_text(self._target / "chat_template.jinja", worker.template.source)
-        write_json(self._target / "template.json", self._probed)
-        self._ledger.more["template"] = {
-            "name": settings.data.chat_template or "the tokenizer's own",
-            "digest": self._probed["digest"],
-            "findings": self._probed["findings"],
-        }
+    def _tell(self, worker: Worker) -> None:
+        """What is told of the template, where there is one, and of the benchmarks."""
+        if worker.template is not None:
+            self._probed = probe(worker.template)
+            write_text(self._target / "chat_template.jinja", worker.template.source)
+            write_json(self._target / "template.json", self._probed)
+            self._ledger.more["template"] = {
+                "name": self._data.chat_template or "the tokenizer's own",
+                "digest": self._probed["digest"],
+                "findings": self._probed["findings"],
+            }
         overlap = Overlap(self._data.overlap)
         self._ledger.more["overlap"] = {
             name: {"items": items, "too_short": overlap.too_short[name]} for name, items in overlap.items.items()
         }
 
-    def _events(self, counts: dict[str, Any]) -> None:
+    def _events(self, counts: dict[str, Any], beyond: int, positions: int | None) -> None:
         def event(code: str, message: str, **facts: Any) -> None:
             self._run.event(self._target, code, message, **facts)
 
+        if beyond:
+            text = (
+                f"{beyond} rows are longer than the model's {positions} positions: lower data.max_length, or set rope_scaling"
+            )
+            event("rows-beyond-window", text, count=beyond, window=positions)
         for reason, count in counts["reasons"].items():
             event("rows-rejected", f"{count} rows left out: {reason}", reason=reason, count=count)
         for note, count in counts["notes"].items():
@@ -198,7 +215,7 @@ class _Preparation:
         for rule, actions in counts["findings"].items():
             for action, count in actions.items():
                 event("finding", f"{count} times {rule}: {action}", rule=rule, action=action, count=count)
-        for finding in counts["template"]["findings"]:
+        for finding in self._probed.get("findings", ()):
             event("template", finding["detail"], rule=finding["rule"])
         if counts["rows_train"] < 1000:
             event("few-rows", f"{counts['rows_train']} rows to train on: expand the data first", count=counts["rows_train"])
@@ -210,10 +227,19 @@ def _nothing_left(ledger: Ledger, data: DataSection) -> Problem:
     return Problem("TS109", f"no row is left to train on ({detail})", data.parts[0].path, why, "correct the data")
 
 
-def _rows(data: DataSection) -> Iterator[tuple[int, Row]]:
+def _positions(recipe: Recipe, folder: Path) -> int | None:
+    """How many positions the model has, scaled as the recipe says. Raises ModelError where they cannot be scaled so."""
+    config: dict[str, Any] = read_json(folder / "config.json")
+    if recipe.rope_scaling is not None:
+        check_scalable(config, folder)
+    return window(config, recipe.rope_scaling)
+
+
+def _rows(data: DataSection, objective: str) -> Iterator[tuple[int, Row]]:
     """All rows of all sources in order, each with the number of its source."""
+    read = reader_of(objective)
     for number, part in enumerate(data.parts):
-        for row in read_rows(part.path, part.split):
+        for row in read(part.path, part.split):
             yield number, row
 
 

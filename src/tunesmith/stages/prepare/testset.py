@@ -1,48 +1,50 @@
-"""The task's test rows: conversations with a reference answer, generated from and never trained on."""
+"""The task's test rows, never trained on: conversations with a reference answer, or documents of which the loss is taken."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tunesmith.chat.formats import Message, mapped
-from tunesmith.chat.preference import chosen_messages
+from tunesmith.chat.formats import mapped
+from tunesmith.datasections import DataSection
 from tunesmith.errors import DataError, Problem
-from tunesmith.io.rows import Row, read_rows
-from tunesmith.recipe import DataSection
-from tunesmith.stages.prepare.candidate import Candidate
+from tunesmith.io.documents import reader_of
+from tunesmith.io.rows import Row
+from tunesmith.stages.prepare.candidate import TEST_READERS, Candidate, candidate_of, encoded_documents
+from tunesmith.stages.prepare.files import SCHEMA, ArrowWriter, spool_batch
 from tunesmith.stages.prepare.ledger import Problems
 from tunesmith.stages.prepare.output import Lines
 from tunesmith.stages.prepare.whole import WholeSet
 from tunesmith.stages.prepare.work import REASONS, Worker, digests
 
 
-def write_test(data: DataSection, worker: Worker, whole: WholeSet, target: Path) -> dict[str, Any]:
-    """Write test.jsonl and return its counts; `whole` learns the rows, so that none of them is trained on.
+def write_test(data: DataSection, objective: str, worker: Worker, whole: WholeSet, target: Path) -> dict[str, Any]:
+    """Write test.jsonl, or test.arrow of documents, and return its counts; `whole` learns the rows, so that none is trained on.
 
     Rows are kept as they came, since that is how the model will be asked; they are compared as train rows are cleaned. Of a
-    preference row the chosen answer is the reference. Raises DataError as for train rows.
+    preference row the chosen answer is the reference, of a judged one the answer if it is desirable. Raises DataError as for
+    train rows.
     """
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     problems = Problems()
-    lines = Lines(target / "test.jsonl")
-    for row in read_rows(data.test or ""):
+    out = _Documents(target) if worker.encoder is not None else _Conversations(target)
+    for row in reader_of(objective)(data.test or "", None):
         counts["rows_in"] += 1
-        messages = _reference(row, data)
-        if isinstance(messages, Problem):
-            if data.on_bad_row == "reject" or messages.code == "TS502":
-                reasons[_reason(messages)] += 1
+        for made in _encoded(_reference(row, data, objective), worker, data):
+            if not isinstance(made, Problem):
+                compared = worker.cleaned(made)
+                key, prompt, _ = digests(compared)
+                whole.add_test(key, prompt, worker.signature(compared), row.where)
+                counts["rows_test"] += 1
+                out.write(made)
+            elif data.on_bad_row == "reject" or made.code == "TS502":
+                reasons[_reason(made)] += 1
             else:
-                problems.add(messages)
-            continue
-        cleaned = worker.cleaned(messages)
-        key, prompt, _ = digests(Candidate(row.where, cleaned))
-        whole.add_test(key, prompt, worker.signature(cleaned), row.where)
-        counts["rows_test"] += 1
-        lines.write({"where": row.where, "messages": messages})
-    lines.close()
+                problems.add(made)
+    out.close()
     problems.raise_any()
     if not counts["rows_in"]:
         why = "there is nothing to score on"
@@ -56,16 +58,57 @@ def write_test(data: DataSection, worker: Worker, whole: WholeSet, target: Path)
     }
 
 
-def _reference(row: Row, data: DataSection) -> list[Message] | Problem:
-    """The conversation of a test row, which ends with its reference answer."""
+class _Conversations:
+    """test.jsonl."""
+
+    def __init__(self, target: Path) -> None:
+        self._lines = Lines(target / "test.jsonl")
+
+    def write(self, row: Candidate) -> None:
+        self._lines.write({"where": row.where, "messages": row.messages})
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class _Documents:
+    """test.arrow, with the pieces of each document as rows."""
+
+    def __init__(self, target: Path) -> None:
+        self._rows = ArrowWriter(target / "test.arrow", SCHEMA)
+
+    def write(self, row: Candidate) -> None:
+        self._rows.write(spool_batch([row], "pretrain"))
+
+    def close(self) -> None:
+        self._rows.close()
+
+
+def _encoded(row: Candidate | Problem, worker: Worker, data: DataSection) -> Iterator[Candidate | Problem]:
+    """A document in its pieces; a conversation as it is, since it is rendered when it is asked."""
+    if isinstance(row, Problem) or worker.encoder is None:
+        yield row
+    else:
+        yield from encoded_documents([row], worker.encoder, data.max_length)
+
+
+def _reference(row: Row, data: DataSection, objective: str) -> Candidate | Problem:
+    """The conversation of a test row, which ends with its reference answer; or its document."""
     if row.problem is not None:
         return row.problem
     value = mapped(row.value or {}, data.columns, row.where)
-    messages = value if isinstance(value, Problem) else chosen_messages(value, row.where, data.format, data.system)
-    if not isinstance(messages, Problem) and messages[-1]["role"] != "assistant":
-        why = "there is no answer to compare with"
+    if isinstance(value, Problem):
+        return value
+    made = TEST_READERS[objective](value, row.where, data.format, data.system)
+    if isinstance(made, Problem):
+        return made
+    candidate = candidate_of(row.where, made)
+    why = "there is no answer to compare with"
+    if candidate.unwanted:
+        return Problem("TS502", "the answer is judged undesirable", row.where, why, "give a desirable answer")
+    if candidate.text is None and candidate.messages[-1]["role"] != "assistant":
         return Problem("TS502", "the last turn is not an assistant's", row.where, why, "end the row with the answer")
-    return messages
+    return candidate
 
 
 def _reason(problem: Problem) -> str:

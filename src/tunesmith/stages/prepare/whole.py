@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from tunesmith.datasections import DataSection
 from tunesmith.quality import Conflicts, Finding, NearDuplicates, RowFacts, SetStatistics, balance
-from tunesmith.recipe import DataSection
 from tunesmith.rowrules import QUALITY, settled
 from tunesmith.stages.prepare.mixture import kept_of_each
 from tunesmith.stages.prepare.work import Made, Rejection
@@ -30,10 +30,13 @@ Reject = Callable[[Rejection], None]
 class WholeSet:
     """Takes rows one by one, in order, then settles what becomes of each: `fates` has TRAIN, HELDOUT or OUT for it."""
 
-    def __init__(self, data: DataSection, seed: int, say: Say, reject: Reject) -> None:
-        self._data, self._seed, self._say, self._reject = data, seed, say, reject
+    def __init__(self, data: DataSection, seed: int, say: Say, reject: Reject, kind: str = "conversation") -> None:
+        """`kind` is what a row is called where another one equals it."""
+        self._data, self._seed, self._say, self._reject, self._kind = data, seed, say, reject, kind
         self._actions = settled(data.quality, QUALITY)
-        self._near = NearDuplicates(data.duplicates.threshold or 1.0, data.duplicates.num_perm)
+        # An undesirable answer and a desirable one may be nearly the same: that is what they teach.
+        threshold, num_perm = data.duplicates.threshold or 1.0, data.duplicates.num_perm
+        self._near = {unwanted: NearDuplicates(threshold, num_perm) for unwanted in (False, True)}
         self._first: dict[int, int] = {}  # key of a row -> its number
         self._test_keys: set[int] = set()
         self._test_prompts: set[int] = set()
@@ -42,6 +45,8 @@ class WholeSet:
         self._statistics = SetStatistics(data)
         self._answers, self._languages = array("Q"), list[str | None]()
         self._prompts, self._sources = array("Q"), array("H")
+        #: In how many rows of the spool each stands.
+        self.pieces = array("I")
         self._labels: list[str | None] = []
         self.fates = bytearray()
 
@@ -51,13 +56,15 @@ class WholeSet:
         if prompt is not None:
             self._test_prompts.add(int(prompt[:16], 16))
         if signature is not None:
-            self._near.add(_TEST + where, signature)
+            for near in self._near.values():
+                near.add(_TEST + where, signature)
 
     def add(self, row: Made) -> None:
         """Take a row; an equal or nearly equal earlier one, or one of the test set, leaves it out at once."""
         number = len(self.fates)
         self._places.append(row.where)
         self._sources.append(row.source)
+        self.pieces.append(row.pieces)
         self._prompts.append(int(row.prompt[:16], 16) if row.prompt else 0)
         self._labels.append(_shared(row.label))
         self._answers.append(row.facts.answer_characters)
@@ -69,19 +76,19 @@ class WholeSet:
             self._leave_out(number, *reason)
             return
         self._statistics.add(row.facts)
-        if row.prompt is not None:
+        if row.prompt is not None and row.answer is not None:
             self._conflicts.add(row.where, row.prompt, row.answer)
 
     def _alike(self, row: Made, number: int) -> tuple[str, str] | None:
         """Reason and detail of a row that another one makes superfluous."""
         if row.key in self._test_keys:
-            return "leaks-test", "the same conversation as a test row"
+            return "leaks-test", f"the same {self._kind} as a test row"
         if row.prompt is not None and int(row.prompt[:16], 16) in self._test_prompts:
             return "leaks-test", "asks the same as a test row"
         first = self._first.setdefault(row.key, number)
         if first != number:
-            return "duplicate", f"the same conversation as {self._places[first]}"
-        earlier = None if row.signature is None else self._near.add(row.where, row.signature)
+            return "duplicate", f"the same {self._kind} as {self._places[first]}"
+        earlier = None if row.signature is None else self._near[row.unwanted].add(row.where, row.signature)
         if earlier is None:
             return None
         if earlier.startswith(_TEST):

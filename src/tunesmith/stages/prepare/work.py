@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,26 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tunesmith.chat.document import DocumentEncoder
 from tunesmith.chat.formats import Message, detected, mapped
 from tunesmith.chat.template import ChatTemplate
+from tunesmith.datasections import DataSection, SourceSection
 from tunesmith.errors import CODES, Problem
 from tunesmith.io.atomic import sha256_json
 from tunesmith.io.rows import Row
 from tunesmith.models.load import load_tokenizer
 from tunesmith.quality import Checker, Finding, Label, NearDuplicates, Overlap, RowFacts, row_facts, row_text
 from tunesmith.quality.review import Decisions
-from tunesmith.recipe import DataSection, SourceSection
 from tunesmith.rowrules import QUALITY, SCREENING, settled
-from tunesmith.stages.prepare.candidate import READERS, Candidate, candidate_of, encoded, prompt_of
+from tunesmith.stages.prepare.candidate import (
+    READERS,
+    Candidate,
+    candidate_of,
+    encoded,
+    encoded_documents,
+    prompt_of,
+    with_messages,
+)
 from tunesmith.stages.prepare.files import spool_batch
 from tunesmith.stages.prepare.overlong import fitted
 
@@ -53,13 +62,15 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Made:
-    """What the parent must know of an encoded row; its ids stand in the chunk's batch at the same place."""
+    """What the parent must know of an encoded row; its ids stand in the chunk's batch, in this order, in `pieces` rows."""
 
     where: str
     source: int
+    pieces: int
     key: int  # 64 bits of the digest of the whole row
     prompt: str | None  # digest of what stands before the last answer, if anything is asked
-    answer: str
+    answer: str | None  # digest of the answer to it, where that is one to learn
+    unwanted: bool  # whether its answer is judged undesirable
     label: str | None
     facts: RowFacts
     signature: np.ndarray | None
@@ -94,7 +105,7 @@ class _Checked:
 
 
 class Worker:
-    """Works on chunks of rows; one in each process. Raises ModelError where there is no usable template."""
+    """Works on chunks of rows; one in each process. Raises ModelError where conversations have no usable template."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -108,13 +119,15 @@ class Worker:
         self._overlap = Overlap(data.overlap)
         self._label = Label(data.balance.label) if data.balance.label else None
         self.tokenizer = load_tokenizer(settings.model_folder)
-        self.template = ChatTemplate(self.tokenizer, settings.template_source, str(settings.model_folder))
+        documents, name = settings.objective == "pretrain", str(settings.model_folder)
+        self.encoder = DocumentEncoder(self.tokenizer) if documents else None
+        self.template = None if documents else ChatTemplate(self.tokenizer, settings.template_source, name)
 
     def __call__(self, rows: Sequence[tuple[int, Row]]) -> Chunk:
         """Work on a chunk of rows, each with the number of its source."""
         chunk = Chunk()
         checked = [made for source, row in rows if (made := self._checked(source, row, chunk)) is not None]
-        results = encoded([each.candidate for each in checked], self.template)
+        results = self._encoded([each.candidate for each in checked])
         kept: list[Candidate] = []
         for each, result in zip(checked, results, strict=True):
             if isinstance(result, Problem):
@@ -125,8 +138,15 @@ class Worker:
                 kept.append(row)
                 chunk.made.append(self._made(row, each))
         if kept:
-            chunk.batch = spool_batch(kept, pairs=self._settings.objective == "dpo")
+            chunk.batch = spool_batch(kept, self._settings.objective)
         return chunk
+
+    def _encoded(self, chunk: Sequence[Candidate]) -> Iterator[Candidate | Problem]:
+        if self.encoder is not None:
+            return encoded_documents(chunk, self.encoder, self._settings.data.max_length)
+        if self.template is None:
+            raise AssertionError("neither a template nor a way to write documents")
+        return encoded(chunk, self.template)
 
     def _checked(self, source: int, row: Row, chunk: Chunk) -> _Checked | None:
         """The row read and cleaned; None where it has a problem or is rejected, which is noted in the chunk."""
@@ -150,21 +170,29 @@ class Worker:
         return _Checked(candidate, source, label, findings)
 
     def _clean(self, candidate: Candidate) -> tuple[Candidate, list[Finding]]:
+        if candidate.text is not None:
+            text, findings = self._checker.screen_text(candidate.text)
+            return replace(candidate, text=text), [*findings, *self._overlaps(text)]
         messages, findings = self._checker.check(candidate.messages)
+        if candidate.unwanted:
+            findings = _of_bad_answers(findings)
         rejected = candidate.rejected
         if rejected is not None:
-            # A rejected answer is meant to be bad: of it only what is mended, and what is not safe, is told.
             rejected, more = self._checker.check(rejected)
-            findings += [each for each in more if (each.action == "fix" or each.rule in SCREENING) and each not in findings]
+            findings += [each for each in _of_bad_answers(more) if each not in findings]
+        findings += self._overlaps("\n".join(_texts(messages)))
+        return replace(with_messages(candidate, messages), rejected=rejected), findings
+
+    def _overlaps(self, text: str) -> list[Finding]:
         action = self._quality.get("benchmark-overlap")
-        if action is not None:
-            found = self._overlap.check("\n".join(_texts(messages)))
-            findings += [Finding("benchmark-overlap", action, f"{count} runs of {name}") for name, count in found.items()]
-        return Candidate(candidate.where, messages, rejected), findings
+        if action is None:
+            return []
+        found = self._overlap.check(text)
+        return [Finding("benchmark-overlap", action, f"{count} runs of {name}") for name, count in found.items()]
 
     def _fitting(self, row: Candidate, each: _Checked, chunk: Chunk) -> list[Candidate]:
         limit = self._settings.data.max_length
-        if row.length <= limit:
+        if row.length <= limit or self.template is None:  # a document is in pieces that fit
             return [row]
         fit = fitted(row, self.template, self._settings.data)
         chunk.overlong[fit.decision] += 1
@@ -175,34 +203,43 @@ class Worker:
 
     def _made(self, row: Candidate, each: _Checked) -> Made:
         key, prompt, answer = digests(row)
-        notes = tuple(sorted({note for side in row.sides for note in side.notes}))
         return Made(
             row.where,
             each.source,
+            max(1, len(row.pieces)),
             key,
             prompt,
             answer,
+            row.unwanted,
             each.label,
-            row_facts(row.messages),
-            self.signature(row.messages, row.rejected),
+            RowFacts(0, None) if row.unwanted else row_facts(row.messages),
+            self.signature(row),
             each.findings,
-            notes,
+            self._notes(row),
         )
 
-    def signature(self, messages: Sequence[Message], rejected: Sequence[Message] | None = None) -> np.ndarray | None:
+    def _notes(self, row: Candidate) -> tuple[str, ...]:
+        notes = {note for side in row.sides for note in side.notes}
+        if len(row.pieces) > 1:
+            notes.add("document-split")
+        if self.encoder is not None and not self.encoder.ends:
+            notes.add("no-end-of-document")
+        return tuple(sorted(notes))
+
+    def signature(self, row: Candidate) -> np.ndarray | None:
         """What near duplicates are told by; None where they are not looked for."""
         if self._near is None:
             return None
-        both = [*messages, *(rejected[-1:] if rejected else [])]
-        return self._near.signature(row_text(both, self._settings.common))
+        both = [*row.messages, *(row.rejected[-1:] if row.rejected else [])]
+        return self._near.signature(row_text(both, self._settings.common) if row.text is None else row.text)
 
-    def cleaned(self, messages: list[Message]) -> list[Message]:
-        """The messages as a train row would be cleaned, for comparing with those."""
-        return self._checker.check(messages)[0]
+    def cleaned(self, row: Candidate) -> Candidate:
+        """The row as a train row would be cleaned, for comparing with those."""
+        return self._clean(row)[0]
 
 
 def read(row: Row, part: SourceSection, settings: Settings, formats: Counter[str]) -> Candidate | Problem:
-    """The row's conversation or pair, by its source's columns and format; which format it was is counted."""
+    """What the row's objective learns from, by its source's columns and format; which format it was is counted."""
     value = mapped(row.value or {}, part.columns or {}, row.where) if part.columns else row.value or {}
     if isinstance(value, Problem):
         return value
@@ -210,7 +247,8 @@ def read(row: Row, part: SourceSection, settings: Settings, formats: Counter[str
     made = READERS[settings.objective](value, row.where, asked, settings.data.system)
     if isinstance(made, Problem):
         return made
-    formats[asked if asked != "auto" else _detected(value)] += 1
+    documents = settings.objective == "pretrain"
+    formats["text" if documents else asked if asked != "auto" else _detected(value)] += 1
     return candidate_of(row.where, made)
 
 
@@ -218,12 +256,19 @@ def _detected(value: Mapping[str, Any]) -> str:
     return ("preference " if "chosen" in value else "") + (detected(value) or "messages")
 
 
+def _of_bad_answers(findings: Sequence[Finding]) -> list[Finding]:
+    """Of an answer that is meant to be bad only what is mended, and what is not safe, is told."""
+    return [each for each in findings if each.action == "fix" or each.rule in SCREENING]
+
+
 def _texts(messages: Sequence[Message]) -> list[str]:
     return [message["content"] for message in messages]
 
 
-def digests(row: Candidate) -> tuple[int, str | None, str]:
-    """64 bits of the whole row's digest, and the digests of its prompt (None without a question) and of its answer."""
-    prompt = prompt_of(row.messages)
+def digests(row: Candidate) -> tuple[int, str | None, str | None]:
+    """64 bits of the whole row's digest, and the digests of its prompt and of its answer; None where there is none to learn."""
+    prompt = prompt_of(row)
     answer = row.messages[len(prompt) :] if prompt else row.messages
-    return int(row.key[:16], 16), sha256_json(prompt) if prompt else None, sha256_json([answer, row.rejected])
+    learnt = bool(answer) and not row.unwanted
+    key = int(row.key[:16], 16)
+    return key, sha256_json(prompt) if prompt else None, sha256_json([answer, row.rejected]) if learnt else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import append_jsonl
+from tunesmith.methods.offload import ActivationOffload
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
 from tunesmith.methods.settings import Settings
-from tunesmith.methods.sizes import STATE_BITS
 from tunesmith.packing.batch import Batch, labelled_count
 from tunesmith.recipe import Recipe, TrainSection
 from tunesmith.stages.train.objective import Objective, StepBatches
@@ -84,6 +84,18 @@ def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu
     return arguments
 
 
+def make_adamw(trainer: Any, model: Any, asked: TrainSection) -> AdamW:
+    """The optimizer of a `Trainer`'s model in the format that the recipe names; weight decay on matrices only."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = set(trainer.get_decay_parameter_names(model)) & trained.keys()
+    groups = [
+        {"params": [trained[name] for name in trained if name in decayed], "weight_decay": trainer.args.weight_decay},
+        {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return AdamW.named(asked.optim, groups, lr=trainer.args.learning_rate, seed=trainer.args.seed)
+
+
 class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
     """`Trainer` over an objective's loss: its mean over the global batch, metrics for each step, finite or stopped."""
 
@@ -110,6 +122,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.asked = asked
         self.adamw: AdamW | None = None
         self.in_backward: InBackward | None = None
+        self.offload = ActivationOffload(self.model) if asked.activation_offloading else None
         self._tokens = 0
         self._computed = 0
         self._labelled = 0
@@ -162,27 +175,19 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self._tokens += inputs.pop("row_tokens")
         self._labelled += labelled_count(inputs)
         self._counted += self.objective.count(inputs)
-        summed, sums = self.objective.read(model(**inputs))
+        with self.offload or nullcontext():
+            summed, sums = self.objective.read(model(**inputs))
         self._sums = {name: value + self._sums.get(name, 0) for name, value in sums.items()}
         # Gradients are averaged over the ranks, so each gives its share times their number.
         loss: torch.Tensor = summed / num_items_in_batch * self.accelerator.num_processes
         if self.in_backward is not None and not math.isfinite(float(loss.detach())):
             # The weights would be updated before the norm is known.
-            raise TrainError(_not_finite(self.state.global_step + 1, float(loss.detach()), math.nan))
+            raise not_finite(self.state.global_step + 1, float(loss.detach()), math.nan)
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in the format that the recipe names; weight decay on matrices only."""
-        model = model or self.model
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        decayed = set(self.get_decay_parameter_names(model)) & trained.keys()
-        groups = [
-            {"params": [trained[name] for name in trained if name in decayed], "weight_decay": self.args.weight_decay},
-            {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
-        ]
-        bits = STATE_BITS[self.asked.optim]
-        groups = [group for group in groups if group["params"]]
-        self.adamw = AdamW(groups, lr=self.args.learning_rate, bits=bits, seed=self.args.seed)
+        self.adamw = make_adamw(self, model or self.model, self.asked)
         if self.asked.optimizer_in_backward:
             self.in_backward = InBackward(self.adamw, self.args.max_grad_norm)
         self.optimizer: torch.optim.Optimizer = self.adamw
@@ -205,12 +210,10 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
         """The gradient norm before clipping; raises TrainError before the optimizer moves if anything is not finite."""
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
-        loss = float(self._tr_loss)
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            raise TrainError(_not_finite(self.state.global_step + 1, loss, norm))
+        check_finite(self.state.global_step + 1, float(self._tr_loss), norm)
         return norm
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002 - the base class's
+    def log(self, logs: dict[str, float], *_: Any, **__: Any) -> None:
         """Called by Trainer after each optimizer step; writes the step's line, and nothing else anywhere."""
         if "grad_norm" not in logs:
             return  # the summary at the end, which `train` makes itself
@@ -233,11 +236,15 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.on_step(metrics, self.state.max_steps)
 
 
-def _not_finite(step: int, loss: float, norm: float) -> Problem:
-    return Problem(
-        "TS301",
-        f"loss {loss} and gradient norm {norm} at step {step}",
-        "train",
-        "the weights would turn to NaN and every later step would be lost; the optimizer has not moved",
-        "lower train.learning_rate, look at the rows of this step, or set train.compute_dtype: float32",
-    )
+def not_finite(step: int, loss: float, norm: float) -> TrainError:
+    """The error of a step whose loss or gradient is no number."""
+    what = f"loss {loss} and gradient norm {norm} at step {step}"
+    why = "the weights would turn to NaN and every later step would be lost; the optimizer has not moved"
+    fix = "lower train.learning_rate, look at the rows of this step, or set train.compute_dtype: float32"
+    return TrainError(Problem("TS301", what, "train", why, fix))
+
+
+def check_finite(step: int, loss: float, norm: float) -> None:
+    """Raise TrainError before the optimizer moves where the loss or the gradient norm is no number."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise not_finite(step, loss, norm)

@@ -56,11 +56,12 @@ class Objective(Protocol):
 
 
 class Sft:
-    """Cross-entropy over labelled tokens."""
+    """Cross-entropy over labelled tokens: answers, or with `objective: pretrain` whole documents."""
 
     def checked(self, rows: Any) -> Any:
-        if "rejected_input_ids" in rows.column_names:
-            raise DataError(_prepared_for("dpo", "sft"))
+        for column, other in (("rejected_input_ids", "dpo"), ("label", "kto"), ("prompt_ids", "grpo, rloo or ppo")):
+            if column in rows.column_names:
+                raise DataError(_prepared_for(other, "sft"))
         return rows
 
     def longest(self, rows: Any) -> int:
@@ -129,7 +130,7 @@ class Dpo:
 
 def make_objective(recipe: Recipe) -> Objective:
     """The objective that the recipe names."""
-    return Sft() if recipe.objective == "sft" else Dpo(recipe.dpo)
+    return Dpo(recipe.dpo) if recipe.objective == "dpo" else Sft()
 
 
 def _prepared_for(other: str, asked: str) -> Problem:

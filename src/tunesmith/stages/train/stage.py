@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,30 @@ from rich.console import Console
 from transformers import set_seed
 
 from tunesmith.errors import DataError, Problem, RecipeError
-from tunesmith.hardware import Hardware, detect
+from tunesmith.hardware import detect
 from tunesmith.hardware.memory import PeakMemory, keep_freed_memory
 from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
-from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator
+from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator, reason_against_tree
+from tunesmith.packing.kernels import use_attention
 from tunesmith.packing.loss import use_tree_attention
 from tunesmith.packing.noise import EmbeddingNoise
+from tunesmith.packing.shifted import ShiftedCollator, use_shifted_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.quality.review import require_signoff
 from tunesmith.runs import Run
-from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
+from tunesmith.sections import ON_TREES
+from tunesmith.stages.train.beside import own_sections, reward_digests, train_beside
+from tunesmith.stages.train.engine import Engine, training_arguments
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
 from tunesmith.stages.train.progress import TrainProgress
+from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters
 from tunesmith.stages.train.watch import HeldoutWatch, mean_loss
+
+#: Top-level keys of the recipe that every training depends on.
+SECTIONS = ("model", "revision", "method", "seed", "lora", "train", "objective", "dpo", "rope_scaling")
 
 
 def train(run: Run, console: Console | None = None) -> dict[str, Any]:
@@ -44,13 +50,15 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
         require_signoff(run)
     model_folder = locate(recipe.model, recipe.revision)
     inputs = {
-        "recipe": recipe.section_digest("model", "revision", "method", "seed", "lora", "train", "objective", "dpo"),
+        "recipe": recipe.section_digest(*SECTIONS, *own_sections(recipe)),
         "data": run.outputs_digest("prepare"),
         "model": model_digest(model_folder),
+        **reward_digests(recipe),
     }
     if not run.is_current("train", inputs):
         with run.perform("train", "train", inputs, live=True) as folder:
-            _train(run, model_folder, folder, console or Console(stderr=True))
+            work = _train if recipe.objective in ON_TREES else train_beside
+            work(run, model_folder, folder, console or Console(stderr=True))
     summary: dict[str, Any] = read_json(run.path / "train" / "summary.json")
     return summary
 
@@ -63,7 +71,8 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         why = "training over nothing changes nothing"
         raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
     heldout = _heldout(run)
-    settings = _settings(run, len(rows), hardware, folder)
+    settings = settle(recipe, len(rows), METHODS[recipe.method].default_learning_rate, hardware)
+    tell_settings(run, settings, hardware, folder)
     if hardware.device == "cpu":
         keep_freed_memory()
     meter = PeakMemory()
@@ -105,7 +114,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         "total_parameters": total_parameters(model),
         "peak_memory_bytes": peak,
     }
-    write_json(folder / "summary.json", summary | _figures(engine.history, seconds_before) | _evaluated(watch))
+    write_json(folder / "summary.json", summary | figures_of(engine.history, seconds_before) | _evaluated(watch))
 
 
 class Checkpoints:
@@ -190,58 +199,45 @@ def _batches(run: Run, objective: Objective, model: Any, rows: Any, settings: Se
     """How the rows of a step become micro-batches; switches the model to their attention, and its noise on where asked for."""
     pad_id = load_tokenizer(locate(run.recipe.model, run.recipe.revision)).pad_token_id
     collator = _collator(run, model, pad_id, objective.longest(rows), folder)
-    use_tree_attention(model, on=not isinstance(collator, PaddedCollator))
+    asked = run.recipe.train.attn_implementation
+    if isinstance(collator, ShiftedCollator):
+        use_shifted_attention(model)
+    elif isinstance(collator, PaddedCollator):
+        use_attention(model, "sdpa" if asked == "auto" else asked, lambda text: run.event(folder, "attention-fallback", text))
+    else:
+        use_tree_attention(model, on=True)
     if run.recipe.train.neftune_noise_alpha is not None:
         EmbeddingNoise(model, run.recipe.train.neftune_noise_alpha)
     return objective.batches(collator, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size))
 
 
-def _settings(run: Run, rows: int, hardware: Hardware, folder: Path) -> Settings:
-    """The settled settings, written to settings.json, with an event for each value that the recipe left open."""
-    recipe = run.recipe
-    settings = settle(recipe, rows, METHODS[recipe.method].default_learning_rate, hardware)
-    write_json(folder / "settings.json", {**settings.as_dict(), "hardware": hardware.as_dict()})
-    for name, reason in settings.reasons.items():
-        if reason != "recipe":
-            value = getattr(settings, name)
-            run.event(folder, "setting", f"{name} = {value} ({reason})", name=name, value=value, reason=reason)
-    if hardware.accelerators > 1:
-        run.event(folder, "one-device", f"one of {hardware.accelerators} GPUs is used")
-    return settings
-
-
-def _figures(history: Sequence[StepMetrics], seconds_before: float) -> dict[str, Any]:
-    """Speed and loss over all steps; the first step also allocates, so the median leaves it out.
-
-    `seconds` is the whole training, with what the objective took before the first step.
-    """
-    seconds = [step.seconds for step in history]
-    return {
-        "steps": len(seconds),
-        "seconds_per_step": statistics.median(seconds[1:] or seconds),
-        "tokens_per_second": sum(step.tokens for step in history) / sum(seconds),
-        "computed_tokens_per_second": sum(step.computed_tokens for step in history) / sum(seconds),
-        "seconds_before_first_step": seconds_before,
-        "seconds": seconds_before + sum(seconds),
-        "first_loss": history[0].loss,
-        "last_loss": history[-1].loss,
-    }
-
-
 def _collator(run: Run, model: Any, pad_id: int | None, longest: int, folder: Path) -> Collator:
     """How rows become batches; an event where a tree was asked for and cannot be."""
+    group = run.recipe.train.shifted_sparse_attention
+    if group is not None:
+        return _shifted(run, model, pad_id, longest, group, folder)
     if not run.recipe.train.packing:
         return PaddedCollator(pad_id)
+    asked = run.recipe.train.attn_implementation
     collator, reason = choose_collator(model.config, pad_id, longest)
+    if asked != "auto":
+        collator, reason = PaddedCollator(pad_id), f"attn_implementation is {asked}, and trees have their own"
     if reason is not None:
         run.event(folder, "packing-off", f"rows are padded, those of like length together: {reason}", reason=reason)
     return collator
 
 
-def total_parameters(model: Any) -> int:
-    """All parameters of the model; a 4-bit weight counts the parameters that it stands for."""
-    total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        total += parameter.numel() if state is None else state.shape.numel()
-    return total
+def _shifted(run: Run, model: Any, pad_id: int | None, longest: int, group: int, folder: Path) -> ShiftedCollator:
+    """Padded rows for shifted sparse attention; an event that they are. Raises RecipeError where it would not be exact."""
+    reason = reason_against_tree(model.config, longest)  # it needs the same: causal attention and no more
+    if run.recipe.objective == "dpo":
+        reason = "with objective: dpo the reference would see all tokens and the trained model would not"
+    elif run.recipe.train.attn_implementation != "auto":
+        reason = f"it has an attention of its own, and attn_implementation is {run.recipe.train.attn_implementation}"
+    if reason is not None:
+        what, why = f"shifted_sparse_attention: {reason}", "the loss would not be that of the attention that is asked for"
+        raise RecipeError(Problem("TS003", what, "train", why, "remove train.shifted_sparse_attention"))
+    if run.recipe.train.packing:
+        reason = "shifted sparse attention works on rows, not on trees"
+        run.event(folder, "packing-off", f"rows are padded, those of like length together: {reason}", reason=reason)
+    return ShiftedCollator(pad_id, group)

@@ -1,0 +1,60 @@
+"""Processes that a benchmark asks in turns: a line in, a line of JSON out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Side:
+    """A process of a script beside this file that holds its model and works when told to.
+
+    `python` is the interpreter, `environment` what is added to the process's own; what it prints to stderr is dropped.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        script: str,
+        arguments: Sequence[str],
+        *,
+        python: str | Path = sys.executable,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [str(python), str(Path(__file__).with_name(script)), name, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+
+    def read(self) -> dict[str, Any]:
+        """The next answer. Raises RuntimeError where the process has ended."""
+        if self.process.stdout is None:
+            raise AssertionError("the pipe was asked for")
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """The answer to a line."""
+        if self.process.stdin is None:
+            raise AssertionError("the pipe was asked for")
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def end(self) -> None:
+        """Stop the process."""
+        self.process.kill()
+        self.process.wait()

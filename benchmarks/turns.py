@@ -1,0 +1,61 @@
+"""The callback by which a side of train_speed.py trains in turns. Needs no more than torch, transformers and psutil."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tunesmith.hardware.memory import PeakMemory
+
+
+class Turns(TrainerCallback):
+    """Waits before each turn for a line with the number of its steps, and answers what they took."""
+
+    def __init__(self, meter: PeakMemory) -> None:
+        self.meter = meter
+        self.left = 0
+        self.begun = 0.0
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.tokens = self.labelled = 0
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # libraries may print; answers go where nothing else does
+
+    def answer(self, **values: Any) -> None:
+        """Write one line."""
+        print(json.dumps(values), file=self.answers, flush=True)
+
+    def note(self, loss: float, norm: float, tokens: int = 0, labelled: int = 0) -> None:
+        """Collect what a step came to."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.tokens += tokens
+        self.labelled += labelled
+
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        """What TRL logs after each step; the engine logs nothing."""
+        if logs is not None and "grad_norm" in logs:
+            self.note(logs["loss"], float(logs["grad_norm"]))
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Wait where the turn is over. What comes between two steps, as collating, counts for the turn."""
+        if self.left == 0:
+            if self.begun:
+                seconds = time.perf_counter() - self.begun
+                peak = self.meter.peak_bytes()
+                counts = {"computed_tokens": self.tokens, "labelled_tokens": self.labelled}
+                self.answer(seconds=seconds, losses=self.losses, grad_norms=self.norms, peak_memory_bytes=peak, **counts)
+            line = sys.stdin.readline()
+            if not line:
+                raise SystemExit
+            self.left = int(line)
+            self.losses, self.norms, self.tokens, self.labelled = [], [], 0, 0
+            if not self.begun:
+                self.meter.reset()
+            self.begun = time.perf_counter()
+        self.left -= 1

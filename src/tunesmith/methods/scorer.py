@@ -1,0 +1,42 @@
+"""Reward models by the three methods: the same base and adapter, and a head of one number that is trained whole.
+
+PEFT keeps the head in the adapter's own folder (`modules_to_save`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tunesmith.methods.base import Method, enable_checkpointing
+from tunesmith.methods.lora import adapter_config
+from tunesmith.methods.qlora import QLora
+from tunesmith.models.load import load_scorer
+
+HEAD = "score"
+
+
+def build_scorer(method: Method, pad_token_id: int) -> Any:
+    """The model ready to train: a new head (seeded), and what the method trains beside it."""
+    import torch
+    from peft import get_peft_model
+
+    torch.manual_seed(method.adapter.seed)
+    quantised = method.quantization(skip=[HEAD]) if isinstance(method, QLora) else None
+    base = load_scorer(method.folder, dtype=method.compute_dtype, quantization_config=quantised)
+    base.config.pad_token_id = pad_token_id
+    if method.gradient_checkpointing:
+        enable_checkpointing(base)
+    if method.name == "full":
+        return base
+    return get_peft_model(base, adapter_config(base, method.adapter, task_type="SEQ_CLS", modules_to_save=[HEAD]))
+
+
+def load_trained_scorer(method: Method, checkpoint: Path) -> Any:
+    """The trained reward model of full fine-tuning or LoRA, merged into plain float32 weights."""
+    from peft import PeftModel
+
+    if method.name == "full":
+        return load_scorer(checkpoint, dtype="float32")
+    base = load_scorer(method.folder, dtype=method.compute_dtype)  # rounded as training saw it
+    return PeftModel.from_pretrained(base, checkpoint).float().merge_and_unload(safe_merge=True)

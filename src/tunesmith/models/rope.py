@@ -1,0 +1,52 @@
+"""RoPE scaling: more positions than a model was trained for, by transformers' own `rope_parameters`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import ModelError, Problem
+from tunesmith.recipe import RopeScalingSection
+
+#: Architectures with one rotary embedding over the whole head for all layers.
+SCALABLE = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+
+
+def check_scalable(values: Mapping[str, Any], folder: Path) -> None:
+    """Raise ModelError where scaling the positions of a model with this config.json has no clear meaning."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if values.get("model_type") not in SCALABLE:
+        what = f"rope_scaling for the architecture {values.get('model_type')!r}"
+    elif any(isinstance(value, Mapping) for value in rope.values()):
+        what = "rope_scaling, but the model's layers differ in their positions"
+    elif kind != "default":
+        what = f"rope_scaling, but the model's positions are scaled already ({kind})"
+    elif not values.get("max_position_embeddings"):
+        what = "rope_scaling, but config.json has no max_position_embeddings"
+    else:
+        return
+    why = "the exported model would not be what any published scaling describes"
+    fix = f"remove rope_scaling, or take an unscaled model of these: {', '.join(SCALABLE)}"
+    raise ModelError(Problem("TS210", what, str(folder / "config.json"), why, fix))
+
+
+def window(values: Mapping[str, Any], asked: RopeScalingSection | None) -> int | None:
+    """Positions of a model with this config.json once scaled as asked; None where it names none."""
+    known = values.get("max_position_embeddings")
+    return None if not known else round(known * (1.0 if asked is None else asked.factor))
+
+
+def scale(config: Any, asked: RopeScalingSection, folder: Path) -> None:
+    """Turn a configuration of transformers into the scaled one. Raises ModelError as `check_scalable` does.
+
+    Linear interpolation (Chen et al. 2023, arXiv 2306.15595) or YaRN (Peng et al. 2023, arXiv 2309.00071).
+    """
+    values = config.to_dict()
+    check_scalable(values, folder)
+    changes: dict[str, Any] = {"rope_type": asked.rope_type, "factor": asked.factor}
+    if asked.rope_type == "yarn":
+        changes["original_max_position_embeddings"] = values["max_position_embeddings"]
+    config.rope_parameters = {**config.rope_parameters, **changes}
+    config.max_position_embeddings = window(values, asked)

@@ -1,0 +1,59 @@
+"""The export of a reward model: base, adapter and head as one float32 folder for sequence classification, compared again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets
+
+from tunesmith.errors import ExportError, Problem
+from tunesmith.io.atomic import write_json
+from tunesmith.methods import Method
+from tunesmith.methods.scorer import load_trained_scorer
+from tunesmith.models.load import load_scorer, load_tokenizer
+from tunesmith.models.scores import rewards_of
+from tunesmith.recipe import Recipe
+from tunesmith.runs import Run
+
+_PROBE_PAIRS = 16
+#: Largest difference of a reward between what was trained and what was written; both are float32.
+_MAX_DIFFERENCE = 1e-3
+
+
+def refuse_unmergeable(recipe: Recipe) -> None:
+    """Raise ExportError for a reward model on a 4-bit base."""
+    if recipe.objective == "reward" and recipe.method == "qlora":
+        what = "a reward model of QLoRA has its head and adapter on 4-bit weights, and these are not merged"
+        why = "merged into other weights it would give other rewards"
+        fix = "use the checkpoint (PEFT opens adapter and head on the 4-bit base), or train with method: lora"
+        raise ExportError(Problem("TS402", what, "export", why, fix))
+
+
+def export_scorer(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
+    """Write the reward model of a checkpoint and its proof into `target`.
+
+    Raises ExportError where its rewards are not the trained one's.
+    """
+    tokenizer = load_tokenizer(method.folder)
+    tokenizer.chat_template = (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8")
+    rows = concatenate_datasets([Dataset.from_file(str(run.path / "data" / f"{n}.arrow")) for n in ("heldout", "train")])
+    probe = rows.select(range(min(_PROBE_PAIRS, len(rows))))
+
+    model = load_trained_scorer(method, checkpoint)
+    model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sides = [rewards_of(model, probe[name]) for name in ("input_ids", "rejected_input_ids")]
+    model.save_pretrained(target, max_shard_size=run.recipe.export.max_shard_size)
+    tokenizer.save_pretrained(target)
+    del model
+
+    written = load_scorer(target, dtype="float32")
+    again = [rewards_of(written, probe[name]) for name in ("input_ids", "rejected_input_ids")]
+    apart = max(abs(a - b) for old, new in zip(sides, again, strict=True) for a, b in zip(old, new, strict=True))
+    if not apart <= _MAX_DIFFERENCE:
+        why = "the exported reward model is not the one that was trained"
+        what = f"rewards differ by up to {apart:.4f}"
+        raise ExportError(Problem("TS401", what, str(target), why, "keep the checkpoint, and report the model"))
+    right = sum(chosen > rejected for chosen, rejected in zip(*again, strict=True)) / len(probe)
+    facts = {"method": method.name, "pairs": len(probe), "max_reward_difference": apart, "reward_accuracy": right}
+    write_json(target / "reward.json", {"objective": "reward", "pad_token_id": written.config.pad_token_id})
+    write_json(target / "proof.json", facts)

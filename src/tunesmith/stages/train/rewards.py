@@ -1,0 +1,155 @@
+"""Rewards of sampled answers: named ones, functions out of the user's own file, and reward models. Text in, numbers out.
+
+A reward is called with a batch: the prompts as messages, the answers as text, the rows' references (None where a row has none).
+It gives one finite number for each answer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.chat.fields import equal_fields, parse_json
+from tunesmith.chat.formats import Message
+from tunesmith.chat.template import ChatTemplate
+from tunesmith.errors import Problem, TrainError
+from tunesmith.sections import NAMED_REWARDS, SamplingSection
+
+Prompts = Sequence[list[Message]]
+References = Sequence[str | None]
+Reward = Callable[[Prompts, Sequence[str], References], Sequence[float]]
+
+_WHY = "training would follow another reward than the one that was meant"
+
+
+def json_fields(_prompts: Prompts, answers: Sequence[str], references: References) -> list[float]:
+    """The share of the reference's fields that the answer has with the same value: the score of `evaluate.task: json`."""
+    rewards = []
+    for answer, reference in zip(answers, references, strict=True):
+        wanted = {} if reference is None else parse_json(reference)[1]
+        fields = equal_fields(wanted, parse_json(answer)[1])
+        rewards.append(sum(fields.values()) / len(fields))
+    return rewards
+
+
+def valid_json(_prompts: Prompts, answers: Sequence[str], _references: References) -> list[float]:
+    """1 where the whole answer is one JSON value, else 0."""
+    return [float(parse_json(answer)[0]) for answer in answers]
+
+
+def length_window(low: int, high: int) -> Reward:
+    """A reward of 1 for an answer of `low` to `high` characters; outside it falls by the share that is too few or too many."""
+
+    def reward(_prompts: Prompts, answers: Sequence[str], _references: References) -> list[float]:
+        return [_inside(len(answer), low, high) for answer in answers]
+
+    return reward
+
+
+def _inside(size: int, low: int, high: int) -> float:
+    if size < low:
+        return size / low
+    return 1.0 if size <= high else max(0.0, 1 - (size - high) / max(high, 1))
+
+
+def model_reward(folder: Path) -> Reward:
+    """The reward that a model exported by `objective: reward` gives a conversation; computed in float32.
+
+    Raises TrainError where the folder holds no reward model.
+    """
+    from tunesmith.models.load import load_scorer, load_tokenizer
+    from tunesmith.models.scores import rewards_of
+
+    if not (folder / "reward.json").is_file():
+        fix = "give the folder that `tunesmith export` made of a run with objective: reward"
+        raise TrainError(Problem("TS303", "not the folder of an exported reward model", str(folder), _WHY, fix))
+    model, template = load_scorer(folder, dtype="float32"), ChatTemplate(load_tokenizer(folder))
+
+    def reward(prompts: Prompts, answers: Sequence[str], _references: References) -> list[float]:
+        turns = [[*p, {"role": "assistant", "content": a or " "}] for p, a in zip(prompts, answers, strict=True)]
+        encoded = template.encode(turns, last_answer=True)
+        for each in encoded:
+            if isinstance(each, Problem):
+                raise TrainError(each)
+        return rewards_of(model, [each.input_ids for each in encoded if not isinstance(each, Problem)])
+
+    return reward
+
+
+def user_reward(path: Path, function: str) -> Reward:
+    """A function of the user's file: `f(prompts, completions, references) -> list of numbers`. Running it runs the file.
+
+    Raises TrainError where there is no such file or function.
+    """
+    if not path.is_file():
+        raise TrainError(Problem("TS303", "the file of a reward function does not exist", str(path), _WHY, "check the path"))
+    spec = importlib.util.spec_from_file_location(f"tunesmith_reward_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise TrainError(Problem("TS303", "not a Python file", str(path), _WHY, "name a .py file"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise TrainError(Problem("TS303", f"no function {function!r}", str(path), _WHY, "check the name after the colon"))
+
+    def reward(prompts: Prompts, answers: Sequence[str], references: References) -> Sequence[float]:
+        made: Sequence[float] = found(list(prompts), list(answers), list(references))
+        return made
+
+    return reward
+
+
+def make_reward(name: str) -> Reward:
+    """The reward of one entry of `reward_funcs`. Raises TrainError for one that is none."""
+    if name in NAMED_REWARDS:
+        return json_fields if name == "json-fields" else valid_json
+    if name.startswith("length:"):
+        match = re.fullmatch(r"length:(\d+)-(\d+)", name)
+        if match is None or int(match[1]) > int(match[2]):
+            raise TrainError(Problem("TS303", f"{name!r} is no window of lengths", "reward_funcs", _WHY, "write length:10-200"))
+        return length_window(int(match[1]), int(match[2]))
+    path, colon, function = name.rpartition(":")
+    return user_reward(Path(path), function) if colon else model_reward(Path(name))
+
+
+def make_rewards(asked: SamplingSection, objective: str) -> tuple[list[Reward], list[float]]:
+    """The rewards of a section and their weights. Raises TrainError where there is none, or the weights are not as many."""
+    if not asked.reward_funcs:
+        fix = f"name {objective}.reward_funcs, such as [valid-json]"
+        raise TrainError(
+            Problem("TS303", "no reward", f"{objective}.reward_funcs", "there would be nothing to learn from", fix)
+        )
+    weights = asked.reward_weights or [1.0] * len(asked.reward_funcs)
+    if len(weights) != len(asked.reward_funcs):
+        what = f"{len(weights)} weights for {len(asked.reward_funcs)} rewards"
+        raise TrainError(Problem("TS303", what, f"{objective}.reward_weights", _WHY, "give each reward one weight"))
+    rewards = [checked(name, make_reward(name)) for name in asked.reward_funcs]
+    return rewards, weights
+
+
+def checked(name: str, reward: Reward) -> Reward:
+    """The same reward; raises TrainError where it does not give one finite number for each answer."""
+
+    def call(prompts: Prompts, answers: Sequence[str], references: References) -> list[float]:
+        made = [float(value) for value in reward(prompts, answers, references)]
+        if len(made) != len(answers) or not all(map(math.isfinite, made)):
+            what = f"{len(made)} rewards for {len(answers)} answers" if len(made) != len(answers) else "a reward is not finite"
+            raise TrainError(Problem("TS303", what, name, _WHY, "give one finite number for each answer"))
+        return made
+
+    return call
+
+
+def check_references(asked: SamplingSection, rows: Any) -> None:
+    """Raise TrainError where `json-fields` is asked for and a row has no JSON object to compare with."""
+    if "json-fields" not in asked.reward_funcs:
+        return
+    for where, reference in zip(rows["where"], rows["reference"], strict=True):
+        value = None if reference is None else parse_json(reference)[1]
+        if not isinstance(value, dict) or not value:
+            fix = "give the row an 'answer' that is a JSON object, or use another reward"
+            raise TrainError(Problem("TS303", "no JSON object to compare answers with", where, _WHY, fix))

@@ -1,0 +1,67 @@
+"""Activations that leave and come back: the same gradients, bit for bit, and only activations travel."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.invariant.test_packing import CONFIGS
+from tests.unit.test_settings import CPU, recipe
+from tunesmith.errors import RecipeError
+from tunesmith.methods.base import enable_checkpointing
+from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.methods.offload import ActivationOffload
+from tunesmith.methods.settings import settle
+from tunesmith.packing.batch import collate_tree
+from tunesmith.packing.loss import summed_loss, use_tree_attention
+
+ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9, last], "trained": [False] * 4 + [True] * 6} for last in (10, 11)]
+
+
+def gradients(model: Any, offload: ActivationOffload | None) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    batch = collate_tree(ROWS)
+    if offload is None:
+        loss = summed_loss(model, batch)
+    else:
+        with offload:
+            loss = summed_loss(model, batch)
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_the_same_bits(checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).train()
+    fuse_blocks(model)
+    use_tree_attention(model, on=True)
+    if checkpointing:
+        enable_checkpointing(model)
+    offload = ActivationOffload(model, smallest=1, always=True)
+    wanted, found = gradients(model, None), gradients(model, offload)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert offload.offloaded_bytes > 0
+
+
+def test_only_large_activations_of_another_device_travel() -> None:
+    layer = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8, requires_grad=True)
+    offload = ActivationOffload(layer, smallest=1, always=True)
+    with offload:
+        layer(x).tanh().sum().backward()
+    assert offload.offloaded_bytes == 2 * x.numel() * 4  # x and the result of tanh; not the weight, which is saved too
+    for quiet in (ActivationOffload(layer, smallest=1), ActivationOffload(layer, always=True)):
+        with quiet:
+            layer(x).tanh().sum().backward()
+        assert quiet.offloaded_bytes == 0
+
+
+def test_a_cpu_has_nowhere_to_offload_to() -> None:
+    with pytest.raises(RecipeError, match="activation_offloading without a GPU"):
+        settle(recipe(activation_offloading="true"), 5_000, 2e-4, CPU)
