@@ -31,15 +31,23 @@ HOSTILE = st.one_of(
 
 
 def forged_turns(worker: Worker, chunk: Chunk) -> int:
-    """How many rows of a chunk have another number of control ids than the same turns with harmless texts."""
+    """How many rows of a chunk have another number of control ids than the same turns with harmless texts.
+
+    Characters beyond ASCII stay in the harmless texts, since a tokenizer may have its unknown id, which is a control id, for some.
+    """
     if chunk.batch is None:
         return 0
     control = set(worker.tokenizer.added_tokens_decoder)
     found = 0
     for ids, text in zip(chunk.batch["input_ids"].to_pylist(), chunk.batch["shown"].to_pylist(), strict=True):
         messages = json.loads(text)["messages"]
-        (plain,) = worker.template.encode([[{**message, "content": "x"} for message in messages]])
+        (plain,) = worker.template.encode([[{**message, "content": _harmless(message["content"])} for message in messages]])
         if not isinstance(plain, Encoded):
             raise AssertionError("the same turns with harmless texts cannot be encoded")
         found += sum(each in control for each in ids) != sum(each in control for each in plain.input_ids)
     return found
+
+
+def _harmless(text: str) -> str:
+    """The text's characters beyond ASCII: no control token can be spelled by them."""
+    return "x" + "".join(character for character in text if not character.isascii())

@@ -72,7 +72,8 @@ def test_text_of_an_answer_is_not_cut_into_turns() -> None:
     [
         ("TS104", {"chosen": "Hello", "rejected": "What?"}),
         ("TS104", {"chosen": [GOOD], "rejected": [BAD]}),
-        ("TS105", {"prompt": "Hi", "chosen": {"from": "tool", "value": "x"}, "rejected": "y"}),
+        ("TS105", {"prompt": "Hi", "chosen": {"from": "narrator", "value": "x"}, "rejected": "y"}),
+        ("TS107", {"prompt": "Hi", "chosen": {"from": "tool", "value": "x"}, "rejected": "y"}),
         ("TS106", {"prompt": "Hi", "chosen": " ", "rejected": "What?"}),
         ("TS106", {"prompt": "Hi", "chosen": "Hello", "rejected": ""}),
         ("TS107", {"chosen": [USER], "rejected": [USER, BAD]}),

@@ -7,6 +7,7 @@ The sign-off also puts the decisions into the file that `data.review` names, whe
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,10 +18,13 @@ from datasets import Dataset
 
 from tunesmith.errors import Problem, RunError
 from tunesmith.io.atomic import read_json, sha256_file, write_json
-from tunesmith.io.rows import read_rows
+from tunesmith.io.documents import folder_digest, reader_of
 from tunesmith.models.load import load_tokenizer, locate
 from tunesmith.quality.review import LEAST_ROWS, VERDICTS, add_decisions, draw_sample, read_decisions, row_digest
 from tunesmith.runs import Run, read_jsonl
+
+#: What `prepare` puts behind a row's place where it makes several rows of it.
+_PART = re.compile(r"(?:#\d+| \(piece \d+ of \d+\))\Z")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Review:
         self._numbers = {where: number for number, where in enumerate(self._rows["where"])}
         self._tokenizer = load_tokenizer(locate(run.recipe.model, run.recipe.revision))
         self._findings = self._read_findings()
-        rules = {where: [rule for rule, _ in self._findings.get(where, ())] for where in self._numbers}
+        rules = {where: [rule for rule, _ in self._found(where)] for where in self._numbers}
         self.places = draw_sample(rules, count, run.recipe.seed)
         self._values = self._read_sources()
         self.decisions: dict[str, dict[str, Any]] = self._earlier()
@@ -57,23 +61,35 @@ class Review:
             )
         return found
 
+    def _found(self, where: str) -> list[tuple[str, str]]:
+        """Rule and text of each finding of a row, or of the document that it is a piece of."""
+        return self._findings.get(where) or self._findings.get(_PART.sub("", where), [])
+
     def _read_sources(self) -> dict[str, dict[str, Any]]:
-        """The rows of the sample as they stand in the data file."""
-        wanted = set(self.places)
+        """The rows of the sample as they stand in the data file; of a part of a row, or a piece of a document, the whole."""
+        origins: dict[str, list[str]] = {}
+        for where in self.places:
+            origins.setdefault(_PART.sub("", where), []).append(where)
         found: dict[str, dict[str, Any]] = {}
+        read = reader_of(self.run.recipe.objective)
         parts = self.run.recipe.data.parts
         inputs = self.run.status()["stages"]["prepare"]["inputs"]
         for number, part in enumerate(parts):
-            path = Path(part.path)
             prepared = inputs.get(f"train {number}" if number else "train")
-            if not path.is_file() or prepared in (None, sha256_file(path)):
-                rows = read_rows(part.path, part.split)
-                found |= {row.where: row.value for row in rows if row.where in wanted and row.value}
-        if missing := wanted - set(found):
+            if prepared in (None, self._digest(Path(part.path)) or prepared):
+                for row in read(part.path, part.split):
+                    found |= {where: row.value for where in origins.get(row.where, ()) if row.value}
+        if missing := set(self.places) - set(found):
             what = f"{len(missing)} rows are no longer where `prepare` read them"
             why = "a decision would be about another row than the one shown"
             raise RunError(Problem("TS131", what, parts[0].path, why, "run `tunesmith prepare` again"))
         return found
+
+    def _digest(self, path: Path) -> str | None:
+        """What `prepare` knows a file or a folder of documents by; None for other sources."""
+        if path.is_file():
+            return sha256_file(path)
+        return folder_digest(path) if path.is_dir() and self.run.recipe.objective == "pretrain" else None
 
     def _earlier(self) -> dict[str, dict[str, Any]]:
         """Decisions of this session where it is of the same data, and what was accepted before.
@@ -102,7 +118,7 @@ class Review:
         row = self._rows[self._numbers[where]]
         names = [("input_ids", "trained"), ("rejected_input_ids", "rejected_trained")]
         sides = tuple(tuple(self._stretches(row[ids], row[trained])) for ids, trained in names if ids in row)
-        return Shown(where, self._values[where], tuple(text for _, text in self._findings.get(where, ())), sides)
+        return Shown(where, self._values[where], tuple(text for _, text in self._found(where)), sides)
 
     def _stretches(self, ids: list[int], trained: list[bool]) -> Iterator[tuple[str, bool]]:
         for is_trained, group in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
