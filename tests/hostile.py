@@ -33,7 +33,7 @@ HOSTILE = st.one_of(
 def forged_turns(worker: Worker, chunk: Chunk) -> int:
     """How many rows of a chunk have another number of control ids than the same turns with harmless texts.
 
-    Characters beyond ASCII stay in the harmless texts, since a tokenizer may have its unknown id, which is a control id, for some.
+    Characters beyond ASCII stay, since a tokenizer may have its unknown id, which is a control id, for some of them.
     """
     if chunk.batch is None:
         return 0
