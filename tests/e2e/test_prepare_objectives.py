@@ -93,6 +93,7 @@ def test_a_folder_of_documents_is_read_as_it_stands(tmp_path: Path, recipe: Any)
     (folder / "0.md").write_text("another text", encoding="utf-8")
     prepare(run)
     assert run.status()["stages"]["prepare"]["inputs"] != before
+    assert len(Review(run).places) == 6
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,7 @@ def test_nothing_of_prompts_and_references_is_trained_on(tmp_path: Path, recipe:
     assert ledger["reasons"] == {"leaks-test": 1, "secret": 1}
     assert ledger["test"] == {"rows_in": 2, "rows_rejected": 1, "reasons": {"no-reference": 1}, "rows_test": 1}
     assert (ledger["tokens_trained_on"], ledger["rows_train"]) == (0, 20)
+    assert ledger["formats"] == {"messages": 1, "prompt": 21}
     assert "conflicting-answers" not in ledger["findings"]
     train = read_arrow(run.path / "data" / "train.arrow")
     (cleaned,) = [row for row in train if row["where"].endswith(":11")]

@@ -56,7 +56,10 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
         list(read_documents(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize(("code", "row"), [("TS104", {"messages": []}), ("TS108", {"text": 3}), ("TS115", {"text": " \n"})])
+@pytest.mark.parametrize(
+    ("code", "row"),
+    [("TS104", {"messages": []}), ("TS108", {"text": 3}), ("TS108", {"text": "a\ud800"}), ("TS115", {"text": " \n"})],
+)
 def test_bad_rows(code: str, row: dict[str, Any]) -> None:
     found = to_document(row, "f:1")
     assert isinstance(found, Problem)

@@ -28,6 +28,10 @@ def to_document(row: Mapping[str, Any], where: str, *_: Any) -> Document | Probl
     if not isinstance(text, str):
         why = "only text can be learned"
         return Problem("TS108", f"'text' is {type(text).__name__}, not a string", where, why, "correct the row")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return Problem("TS108", "half of a surrogate pair in the text", where, "it cannot be tokenized", "repair the text")
     if not text.strip():
         return Problem("TS115", "the document is empty", where, "there is nothing to learn in it", "delete it")
     return Document(text)

@@ -217,8 +217,9 @@ class _Preparation:
                 event("finding", f"{count} times {rule}: {action}", rule=rule, action=action, count=count)
         for finding in self._probed.get("findings", ()):
             event("template", finding["detail"], rule=finding["rule"])
-        if counts["rows_train"] < 1000:
-            event("few-rows", f"{counts['rows_train']} rows to train on: expand the data first", count=counts["rows_train"])
+        rows = counts.get("pieces", {}).get("train", counts["rows_train"])
+        if rows < 1000:
+            event("few-rows", f"{rows} rows to train on: expand the data first", count=rows)
 
 
 def _nothing_left(ledger: Ledger, data: DataSection) -> Problem:

@@ -253,7 +253,9 @@ def read(row: Row, part: SourceSection, settings: Settings, formats: Counter[str
 
 
 def _detected(value: Mapping[str, Any]) -> str:
-    return ("preference " if "chosen" in value else "") + (detected(value) or "messages")
+    if "chosen" in value:
+        return f"preference {detected(value) or 'messages'}"
+    return detected(value) or ("prompt" if "prompt" in value else "messages")
 
 
 def _of_bad_answers(findings: Sequence[Finding]) -> list[Finding]:
