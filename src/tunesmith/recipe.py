@@ -98,6 +98,8 @@ class TrainSection(Section):
     attn_implementation: Literal["auto", "flash_attention_3", "flash_attention_2", "xformers", "sdpa", "eager"] = "auto"
     """Attention's kernel, in transformers' words. `auto` is the trees' own, or sdpa where rows are padded; another one pads
     rows, and falls back (flash, sdpa, eager) where it cannot be had, with an event."""
+    torch_compile: bool = False
+    """Let torch.compile make one pass each of norms and gated activations; needs a C++ compiler, and half a minute at first."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     """NEFTune: noise on the embeddings while training, up to alpha / sqrt(row length x hidden size); 5 to 15 in the paper."""
     eval_steps: PositiveInt | None = None

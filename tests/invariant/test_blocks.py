@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.invariant.test_packing import CONFIGS, exact_model
 from tests.shapes import SHAPE
 from tunesmith.methods.adapter import fuse_adapters
 from tunesmith.methods.blocks import fuse_blocks, fusible
+from tunesmith.methods.elementwise import EAGER, Kernels, compiled
 
 ROWS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 1], [3, 4, 9, 9, 2, 1, 1, 5]])
 
@@ -34,7 +36,8 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_fused_model_equals_transformers_in_float64(name: str, adapted: bool) -> None:
+@pytest.mark.parametrize("make_kernels", [lambda: EAGER, compiled], ids=["eager", "compiled"])
+def test_a_fused_model_equals_transformers_in_float64(name: str, adapted: bool, make_kernels: Callable[[], Kernels]) -> None:
     theirs = exact_model(name).train()
     if adapted:
         config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -45,7 +48,7 @@ def test_a_fused_model_equals_transformers_in_float64(name: str, adapted: bool) 
     mine = copy.deepcopy(theirs)
     for module in mine.modules():
         vars(module).pop("forward", None)  # the exact norms, which the fused ones are by themselves
-    fuse_blocks(mine.get_base_model() if adapted else mine)
+    fuse_blocks(mine.get_base_model() if adapted else mine, make_kernels())
     fuse_adapters(mine)
     assert_equal(results(mine), results(theirs), 1e-11)
 

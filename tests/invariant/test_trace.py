@@ -54,7 +54,10 @@ def test_trace_equals_real_allocation_of_other_ways(more: dict[str, Any]) -> Non
 
 
 def test_what_was_alive_adds_up_to_the_peak() -> None:
+    before = CONFIGS["llama"].to_dict()
     peak = trace(CONFIGS["llama"], FULL)
+    assert CONFIGS["llama"].to_dict() == before
+    assert CONFIGS["llama"]._attn_implementation is None
     assert sum(held.size for held in peak.held) == peak.total_bytes
     assert [held.size for held in peak.largest(3)] == sorted((held.size for held in peak.held), reverse=True)[:3]
 

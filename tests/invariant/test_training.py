@@ -16,7 +16,7 @@ from tunesmith.errors import RecipeError, RunError, TrainError
 from tunesmith.recipe import ResolvedRecipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
-from tunesmith.stages.train import train
+from tunesmith.stages.train import compiling, train
 
 METHODS = ("full", "lora", "qlora")
 QUIET = Console(quiet=True)
@@ -148,6 +148,7 @@ def test_every_optimizer_learns_in_bf16(make_recipe: MakeRecipe, tmp_path: Path,
         ({"train__optim": "adamw_8bit"}, 0.03),
         ({"train__gradient_checkpointing": True}, 1e-6),
         ({"train__attn_implementation": "eager"}, 0.003),
+        ({"train__torch_compile": True}, 0.003),
     ],
 )
 def test_the_loss_follows_the_plain_run(
@@ -160,6 +161,27 @@ def test_the_loss_follows_the_plain_run(
     pairs = list(zip(metrics(plain, "loss"), metrics(other, "loss"), strict=True))
     assert pairs[-1][0][0] < pairs[0][0][0] - 0.4
     assert max(abs(one - two) for (one,), (two,) in pairs) < tolerance
+
+
+def test_compiling_is_asked_for_and_tells_where_it_cannot(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def no_compiler() -> None:
+        asked.append(1)
+        raise RuntimeError("torch.compile does not work here: no compiler")
+
+    monkeypatch.setattr(compiling, "compiled", no_compiler)
+    common = {"method": "lora", "train__max_steps": 2, "train__compute_dtype": "float32"}
+    plain = trained(make_recipe, tmp_path / "plain", **common)
+    assert asked == []
+    run = trained(make_recipe, tmp_path / "run", **common, train__torch_compile=True)
+    assert asked == [1]
+    assert [e["message"] for e in run.events("train") if e["code"] == "compile-off"] == [
+        "blocks are not compiled: torch.compile does not work here: no compiler"
+    ]
+    assert metrics(run, "loss") == metrics(plain, "loss")
 
 
 def test_attention_falls_back_and_tells(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -13,23 +13,18 @@ embeddings over the whole head; tests/invariant/test_blocks.py holds each agains
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.methods.adapter import linears
+from tunesmith.methods.elementwise import ACTIVATIONS, EAGER, Kernels
 from tunesmith.packing.tree import TREE_ARCHITECTURES
 
 #: What Gemma adds to a norm's weight (its modelling code); the others add nothing.
 _NORM_OFFSETS = {"gemma": 1.0}
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Norm(torch.autograd.Function):
@@ -39,98 +34,71 @@ class _Norm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
-        wide = x.to(_exact(x.dtype))
-        root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        root = root.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        result: torch.Tensor = (wide * root).mul_(weight.to(wide.dtype) + offset)
+    def forward(
+        context: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float, kernels: Kernels
+    ) -> torch.Tensor:
+        result, root = kernels.norm(x, weight, epsilon, offset)
         context.save_for_backward(x, root, weight)
-        context.offset = offset
-        return result.to(x.dtype)
+        context.offset, context.kernels = offset, kernels
+        return result
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
         x, root, weight = context.saved_tensors
-        wide, size = x.to(root.dtype), x.shape[-1]
-        into_weight = None
+        into_weight = into_x = None
         if context.needs_input_grad[1]:
-            products = (gradient.to(root.dtype) * wide).reshape(-1, size)
-            into_weight = (root.view(1, -1) @ products).view(size).to(weight.dtype)
-        if not context.needs_input_grad[0]:
-            return None, into_weight, None, None
-        into_x = gradient * (weight.to(root.dtype) + context.offset)  # in float32 by promotion
-        along = torch.linalg.vecdot(into_x, wide).unsqueeze(-1)
-        into_x.addcmul_(wide, along.mul_(root).mul_(root).div_(-size)).mul_(root)
-        return into_x.to(x.dtype), into_weight, None, None
+            products = (gradient.to(root.dtype) * x.to(root.dtype)).reshape(-1, x.shape[-1])
+            into_weight = (root.view(1, -1) @ products).view(-1).to(weight.dtype)
+        if context.needs_input_grad[0]:
+            into_x = context.kernels.norm_slopes(gradient, x, root, weight, context.offset)
+        return into_x, into_weight, None, None, None
 
 
 class _Gated(torch.autograd.Function):
     """activation(gate) up; the activation is made again in the backward pass (Shazeer 2020, arXiv 2002.05202)."""
 
     @staticmethod
-    def forward(context: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    def forward(context: Any, gate: torch.Tensor, up: torch.Tensor, activation: str, kernels: Kernels) -> torch.Tensor:
         context.save_for_backward(gate, up)
-        context.activation = activation
-        return _ACTIVATIONS[activation][0](gate).mul_(up)
+        context.activation, context.kernels = activation, kernels
+        return kernels.gated(gate, up, activation)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
-        gate, up = context.saved_tensors
-        active, slope = _ACTIVATIONS[context.activation]
-        into_up = active(gate).mul_(gradient)
-        into_active = gradient * up
-        return slope(into_active, gate, grad_input=into_active), into_up, None
-
-
-#: By transformers' names: the activation, and its derivative times a gradient, written to `grad_input`.
-_ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[..., torch.Tensor]]] = {
-    "silu": (F.silu, torch.ops.aten.silu_backward.grad_input),
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward.grad_input),
-    "gelu_pytorch_tanh": (
-        partial(F.gelu, approximate="tanh"),
-        partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
-    ),
-}
+        return *context.kernels.gated_slopes(gradient, *context.saved_tensors, context.activation), None, None
 
 
 class _Rotary(torch.autograd.Function):
     """x cos + rotate_half(x) sin for x (B, A, L, D) (Su et al. 2021, arXiv 2104.09864); `cos` and `sin` are (B, 1, L, D)."""
 
     @staticmethod
-    def forward(context: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(context: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         context.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        result = x * cos
-        result[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        result[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return result
+        context.kernels = kernels
+        return kernels.rotary(x, cos, sin, False)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
-        cos, sin = context.saved_tensors
-        half = gradient.shape[-1] // 2
-        result = gradient * cos
-        result[..., :half].addcmul_(gradient[..., half:], sin[..., half:])
-        result[..., half:].addcmul_(gradient[..., :half], sin[..., :half], value=-1)
-        return result, None, None
+        return context.kernels.rotary(gradient, *context.saved_tensors, True), None, None, None
 
 
-def _norm(module: Any, offset: float, x: torch.Tensor) -> torch.Tensor:
+def _norm(module: Any, offset: float, kernels: Kernels, x: torch.Tensor) -> torch.Tensor:
     epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     function: Any = _Norm  # torch leaves `apply` untyped
-    result: torch.Tensor = function.apply(x, module.weight, epsilon, offset)
+    result: torch.Tensor = function.apply(x, module.weight, epsilon, offset, kernels)
     return result
 
 
-def _mlp(module: Any, activation: str, x: torch.Tensor) -> torch.Tensor:
+def _mlp(module: Any, activation: str, kernels: Kernels, x: torch.Tensor) -> torch.Tensor:
     gate, up = linears([module.gate_proj, module.up_proj], x)
     function: Any = _Gated
-    result: torch.Tensor = module.down_proj(function.apply(gate, up, activation))
+    result: torch.Tensor = module.down_proj(function.apply(gate, up, activation, kernels))
     return result
 
 
 def _attention(
     module: Any,
+    kernels: Kernels,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: Any = None,
@@ -153,8 +121,8 @@ def _attention(
     rotary: Any = _Rotary
     mixed, weights = ALL_ATTENTION_FUNCTIONS[implementation](
         module,
-        rotary.apply(query.transpose(1, 2), cos, sin),
-        rotary.apply(key.transpose(1, 2), cos, sin),
+        rotary.apply(query.transpose(1, 2), cos, sin, kernels),
+        rotary.apply(key.transpose(1, 2), cos, sin, kernels),
         value.transpose(1, 2),
         attention_mask,
         dropout=module.attention_dropout if module.training else 0.0,
@@ -167,13 +135,14 @@ def _attention(
 
 def fusible(config: Any) -> bool:
     """Whether a model of this config has blocks that `fuse_blocks` computes."""
-    return config.model_type in TREE_ARCHITECTURES and config.hidden_act in _ACTIVATIONS
+    return config.model_type in TREE_ARCHITECTURES and config.hidden_act in ACTIVATIONS
 
 
-def fuse_blocks(model: Any) -> None:
+def fuse_blocks(model: Any, kernels: Kernels = EAGER) -> None:
     """Let norms, MLPs and attention of `model` compute as above where they can; parameters and their names stay.
 
-    Adapters are seen when a module computes, so they may be put in before or after.
+    Adapters are seen when a module computes, so they may be put in before or after. Called again, `kernels` take the place
+    of those before.
     """
     if not fusible(model.config):
         return
@@ -181,8 +150,8 @@ def fuse_blocks(model: Any) -> None:
     for module in model.modules():
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):
-            module.forward = partial(_norm, module, offset)
+            module.forward = partial(_norm, module, offset, kernels)
         elif kind.endswith("MLP"):
-            module.forward = partial(_mlp, module, activation)
+            module.forward = partial(_mlp, module, activation, kernels)
         elif kind.endswith("Attention"):
-            module.forward = partial(_attention, module)
+            module.forward = partial(_attention, module, kernels)

@@ -7,6 +7,7 @@ run, since the optimizer's states are made in the first.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -389,7 +390,7 @@ def build_model(config: Any, scenario: Scenario, device: str) -> Any:
     adapted = scenario.method != "full"
     with torch.device(device):
         attention = ATTENTION[scenario.attention]
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
         if scenario.method == "qlora":
             quantise(model, dtype)
             if scenario.stock:

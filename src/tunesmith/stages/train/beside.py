@@ -28,6 +28,7 @@ from tunesmith.models.load import load_tokenizer, model_digest
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 from tunesmith.sections import NAMED_REWARDS, SAMPLED, SamplingSection
+from tunesmith.stages.train.compiling import compile_blocks
 from tunesmith.stages.train.engine import StepMetrics
 from tunesmith.stages.train.progress import TrainProgress
 from tunesmith.stages.train.rewards import Reward, check_references, make_rewards
@@ -151,6 +152,7 @@ def train_beside(run: Run, model_folder: Path, folder: Path, console: Console) -
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8")
     model = _model(recipe, method, tokenizer.pad_token_id)
+    compile_blocks(run, model, folder)
     trainable = method.trainable_parameters(model)
     total = total_parameters(model)
     meter.reset()

@@ -29,6 +29,7 @@ from tunesmith.quality.review import require_signoff
 from tunesmith.runs import Run
 from tunesmith.sections import ON_TREES
 from tunesmith.stages.train.beside import own_sections, reward_digests, train_beside
+from tunesmith.stages.train.compiling import compile_blocks
 from tunesmith.stages.train.engine import Engine, training_arguments
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
 from tunesmith.stages.train.progress import TrainProgress
@@ -80,6 +81,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
     dtype, rank, alpha = settings.compute_dtype, settings.r, settings.lora_alpha
     method = make_method(recipe, model_folder, compute_dtype=dtype, r=rank, lora_alpha=alpha)
     model = method.build()
+    compile_blocks(run, model, folder)
     batches = _batches(run, objective, model, rows, settings, folder)
     meter.reset()
     rows, seconds_before = objective.before(model, rows, batches, folder, console)

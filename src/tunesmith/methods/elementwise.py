@@ -1,0 +1,140 @@
+"""What a block computes number by number (norms, the gated activation, rotations), as plain functions without gradients.
+
+`EAGER` runs them operator by operator, in place where it can; `compiled` gives the same formulas to torch.compile, which makes
+one pass over memory of each. Shapes and formulas are those of `blocks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that norms are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The functions of a block."""
+
+    norm: Callable[[torch.Tensor, torch.Tensor, float, float], Pair]
+    """(x, weight, epsilon, offset) to the normed x and the reciprocal root."""
+    norm_slopes: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+    """(gradient, x, root, weight, offset) to the gradient of x."""
+    gated: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
+    """(gate, up, activation)."""
+    gated_slopes: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], Pair]
+    """(gradient, gate, up, activation) to the gradients of gate and up."""
+    rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+    """(x, cos, sin, backwards)."""
+
+
+#: By transformers' names: the activation, and its derivative times a gradient, written to `grad_input`.
+ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[..., torch.Tensor]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward.grad_input),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward.grad_input),
+    "gelu_pytorch_tanh": (
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
+    ),
+}
+
+#: The derivatives alone, as torch.compile takes them.
+_DERIVATIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": torch.ops.aten.silu_backward.default,
+    "gelu": torch.ops.aten.gelu_backward.default,
+    "gelu_pytorch_tanh": partial(torch.ops.aten.gelu_backward.default, approximate="tanh"),
+}
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
+    wide = x.to(exact(x.dtype))
+    root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    root = root.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    result: torch.Tensor = (wide * root).mul_(weight.to(wide.dtype) + offset)
+    return result.to(x.dtype), root
+
+
+def _norm_slopes(
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float
+) -> torch.Tensor:
+    wide = x.to(root.dtype)
+    into_x = gradient * (weight.to(root.dtype) + offset)  # in float32 by promotion
+    along = torch.linalg.vecdot(into_x, wide).unsqueeze(-1)
+    into_x.addcmul_(wide, along.mul_(root).mul_(root).div_(-x.shape[-1])).mul_(root)
+    return into_x.to(x.dtype)
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    return ACTIVATIONS[activation][0](gate).mul_(up)
+
+
+def _gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
+    active, slope = ACTIVATIONS[activation]
+    into_up = active(gate).mul_(gradient)
+    into_active = gradient * up
+    return slope(into_active, gate, grad_input=into_active), into_up
+
+
+def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bool) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    sign = -1 if backwards else 1
+    result = x * cos
+    first, second = (sin[..., half:], sin[..., :half]) if backwards else (sin[..., :half], sin[..., half:])
+    result[..., :half].addcmul_(x[..., half:], first, value=-sign)
+    result[..., half:].addcmul_(x[..., :half], second, value=sign)
+    return result
+
+
+EAGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, _rotary)
+
+
+def _plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
+    wide = x.to(exact(x.dtype))
+    root = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return (wide * root * (weight.to(wide.dtype) + offset)).to(x.dtype), root
+
+
+def _plain_norm_slopes(
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float
+) -> torch.Tensor:
+    wide = x.to(root.dtype)
+    into_x = gradient.to(root.dtype) * (weight.to(root.dtype) + offset)
+    along = (into_x * wide).sum(-1, keepdim=True)
+    return ((into_x - wide * (along * root * root / x.shape[-1])) * root).to(x.dtype)
+
+
+def _plain_gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    return ACTIVATIONS[activation][0](gate) * up
+
+
+def _plain_gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
+    return _DERIVATIVES[activation](gradient * up, gate), ACTIVATIONS[activation][0](gate) * gradient
+
+
+@cache
+def compiled() -> Kernels:
+    """The functions by torch.compile, for sizes of all kinds; tried once on a few numbers.
+
+    Raises RuntimeError where this machine cannot compile, as without a C++ compiler. Rotations stay as they are: a few
+    small pieces of memory, of which a single pass gains nothing.
+    """
+    made = (_plain_norm, _plain_norm_slopes, _plain_gated, _plain_gated_slopes)
+    functions: list[Any] = [torch.compile(function, dynamic=True) for function in made]  # it forgets the types
+    kernels = Kernels(functions[0], functions[1], functions[2], functions[3], _rotary)
+    some = torch.ones((2, 3, 8))
+    try:
+        kernels.gated(some, some, "silu")
+    except Exception as error:  # what torch raises here is of no common kind
+        lines = str(error).strip().splitlines()
+        raise RuntimeError(f"torch.compile does not work here: {lines[0] if lines else type(error).__name__}") from error
+    return kernels
