@@ -90,6 +90,8 @@ def _measure_machine(this: Run, methods: Sequence[str], console: Console) -> Non
         for method in METHODS
         if method in methods and time_correction(entries, device.name, method, dtype, 1).measurements == 0
     ]
+    if not unknown:
+        return
     try:
         refuse_unplanned(recipe.objective)
         calibrate(recipe, prepared_facts(this.path / "data"), device, unknown, console, free=False)

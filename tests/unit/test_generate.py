@@ -74,7 +74,7 @@ def transformers_answer(model: Any, prompt: list[int], stops: list[int]) -> list
     return answer
 
 
-def test_a_prefix_goes_through_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_goes_through_once(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     sizes: list[int] = []
     embed = model.get_input_embeddings()
