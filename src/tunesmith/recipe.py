@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError
 
-from tunesmith.datasections import NAMED_TEMPLATES, AugmentSection, DataSection, unread_problems
+from tunesmith.datasections import NAMED_TEMPLATES, AugmentSection, DataSection, Part, PartSection, unread_problems
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import sha256_json
 from tunesmith.recipekeys import unknown_keys, validation_problems
@@ -345,8 +345,11 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     def rows(value: str | None) -> str | None:
         return value if not value or value.startswith("hub:") else absolute(value)
 
-    data: dict[str, Any] = {key: rows(getattr(recipe.data, key)) for key in ("train", "test")}
-    data["sources"] = [source.model_copy(update={"path": rows(source.path)}) for source in recipe.data.sources]
+    def part(value: Part) -> Part:
+        return value.model_copy(update={"path": rows(value.path)})
+
+    data: dict[str, Any] = {"train": rows(recipe.data.train), "sources": [part(source) for source in recipe.data.sources]}
+    data["test"] = part(recipe.data.test) if isinstance(recipe.data.test, PartSection) else rows(recipe.data.test)
     if recipe.data.chat_template not in NAMED_TEMPLATES:
         data["chat_template"] = absolute(recipe.data.chat_template)
     data["review"] = absolute(recipe.data.review)
