@@ -1,10 +1,10 @@
 """Precision and recall of the injection rule: jailbreak prompts seen in the wild against GSM8K's questions and other rows.
 
-The rule's phrases were chosen on every second prompt of the collection. What is claimed is measured on those at odd places, both
-in the collection as it is and with repeated prompts left out, so that none was looked at whichever way one counts. Prompts of one
-family stand in both halves, so an attack of a new family is found less often than this says: a row of its own has those that
-share less than a third of their three-word runs with any prompt of the other half. Some of the collection are plain role plays,
-which no rule should find.
+The rule's phrases were chosen on every second prompt of the collection. What is claimed is measured on those at odd places,
+both in the collection as it is and with repeated prompts left out, so that none was looked at whichever way one counts. Prompts
+of one family stand in both parts, so an attack of a new family is found less often than this says: a row of its own has those
+that share less than a third of their three-word runs with any prompt of the other part. Some of the collection are plain role
+plays, which no rule should find.
 """
 
 from __future__ import annotations
