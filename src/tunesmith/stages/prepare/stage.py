@@ -103,7 +103,7 @@ class _Preparation:
     def __init__(self, run: Run, model_folder: Path, target: Path) -> None:
         self._run, self._recipe, self._data, self._target = run, run.recipe, run.recipe.data, target
         self._folder, self._objective = model_folder, run.recipe.objective
-        self._ledger = Ledger([part.path for part in self._data.parts])
+        self._ledger = Ledger(self._data.parts)
         self._problems = Problems()
         self._rejects = Lines(target / "rejects.jsonl")
         self._findings = Lines(target / "findings.jsonl")
