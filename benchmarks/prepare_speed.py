@@ -119,8 +119,9 @@ def side(path: Path) -> None:
         bf16=False,
     )
     made = SFTTrainer(LlamaForCausalLM(config), asked, train_dataset=data, processing_class=tokenizer)
-    if "assistant_masks" not in made.train_dataset.column_names:
-        raise SystemExit("TRL made no mask of answers: not the same work")
+    labels = made.train_dataset[0]["labels"]
+    if not any(label == -100 for label in labels) or all(label == -100 for label in labels):
+        raise SystemExit("TRL did not mask all but the answers: not the same work")
 
 
 def compared(folder: Path, rows: int, turns: int) -> dict[str, list[float]]:
