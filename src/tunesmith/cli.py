@@ -174,13 +174,16 @@ def review(
 
 
 @app.command(rich_help_panel=_STAGES)
-def train(run: RunPath) -> None:
-    """Train as the run's recipe says; where there was a plan, tell how far off it was."""
+def train(
+    run: RunPath,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again where a training was interrupted.")] = False,
+) -> None:
+    """Train as the run's recipe says, or go on where it was interrupted; tell how far off the plan was."""
     from tunesmith.pipeline import score_shown
     from tunesmith.stages.train import train as stage
 
     this = open_run(run)
-    summary = stage(this, _err())
+    summary = stage(this, _err(), restart=restart)
     score_shown(this, _err())
     _facts(summary, "steps", "trainable_parameters", "seconds_per_step", "tokens_per_second", "last_loss", "checkpoint")
 

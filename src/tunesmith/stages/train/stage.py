@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
 
-from tunesmith.errors import DataError, Problem, RecipeError
+from tunesmith.errors import DataError, Problem, RecipeError, StageFailedError
 from tunesmith.hardware import detect
 from tunesmith.hardware.memory import PeakMemory, keep_freed_memory
-from tunesmith.io.atomic import commit_folder, read_json, write_json
+from tunesmith.io.atomic import append_jsonl, commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
@@ -26,25 +28,30 @@ from tunesmith.packing.noise import EmbeddingNoise
 from tunesmith.packing.shifted import ShiftedCollator, use_shifted_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.quality.review import require_signoff
-from tunesmith.runs import Run
+from tunesmith.runs import Run, read_jsonl
 from tunesmith.sections import ON_TREES
 from tunesmith.stages.train.beside import own_sections, reward_digests, train_beside
 from tunesmith.stages.train.compiling import compile_blocks
-from tunesmith.stages.train.engine import Engine, training_arguments
+from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
+from tunesmith.stages.train.going_on import Saver, made_of, refuse_changed, set_back
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
 from tunesmith.stages.train.progress import TrainProgress
+from tunesmith.stages.train.savepoints import Savepoint, Savepoints
+from tunesmith.stages.train.signals import StopSignals
 from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters
-from tunesmith.stages.train.watch import HeldoutWatch, mean_loss
+from tunesmith.stages.train.watch import NOTHING_SEEN, HeldoutWatch, mean_loss
 
 #: Top-level keys of the recipe that every training depends on.
 SECTIONS = ("model", "revision", "method", "seed", "lora", "train", "objective", "dpo", "rope_scaling")
 
 
-def train(run: Run, console: Console | None = None) -> dict[str, Any]:
+def train(run: Run, console: Console | None = None, *, restart: bool = False) -> dict[str, Any]:
     """Train as the recipe says and return `train/summary.json`; a no-op when data, model and settings are unchanged.
 
-    Raises TrainError when loss or gradients stop being finite; RunError when `prepare` has not run, or
-    the recipe wants its data signed off and nobody has.
+    A training that was interrupted goes on from its newest savepoint that is whole, to the same bits; with `restart` it begins
+    again. Raises TrainError when loss or gradients stop being finite, or something has changed since an interrupted training's
+    savepoint; RunError when `prepare` has not run, another process works on the run, or the recipe wants its data signed off
+    and nobody has; StageFailedError with exit code 130 or 143 once SIGINT or SIGTERM has stopped it.
     """
     recipe = run.recipe
     if recipe.data.require_review:
@@ -57,15 +64,22 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
         **reward_digests(recipe),
     }
     if not run.is_current("train", inputs):
-        with run.perform("train", "train", inputs, live=True) as folder:
-            work = _train if recipe.objective in ON_TREES else train_beside
-            work(run, model_folder, folder, console or Console(stderr=True))
+        console = console or Console(stderr=True)
+        trees = recipe.objective in ON_TREES
+        keep = trees and not restart and run.was_interrupted("train")
+        with run.perform("train", "train", inputs, live=True, keep=keep) as folder:
+            if trees:
+                _train(run, model_folder, folder, console, inputs)
+            else:
+                train_beside(run, model_folder, folder, console)
     summary: dict[str, Any] = read_json(run.path / "train" / "summary.json")
     return summary
 
 
-def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None:
+def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs: Mapping[str, str]) -> None:
     recipe, hardware = run.recipe, detect()
+    earlier = read_jsonl(folder / "events.jsonl", torn=True)
+    (folder / "events.jsonl").unlink(missing_ok=True)
     objective = make_objective(recipe)
     rows = objective.checked(Dataset.from_file(str(run.path / "data" / "train.arrow")))
     if len(rows) == 0:
@@ -74,6 +88,11 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
     heldout = _heldout(run)
     settings = settle(recipe, len(rows), METHODS[recipe.method].default_learning_rate, hardware)
     tell_settings(run, settings, hardware, folder)
+    savepoints = Savepoints(folder / "savepoints", lambda code, text: run.event(folder, code, text))
+    saved = savepoints.newest()
+    made = made_of(recipe, (*SECTIONS, *own_sections(recipe)), inputs, settings)
+    if saved is not None:
+        refuse_changed(saved, made, run.path)
     if hardware.device == "cpu":
         keep_freed_memory()
     meter = PeakMemory()
@@ -88,7 +107,23 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
     if recipe.train.eval_steps is not None:
         heldout, more_seconds = objective.before(model, heldout, batches, folder / "heldout", console)
         seconds_before += more_seconds
-    with tempfile.TemporaryDirectory() as scratch, TrainProgress(recipe.method, settings.max_steps, console) as progress:
+    history = set_back(folder, 0 if saved is None else saved.step)
+    _tell_earlier(run, folder, earlier, saved, console)
+    with (
+        StopSignals() as signals,
+        tempfile.TemporaryDirectory() as scratch,
+        TrainProgress(recipe.method, settings.max_steps, console, history) as progress,
+    ):
+
+        def more() -> dict[str, Any]:
+            best = None if checkpoints.latest is None else checkpoints.latest.name
+            return {"made_of": made, "checkpoint": best, "watch": None if watch is None else watch.as_dict()}
+
+        def on_step(metrics: StepMetrics, steps: int) -> None:
+            progress.step(metrics, steps)
+            saver.after_step(engine, metrics.step, steps)
+
+        saver = Saver(recipe.train, savepoints, signals, more)
         engine = Engine(
             objective,
             model,
@@ -97,13 +132,20 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
             rows,
             batches,
             metrics_path=folder / "metrics.jsonl",
-            on_step=progress.step,
+            on_step=on_step,
+            resumed=saved,
         )
+        engine.history += history
         checkpoints = Checkpoints(folder / "checkpoints", method, model, engine)
         watch = None if recipe.train.eval_steps is None else _watch(run, engine, heldout, batches, checkpoints, folder)
         if watch is not None:
             engine.add_callback(watch)
+        checkpoints.go_on(None if saved is None else saved.state["checkpoint"])
+        if watch is not None:
+            watch.go_on(NOTHING_SEEN if saved is None else saved.state["watch"])
         engine.train()
+        if signals.asked is not None and engine.state.global_step < settings.max_steps:
+            raise _stopped(signals.asked, saver.saved_step, console)
     peak = meter.peak_bytes()
     if watch is None:
         checkpoints.save(engine.history[-1].step)
@@ -116,7 +158,28 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         "total_parameters": total_parameters(model),
         "peak_memory_bytes": peak,
     }
+    savepoints.clear()
     write_json(folder / "summary.json", summary | figures_of(engine.history, seconds_before) | _evaluated(watch))
+
+
+def _tell_earlier(
+    run: Run, folder: Path, earlier: Sequence[Mapping[str, Any]], saved: Savepoint | None, console: Console
+) -> None:
+    """Keep the events of the part before, and tell where this one begins."""
+    if saved is None:
+        return
+    told = run.events("train")
+    for event in earlier:
+        if event not in told:
+            append_jsonl(folder / "events.jsonl", event)
+    run.event(folder, "resumed", f"goes on after step {saved.step}", step=saved.step)
+    console.print(f"train: goes on after step {saved.step}", highlight=False)
+
+
+def _stopped(asked: signal.Signals, step: int, console: Console) -> StageFailedError:
+    """The end of a training that a signal stopped."""
+    console.print(f"train: stopped by {asked.name} after step {step}, which is saved; run it again to go on", highlight=False)
+    return StageFailedError(128 + asked)
 
 
 class Checkpoints:
@@ -124,21 +187,28 @@ class Checkpoints:
 
     def __init__(self, folder: Path, method: Method, model: Any, engine: Engine) -> None:
         self.folder, self.method, self.model, self.engine = folder, method, model, engine
-        self._kept: Path | None = None
+        self.latest: Path | None = None
+
+    def go_on(self, name: str | None) -> None:
+        """Take up the checkpoint of this name, and remove what came after it."""
+        self.latest = None if name is None else self.folder / name
+        for path in self.folder.glob("step-*"):
+            if path != self.latest:
+                shutil.rmtree(path)
 
     def save(self, step: int) -> None:
         """Commit the weights as they are, then drop the checkpoint before."""
-        before, self._kept = self._kept, self.folder / f"step-{step:06d}"
-        with commit_folder(self._kept) as target, self.engine.as_trained():
+        before, self.latest = self.latest, self.folder / f"step-{step:06d}"
+        with commit_folder(self.latest) as target, self.engine.as_trained():
             self.method.save(self.model, target)
-        if before is not None:
-            shutil.rmtree(before)
+        if before is not None and before != self.latest:
+            shutil.rmtree(before, ignore_errors=True)
 
     def kept(self) -> Path:
         """The checkpoint that is there."""
-        if self._kept is None:
+        if self.latest is None:
             raise AssertionError("nothing was saved")
-        return self._kept
+        return self.latest
 
 
 def _heldout(run: Run) -> Any:
