@@ -43,7 +43,7 @@ class DuplicatesSection(Section):
 
     threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.8
     """Rows whose sets of three-word runs overlap by this much (Jaccard) are duplicates; null looks for equal rows alone."""
-    num_perm: Annotated[int, Field(ge=16, le=1024)] = 128
+    num_perm: Annotated[int, Field(ge=16, le=1024)] = 64
     """Hash functions of a signature: more find more pairs near the threshold and take more time."""
 
 
