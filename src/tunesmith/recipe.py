@@ -107,8 +107,8 @@ class TrainSection(Section):
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many evaluations without a new best; needs eval_steps."""
     save_steps: PositiveInt | Auto | None = "auto"
-    """Save all that an interrupted training goes on from after so many optimizer steps; `auto` after ten minutes, or later where
-    saving would take more than 2 % of the time; null at a signal alone. `train` goes on by itself, to the same bits."""
+    """Save all that an interrupted training goes on from after so many optimizer steps; `auto` after ten minutes, or later
+    where saving would take more than 2 % of the time; null at a signal alone. `train` goes on by itself, to the same bits."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; `auto` is bfloat16 where the hardware multiplies it faster than float32."""
 

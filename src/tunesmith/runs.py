@@ -156,7 +156,10 @@ def eval_folder(digest: str) -> str:
 
 
 def read_jsonl(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
-    """All lines of a JSONL file that tunesmith wrote; none where it does not exist. `torn`: the last may be cut off, and is not read."""
+    """All lines of a JSONL file that tunesmith wrote; none where it does not exist.
+
+    `torn`: the last line may be cut off, and then is not read.
+    """
     if not path.is_file():
         return []
     # Not splitlines: it also splits at U+2028 and its like, which JSON leaves unescaped in texts.

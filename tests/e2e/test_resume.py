@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import chat_row
-from tunesmith.errors import StageFailedError, TrainError
+from tunesmith.errors import StageFailedError
 from tunesmith.io.atomic import sha256_file
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl

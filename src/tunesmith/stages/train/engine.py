@@ -111,8 +111,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         batches: StepBatches,
         *,
         metrics_path: Path,
-        on_step: Callable[[StepMetrics, int], None],
         resumed: Savepoint | None = None,
+        history: Sequence[StepMetrics] = (),
     ) -> None:
         super().__init__(model=objective.loss_model(model), args=arguments, train_dataset=rows, data_collator=batches)
         self.objective = objective
@@ -120,8 +120,9 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.metrics_path = metrics_path
-        self.on_step = on_step
-        self.history: list[StepMetrics] = []
+        #: Called with each step once its line of metrics is written, and how many steps there will be.
+        self.on_step: list[Callable[[StepMetrics, int], None]] = []
+        self.history = list(history)
         self.resumed = resumed
         self.asked = asked
         self.adamw: AdamW | None = None
@@ -164,7 +165,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         state = {"step": self.state.global_step, "random": others, "schedule": self.lr_scheduler.state_dict(), **more}
         savepoints.write(tensors, {"trainer_state.json": _trainer_state(self.state)}, state)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any) -> None:
         """The savepoint's weights into the model, in place of `Trainer`'s reader."""
         saved = self._savepoint(resume_from_checkpoint)
         found = saved.tensors("weights")
@@ -299,7 +300,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self._sums = {}
         self.history.append(metrics)
         append_jsonl(self.metrics_path, metrics.as_dict())
-        self.on_step(metrics, self.state.max_steps)
+        for call in self.on_step:
+            call(metrics, self.state.max_steps)
 
 
 def _trainer_state(state: Any) -> str:

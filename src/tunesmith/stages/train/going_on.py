@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import Problem, TrainError
-from tunesmith.io.atomic import write_jsonl
+from rich.console import Console
+
+from tunesmith.errors import Problem, StageFailedError, TrainError
+from tunesmith.io.atomic import append_jsonl, write_jsonl
 from tunesmith.methods.settings import Settings
 from tunesmith.recipe import Recipe, TrainSection
-from tunesmith.runs import read_jsonl
+from tunesmith.runs import Run, read_jsonl
 from tunesmith.stages.train.engine import Engine, StepMetrics, step_metrics
 from tunesmith.stages.train.savepoints import Savepoint, Savepoints
 from tunesmith.stages.train.signals import StopSignals
@@ -53,11 +55,41 @@ def refuse_changed(saved: Savepoint, now: Mapping[str, Any], where: Path) -> Non
         raise TrainError(Problem("TS311", what, str(where), why, fix))
 
 
-def set_back(folder: Path, step: int) -> list[StepMetrics]:
-    """Leave in metrics.jsonl the steps up to a savepoint's, and give them."""
-    lines = [line for line in read_jsonl(folder / "metrics.jsonl", torn=True) if line["step"] <= step]
-    write_jsonl(folder / "metrics.jsonl", lines)
-    return [step_metrics(line) for line in lines]
+class Earlier:
+    """What an earlier part of the training left in its folder; `saved` is the savepoint that this part goes on from, if any."""
+
+    def __init__(self, run: Run, folder: Path, console: Console) -> None:
+        self._run, self._folder, self._console = run, folder, console
+        self._events = read_jsonl(folder / "events.jsonl", torn=True)
+        (folder / "events.jsonl").unlink(missing_ok=True)
+        self.savepoints = Savepoints(folder / "savepoints", lambda code, text: run.event(folder, code, text))
+        self.saved: Savepoint | None = None
+        self.made: Mapping[str, Any] = {}
+
+    def look(self, made: Mapping[str, Any]) -> None:
+        """Find the newest savepoint that is whole. Raises TrainError where one of `made_of` has changed since."""
+        self.made, self.saved = made, self.savepoints.newest()
+        if self.saved is not None:
+            refuse_changed(self.saved, made, self._run.path)
+
+    def begin(self) -> list[StepMetrics]:
+        """Set metrics.jsonl back to the savepoint's step, keep the events of the part before; gives the steps that are done."""
+        step = 0 if self.saved is None else self.saved.step
+        path = self._folder / "metrics.jsonl"
+        lines = [line for line in read_jsonl(path, torn=True) if line["step"] <= step]
+        write_jsonl(path, lines)
+        if self.saved is not None:
+            told = self._run.events("train")
+            for event in self._events:
+                if event not in told:
+                    append_jsonl(self._folder / "events.jsonl", event)
+            self._run.event(self._folder, "resumed", f"goes on after step {step}", step=step)
+            self._console.print(f"train: goes on after step {step}", highlight=False)
+        return [step_metrics(line) for line in lines]
+
+    def of(self, key: str) -> Any:
+        """What the savepoint's state holds under a key; None where there is no savepoint."""
+        return None if self.saved is None else self.saved.state[key]
 
 
 class Saver:
@@ -67,23 +99,33 @@ class Saver:
     """
 
     def __init__(
-        self, asked: TrainSection, savepoints: Savepoints, signals: StopSignals, more: Callable[[], Mapping[str, Any]]
+        self, asked: TrainSection, earlier: Earlier, signals: StopSignals, more: Callable[[], Mapping[str, Any]]
     ) -> None:
-        self.every, self.savepoints, self.signals, self.more = asked.save_steps, savepoints, signals, more
-        self.saved_step = 0
+        self.every, self.earlier, self.signals, self.more = asked.save_steps, earlier, signals, more
+        self.stopped_training = False
         self._last, self._took = time.perf_counter(), 0.0
 
     def after_step(self, engine: Engine, step: int, steps: int) -> None:
         """Look, once a step's line of metrics is written."""
+        if step == steps or engine.control.should_training_stop:
+            return  # it is the last one, and what was trained is saved anyway
         if self.signals.asked is not None:
-            engine.control.should_training_stop = True
-        elif step == steps or not self._is_time(step):
+            self.stopped_training = engine.control.should_training_stop = True
+        elif not self._is_time(step):
             return
         begun = time.perf_counter()
-        engine.save_to(self.savepoints, self.more())
-        self.saved_step, self._last = step, time.perf_counter()
+        engine.save_to(self.earlier.savepoints, {"made_of": self.earlier.made, **self.more()})
+        self._last = time.perf_counter()
         self._took = self._last - begun
         engine.leave_out(self._took)
+
+    def stopped(self, step: int, console: Console) -> StageFailedError:
+        """The error of a training that a signal stopped after this step."""
+        if self.signals.asked is None:
+            raise AssertionError("no signal came")
+        name = self.signals.asked.name
+        console.print(f"train: stopped by {name} after step {step}, which is saved; run it again to go on", highlight=False)
+        return StageFailedError(128 + self.signals.asked)
 
     def _is_time(self, step: int) -> bool:
         if self.every == "auto":

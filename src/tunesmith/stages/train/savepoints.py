@@ -1,8 +1,8 @@
 """What an interrupted training goes on from: all state between two steps, in safetensors and JSON, checked before it is used.
 
 A savepoint is a folder `step-000200` with the trained weights as they are, the optimizer's state, the state of every random
-generator, the learning rate's schedule, `Trainer`'s own state and what the caller adds. `manifest.json` holds the sha256 and size
-of each file, and is written in one form only: a savepoint with any other byte, or file, is none.
+generator, the learning rate's schedule, `Trainer`'s own state and what the caller adds. `manifest.json` holds the sha256 and
+size of each file, and is written in one form only: a savepoint with any other byte, or file, is none.
 """
 
 from __future__ import annotations
@@ -100,21 +100,24 @@ def damage_of(path: Path) -> str | None:
     try:
         text = (path / _MANIFEST).read_bytes()
         found = json.loads(text)
-        if text != _dumped(found) or found.get("digest") != sha256_json(found.get("files")):
-            return f"{_MANIFEST} is changed"
-    except (OSError, ValueError, AttributeError):
-        return f"{_MANIFEST} is missing or unreadable"
+        whole = text == _dumped(found) and found["digest"] == sha256_json(found["files"])
+    except (OSError, ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        return f"{_MANIFEST} is missing or changed"
     names = {each.name for each in path.iterdir()} - {_MANIFEST}
-    for name in sorted(names | set(found["files"])):
-        if name not in names:
-            return f"{name} is missing"
-        if name not in found["files"]:
-            return f"{name} does not belong to it"
-        if (path / name).stat().st_size != found["files"][name]["bytes"]:
-            return f"{name} is cut off or longer"
-        if sha256_file(path / name) != found["files"][name]["sha256"]:
-            return f"{name} is changed"
-    return None
+    damages = (_damage(path / name, found["files"].get(name)) for name in sorted(names | set(found["files"])))
+    return next((damage for damage in damages if damage is not None), None)
+
+
+def _damage(path: Path, wanted: Mapping[str, Any] | None) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if wanted is None:
+        return f"{path.name} does not belong to it"
+    if path.stat().st_size != wanted["bytes"]:
+        return f"{path.name} is cut off or longer"
+    return None if sha256_file(path) == wanted["sha256"] else f"{path.name} is changed"
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
 
-from tunesmith.errors import DataError, Problem, RecipeError, StageFailedError
+from tunesmith.errors import DataError, Problem, RecipeError
 from tunesmith.hardware import detect
 from tunesmith.hardware.memory import PeakMemory, keep_freed_memory
-from tunesmith.io.atomic import append_jsonl, commit_folder, read_json, write_json
+from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
@@ -28,15 +27,14 @@ from tunesmith.packing.noise import EmbeddingNoise
 from tunesmith.packing.shifted import ShiftedCollator, use_shifted_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.quality.review import require_signoff
-from tunesmith.runs import Run, read_jsonl
+from tunesmith.runs import Run
 from tunesmith.sections import ON_TREES
 from tunesmith.stages.train.beside import own_sections, reward_digests, train_beside
 from tunesmith.stages.train.compiling import compile_blocks
-from tunesmith.stages.train.engine import Engine, StepMetrics, training_arguments
-from tunesmith.stages.train.going_on import Saver, made_of, refuse_changed, set_back
+from tunesmith.stages.train.engine import Engine, training_arguments
+from tunesmith.stages.train.going_on import Earlier, Saver, made_of
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
 from tunesmith.stages.train.progress import TrainProgress
-from tunesmith.stages.train.savepoints import Savepoint, Savepoints
 from tunesmith.stages.train.signals import StopSignals
 from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters
 from tunesmith.stages.train.watch import NOTHING_SEEN, HeldoutWatch, mean_loss
@@ -78,21 +76,12 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
 
 def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs: Mapping[str, str]) -> None:
     recipe, hardware = run.recipe, detect()
-    earlier = read_jsonl(folder / "events.jsonl", torn=True)
-    (folder / "events.jsonl").unlink(missing_ok=True)
+    earlier = Earlier(run, folder, console)
     objective = make_objective(recipe)
-    rows = objective.checked(Dataset.from_file(str(run.path / "data" / "train.arrow")))
-    if len(rows) == 0:
-        why = "training over nothing changes nothing"
-        raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
-    heldout = _heldout(run)
+    rows, heldout = _rows(run, objective), _heldout(run)
     settings = settle(recipe, len(rows), METHODS[recipe.method].default_learning_rate, hardware)
     tell_settings(run, settings, hardware, folder)
-    savepoints = Savepoints(folder / "savepoints", lambda code, text: run.event(folder, code, text))
-    saved = savepoints.newest()
-    made = made_of(recipe, (*SECTIONS, *own_sections(recipe)), inputs, settings)
-    if saved is not None:
-        refuse_changed(saved, made, run.path)
+    earlier.look(made_of(recipe, (*SECTIONS, *own_sections(recipe)), inputs, settings))
     if hardware.device == "cpu":
         keep_freed_memory()
     meter = PeakMemory()
@@ -107,23 +96,12 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
     if recipe.train.eval_steps is not None:
         heldout, more_seconds = objective.before(model, heldout, batches, folder / "heldout", console)
         seconds_before += more_seconds
-    history = set_back(folder, 0 if saved is None else saved.step)
-    _tell_earlier(run, folder, earlier, saved, console)
+    history = earlier.begin()
     with (
         StopSignals() as signals,
         tempfile.TemporaryDirectory() as scratch,
         TrainProgress(recipe.method, settings.max_steps, console, history) as progress,
     ):
-
-        def more() -> dict[str, Any]:
-            best = None if checkpoints.latest is None else checkpoints.latest.name
-            return {"made_of": made, "checkpoint": best, "watch": None if watch is None else watch.as_dict()}
-
-        def on_step(metrics: StepMetrics, steps: int) -> None:
-            progress.step(metrics, steps)
-            saver.after_step(engine, metrics.step, steps)
-
-        saver = Saver(recipe.train, savepoints, signals, more)
         engine = Engine(
             objective,
             model,
@@ -132,20 +110,19 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
             rows,
             batches,
             metrics_path=folder / "metrics.jsonl",
-            on_step=on_step,
-            resumed=saved,
+            resumed=earlier.saved,
+            history=history,
         )
-        engine.history += history
         checkpoints = Checkpoints(folder / "checkpoints", method, model, engine)
-        watch = None if recipe.train.eval_steps is None else _watch(run, engine, heldout, batches, checkpoints, folder)
-        if watch is not None:
-            engine.add_callback(watch)
-        checkpoints.go_on(None if saved is None else saved.state["checkpoint"])
-        if watch is not None:
-            watch.go_on(NOTHING_SEEN if saved is None else saved.state["watch"])
+        checkpoints.go_on(earlier.of("checkpoint"))
+        watch = _watch(run, engine, heldout, batches, checkpoints, folder, earlier.of("watch"))
+        saver = Saver(
+            recipe.train, earlier, signals, lambda: {"checkpoint": checkpoints.name, "watch": watch and watch.as_dict()}
+        )
+        engine.on_step += [progress.step, lambda step, steps: saver.after_step(engine, step.step, steps)]
         engine.train()
-        if signals.asked is not None and engine.state.global_step < settings.max_steps:
-            raise _stopped(signals.asked, saver.saved_step, console)
+        if saver.stopped_training:
+            raise saver.stopped(engine.state.global_step, console)
     peak = meter.peak_bytes()
     if watch is None:
         checkpoints.save(engine.history[-1].step)
@@ -158,28 +135,17 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
         "total_parameters": total_parameters(model),
         "peak_memory_bytes": peak,
     }
-    savepoints.clear()
+    earlier.savepoints.clear()
     write_json(folder / "summary.json", summary | figures_of(engine.history, seconds_before) | _evaluated(watch))
 
 
-def _tell_earlier(
-    run: Run, folder: Path, earlier: Sequence[Mapping[str, Any]], saved: Savepoint | None, console: Console
-) -> None:
-    """Keep the events of the part before, and tell where this one begins."""
-    if saved is None:
-        return
-    told = run.events("train")
-    for event in earlier:
-        if event not in told:
-            append_jsonl(folder / "events.jsonl", event)
-    run.event(folder, "resumed", f"goes on after step {saved.step}", step=saved.step)
-    console.print(f"train: goes on after step {saved.step}", highlight=False)
-
-
-def _stopped(asked: signal.Signals, step: int, console: Console) -> StageFailedError:
-    """The end of a training that a signal stopped."""
-    console.print(f"train: stopped by {asked.name} after step {step}, which is saved; run it again to go on", highlight=False)
-    return StageFailedError(128 + asked)
+def _rows(run: Run, objective: Objective) -> Any:
+    """The rows to train on. Raises DataError where there are none, or they were prepared for another objective."""
+    rows = objective.checked(Dataset.from_file(str(run.path / "data" / "train.arrow")))
+    if len(rows) == 0:
+        why = "training over nothing changes nothing"
+        raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
+    return rows
 
 
 class Checkpoints:
@@ -188,6 +154,11 @@ class Checkpoints:
     def __init__(self, folder: Path, method: Method, model: Any, engine: Engine) -> None:
         self.folder, self.method, self.model, self.engine = folder, method, model, engine
         self.latest: Path | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The folder's name of the checkpoint that is there."""
+        return None if self.latest is None else self.latest.name
 
     def go_on(self, name: str | None) -> None:
         """Take up the checkpoint of this name, and remove what came after it."""
@@ -225,12 +196,22 @@ def _heldout(run: Run) -> Any:
 
 
 def _watch(
-    run: Run, engine: Engine, heldout: Any, batches: StepBatches, checkpoints: Checkpoints, folder: Path
-) -> HeldoutWatch:
-    """Looks at the held-out rows every so many steps; their time counts to no step."""
-    asked, rows = run.recipe.train, list(heldout)
+    run: Run,
+    engine: Engine,
+    heldout: Any,
+    batches: StepBatches,
+    checkpoints: Checkpoints,
+    folder: Path,
+    seen: Mapping[str, Any] | None,
+) -> HeldoutWatch | None:
+    """Looks at the held-out rows every so many steps, where that is asked for; their time counts to no step.
+
+    `seen` is what an earlier part of the training saw.
+    """
+    asked = run.recipe.train
     if asked.eval_steps is None:
-        raise AssertionError("the caller looked")
+        return None
+    rows = list(heldout)
 
     def evaluate() -> float:
         begun = time.perf_counter()
@@ -243,7 +224,7 @@ def _watch(
         checkpoints.save(step)
         engine.leave_out(time.perf_counter() - begun)
 
-    return HeldoutWatch(
+    watch = HeldoutWatch(
         every=asked.eval_steps,
         patience=asked.early_stopping_patience,
         path=folder / "evals.jsonl",
@@ -252,6 +233,9 @@ def _watch(
         losses=lambda: [step.loss for step in engine.history],
         tell=lambda code, text: run.event(folder, code, text),
     )
+    watch.go_on(seen or NOTHING_SEEN)
+    engine.add_callback(watch)
+    return watch
 
 
 def _evaluated(watch: HeldoutWatch | None) -> dict[str, Any]:
