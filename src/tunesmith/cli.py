@@ -1,6 +1,7 @@
 """The command line: one thin function for each stage; parse, call, render, exit code.
 
-Exit codes: 0 done, 2 the user can mend it (a readable error), 130 interrupted. Nothing here imports torch: a stage does.
+Exit codes: 0 done, 2 the user can mend it (a readable error), 130 and 143 stopped by SIGINT and SIGTERM. Nothing here imports
+torch: a stage does.
 """
 
 from __future__ import annotations

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import chat_row
-from tunesmith.errors import StageFailedError
+from tunesmith.errors import RunError, StageFailedError, TrainError
 from tunesmith.io.atomic import sha256_file
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
@@ -87,3 +90,78 @@ def test_the_same_bits_as_without_interruption(make_run: Callable[..., Run], cas
     assert what_was_trained(parts) == what_was_trained(whole)
     assert [event["code"] for event in parts.events("train")].count("resumed") == 2
     assert not (parts.path / "train" / "savepoints").exists()
+
+
+def stopped(run: Run, after: int = 8) -> None:
+    with pytest.raises(StageFailedError):
+        signalled(run, signal.SIGTERM, after)
+
+
+def test_a_damaged_savepoint_is_passed_over(make_run: Callable[..., Run]) -> None:
+    whole, parts = (make_run(name, CASES["full, accumulation"]) for name in ("whole", "parts"))
+    train(whole)
+    stopped(parts)
+    older, newer = sorted((parts.path / "train" / "savepoints").iterdir())
+    content = bytearray((newer / "optimizer.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newer / "optimizer.safetensors").write_bytes(content)
+    train(parts)
+    codes = [(event["code"], event["message"]) for event in parts.events("train")]
+    assert ("savepoint-damaged", f"{newer.name} is not used: optimizer.safetensors is changed") in codes
+    assert ("resumed", f"goes on after step {int(older.name[-6:])}") in codes
+    assert what_was_trained(parts) == what_was_trained(whole)
+
+
+def test_what_has_changed_is_refused_by_its_key(make_run: Callable[..., Run]) -> None:
+    case = CASES["full, accumulation"]
+    run = make_run("run", case)
+    stopped(run)
+    before = sorted((run.path / "train" / "savepoints").rglob("*"))
+    with pytest.raises(TrainError) as caught:
+        train(make_run("run", case, "save_steps: 3, learning_rate: 0.001"))
+    (problem,) = caught.value.problems
+    assert problem.code == "TS311"
+    assert problem.what.endswith("has changed: settings.learning_rate, train.learning_rate")
+    assert sorted((run.path / "train" / "savepoints").rglob("*")) == before
+    assert train(make_run("run", case, "save_steps: 5"))["steps"] == STEPS  # how often it is saved may change
+    events = run.events("train")
+    assert [event["code"] for event in events].count("resumed") == 1
+
+
+def test_restart_begins_again(make_run: Callable[..., Run]) -> None:
+    case = CASES["full, accumulation"]
+    stopped(make_run("run", case))
+    run = make_run("run", case, "save_steps: 3, learning_rate: 0.001")
+    train(run, restart=True)
+    assert "resumed" not in [event["code"] for event in run.events("train")]
+    assert len(read_jsonl(run.path / "train" / "metrics.jsonl")) == STEPS
+
+
+def test_two_processes_do_not_work_on_one_run(make_run: Callable[..., Run]) -> None:
+    run = make_run("run", CASES["full, accumulation"])
+    code = "import sys, time; from pathlib import Path; from tunesmith.runs import open_run\n"
+    code += "with open_run(Path(sys.argv[1]))._alone():\n    print('held', flush=True)\n    time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(RunError, match=f"process {holder.pid} on ") as caught:
+            train(run)
+        holder.kill()
+    assert caught.value.problems[0].code == "TS014"
+    assert train(run)["steps"] == STEPS
+
+
+def test_a_killed_training_goes_on_by_the_command_line(make_run: Callable[..., Run]) -> None:
+    whole, parts = (make_run(name, CASES["lora, dropout, evaluation"]) for name in ("whole", "parts"))
+    train(whole)
+    for after in (4, 13):
+        command = [sys.executable, "-m", "tunesmith", "train", str(parts.path)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as killed:
+            path = parts.path / "train" / "metrics.jsonl"
+            while killed.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < after):
+                time.sleep(0.002)
+            killed.kill()
+        assert killed.returncode == -signal.SIGKILL
+    train(parts)
+    assert [line["step"] for line in read_jsonl(parts.path / "train" / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert what_was_trained(parts) == what_was_trained(whole)
