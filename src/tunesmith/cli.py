@@ -129,9 +129,13 @@ def plan(
 @app.command(rich_help_panel=_STAGES)
 def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides = None) -> None:
     """Rows to token ids with a loss mask; every row accounted for. Prints the run folder."""
+    from tunesmith.models.load import locate
     from tunesmith.pipeline import prepare_shown, settle_method
+    from tunesmith.stages.prepare import without_torch
 
     resolved = settle_method(load_recipe(recipe, overrides or ()), _err())
+    locate(resolved.recipe.model, resolved.recipe.revision)  # may convert a model, with torch
+    without_torch()
     this = create_run(resolved, folder or Path("runs") / default_name(resolved.recipe))
     prepare_shown(this, _err())
     print(this.path)

@@ -102,12 +102,13 @@ class Run:
         try:
             lock.acquire()
         except Timeout as error:
-            with contextlib.suppress(OSError, ValueError):
-                other = json.loads(holder.read_text(encoding="utf-8"))
-                what = f"process {other['pid']} on {other['host']} is working on this run"
-                why, fix = "two would write over each other", "wait for it, or stop it, or name another folder"
-                raise RunError(Problem("TS014", what, str(self.path), why, fix)) from error
-            raise
+            other = "another process"
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                named = json.loads(holder.read_text(encoding="utf-8"))
+                other = f"process {named['pid']} on {named['host']}"
+            why, fix = "two would write over each other", "wait for it, or stop it, or name another folder"
+            problem = Problem("TS014", f"{other} is working on this run", str(self.path), why, fix)
+            raise RunError(problem) from error
         try:
             write_json(holder, {"pid": os.getpid(), "host": platform.node()})
             yield

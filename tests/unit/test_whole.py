@@ -8,7 +8,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.stages.prepare.whole import _Keys, _Places
+from tunesmith.stages.prepare.whole import _Keys, _Names, _Places
 
 
 @given(st.lists(st.integers(0, 40) | st.integers(0, 2**64 - 1), max_size=300))
@@ -33,6 +33,14 @@ def test_places_are_kept_without_their_source() -> None:
     for where, source in shown:
         places.append(where, source)
     assert [places[number] for number in range(len(shown))] == [where for where, _ in shown]
+
+
+def test_names_are_kept_once() -> None:
+    shown = ["en", None, "zh", "en", "", None]
+    names = _Names()
+    for name in shown:
+        names.append(name)
+    assert [names[row] for row in range(len(shown))] == shown
 
 
 def test_a_process_that_reads_rows_does_without_torch() -> None:

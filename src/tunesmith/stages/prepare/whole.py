@@ -6,7 +6,6 @@ Of a row some hundred bytes are kept in memory (digests, class, source, place), 
 from __future__ import annotations
 
 import random
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -43,11 +42,11 @@ class WholeSet:
         self._places = _Places([part.path for part in data.parts])
         self._conflicts = Conflicts()
         self._statistics = SetStatistics(data)
-        self._answers, self._languages = array("Q"), list[str | None]()
+        self._answers, self._languages = array("Q"), _Names()
         self._prompts, self._sources = array("Q"), array("H")
         #: In how many rows of the spool each stands.
         self.pieces = array("I")
-        self._labels: list[str | None] = []
+        self._labels = _Names()
         self.fates = bytearray()
 
     def add_test(self, key: int, prompt: str | None, signature: np.ndarray | None, where: str) -> None:
@@ -66,9 +65,9 @@ class WholeSet:
         self._sources.append(row.source)
         self.pieces.append(row.pieces)
         self._prompts.append(int(row.prompt[:16], 16) if row.prompt else 0)
-        self._labels.append(_shared(row.label))
+        self._labels.append(row.label)
         self._answers.append(row.facts.answer_characters)
-        self._languages.append(_shared(row.facts.language))
+        self._languages.append(row.facts.language)
         self.fates.append(TRAIN)
         for finding in row.findings:
             self._say(row.where, finding)
@@ -179,9 +178,21 @@ class WholeSet:
         return self._sources
 
 
-def _shared(text: str | None) -> str | None:
-    """The text, kept once however many rows have it."""
-    return None if text is None else sys.intern(text)
+class _Names:
+    """A list of texts, or None, of which there are few different ones: 4 bytes each."""
+
+    def __init__(self) -> None:
+        self._numbers, self._known = array("I"), dict[str | None, int]()
+        self._names: list[str | None] = []
+
+    def append(self, name: str | None) -> None:
+        number = self._known.setdefault(name, len(self._names))
+        if number == len(self._names):
+            self._names.append(name)
+        self._numbers.append(number)
+
+    def __getitem__(self, row: int) -> str | None:
+        return self._names[self._numbers[row]]
 
 
 class _Keys:
