@@ -60,12 +60,13 @@ def test_every_kind_of_damage_is_found(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_leaves_the_savepoint_before(tmp_path: Path) -> None:
-    """No file may grow beyond 600 bytes, as on a disk that is full; in a process of its own, for the limit holds for all files."""
+    """No file may grow beyond 600 bytes, as on a full disk; in a process of its own, for the limit holds for all its files."""
     before = written(tmp_path)
     code = """
 import resource, signal, sys
 from pathlib import Path
 import torch
+from tunesmith.errors import TrainError
 from tunesmith.stages.train.savepoints import Savepoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
