@@ -22,7 +22,7 @@ from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train
 
-STEPS = 24
+STEPS = 36
 CASES = {
     "full, accumulation": "method: full\ntrain: {per_device_train_batch_size: 2, ",
     "full, 8 bit, in backward": "method: full\ntrain: {optim: adamw_8bit, optimizer_in_backward: true, ",
