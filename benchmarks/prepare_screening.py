@@ -1,14 +1,15 @@
 """Precision and recall of the injection rule: jailbreak prompts seen in the wild against GSM8K's questions and other rows.
 
-The collection's distinct prompts are cut in two by the parity of their sha256. The rule's phrases were chosen on the half with
-even digests; what is claimed is measured on the other half. Prompts of one family stand in both halves, so an attack of a new
-family is found less often than this says. Some of the collection are plain role plays, which no rule should find.
+The rule's phrases were chosen on every second prompt of the collection. What is claimed is measured on those at odd places,
+both in the collection as it is and with repeated prompts left out, so that none was looked at whichever way one counts. Prompts
+of one family stand in both parts, so an attack of a new family is found less often than this says: a row of its own has those
+that share less than a third of their three-word runs with any prompt of the other part. Some of the collection are plain role
+plays, which no rule should find.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +17,28 @@ from pathlib import Path
 from common import claim, merged, parser, report
 
 from tunesmith.quality.injection import injection_score
+from tunesmith.quality.words import words
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def _jailbreaks(odd: int) -> list[str]:
+def _jailbreaks() -> tuple[list[str], list[str]]:
+    """The prompts that the phrases may have been chosen on, and the others."""
     texts = json.loads((DATA / "injection" / "inthewild_jailbreak_llms.json").read_text(encoding="utf-8"))
-    return [text for text in dict.fromkeys(texts) if hashlib.sha256(text.encode()).digest()[-1] % 2 == odd]
+    distinct = list(dict.fromkeys(texts))
+    seen = {*texts[::2], *distinct[::2]}
+    return [text for text in distinct if text in seen], [text for text in distinct if text not in seen]
+
+
+def _new(texts: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The texts that are unlike all known ones."""
+    sets = [_runs(text) for text in known]
+    return [text for text in texts if all(3 * len(runs & _runs(text)) < len(runs | _runs(text)) for runs in sets)]
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    found = words(text)
+    return {tuple(found[i : i + 3]) for i in range(len(found) - 2)}
 
 
 def _gsm8k() -> list[str]:
@@ -49,15 +65,17 @@ def _found(texts: Sequence[str]) -> int:
 
 def main() -> None:
     options = parser(__doc__ or "").parse_args()
-    sets = {"jailbreaks, chosen on": _jailbreaks(0), "jailbreaks, measured": _jailbreaks(1)}
+    seen, unseen = _jailbreaks()
+    sets = {"jailbreaks, chosen on": seen, "jailbreaks, measured": unseen, "of these unlike all others": _new(unseen, seen)}
     sets |= {"gsm8k test questions": _gsm8k(), "alpaca_en_demo prompts": _alpaca(), "mmlu test questions": _mmlu()}
     rows = [{"part": "screening", "set": name, "texts": len(texts), "found": _found(texts)} for name, texts in sets.items()]
     for row in rows:
         print(f"{row['set']:<28} {row['found']:>5} of {row['texts']}")
-    right, total, wrong = rows[1]["found"], rows[1]["texts"], rows[2]["found"]
+    found = {row["set"]: row["found"] for row in rows}
+    right, wrong = found["jailbreaks, measured"], found["gsm8k test questions"]
     claims = [
-        claim("injection_recall", right / total, "share of the half that was kept for measuring"),
-        claim("injection_precision", right / max(1, right + wrong), "share of findings, that half with gsm8k's test questions"),
+        claim("injection_recall", right / len(unseen), "share of the prompts that were kept for measuring"),
+        claim("injection_precision", right / max(1, right + wrong), "share of findings, those with gsm8k's test questions"),
     ]
     report(options.json, *merged(options.json, claims, rows))
 

@@ -136,8 +136,8 @@ def our_side(asked: argparse.Namespace) -> None:
         rows,
         StepCollator(collate_tree, limits),
         metrics_path=scratch / "metrics.jsonl",
-        on_step=lambda m, _: turns.note(m.loss, m.grad_norm, m.computed_tokens, m.labelled_tokens),
     )
+    engine.on_step.append(lambda m, _: turns.note(m.loss, m.grad_norm, m.computed_tokens, m.labelled_tokens))
     engine.add_callback(turns)
     turns.answer(ready=True)
     engine.train()

@@ -205,8 +205,8 @@ PREPARE_CLAIMS = {
         "false_duplicate_rate": "found rows whose index is below the threshold",
     },
     "injection": {
-        "injection_recall": "recall on the half kept for measuring",
-        "injection_precision": "precision, that half with GSM8K's questions",
+        "injection_recall": "recall on the 150 prompts kept for measuring",
+        "injection_precision": "precision, those with GSM8K's questions",
     },
 }
 

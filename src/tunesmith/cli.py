@@ -1,6 +1,7 @@
 """The command line: one thin function for each stage; parse, call, render, exit code.
 
-Exit codes: 0 done, 2 the user can mend it (a readable error), 130 interrupted. Nothing here imports torch: a stage does.
+Exit codes: 0 done, 2 the user can mend it (a readable error), 130 and 143 stopped by SIGINT and SIGTERM. Nothing here imports
+torch: a stage does.
 """
 
 from __future__ import annotations
@@ -128,9 +129,13 @@ def plan(
 @app.command(rich_help_panel=_STAGES)
 def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides = None) -> None:
     """Rows to token ids with a loss mask; every row accounted for. Prints the run folder."""
+    from tunesmith.models.load import locate
     from tunesmith.pipeline import prepare_shown, settle_method
+    from tunesmith.stages.prepare import without_torch
 
     resolved = settle_method(load_recipe(recipe, overrides or ()), _err())
+    locate(resolved.recipe.model, resolved.recipe.revision)  # may convert a model, with torch
+    without_torch()
     this = create_run(resolved, folder or Path("runs") / default_name(resolved.recipe))
     prepare_shown(this, _err())
     print(this.path)
@@ -174,13 +179,16 @@ def review(
 
 
 @app.command(rich_help_panel=_STAGES)
-def train(run: RunPath) -> None:
-    """Train as the run's recipe says; where there was a plan, tell how far off it was."""
+def train(
+    run: RunPath,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again where a training was interrupted.")] = False,
+) -> None:
+    """Train as the run's recipe says, or go on where it was interrupted; tell how far off the plan was."""
     from tunesmith.pipeline import score_shown
     from tunesmith.stages.train import train as stage
 
     this = open_run(run)
-    summary = stage(this, _err())
+    summary = stage(this, _err(), restart=restart)
     score_shown(this, _err())
     _facts(summary, "steps", "trainable_parameters", "seconds_per_step", "tokens_per_second", "last_loss", "checkpoint")
 

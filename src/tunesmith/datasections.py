@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tunesmith.errors import Problem
 from tunesmith.rowrules import OF_TEXTS, QUALITY, SCREENING, Rule, Setting, unknown_rules
@@ -43,7 +43,7 @@ class DuplicatesSection(Section):
 
     threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.8
     """Rows whose sets of three-word runs overlap by this much (Jaccard) are duplicates; null looks for equal rows alone."""
-    num_perm: Annotated[int, Field(ge=16, le=1024)] = 128
+    num_perm: Annotated[int, Field(ge=16, le=1024)] = 64
     """Hash functions of a signature: more find more pairs near the threshold and take more time."""
 
 
@@ -72,36 +72,65 @@ class OverlapSection(Section):
 RowFormat = Literal["auto", "messages", "alpaca", "sharegpt", "prompt"]
 
 
-class SourceSection(Section):
-    """One of several sources of rows."""
+def is_template(column: str) -> bool:
+    """Whether a value of `columns` is a Jinja template, not the name of a column."""
+    return "{{" in column or "{%" in column
+
+
+def _checked_columns(given: dict[str, str]) -> dict[str, str]:
+    """The mapping, whose templates can be parsed."""
+    from jinja2 import TemplateError  # not needed by a recipe without templates
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    for ours, theirs in given.items():
+        if is_template(theirs):
+            try:
+                ImmutableSandboxedEnvironment().parse(theirs)
+            except TemplateError as error:
+                raise ValueError(f"the template of {ours!r} cannot be read: {error}") from error
+    return given
+
+
+class PartSection(Section):
+    """Rows of one place."""
 
     path: str
     """A file, a folder or `hub:owner/name`, as for `data.train`."""
-    weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the mixture, relative to the other sources' weights; give all sources one, or none."""
     format: RowFormat | None = None
     """How its rows are written; data.format where it is not given."""
-    columns: dict[str, str] | None = None
+    columns: Annotated[dict[str, str], AfterValidator(_checked_columns)] | None = None
     """Its own mapping; data.columns where it is not given."""
     split: str | None = None
-    """The split of a folder or hub data set; `train` where it is not given."""
+    """The split of a folder, a hub data set or a .json file that has splits; `train` where it is not given."""
+
+
+Part = TypeVar("Part", bound=PartSection)
+
+
+class SourceSection(PartSection):
+    """One of several sources of rows."""
+
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the mixture, relative to the other sources' weights; give all sources one, or none."""
 
 
 class DataSection(Section):
     """What is trained on, and what is kept aside."""
 
     train: str
-    """Rows to train on, relative to the recipe: .jsonl, .json or .csv (also .gz, .zst), .parquet, .arrow, .feather, a folder of
-    such files, or `hub:owner/name@revision`; with `objective: pretrain` rows with a `text`, or a .txt or .md file, or a folder
-    of those, each of which is a document. Left out where `sources` is given."""
+    """Rows to train on, relative to the recipe: .jsonl, .json, .csv or .conll (also .gz, .zst), .parquet, .arrow, .feather, a
+    folder of such files, or `hub:owner/name@revision`; with `objective: pretrain` rows with a `text`, or a .txt or .md file, or
+    a folder of those, each of which is a document. Left out where `sources` is given."""
     sources: list[SourceSection] = Field(default_factory=list)
     """Several sources instead of `train`, mixed by their weights or by `temperature`, else all rows of all."""
     temperature: Annotated[float, Field(ge=1)] | None = None
     """Mix sources by their rows to the power of 1 / temperature: 1 is by size, more brings the small ones up."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """The file's columns by the format's names, such as `{prompt: question, completion: answer}`."""
-    test: str | None = None
-    """Rows of the task's test set; never trained on. Without it `evaluate` uses the held-out rows."""
+    columns: Annotated[dict[str, str], AfterValidator(_checked_columns)] = Field(default_factory=dict)
+    """The file's columns by the format's names, such as `{prompt: question, completion: answer}`. A value may be a Jinja
+    template over the row, such as `"{{ entities | tojson }}"`."""
+    test: str | PartSection | None = None
+    """Rows of the task's test set, a path or a section as in `sources` but without `weight`; never trained on. Without it
+    `evaluate` uses the held-out rows."""
     format: RowFormat = "auto"
     """How rows are written; `auto` reads it off each row's columns. With an objective on pairs, how their prompts are."""
     system: str | None = None
@@ -165,16 +194,18 @@ class DataSection(Section):
     @property
     def parts(self) -> list[SourceSection]:
         """The sources with what they take over from the section, or the one that `train` names."""
-        own = self.sources or [SourceSection(path=self.train)]
-        return [
-            source.model_copy(
-                update={
-                    "format": source.format or self.format,
-                    "columns": self.columns if source.columns is None else source.columns,
-                }
-            )
-            for source in own
-        ]
+        return [self._filled(source) for source in self.sources or [SourceSection(path=self.train)]]
+
+    @property
+    def test_part(self) -> PartSection | None:
+        """The test set, with what it takes over from the section."""
+        if self.test is None:
+            return None
+        return self._filled(PartSection(path=self.test) if isinstance(self.test, str) else self.test)
+
+    def _filled(self, part: Part) -> Part:
+        columns = self.columns if part.columns is None else part.columns
+        return part.model_copy(update={"format": part.format or self.format, "columns": columns})
 
     @field_validator("quality")
     @classmethod

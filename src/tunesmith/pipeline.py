@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -150,15 +153,34 @@ def score_shown(this: Run, console: Console) -> None:
         )
 
 
+@contextlib.contextmanager
+def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """In the block SIGINT and SIGTERM go to the child; outside the main thread they are left as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        each: signal.signal(each, lambda number, _: child.send_signal(number)) for each in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def train_apart(this: Run, console: Console) -> None:
     """`train` in a process of its own: its memory is all given back, and its peak is its own. Raises StageFailedError.
 
     Its progress and errors go to this process's standard error; its facts are told here in a line.
     """
     command = [sys.executable, "-m", "tunesmith", "train", str(this.path)]
-    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
-    if done.returncode != 0:
-        raise StageFailedError(done.returncode)
+    # In a session of its own it gets a signal once: from here, and this process waits for what it makes of it.
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    with _passed_on(child):
+        code = child.wait()
+    if code != 0:
+        raise StageFailedError(code if code > 0 else 128 - code)
     facts = read_json(this.path / "train" / "summary.json")
     _say(
         console,

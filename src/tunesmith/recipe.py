@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError
 
-from tunesmith.datasections import NAMED_TEMPLATES, AugmentSection, DataSection, unread_problems
+from tunesmith.datasections import NAMED_TEMPLATES, AugmentSection, DataSection, Part, PartSection, unread_problems
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import sha256_json
 from tunesmith.recipekeys import unknown_keys, validation_problems
@@ -106,6 +106,9 @@ class TrainSection(Section):
     """Take the held-out loss after so many optimizer steps and keep the best checkpoint instead of the last."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after so many evaluations without a new best; needs eval_steps."""
+    save_steps: PositiveInt | Auto | None = "auto"
+    """Save all that an interrupted training goes on from after so many optimizer steps; `auto` after ten minutes, or later
+    where saving would take more than 2 % of the time; null at a signal alone. `train` goes on by itself, to the same bits."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; `auto` is bfloat16 where the hardware multiplies it faster than float32."""
 
@@ -345,8 +348,11 @@ def _with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     def rows(value: str | None) -> str | None:
         return value if not value or value.startswith("hub:") else absolute(value)
 
-    data: dict[str, Any] = {key: rows(getattr(recipe.data, key)) for key in ("train", "test")}
-    data["sources"] = [source.model_copy(update={"path": rows(source.path)}) for source in recipe.data.sources]
+    def part(value: Part) -> Part:
+        return value.model_copy(update={"path": rows(value.path)})
+
+    data: dict[str, Any] = {"train": rows(recipe.data.train), "sources": [part(source) for source in recipe.data.sources]}
+    data["test"] = part(recipe.data.test) if isinstance(recipe.data.test, PartSection) else rows(recipe.data.test)
     if recipe.data.chat_template not in NAMED_TEMPLATES:
         data["chat_template"] = absolute(recipe.data.chat_template)
     data["review"] = absolute(recipe.data.review)

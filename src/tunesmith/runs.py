@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import platform
 import shutil
 import sys
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from tunesmith.errors import Problem, RecipeError, RunError
 from tunesmith.io.atomic import append_jsonl, commit_folder, sha256_file, sha256_json, write_json, write_text
@@ -86,19 +89,54 @@ class Run:
         status["stages"][stage] = entry
         write_json(self.path / "run.json", status)
 
+    def was_interrupted(self, stage: str) -> bool:
+        """Whether the stage was begun and has not ended well."""
+        entry = self.status()["stages"].get(stage)
+        return entry is not None and entry["status"] != "done"
+
     @contextlib.contextmanager
-    def perform(self, stage: str, folder: str, inputs: Mapping[str, str], *, live: bool = False) -> Iterator[Path]:
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from working on this run. Raises RunError where one does."""
+        holder = self.path / ".holder.json"
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            other = "another process"
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                named = json.loads(holder.read_text(encoding="utf-8"))
+                other = f"process {named['pid']} on {named['host']}"
+            why, fix = "two would write over each other", "wait for it, or stop it, or name another folder"
+            problem = Problem("TS014", f"{other} is working on this run", str(self.path), why, fix)
+            raise RunError(problem) from error
+        try:
+            write_json(holder, {"pid": os.getpid(), "host": platform.node()})
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    @contextlib.contextmanager
+    def perform(
+        self, stage: str, folder: str, inputs: Mapping[str, str], *, live: bool = False, keep: bool = False
+    ) -> Iterator[Path]:
         """Yield the folder to write a stage's output into; on success it is committed as `folder` and recorded.
 
-        `live` fills the folder in place, so that it can be watched (training); it is emptied first. An error leaves
-        the previous output of a stage that is not live, and nothing half-written.
+        `live` fills the folder in place, so that it can be watched (training); it is emptied first, unless `keep` says that the
+        stage goes on with what is there. An error leaves the previous output of a stage that is not live, and nothing
+        half-written. Raises RunError where another process works on the run.
         """
+        with self._alone():
+            yield from self._performed(stage, folder, inputs, live=live, keep=keep)
+
+    def _performed(self, stage: str, folder: str, inputs: Mapping[str, str], *, live: bool, keep: bool) -> Iterator[Path]:
         final = self.path / folder
         begun = time.time()
         if live:
             self._record(stage, {"status": "running", "inputs": dict(inputs), "outputs": {}, "argv": sys.argv})
-            shutil.rmtree(final, ignore_errors=True)
-            final.mkdir(parents=True)
+            if not keep:
+                shutil.rmtree(final, ignore_errors=True)
+            final.mkdir(parents=True, exist_ok=True)
             try:
                 yield final
             except BaseException:
@@ -118,12 +156,16 @@ def eval_folder(digest: str) -> str:
     return f"eval/{digest[:16]}/{EVAL_SUITE}"
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All lines of a JSONL file that tunesmith wrote; none where it does not exist."""
+def read_jsonl(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
+    """All lines of a JSONL file that tunesmith wrote; none where it does not exist.
+
+    `torn`: the last line may be cut off, and then is not read.
+    """
     if not path.is_file():
         return []
     # Not splitlines: it also splits at U+2028 and its like, which JSON leaves unescaped in texts.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = path.read_text(encoding="utf-8", errors="replace" if torn else "strict").split("\n")
+    return [json.loads(line) for line in (lines[:-1] if torn else lines) if line]
 
 
 def default_name(recipe: Recipe) -> str:

@@ -151,7 +151,7 @@ def test_bad_data_ends_in_one_readable_error(tmp_path: Path, tiny_model: Path, n
     done = tunesmith("run", recipe, "--run", "out", cwd=tmp_path)
     check_readable(done, code, where)
     left = {p.name for p in (tmp_path / "out").iterdir()}
-    assert left == {"recipe.yaml", "run.json"}  # no data, not even a part
+    assert left - {".lock"} == {"recipe.yaml", "run.json"}  # no data, not even a part
 
 
 @pytest.mark.parametrize(

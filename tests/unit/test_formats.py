@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tunesmith.chat.formats import mapped, to_messages
+from tunesmith.chat.columns import mapped
+from tunesmith.chat.formats import to_messages
 from tunesmith.errors import Problem
 
 EXPECTED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -121,3 +122,23 @@ def test_columns_are_mapped() -> None:
     problem = mapped({"question": "Hi"}, columns, "f:1")
     assert isinstance(problem, Problem)
     assert problem.code == "TS104"
+
+
+def test_columns_are_written_by_templates() -> None:
+    row = {"text": "Ada in Rome", "entities": [{"type": "city", "text": "R\u00f6me"}], "0": "x"}
+    columns = {"prompt": "text", "completion": "{{ entities | tojson }} {{ row['0'] }}"}
+    made = mapped(row, columns, "f:1")
+    assert isinstance(made, dict)
+    assert made["prompt"] == "Ada in Rome"
+    assert made["completion"] == '[{"type": "city", "text": "R\u00f6me"}] x'
+    for broken in ({"text": "x"}, {"text": "x", "entities": [], "row": 1}, {"text": "x", "entities": {1, 2}, "0": ""}):
+        problem = mapped(broken, columns, "f:1")
+        assert isinstance(problem, Problem)
+        assert (problem.code, problem.where) == ("TS104", "f:1")
+
+
+def test_a_template_reaches_nothing_but_the_row() -> None:
+    problem = mapped({"text": "x"}, {"prompt": "{{ text.__class__.__mro__ }}"}, "f:1")
+    assert isinstance(problem, Problem)
+    problem = mapped({"text": ["x"]}, {"prompt": "{{ text.append(1) }}"}, "f:1")
+    assert isinstance(problem, Problem)

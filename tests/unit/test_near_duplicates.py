@@ -133,16 +133,10 @@ def test_a_shared_instruction_does_not_make_rows_alike() -> None:
 
 def test_conflicting_answers_to_one_prompt() -> None:
     conflicts = Conflicts()
-    for where, prompt, answer in (
-        ("f:1", "p", "a"),
-        ("f:2", "q", "a"),
-        ("f:3", "p", "b"),
-        ("f:4", "p", "a"),
-        ("f:5", "q", "a"),
-    ):
-        conflicts.add(where, sha256(prompt.encode()).hexdigest(), sha256(answer.encode()).hexdigest())
+    for number, prompt, answer in ((1, "p", "a"), (2, "q", "a"), (3, "p", "b"), (4, "p", "a"), (5, "q", "a")):
+        conflicts.add(number, sha256(prompt.encode()).hexdigest(), sha256(answer.encode()).hexdigest())
     (conflict,) = conflicts.report()
-    assert (conflict.where, conflict.rows) == (("f:1", "f:3"), 3)
+    assert (conflict.numbers, conflict.rows) == ((1, 3), 3)
     assert Conflicts().report() == []
 
 

@@ -56,6 +56,26 @@ def test_what_is_no_number_for_each_answer_is_refused(body: str, tmp_path: Path)
         reward(PROMPTS, ["a", "b", "c"], [None] * 3)
 
 
+@pytest.mark.parametrize(
+    ("source", "where", "what"),
+    [
+        ("def f(p, c, r):\n    return [1 / 0]\n", "mine.py:2", "ZeroDivisionError"),
+        ("def f(p, c, r):\n    return None\n", "mine.py", "TypeError"),
+        ("def f(p, c, r):\n    return ['good']\n", "mine.py", "ValueError"),
+        ("x = {}['y']\n", "mine.py:1", "KeyError"),
+        ("def f(:\n", "mine.py:1", "SyntaxError"),
+        ("raise SystemExit(3)\n", "mine.py:1", "SystemExit"),
+    ],
+)
+def test_what_fails_in_the_users_file_is_told_with_its_line(source: str, where: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(TrainError) as caught:
+        make_reward(absolute_reward("mine.py:f", tmp_path))(PROMPTS[:1], ["a"], [None])
+    (problem,) = caught.value.problems
+    assert problem.where == str(tmp_path / where)
+    assert what in problem.what
+
+
 def test_no_reward_or_weights_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TrainError, match="no reward"):
         make_rewards(GrpoSection(), "grpo")

@@ -45,7 +45,7 @@ def test_damaged_compression_is_readable(tmp_path: Path, damage: str) -> None:
     ("line", "detail"),
     [
         (b'{"a": }', ":2:7"),
-        (b"[1]", "must be a JSON object"),
+        (b"7", "must be a JSON object"),
         (b"\xff\xfe", "utf-8"),
         (b'{"a": NaN}', "NaN"),
         (b"[" * 9999, ""),
@@ -73,7 +73,16 @@ def test_json_array_rows_carry_their_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "where"),
-    [('[{"a": 1},\n{"a": }]', ":2:7"), ('{"a": 1}', ":1"), ('[{"a": 1} {"b": 2}]', ":1"), ('[{"a": 1}', ":1"), ("[] x", ":1")],
+    [
+        ('[{"a": 1},\n{"a": }]', ":2:7"),
+        ('"a"', ":1"),
+        ('{"train": []', ":1"),
+        ("{1: []}", ":1"),
+        ('{"train"}', ":1"),
+        ('[{"a": 1} {"b": 2}]', ":1"),
+        ('[{"a": 1}', ":1"),
+        ("[] x", ":1"),
+    ],
 )
 def test_broken_array_raises_with_its_place(tmp_path: Path, text: str, where: str) -> None:
     path = tmp_path / "a.json"
@@ -170,3 +179,52 @@ def test_what_was_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows
     text = json.dumps(rows, indent=1) if array else "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
     assert [row.value for row in read_rows(path)] == rows
+
+
+def test_rows_that_are_arrays_have_their_places_as_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('["Hi", "greeting"]\n[]\n', encoding="utf-8")
+    assert [row.value for row in read_rows(path)] == [{"0": "Hi", "1": "greeting"}, {}]
+
+
+def test_a_json_object_has_an_array_for_each_split(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"note": {"by": 1},\n "val": [{"a": 1}],\n "train": [\n["x"],\n {"a": 2}]\n}\n', encoding="utf-8")
+    assert [(row.where, row.value) for row in read_rows(path)] == [(f"{path}:4", {"0": "x"}), (f"{path}:5", {"a": 2})]
+    assert [(row.where, row.value) for row in read_rows(path, "val")] == [(f"{path}:2", {"a": 1})]
+    with pytest.raises(DataError) as caught:
+        list(read_rows(path, "test"))
+    assert caught.value.problems[0].fix == "set `split` to one of: val, train"
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(DataError, match="no split 'test'"):
+        list(read_rows(path, "test"))
+
+
+def test_sentences_with_tags(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    words = ["New NNP I-place", "York NNP I-place", "is O", "Ada B-person", "Bo B-person"]
+    lines = ["-DOCSTART- -X- O", "", "# a comment", *words, "# O"]
+    path.write_text("\n".join([*lines, "", "word", "", "so\tO"]), encoding="utf-8")
+    rows = list(read_rows(path))
+    assert [row.where for row in rows] == [f"{path}:4", f"{path}:11", f"{path}:13"]
+    assert rows[0].value is not None
+    assert rows[0].value["text"] == "New York is Ada Bo #"
+    assert rows[0].value["entities"] == [
+        {"type": "place", "text": "New York"},
+        {"type": "person", "text": "Ada"},
+        {"type": "person", "text": "Bo"},
+    ]
+    assert rows[1].problem is not None
+    assert (rows[1].problem.code, rows[1].problem.where) == ("TS116", f"{path}:11")
+    assert rows[2].value is not None
+    assert rows[2].value["entities"] == []
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_rows_or_problems_of_conll(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("conll") / "a.conll"
+    path.write_bytes(content)
+    for row in read_rows(path):
+        assert (row.value is None) != (row.problem is None)
+        if row.value is not None:
+            assert len(row.value["tokens"]) == len(row.value["tags"]) > 0

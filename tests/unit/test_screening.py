@@ -171,6 +171,15 @@ def test_findings_of_the_set() -> None:
     assert few.findings(odd[1]) == []
 
 
+def test_a_second_kind_of_answer_is_no_outlier() -> None:
+    facts = [row_facts(row("q", "[]")) for _ in range(60)]
+    facts += [row_facts(row("q", "A list of so and so many names. " * 4)) for _ in range(40)]
+    statistics = SetStatistics(DataSection(train="x"))
+    for each in facts:
+        statistics.add(each)
+    assert [finding for each in facts for finding in statistics.findings(each)] == []
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(

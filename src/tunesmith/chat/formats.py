@@ -125,17 +125,6 @@ def detected(row: Mapping[str, Any]) -> str | None:
     return next((name for name, (column, _) in _READERS.items() if column in row), None)
 
 
-def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any] | Problem:
-    """The row with the file's columns under the names of the format, as `data.columns` maps them."""
-    missing = [theirs for theirs in columns.values() if theirs not in row]
-    if missing:
-        return wrong_columns(row, where, f"with {missing[0]!r}, which data.columns names")
-    taken = set(columns.values())
-    return {name: value for name, value in row.items() if name not in taken} | {
-        ours: row[theirs] for ours, theirs in columns.items()
-    }
-
-
 def _message_problem(message: Mapping[str, Any], number: int, where: str) -> Problem | None:
     at = f"{where} turn {number}"
     role, content = message["role"], message["content"]

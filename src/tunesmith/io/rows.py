@@ -1,20 +1,23 @@
 """The one module that reads rows, and knows where each row stands (file, line, column).
 
-Covered: `.jsonl` (one JSON object a line), `.json` (one array of objects) and `.csv` (with a header), plain or compressed as
-`.gz` or `.zst`; `.parquet`, `.arrow` and `.feather`; a folder with such files or `hub:owner/name`, by `datasets`. All but
-`.json` stream: memory does not grow with the rows. A `.json` array is read whole, as its end decides whether it is one.
+Covered: `.jsonl` (one JSON object a line), `.json` (one array of objects, or an object with an array for each split), `.csv`
+(with a header) and `.conll`, plain or compressed as `.gz` or `.zst`; `.parquet`, `.arrow` and `.feather`; a folder with such
+files or `hub:owner/name`, by `datasets`. All but `.json` stream: memory does not grow with the rows. A `.json` file is read
+whole, as its end decides whether it is one.
+
+A row that is an array has its values as the columns `0`, `1`, ...
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import DataError, Problem
-from tunesmith.io import tables
+from tunesmith.io import conll, tables
 from tunesmith.io.compressed import opened, plain_suffix
 
 
@@ -33,7 +36,7 @@ def _malformed(where: str, detail: str) -> Problem:
         f"not valid JSON: {detail}",
         where,
         "a row that cannot be read cannot be trained on, and guessing would change your data quietly",
-        "correct that line; a .jsonl file holds exactly one JSON object on each line, a .json file one array",
+        "correct that line; a .jsonl file holds exactly one JSON object on each line, a .json file one array, or one a split",
     )
 
 
@@ -57,6 +60,8 @@ _DECODER = json.JSONDecoder(parse_constant=_reject_constant)
 def _row(where: str, value: Any) -> Row:
     if isinstance(value, dict):
         return Row(where, value)
+    if isinstance(value, list):
+        return Row(where, {str(number): each for number, each in enumerate(value)})
     return Row(where, None, _not_an_object(where, value))
 
 
@@ -78,43 +83,96 @@ def _line(where: str, raw: bytes, encoding: str) -> Row | None:
         return Row(where, None, _malformed(where, str(error) or "nested too deeply"))
 
 
-def _read_json_array(path: Path) -> Iterator[Row]:
-    try:
-        with opened(path) as handle:
-            text = handle.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(_malformed(str(path), str(error))) from error
-    position, line = _skip_blank(text, 0), 1
-    if position == len(text):
-        return
-    if text[position] != "[":
-        raise DataError(_malformed(f"{path}:1", "a .json file must hold one array of objects"))
-    counted = 0
-    position = _skip_blank(text, position + 1)
-    while position < len(text) and text[position] != "]":
-        line += text.count("\n", counted, position)
-        counted = position
-        where = f"{path}:{line}"
+class _JsonFile:
+    """A `.json` file, read from its start to its end with the line that each row stands on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position, self._line, self._counted = path, 0, 1, 0
         try:
-            value, end = _DECODER.raw_decode(text, position)
+            with opened(path) as handle:
+                self._text = handle.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(_malformed(str(path), str(error))) from error
+
+    def rows(self, split: str | None) -> Iterator[Row]:
+        """The rows of the one array, or of the split's. Raises DataError for a split that is not there, and broken JSON."""
+        first = self._next()
+        if first == "[" and split is not None:
+            raise _no_split(self._path, split)
+        if first == "[":
+            yield from self._array()
+        elif first == "{":
+            yield from self._object(split or "train")
+        elif first:
+            raise self._broken("a .json file must hold one array of objects, or an object with an array for each split")
+        if self._next():
+            raise self._broken("text follows after the end")
+
+    def _array(self) -> Iterator[Row]:
+        for _ in self._entries("]"):
+            where = self._where()
+            yield _row(where, self._value())
+
+    def _object(self, wanted: str) -> Iterator[Row]:
+        splits, found = [], False
+        for _ in self._entries("}"):
+            name = self._value()
+            if not isinstance(name, str) or self._next() != ":":
+                raise self._broken("expected a name and ':'")
+            self._position += 1
+            is_array = self._next() == "["
+            splits += [name] * is_array
+            if is_array and name == wanted and not found:
+                found = True
+                yield from self._array()
+            else:
+                self._value()
+        if not found:
+            raise _no_split(self._path, wanted, splits)
+
+    def _entries(self, end: str) -> Iterator[None]:
+        """Steps over what opens, parts and closes an array or an object; what is between is for the caller to read."""
+        self._position += 1
+        if self._next() == end:
+            self._position += 1
+            return
+        while True:
+            yield
+            mark = self._next()
+            if mark not in (",", end):
+                raise self._broken(f"expected ',' or {end!r} here" if mark else f"{end!r} is missing at the end")
+            self._position += 1
+            if mark == end:
+                return
+            self._next()
+
+    def _value(self) -> Any:
+        try:
+            value, self._position = _DECODER.raw_decode(self._text, self._position)
         except json.JSONDecodeError as error:
-            raise DataError(_malformed(f"{path}:{error.lineno}:{error.colno}", error.msg)) from error
+            raise DataError(_malformed(f"{self._path}:{error.lineno}:{error.colno}", error.msg)) from error
         except (ValueError, RecursionError) as error:
-            raise DataError(_malformed(where, str(error) or "nested too deeply")) from error
-        yield _row(where, value)
-        position = _skip_blank(text, end)
-        if position < len(text) and text[position] == ",":
-            position = _skip_blank(text, position + 1)
-        elif position >= len(text) or text[position] != "]":
-            raise DataError(_malformed(where, "expected ',' or ']' after this row"))
-    if position >= len(text) or _skip_blank(text, position + 1) != len(text):
-        raise DataError(_malformed(f"{path}:{text.count(chr(10)) + 1}", "the array is not closed, or text follows it"))
+            raise self._broken(str(error) or "nested too deeply") from error
+        return value
+
+    def _next(self) -> str:
+        """The next character that is not blank, or nothing at the end."""
+        while self._position < len(self._text) and self._text[self._position] in " \t\r\n":
+            self._position += 1
+        return self._text[self._position : self._position + 1]
+
+    def _where(self) -> str:
+        self._line += self._text.count("\n", self._counted, self._position)
+        self._counted = self._position
+        return f"{self._path}:{self._line}"
+
+    def _broken(self, detail: str) -> DataError:
+        return DataError(_malformed(self._where(), detail))
 
 
-def _skip_blank(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
+def _no_split(path: Path, split: str, splits: Sequence[str] = ()) -> DataError:
+    fix = f"set `split` to one of: {', '.join(splits[:20])}" if splits else "leave `split` out"
+    return DataError(Problem("TS101", f"the file has no split {split!r}", str(path), "other rows would be read", fix))
 
 
 def _tabled(read: Callable[[Path], Iterator[tables.Read]]) -> Callable[[Path], Iterator[Row]]:
@@ -123,19 +181,20 @@ def _tabled(read: Callable[[Path], Iterator[tables.Read]]) -> Callable[[Path], I
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
-    ".json": _read_json_array,
     ".csv": _tabled(tables.csv_rows),
+    **dict.fromkeys(conll.SUFFIXES, _tabled(conll.conll_rows)),
     ".parquet": _tabled(tables.parquet_rows),
     ".arrow": _tabled(tables.arrow_rows),
     ".feather": _tabled(tables.arrow_rows),
 }
-_TEXT = (".jsonl", ".json", ".csv")  # may be compressed; the others compress themselves
+_TEXT = (".jsonl", ".json", ".csv", *conll.SUFFIXES)  # may be compressed; the others compress themselves
 
 
 def read_rows(path: Path | str, split: str | None = None) -> Iterator[Row]:
     """Rows of a file, a folder or a hub data set in order; unreadable lines come as rows with a problem.
 
-    `split` names the part of a folder or hub data set (`train` by default); a file has none. Raises DataError where the file is
+    `split` names the part of a folder, a hub data set, or a `.json` file that is an object (`train` by default); other files
+    have none. Raises DataError where the file is
     missing, of an unknown kind, damaged, or a broken array (nothing after the break could be told apart). An empty file
     yields nothing: the caller says so.
     """
@@ -149,19 +208,20 @@ def read_rows(path: Path | str, split: str | None = None) -> Iterator[Row]:
         raise DataError(
             Problem("TS101", f"data file {what}", str(path), "there is nothing to train on", "check the path in the recipe")
         )
-    if split is not None:
-        why = "the whole file would be read"
-        raise DataError(Problem("TS101", f"a file has no split {split!r}", str(path), why, "leave `split` out"))
     kind = plain_suffix(path)
-    if kind not in _READERS or (kind != path.suffix and kind not in _TEXT):
-        known = ", ".join(_READERS)
+    known = (".json", *_READERS)
+    if kind not in known or (kind != path.suffix and kind not in _TEXT):
         raise DataError(
             Problem(
                 "TS101",
                 f"unknown kind of data file {path.suffix or '(no suffix)'!r}",
                 str(path),
                 "the reader is chosen by the file's suffix",
-                f"give one of {known}; {', '.join(_TEXT)} also as .gz or .zst",
+                f"give one of {', '.join(known)}; {', '.join(_TEXT)} also as .gz or .zst",
             )
         )
+    if kind == ".json":
+        return _JsonFile(path).rows(split)
+    if split is not None:
+        raise _no_split(path, split)
     return _READERS[kind](path)

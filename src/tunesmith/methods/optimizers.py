@@ -12,7 +12,7 @@ A float32 parameter (an adapter, or a float32 model) is its own master in each o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,14 @@ class _State:
     def tensors(self) -> list[torch.Tensor]:
         """What it keeps."""
         return [self.values] if self.scales is None else [self.values, self.scales]
+
+
+def _put(found: dict[str, torch.Tensor], name: str, kept: torch.Tensor) -> None:
+    """Take the tensor of this name out of `found` into the place of one that is kept."""
+    loaded = found.pop(name)
+    if loaded.shape != kept.shape or loaded.dtype != kept.dtype:
+        raise ValueError(f"{name} is {loaded.dtype} {tuple(loaded.shape)}, not {kept.dtype} {tuple(kept.shape)}")
+    kept.copy_(loaded)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -164,6 +172,50 @@ class AdamW(torch.optim.Optimizer):
             elif master.dtype != weight.dtype:
                 weight[part] = target.to(weight.dtype)
         state["step"] += 1
+
+    def kept(self, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
+        """All that the next update depends on beside weights and gradients, by the names of the parameters; for saving.
+
+        The tensors are those in use. A float32 parameter is its own master, and not among them.
+        """
+        found = {"generator": self.generator.get_state()}
+        for parameter, state in self.state.items():
+            found |= {f"{names[parameter]}.{key}": value for key, value in self._kept_of(parameter).items()}
+            found[f"{names[parameter]}.step"] = torch.tensor([state["step"]])
+        return found
+
+    def _kept_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self._state_of(parameter)
+        found: dict[str, torch.Tensor] = {}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors = state[moment].tensors()
+            found |= dict(zip((moment, f"{moment}.scales")[: len(tensors)], tensors, strict=True))
+        if "cut_off" in state:
+            found["cut_off"] = state["cut_off"]
+        if state["master"] is not None and state["master"].data_ptr() != parameter.data_ptr():
+            found["master"] = state["master"]
+        return found
+
+    @torch.no_grad()
+    def put_back(self, found: Mapping[str, torch.Tensor], names: Mapping[torch.Tensor, str]) -> None:
+        """Take over what `kept` gave, once the weights are there. Raises ValueError where it is of another model or format."""
+        left = dict(found)
+        if "generator" not in left:
+            raise ValueError("no state of the generator")
+        self.generator.set_state(left.pop("generator").cpu())
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                name = names[parameter]
+                if f"{name}.step" not in left:
+                    continue  # it has had no gradient yet
+                kept = self._kept_of(parameter)
+                if missing := [key for key in kept if f"{name}.{key}" not in left]:
+                    raise ValueError(f"{name}.{missing[0]} is missing")
+                for key, tensor in kept.items():
+                    _put(left, f"{name}.{key}", tensor)
+                self.state[parameter]["step"] = int(left.pop(f"{name}.step"))
+        if left:
+            raise ValueError(f"{min(left)} belongs to no parameter")
 
     @contextmanager
     def unloaded(self) -> Iterator[None]:

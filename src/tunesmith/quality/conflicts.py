@@ -10,25 +10,24 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Conflict:
-    """Rows with one prompt: `where` of the first row of each different answer, in order, and all rows of the prompt."""
+    """Rows with one prompt: the number of the first row of each different answer, in order, and how many rows there are."""
 
-    where: tuple[str, ...]
+    numbers: tuple[int, ...]
     rows: int
 
 
 class Conflicts:
-    """Collects prompts and answers as digests: 16 bytes a row, and its place as text."""
+    """Collects prompts and answers as digests: 20 bytes a row."""
 
     def __init__(self) -> None:
         self._prompts, self._answers = array("Q"), array("Q")
-        self._text, self._ends = bytearray(), array("Q", [0])
+        self._numbers = array("I")
 
-    def add(self, where: str, prompt_digest: str, answer_digest: str) -> None:
-        """Remember a row; digests are hex, of which the first 16 digits (64 bits) are kept."""
+    def add(self, number: int, prompt_digest: str, answer_digest: str) -> None:
+        """Remember a row under its number; digests are hex, of which the first 16 digits (64 bits) are kept."""
         self._prompts.append(int(prompt_digest[:16], 16))
         self._answers.append(int(answer_digest[:16], 16))
-        self._text += where.encode("utf-8", "surrogatepass")
-        self._ends.append(len(self._text))
+        self._numbers.append(number)
 
     def report(self) -> list[Conflict]:
         """Prompts with more than one answer, in order of their first row."""
@@ -39,8 +38,5 @@ class Conflicts:
         for rows in np.split(order, ends):
             _, first = np.unique(answers[rows], return_index=True)
             if len(first) > 1:
-                found.append((int(rows[0]), Conflict(tuple(self._where(int(rows[i])) for i in sorted(first)), len(rows))))
+                found.append((int(rows[0]), Conflict(tuple(self._numbers[int(rows[i])] for i in sorted(first)), len(rows))))
         return [conflict for _, conflict in sorted(found, key=lambda pair: pair[0])]
-
-    def _where(self, row: int) -> str:
-        return self._text[self._ends[row] : self._ends[row + 1]].decode("utf-8", "surrogatepass")

@@ -50,7 +50,7 @@ def choose_bands(threshold: float, num_perm: int) -> Bands:
 class NearDuplicates:
     """Near duplicates of a growing set. `signature` depends on the settings alone, so workers may have an instance each."""
 
-    def __init__(self, threshold: float = 0.8, num_perm: int = 128) -> None:
+    def __init__(self, threshold: float = 0.8, num_perm: int = 64) -> None:
         self.threshold, self.num_perm = threshold, num_perm
         self.bands = choose_bands(threshold, num_perm)
         self._table = _Table(self.bands.count)
@@ -116,7 +116,7 @@ class _Table:
 
     def put(self, hashes: np.ndarray, row: int) -> None:
         """Remember a row under each of its bands, unless eight rows stand there."""
-        if 2 * (self._entries + 1) > self._rows.shape[1]:
+        if 4 * (self._entries + 1) > 3 * self._rows.shape[1]:
             self._grow()
         self._entries += 1
         bands, places = self._bands, self._start(hashes)

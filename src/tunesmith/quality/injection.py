@@ -1,6 +1,6 @@
 """Heuristics for prompt injections and jailbreaks in English: families of phrases add up, a sum of 1 is a finding.
 
-The phrases were chosen on one half of a public collection of jailbreak prompts and measured on the other (docs/data.md).
+The phrases were chosen on one part of a public collection of jailbreak prompts and measured on another (docs/data.md).
 They find what is worded like the attacks of 2023; a new wording, another language or an encoding passes.
 """
 

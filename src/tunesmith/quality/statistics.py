@@ -20,6 +20,7 @@ _SHARE = 0.9  # of the answers whose language is told: then it is the set's lang
 _LEAST_ROWS = 50  # fewer rows are no statistics
 _SPREADS = 3.5  # beyond so many robust standard deviations of the logarithm
 _LEAST_FACTOR = 4.0  # and at least so many times longer or shorter than the median
+_MOST_OUTLIERS = 0.05  # of the rows: more are no outliers but another kind of answer, such as `[]` beside long lists
 _BINS = 64  # bins of an octave of length: 1.1 % wide
 
 
@@ -65,7 +66,10 @@ class SetStatistics:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Shortest and longest answer in characters that is not unusual: median and deviation of the logarithms."""
+        """Shortest and longest answer in characters that is not unusual: median and deviation of the logarithms.
+
+        No limits where more than one answer in twenty would be outside: then the set has several kinds of answers.
+        """
         if self._limits is None:
             self._limits = self._make_limits()
         return self._limits
@@ -79,6 +83,9 @@ class SetStatistics:
             deviations[abs(value - middle)] += count
         # 1.4826 makes the median absolute deviation that of a normal distribution.
         width = max(_SPREADS * 1.4826 * _median(deviations), _BINS * math.log2(_LEAST_FACTOR))
+        outside = sum(count for deviation, count in deviations.items() if deviation > width)
+        if outside > _MOST_OUTLIERS * self._lengths.total():
+            return 0.0, math.inf
         return 2 ** ((middle - width) / _BINS), 2 ** ((middle + width) / _BINS)
 
     def findings(self, facts: RowFacts) -> list[Finding]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
+from tunesmith.chat.columns import mapped
 from tunesmith.chat.document import to_document, to_pieces
-from tunesmith.chat.formats import Message, mapped, to_messages
+from tunesmith.chat.formats import Message, to_messages
 from tunesmith.chat.preference import to_pair
 from tunesmith.datasections import DataSection, SourceSection
 from tunesmith.errors import DataError, PlanError, Problem

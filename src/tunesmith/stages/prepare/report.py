@@ -19,11 +19,13 @@ def render(
 ) -> str:
     """The page's HTML. Everything that came from data or recipes is escaped; there is no script and no outside link."""
     environment = Environment(loader=PackageLoader("tunesmith.stages.prepare"), autoescape=True, undefined=StrictUndefined)
+    environment.filters["n"] = "{:,}".format
     total = max(1, ledger["rows_in"] + ledger["rows_added"])
     return environment.get_template("report.html.jinja").render(
         recipe=recipe,
         ledger=ledger,
         total=total,
+        classes=sorted(ledger.get("balance", {}).items(), key=lambda pair: (-pair[1]["before"], pair[0])),
         reasons=_bars(ledger["reasons"]),
         lengths=_bars(ledger["lengths"]["histogram"]),
         findings=[

@@ -76,11 +76,12 @@ def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
     data = {key: value for key, value in dumped["data"].items() if key != "workers"}
     inputs = {"review": read_decisions(Path(recipe.data.review)).digest, "model": model_digest(folder)}
     inputs["recipe"] = sha256_json({"data": data} | {key: dumped[key] for key in ("seed", "objective", "rope_scaling")})
-    rows = {"test": recipe.data.test}
+    test = recipe.data.test_part
+    rows = {} if test is None else {"test": test.path}
     rows |= {f"train {number}" if number else "train": part.path for number, part in enumerate(recipe.data.parts)}
     others = {"chat_template": recipe.data.chat_template} | {f"overlap {name}": path for name, path in recipe.data.overlap}
     documents = recipe.objective == "pretrain"
-    inputs |= {name: _path_digest(path, documents=documents) for name, path in rows.items() if path is not None}
+    inputs |= {name: _path_digest(path, documents=documents) for name, path in rows.items()}
     return inputs | {name: _path_digest(path) for name, path in others.items() if path is not None}
 
 
@@ -102,7 +103,7 @@ class _Preparation:
     def __init__(self, run: Run, model_folder: Path, target: Path) -> None:
         self._run, self._recipe, self._data, self._target = run, run.recipe, run.recipe.data, target
         self._folder, self._objective = model_folder, run.recipe.objective
-        self._ledger = Ledger([part.path for part in self._data.parts])
+        self._ledger = Ledger(self._data.parts)
         self._problems = Problems()
         self._rejects = Lines(target / "rejects.jsonl")
         self._findings = Lines(target / "findings.jsonl")
@@ -121,8 +122,8 @@ class _Preparation:
         head = list(itertools.islice(rows, _COMMON_ROWS))
         settings = _with_common(settings, head)
         worker = Worker(settings)
-        if data.test is not None:
-            ledger.test = write_test(data, self._objective, worker, self._whole, self._target)
+        if (test := data.test_part) is not None:
+            ledger.test = write_test(test, data, self._objective, worker, self._whole, self._target)
         spool = Spool(self._target, self._objective)
         with _progress() as progress:
             task = progress.add_task("rows", total=None)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tunesmith.chat.formats import mapped
-from tunesmith.datasections import DataSection
+from tunesmith.chat.columns import mapped
+from tunesmith.datasections import DataSection, PartSection
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.documents import reader_of
 from tunesmith.io.rows import Row
@@ -20,7 +20,9 @@ from tunesmith.stages.prepare.whole import WholeSet
 from tunesmith.stages.prepare.work import REASONS, Worker, digests
 
 
-def write_test(data: DataSection, objective: str, worker: Worker, whole: WholeSet, target: Path) -> dict[str, Any]:
+def write_test(
+    part: PartSection, data: DataSection, objective: str, worker: Worker, whole: WholeSet, target: Path
+) -> dict[str, Any]:
     """Write test.jsonl, or test.arrow of documents, and return its counts; `whole` learns the rows, so that none is trained on.
 
     Rows are kept as they came, since that is how the model will be asked; they are compared as train rows are cleaned. Of a
@@ -31,9 +33,9 @@ def write_test(data: DataSection, objective: str, worker: Worker, whole: WholeSe
     reasons: Counter[str] = Counter()
     problems = Problems()
     out = _Documents(target) if worker.encoder is not None else _Conversations(target)
-    for row in reader_of(objective)(data.test or "", None):
+    for row in reader_of(objective)(part.path, part.split):
         counts["rows_in"] += 1
-        for made in _encoded(_reference(row, data, objective), worker, data):
+        for made in _encoded(_reference(row, part, data.system, objective), worker, data):
             if not isinstance(made, Problem):
                 compared = worker.cleaned(made)
                 key, prompt, _ = digests(compared)
@@ -48,7 +50,7 @@ def write_test(data: DataSection, objective: str, worker: Worker, whole: WholeSe
     problems.raise_any()
     if not counts["rows_in"]:
         why = "there is nothing to score on"
-        raise DataError(Problem("TS103", "the data file holds no rows", str(data.test), why, "write rows, or check the path"))
+        raise DataError(Problem("TS103", "the data file holds no rows", part.path, why, "write rows, or check the path"))
     rejected = dict(sorted(reasons.items()))
     return {
         "rows_in": counts["rows_in"],
@@ -92,14 +94,14 @@ def _encoded(row: Candidate | Problem, worker: Worker, data: DataSection) -> Ite
         yield from encoded_documents([row], worker.encoder, data.max_length)
 
 
-def _reference(row: Row, data: DataSection, objective: str) -> Candidate | Problem:
+def _reference(row: Row, part: PartSection, system: str | None, objective: str) -> Candidate | Problem:
     """The conversation of a test row, which ends with its reference answer; or its document."""
     if row.problem is not None:
         return row.problem
-    value = mapped(row.value or {}, data.columns, row.where)
+    value = mapped(row.value or {}, part.columns or {}, row.where)
     if isinstance(value, Problem):
         return value
-    made = TEST_READERS[objective](value, row.where, data.format, data.system)
+    made = TEST_READERS[objective](value, row.where, part.format or "auto", system)
     if isinstance(made, Problem):
         return made
     candidate = candidate_of(row.where, made)

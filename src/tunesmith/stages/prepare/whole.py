@@ -6,10 +6,9 @@ Of a row some hundred bytes are kept in memory (digests, class, source, place), 
 from __future__ import annotations
 
 import random
-import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -37,17 +36,17 @@ class WholeSet:
         # An undesirable answer and a desirable one may be nearly the same: that is what they teach.
         threshold, num_perm = data.duplicates.threshold or 1.0, data.duplicates.num_perm
         self._near = {unwanted: NearDuplicates(threshold, num_perm) for unwanted in (False, True)}
-        self._first: dict[int, int] = {}  # key of a row -> its number
+        self._first = _Keys()
         self._test_keys: set[int] = set()
         self._test_prompts: set[int] = set()
-        self._places = _Texts()
+        self._places = _Places([part.path for part in data.parts])
         self._conflicts = Conflicts()
         self._statistics = SetStatistics(data)
-        self._answers, self._languages = array("Q"), list[str | None]()
+        self._answers, self._languages = array("Q"), _Names()
         self._prompts, self._sources = array("Q"), array("H")
         #: In how many rows of the spool each stands.
         self.pieces = array("I")
-        self._labels: list[str | None] = []
+        self._labels = _Names()
         self.fates = bytearray()
 
     def add_test(self, key: int, prompt: str | None, signature: np.ndarray | None, where: str) -> None:
@@ -62,13 +61,13 @@ class WholeSet:
     def add(self, row: Made) -> None:
         """Take a row; an equal or nearly equal earlier one, or one of the test set, leaves it out at once."""
         number = len(self.fates)
-        self._places.append(row.where)
+        self._places.append(row.where, row.source)
         self._sources.append(row.source)
         self.pieces.append(row.pieces)
         self._prompts.append(int(row.prompt[:16], 16) if row.prompt else 0)
-        self._labels.append(_shared(row.label))
+        self._labels.append(row.label)
         self._answers.append(row.facts.answer_characters)
-        self._languages.append(_shared(row.facts.language))
+        self._languages.append(row.facts.language)
         self.fates.append(TRAIN)
         for finding in row.findings:
             self._say(row.where, finding)
@@ -77,7 +76,7 @@ class WholeSet:
             return
         self._statistics.add(row.facts)
         if row.prompt is not None and row.answer is not None:
-            self._conflicts.add(row.where, row.prompt, row.answer)
+            self._conflicts.add(number, row.prompt, row.answer)
 
     def _alike(self, row: Made, number: int) -> tuple[str, str] | None:
         """Reason and detail of a row that another one makes superfluous."""
@@ -85,8 +84,8 @@ class WholeSet:
             return "leaks-test", f"the same {self._kind} as a test row"
         if row.prompt is not None and int(row.prompt[:16], 16) in self._test_prompts:
             return "leaks-test", "asks the same as a test row"
-        first = self._first.setdefault(row.key, number)
-        if first != number:
+        first = self._first.put(row.key, number)
+        if first is not None:
             return "duplicate", f"the same {self._kind} as {self._places[first]}"
         earlier = None if row.signature is None else self._near[row.unwanted].add(row.where, row.signature)
         if earlier is None:
@@ -135,12 +134,13 @@ class WholeSet:
         action = self._actions.get("conflicting-answers")
         if action is None:
             return
-        later: dict[str, str] = {}
+        later: dict[int, str] = {}
         for conflict in self._conflicts.report():
-            for where in conflict.where[1:]:
-                later[where] = f"another answer than {conflict.where[0]} to the same prompt"
-        for number in self._left() if later else []:
-            if (detail := later.get(self._places[number])) is not None:
+            detail = f"another answer than {self._places[conflict.numbers[0]]} to the same prompt"
+            later |= dict.fromkeys(conflict.numbers[1:], detail)
+        for number in sorted(later):
+            if self.fates[number] != OUT:
+                detail = later[number]
                 self._say(self._places[number], Finding("conflicting-answers", action, detail))
                 if action == "reject":
                     self._leave_out(number, "conflicting-answers", detail)
@@ -178,23 +178,76 @@ class WholeSet:
         return self._sources
 
 
-def _shared(text: str | None) -> str | None:
-    """The text, kept once however many rows have it."""
-    return None if text is None else sys.intern(text)
-
-
-class _Texts:
-    """A list of short texts in two flat buffers."""
+class _Names:
+    """A list of texts, or None, of which there are few different ones: 4 bytes each."""
 
     def __init__(self) -> None:
-        self._text, self._ends = bytearray(), array("Q", [0])
+        self._numbers, self._known = array("I"), dict[str | None, int]()
+        self._names: list[str | None] = []
 
-    def append(self, text: str) -> None:
-        self._text += text.encode("utf-8", "surrogatepass")
+    def append(self, name: str | None) -> None:
+        number = self._known.setdefault(name, len(self._names))
+        if number == len(self._names):
+            self._names.append(name)
+        self._numbers.append(number)
+
+    def __getitem__(self, row: int) -> str | None:
+        return self._names[self._numbers[row]]
+
+
+class _Keys:
+    """The first row of each 64-bit key: an open table, 12 bytes a place, at most four fifths of them used."""
+
+    def __init__(self) -> None:
+        self._make(1 << 12)
+        self._used = 0
+
+    def _make(self, places: int) -> None:
+        self._keys, self._numbers = array("Q", bytes(8 * places)), array("I", bytes(4 * places))
+
+    def put(self, key: int, number: int) -> int | None:
+        """The number under which the key stands; else None, and it stands under this one from here on."""
+        if 5 * (self._used + 1) > 4 * len(self._keys):
+            keys, numbers = self._keys, self._numbers
+            self._make(2 * len(keys))
+            for other, earlier in zip(keys, numbers, strict=True):
+                if earlier:
+                    self._set(other, earlier)
+        place = self._place(key)
+        if self._numbers[place]:
+            return self._numbers[place] - 1
+        self._set(key, number + 1)  # 0 is an empty place
+        self._used += 1
+        return None
+
+    def _place(self, key: int) -> int:
+        """Where the key stands, or would."""
+        mask = len(self._keys) - 1
+        place = key & mask
+        while self._numbers[place] and self._keys[place] != key:
+            place = (place + 1) & mask
+        return place
+
+    def _set(self, key: int, number: int) -> None:
+        place = self._place(key)
+        self._keys[place], self._numbers[place] = key, number
+
+
+class _Places:
+    """Where rows stand, as text in flat buffers; what begins with the path of its source is kept without it."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = [path.encode("utf-8", "surrogatepass") for path in paths]
+        self._text, self._ends, self._of = bytearray(), array("Q", [0]), array("H")
+
+    def append(self, where: str, source: int) -> None:
+        text, path = where.encode("utf-8", "surrogatepass"), self._paths[source]
+        begins = text.startswith(path)
+        self._of.append(source + 1 if begins else 0)
+        self._text += text[len(path) :] if begins else text
         self._ends.append(len(self._text))
 
     def __getitem__(self, number: int) -> str:
-        return self._text[self._ends[number] : self._ends[number + 1]].decode("utf-8", "surrogatepass")
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[number] for number in range(len(self._ends) - 1))
+        text = bytes(self._text[self._ends[number] : self._ends[number + 1]])
+        source = self._of[number]
+        return (self._paths[source - 1] + text if source else text).decode("utf-8", "surrogatepass")

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tunesmith.chat.columns import mapped
 from tunesmith.chat.document import DocumentEncoder
-from tunesmith.chat.formats import Message, detected, mapped
+from tunesmith.chat.formats import Message, detected
 from tunesmith.chat.template import ChatTemplate
 from tunesmith.datasections import DataSection, SourceSection
 from tunesmith.errors import CODES, Problem

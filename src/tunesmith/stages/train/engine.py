@@ -7,11 +7,12 @@ global batch (labelled tokens, or pairs), whatever the accumulation.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tunesmith.methods.settings import Settings
 from tunesmith.packing.batch import Batch, labelled_count
 from tunesmith.recipe import Recipe, TrainSection
 from tunesmith.stages.train.objective import Objective, StepBatches
+from tunesmith.stages.train.savepoints import Savepoint, Savepoints, random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         batches: StepBatches,
         *,
         metrics_path: Path,
-        on_step: Callable[[StepMetrics, int], None],
+        resumed: Savepoint | None = None,
+        history: Sequence[StepMetrics] = (),
     ) -> None:
         super().__init__(model=objective.loss_model(model), args=arguments, train_dataset=rows, data_collator=batches)
         self.objective = objective
@@ -117,8 +120,10 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.metrics_path = metrics_path
-        self.on_step = on_step
-        self.history: list[StepMetrics] = []
+        #: Called with each step once its line of metrics is written, and how many steps there will be.
+        self.on_step: list[Callable[[StepMetrics, int], None]] = []
+        self.history = list(history)
+        self.resumed = resumed
         self.asked = asked
         self.adamw: AdamW | None = None
         self.in_backward: InBackward | None = None
@@ -131,9 +136,71 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self._begun = time.perf_counter()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Run all steps; the clock of the first one starts here."""
+        """Run all steps, or those after the savepoint; the clock of the first one starts here."""
         self._begun = time.perf_counter()
-        return super().train(*args, **kwargs)
+        path = None if self.resumed is None else str(self.resumed.path)
+        return super().train(*args, resume_from_checkpoint=path, **kwargs)
+
+    def trained_parameters(self) -> dict[torch.Tensor, str]:
+        """The parameters that are trained, with their names."""
+        return {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def save_to(self, savepoints: Savepoints, more: Mapping[str, Any]) -> None:
+        """Write all that the next steps depend on, as it is after a step's line of metrics was written; `more` is the caller's.
+
+        Raises TrainError where a weight is not finite, or there is no room.
+        """
+        if self.adamw is None:
+            raise AssertionError("there is nothing to save before training")
+        names = self.trained_parameters()
+        for parameter, name in names.items():
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                raise not_finite_weight(self.state.global_step, name)
+        generators, others = random_state()
+        tensors = {
+            "weights": {name: parameter for parameter, name in names.items()},
+            "optimizer": self.adamw.kept(names),
+            "random": generators,
+        }
+        state = {"step": self.state.global_step, "random": others, "schedule": self.lr_scheduler.state_dict(), **more}
+        savepoints.write(tensors, {"trainer_state.json": _trainer_state(self.state)}, state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any) -> None:
+        """The savepoint's weights into the model, in place of `Trainer`'s reader."""
+        saved = self._savepoint(resume_from_checkpoint)
+        found = saved.tensors("weights")
+        names = self.trained_parameters()
+        if set(found) != set(names.values()):
+            raise AssertionError("the savepoint is of another model")
+        with torch.no_grad():
+            for parameter, name in names.items():
+                parameter.copy_(found[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The savepoint's optimizer and schedule, in place of `Trainer`'s reader."""
+        if checkpoint is None:
+            return
+        saved = self._savepoint(checkpoint)
+        if self.adamw is None or self.lr_scheduler is None:
+            raise AssertionError("Trainer makes both before it loads them")
+        self.adamw.put_back(saved.tensors("optimizer"), self.trained_parameters())
+        self.lr_scheduler.load_state_dict(dict(saved.state["schedule"]))
+        for group, rate in zip(self.adamw.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The savepoint's random generators, in place of `Trainer`'s reader."""
+        if checkpoint is not None:
+            saved = self._savepoint(checkpoint)
+            set_random_state(saved.tensors("random"), saved.state["random"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: nothing is computed in float16."""
+
+    def _savepoint(self, path: str) -> Savepoint:
+        if self.resumed is None or str(self.resumed.path) != path:
+            raise AssertionError("only the savepoint that was checked is read")
+        return self.resumed
 
     def as_trained(self) -> AbstractContextManager[None]:
         """In the block the model has the weights as they were trained, in float32, for saving."""
@@ -233,7 +300,28 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self._sums = {}
         self.history.append(metrics)
         append_jsonl(self.metrics_path, metrics.as_dict())
-        self.on_step(metrics, self.state.max_steps)
+        for call in self.on_step:
+            call(metrics, self.state.max_steps)
+
+
+def _trainer_state(state: Any) -> str:
+    """`Trainer`'s counters as it reads them. Its history of logs stays out, which grows: metrics.jsonl has it."""
+    values = {key: value for key, value in asdict(state).items() if key != "log_history"}
+    return json.dumps(values | {"log_history": [], "stateful_callbacks": {}}, indent=2, sort_keys=True) + "\n"
+
+
+def step_metrics(line: Mapping[str, Any]) -> StepMetrics:
+    """A line of metrics.jsonl."""
+    own = {each.name for each in fields(StepMetrics)} - {"figures"}
+    figures = {key: value for key, value in line.items() if key not in own}
+    return StepMetrics(**{key: value for key, value in line.items() if key in own}, figures=figures)
+
+
+def not_finite_weight(step: int, name: str) -> TrainError:
+    """The error of a weight that is no number."""
+    why = "what would be saved could not be used, and would take the place of what can"
+    fix = "lower train.learning_rate, or set train.compute_dtype: float32; the savepoint before is as it was"
+    return TrainError(Problem("TS301", f"weights that are not finite after step {step}", name, why, fix))
 
 
 def not_finite(step: int, loss: float, norm: float) -> TrainError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -17,9 +18,9 @@ _LOG_EVERY = 15.0  # seconds between lines where the output is not a terminal
 class TrainProgress:
     """Shows each step. On a terminal a bar that redraws itself, elsewhere a line every 15 seconds and at the end."""
 
-    def __init__(self, label: str, steps: int, console: Console) -> None:
+    def __init__(self, label: str, steps: int, console: Console, done: Sequence[StepMetrics] = ()) -> None:
         self.label, self.steps, self.console = label, steps, console
-        self.tokens = 0
+        self.tokens, self.done = 0, len(done)
         self.started = self.last_line = time.perf_counter()
         columns = (
             TextColumn("{task.description:>6}"),
@@ -32,7 +33,7 @@ class TrainProgress:
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=console, expand=True)
-        self.task = self.bar.add_task(label, total=steps, loss="-", speed="-")
+        self.task = self.bar.add_task(label, total=steps, completed=self.done, loss="-", speed="-")
 
     def __enter__(self) -> Self:
         self.started = self.last_line = time.perf_counter()
@@ -54,7 +55,7 @@ class TrainProgress:
             self.bar.update(self.task, completed=metrics.step, loss=f"{metrics.loss:.3f}", speed=speed)
         elif now - self.last_line >= _LOG_EVERY or metrics.step == steps:
             self.last_line = now
-            left = elapsed / metrics.step * (steps - metrics.step)
+            left = elapsed / (metrics.step - self.done) * (steps - metrics.step)
             self.console.print(
                 f"{self.label}: step {metrics.step}/{steps}  loss {metrics.loss:.3f}  {speed} tok/s  {left:.0f} s left",
                 highlight=False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def model_reward(folder: Path) -> Reward:
 def user_reward(path: Path, function: str) -> Reward:
     """A function of the user's file: `f(prompts, completions, references) -> list of numbers`. Running it runs the file.
 
-    Raises TrainError where there is no such file or function.
+    Raises TrainError where there is no such file or function, or the user's code raises.
     """
     if not path.is_file():
         raise TrainError(Problem("TS303", "the file of a reward function does not exist", str(path), _WHY, "check the path"))
@@ -91,16 +92,30 @@ def user_reward(path: Path, function: str) -> Reward:
     if spec is None or spec.loader is None:
         raise TrainError(Problem("TS303", "not a Python file", str(path), _WHY, "name a .py file"))
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise _failure(path, error, "the file of a reward function cannot be run") from error
     found = getattr(module, function, None)
     if not callable(found):
         raise TrainError(Problem("TS303", f"no function {function!r}", str(path), _WHY, "check the name after the colon"))
 
     def reward(prompts: Prompts, answers: Sequence[str], references: References) -> Sequence[float]:
-        made: Sequence[float] = found(list(prompts), list(answers), list(references))
+        try:
+            made: Sequence[float] = [float(each) for each in found(list(prompts), list(answers), list(references))]
+        except Exception as error:
+            raise _failure(path, error, f"the reward function {function!r} failed") from error
         return made
 
     return reward
+
+
+def _failure(path: Path, error: BaseException, what: str) -> TrainError:
+    """The error of the user's code, at its last line in the file."""
+    places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else places[-1] if places else None
+    where = str(path) if line is None else f"{path}:{line}"
+    return TrainError(Problem("TS303", f"{what}: {type(error).__name__}: {error}"[:300], where, _WHY, "correct the function"))
 
 
 def make_reward(name: str) -> Reward:

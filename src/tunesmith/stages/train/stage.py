@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,24 @@ from tunesmith.sections import ON_TREES
 from tunesmith.stages.train.beside import own_sections, reward_digests, train_beside
 from tunesmith.stages.train.compiling import compile_blocks
 from tunesmith.stages.train.engine import Engine, training_arguments
+from tunesmith.stages.train.going_on import Earlier, Saver, made_of
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
 from tunesmith.stages.train.progress import TrainProgress
+from tunesmith.stages.train.signals import StopSignals
 from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters
-from tunesmith.stages.train.watch import HeldoutWatch, mean_loss
+from tunesmith.stages.train.watch import NOTHING_SEEN, HeldoutWatch, mean_loss
 
 #: Top-level keys of the recipe that every training depends on.
 SECTIONS = ("model", "revision", "method", "seed", "lora", "train", "objective", "dpo", "rope_scaling")
 
 
-def train(run: Run, console: Console | None = None) -> dict[str, Any]:
+def train(run: Run, console: Console | None = None, *, restart: bool = False) -> dict[str, Any]:
     """Train as the recipe says and return `train/summary.json`; a no-op when data, model and settings are unchanged.
 
-    Raises TrainError when loss or gradients stop being finite; RunError when `prepare` has not run, or
-    the recipe wants its data signed off and nobody has.
+    A training that was interrupted goes on from its newest savepoint that is whole, to the same bits; with `restart` it begins
+    again. Raises TrainError when loss or gradients stop being finite, or something has changed since an interrupted training's
+    savepoint; RunError when `prepare` has not run, another process works on the run, or the recipe wants its data signed off
+    and nobody has; StageFailedError with exit code 130 or 143 once SIGINT or SIGTERM has stopped it.
     """
     recipe = run.recipe
     if recipe.data.require_review:
@@ -57,23 +62,26 @@ def train(run: Run, console: Console | None = None) -> dict[str, Any]:
         **reward_digests(recipe),
     }
     if not run.is_current("train", inputs):
-        with run.perform("train", "train", inputs, live=True) as folder:
-            work = _train if recipe.objective in ON_TREES else train_beside
-            work(run, model_folder, folder, console or Console(stderr=True))
+        console = console or Console(stderr=True)
+        trees = recipe.objective in ON_TREES
+        keep = trees and not restart and run.was_interrupted("train")
+        with run.perform("train", "train", inputs, live=True, keep=keep) as folder:
+            if trees:
+                _train(run, model_folder, folder, console, inputs)
+            else:
+                train_beside(run, model_folder, folder, console)
     summary: dict[str, Any] = read_json(run.path / "train" / "summary.json")
     return summary
 
 
-def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None:
+def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs: Mapping[str, str]) -> None:
     recipe, hardware = run.recipe, detect()
+    earlier = Earlier(run, folder, console)
     objective = make_objective(recipe)
-    rows = objective.checked(Dataset.from_file(str(run.path / "data" / "train.arrow")))
-    if len(rows) == 0:
-        why = "training over nothing changes nothing"
-        raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
-    heldout = _heldout(run)
+    rows, heldout = _rows(run, objective), _heldout(run)
     settings = settle(recipe, len(rows), METHODS[recipe.method].default_learning_rate, hardware)
     tell_settings(run, settings, hardware, folder)
+    earlier.look(made_of(recipe, (*SECTIONS, *own_sections(recipe)), inputs, settings))
     if hardware.device == "cpu":
         keep_freed_memory()
     meter = PeakMemory()
@@ -88,7 +96,12 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
     if recipe.train.eval_steps is not None:
         heldout, more_seconds = objective.before(model, heldout, batches, folder / "heldout", console)
         seconds_before += more_seconds
-    with tempfile.TemporaryDirectory() as scratch, TrainProgress(recipe.method, settings.max_steps, console) as progress:
+    history = earlier.begin()
+    with (
+        StopSignals() as signals,
+        tempfile.TemporaryDirectory() as scratch,
+        TrainProgress(recipe.method, settings.max_steps, console, history) as progress,
+    ):
         engine = Engine(
             objective,
             model,
@@ -97,13 +110,19 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
             rows,
             batches,
             metrics_path=folder / "metrics.jsonl",
-            on_step=progress.step,
+            resumed=earlier.saved,
+            history=history,
         )
         checkpoints = Checkpoints(folder / "checkpoints", method, model, engine)
-        watch = None if recipe.train.eval_steps is None else _watch(run, engine, heldout, batches, checkpoints, folder)
-        if watch is not None:
-            engine.add_callback(watch)
+        checkpoints.go_on(earlier.of("checkpoint"))
+        watch = _watch(run, engine, heldout, batches, checkpoints, folder, earlier.of("watch"))
+        saver = Saver(
+            recipe.train, earlier, signals, lambda: {"checkpoint": checkpoints.name, "watch": watch and watch.as_dict()}
+        )
+        engine.on_step += [progress.step, lambda step, steps: saver.after_step(engine, step.step, steps)]
         engine.train()
+        if saver.stopped_training:
+            raise saver.stopped(engine.state.global_step, console)
     peak = meter.peak_bytes()
     if watch is None:
         checkpoints.save(engine.history[-1].step)
@@ -116,7 +135,17 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console) -> None
         "total_parameters": total_parameters(model),
         "peak_memory_bytes": peak,
     }
+    earlier.savepoints.clear()
     write_json(folder / "summary.json", summary | figures_of(engine.history, seconds_before) | _evaluated(watch))
+
+
+def _rows(run: Run, objective: Objective) -> Any:
+    """The rows to train on. Raises DataError where there are none, or they were prepared for another objective."""
+    rows = objective.checked(Dataset.from_file(str(run.path / "data" / "train.arrow")))
+    if len(rows) == 0:
+        why = "training over nothing changes nothing"
+        raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
+    return rows
 
 
 class Checkpoints:
@@ -124,21 +153,33 @@ class Checkpoints:
 
     def __init__(self, folder: Path, method: Method, model: Any, engine: Engine) -> None:
         self.folder, self.method, self.model, self.engine = folder, method, model, engine
-        self._kept: Path | None = None
+        self.latest: Path | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The folder's name of the checkpoint that is there."""
+        return None if self.latest is None else self.latest.name
+
+    def go_on(self, name: str | None) -> None:
+        """Take up the checkpoint of this name, and remove what came after it."""
+        self.latest = None if name is None else self.folder / name
+        for path in self.folder.glob("step-*"):
+            if path != self.latest:
+                shutil.rmtree(path)
 
     def save(self, step: int) -> None:
         """Commit the weights as they are, then drop the checkpoint before."""
-        before, self._kept = self._kept, self.folder / f"step-{step:06d}"
-        with commit_folder(self._kept) as target, self.engine.as_trained():
+        before, self.latest = self.latest, self.folder / f"step-{step:06d}"
+        with commit_folder(self.latest) as target, self.engine.as_trained():
             self.method.save(self.model, target)
-        if before is not None:
-            shutil.rmtree(before)
+        if before is not None and before != self.latest:
+            shutil.rmtree(before, ignore_errors=True)
 
     def kept(self) -> Path:
         """The checkpoint that is there."""
-        if self._kept is None:
+        if self.latest is None:
             raise AssertionError("nothing was saved")
-        return self._kept
+        return self.latest
 
 
 def _heldout(run: Run) -> Any:
@@ -155,12 +196,22 @@ def _heldout(run: Run) -> Any:
 
 
 def _watch(
-    run: Run, engine: Engine, heldout: Any, batches: StepBatches, checkpoints: Checkpoints, folder: Path
-) -> HeldoutWatch:
-    """Looks at the held-out rows every so many steps; their time counts to no step."""
-    asked, rows = run.recipe.train, list(heldout)
+    run: Run,
+    engine: Engine,
+    heldout: Any,
+    batches: StepBatches,
+    checkpoints: Checkpoints,
+    folder: Path,
+    seen: Mapping[str, Any] | None,
+) -> HeldoutWatch | None:
+    """Looks at the held-out rows every so many steps, where that is asked for; their time counts to no step.
+
+    `seen` is what an earlier part of the training saw.
+    """
+    asked = run.recipe.train
     if asked.eval_steps is None:
-        raise AssertionError("the caller looked")
+        return None
+    rows = list(heldout)
 
     def evaluate() -> float:
         begun = time.perf_counter()
@@ -173,7 +224,7 @@ def _watch(
         checkpoints.save(step)
         engine.leave_out(time.perf_counter() - begun)
 
-    return HeldoutWatch(
+    watch = HeldoutWatch(
         every=asked.eval_steps,
         patience=asked.early_stopping_patience,
         path=folder / "evals.jsonl",
@@ -182,6 +233,9 @@ def _watch(
         losses=lambda: [step.loss for step in engine.history],
         tell=lambda code, text: run.event(folder, code, text),
     )
+    watch.go_on(seen or NOTHING_SEEN)
+    engine.add_callback(watch)
+    return watch
 
 
 def _evaluated(watch: HeldoutWatch | None) -> dict[str, Any]:

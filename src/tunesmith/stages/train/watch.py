@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from tunesmith.io.atomic import append_jsonl
+from tunesmith.io.atomic import append_jsonl, write_jsonl
 from tunesmith.packing.batch import to_device
 from tunesmith.stages.train.objective import Objective, StepBatches
+
+#: What `HeldoutWatch.as_dict` gives before the first look.
+NOTHING_SEEN: Mapping[str, Any] = {"history": [], "best": None, "stopped": False}
 
 _AT_ONCE = 128  # held-out rows that are laid out together
 _RISES = 2  # evaluations in a row with a higher held-out and a lower train loss that count as overfitting
@@ -71,6 +74,18 @@ class HeldoutWatch(TrainerCallback):  # type: ignore[misc] # transformers is unt
         self.history: list[Evaluation] = []
         self.best: Evaluation | None = None
         self.stopped = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """What has been seen so far, as JSON."""
+        best = None if self.best is None else vars(self.best)
+        return {"history": [vars(look) for look in self.history], "best": best, "stopped": self.stopped}
+
+    def go_on(self, seen: Mapping[str, Any]) -> None:
+        """Take up what `as_dict` gave, and leave evals.jsonl with that alone."""
+        self.history = [Evaluation(**look) for look in seen["history"]]
+        self.best = None if seen["best"] is None else Evaluation(**seen["best"])
+        self.stopped = seen["stopped"]
+        write_jsonl(self.path, seen["history"])
 
     @property
     def seconds(self) -> float:

@@ -1,0 +1,133 @@
+"""Going on with an interrupted training: what must be as it was, when savepoints are written, what files are set back to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tunesmith.errors import Problem, StageFailedError, TrainError
+from tunesmith.io.atomic import append_jsonl, write_jsonl
+from tunesmith.methods.settings import Settings
+from tunesmith.recipe import Recipe, TrainSection
+from tunesmith.runs import Run, read_jsonl
+from tunesmith.stages.train.engine import Engine, StepMetrics, step_metrics
+from tunesmith.stages.train.savepoints import Savepoint, Savepoints
+from tunesmith.stages.train.signals import StopSignals
+
+#: Keys that may change between two parts of a training: they decide nothing that is learnt.
+FREE = ("train.save_steps",)
+
+_SECONDS = 600.0  # between two savepoints where the recipe leaves it open
+_SHARE = 0.02  # of the time that saving may then take
+#: Of the settled settings those that decide what is learnt.
+_SETTLED = ("effective_batch_size", "max_steps", "learning_rate", "warmup_steps", "compute_dtype", "r", "lora_alpha")
+
+
+def made_of(recipe: Recipe, sections: tuple[str, ...], inputs: Mapping[str, str], settings: Settings) -> dict[str, Any]:
+    """All that decides what is learnt, by dotted keys: of the recipe, of the settled settings, and digests of what is read."""
+    dumped = recipe.model_dump(mode="json")
+    found = {name: value for section in sections for name, value in _dotted(section, dumped[section])}
+    found |= {name: digest for name, digest in inputs.items() if name != "recipe"}
+    values = settings.as_dict()
+    return found | {f"settings.{name}": values[name] for name in _SETTLED}
+
+
+def _dotted(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _dotted(f"{name}.{key}", inner)
+    else:
+        yield name, value
+
+
+def refuse_changed(saved: Savepoint, now: Mapping[str, Any], where: Path) -> None:
+    """Raise TrainError naming the keys that have changed since the savepoint, those in `FREE` apart."""
+    before = saved.state["made_of"]
+    changed = sorted(key for key in before.keys() | now.keys() if key not in FREE and before.get(key) != now.get(key))
+    if changed:
+        what = f"the training was interrupted after step {saved.step}, and since then has changed: {', '.join(changed)}"
+        why = "its second part would be another training than its first"
+        fix = "put that back, name another run folder, or begin again with `tunesmith train --restart`"
+        raise TrainError(Problem("TS311", what, str(where), why, fix))
+
+
+class Earlier:
+    """What an earlier part of the training left in its folder; `saved` is the savepoint that this part goes on from, if any."""
+
+    def __init__(self, run: Run, folder: Path, console: Console) -> None:
+        self._run, self._folder, self._console = run, folder, console
+        self._events = read_jsonl(folder / "events.jsonl", torn=True)
+        (folder / "events.jsonl").unlink(missing_ok=True)
+        self.savepoints = Savepoints(folder / "savepoints", lambda code, text: run.event(folder, code, text))
+        self.saved: Savepoint | None = None
+        self.made: Mapping[str, Any] = {}
+
+    def look(self, made: Mapping[str, Any]) -> None:
+        """Find the newest savepoint that is whole. Raises TrainError where one of `made_of` has changed since."""
+        self.made, self.saved = made, self.savepoints.newest()
+        if self.saved is not None:
+            refuse_changed(self.saved, made, self._run.path)
+
+    def begin(self) -> list[StepMetrics]:
+        """Set metrics.jsonl back to the savepoint's step, keep the events of the part before; gives the steps that are done."""
+        step = 0 if self.saved is None else self.saved.step
+        path = self._folder / "metrics.jsonl"
+        lines = [line for line in read_jsonl(path, torn=True) if line["step"] <= step]
+        write_jsonl(path, lines)
+        if self.saved is not None:
+            told = self._run.events("train")
+            for event in self._events:
+                if event not in told:
+                    append_jsonl(self._folder / "events.jsonl", event)
+            self._run.event(self._folder, "resumed", f"goes on after step {step}", step=step)
+            self._console.print(f"train: goes on after step {step}", highlight=False)
+        return [step_metrics(line) for line in lines]
+
+    def of(self, key: str) -> Any:
+        """What the savepoint's state holds under a key; None where there is no savepoint."""
+        return None if self.saved is None else self.saved.state[key]
+
+
+class Saver:
+    """Writes a savepoint where it is time to, and after the step in which a signal came; then training stops.
+
+    `more` gives what belongs into it beside the engine's own state.
+    """
+
+    def __init__(
+        self, asked: TrainSection, earlier: Earlier, signals: StopSignals, more: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        self.every, self.earlier, self.signals, self.more = asked.save_steps, earlier, signals, more
+        self.stopped_training = False
+        self._last, self._took = time.perf_counter(), 0.0
+
+    def after_step(self, engine: Engine, step: int, steps: int) -> None:
+        """Look, once a step's line of metrics is written."""
+        if step == steps or engine.control.should_training_stop:
+            return  # it is the last one, and what was trained is saved anyway
+        if self.signals.asked is not None:
+            self.stopped_training = engine.control.should_training_stop = True
+        elif not self._is_time(step):
+            return
+        begun = time.perf_counter()
+        engine.save_to(self.earlier.savepoints, {"made_of": self.earlier.made, **self.more()})
+        self._last = time.perf_counter()
+        self._took = self._last - begun
+        engine.leave_out(self._took)
+
+    def stopped(self, step: int, console: Console) -> StageFailedError:
+        """The error of a training that a signal stopped after this step."""
+        if self.signals.asked is None:
+            raise AssertionError("no signal came")
+        name = self.signals.asked.name
+        console.print(f"train: stopped by {name} after step {step}, which is saved; run it again to go on", highlight=False)
+        return StageFailedError(128 + self.signals.asked)
+
+    def _is_time(self, step: int) -> bool:
+        if self.every == "auto":
+            return time.perf_counter() - self._last >= max(_SECONDS, self._took / _SHARE)
+        return self.every is not None and step % self.every == 0

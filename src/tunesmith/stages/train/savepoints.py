@@ -1,0 +1,166 @@
+"""What an interrupted training goes on from: all state between two steps, in safetensors and JSON, checked before it is used.
+
+A savepoint is a folder `step-000200` with the trained weights as they are, the optimizer's state, the state of every random
+generator, the learning rate's schedule, `Trainer`'s own state and what the caller adds. `manifest.json` holds the sha256 and
+size of each file, and is written in one form only: a savepoint with any other byte, or file, is none.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from tunesmith.errors import Problem, TrainError
+from tunesmith.io.atomic import commit_folder, read_json, sha256_file, sha256_json, write_json
+
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_MARGIN = 64 << 20  # bytes that are left free beside a savepoint
+KEPT = 2  # savepoints: where the newest is damaged there is one before it
+
+
+@dataclass(frozen=True)
+class Savepoint:
+    """A savepoint whose files are as they were written."""
+
+    path: Path
+    state: Mapping[str, Any]  # what `write` was given
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were done."""
+        return int(self.state["step"])
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of one of its files."""
+        found: dict[str, torch.Tensor] = load_file(self.path / f"{name}.safetensors")
+        return found
+
+
+class Savepoints:
+    """The folder of a training's savepoints; the last `KEPT` are kept. `tell` hears of damaged ones."""
+
+    def __init__(self, folder: Path, tell: Callable[[str, str], None]) -> None:
+        self.folder, self.tell = folder, tell
+
+    def write(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], documents: Mapping[str, str], state: Any) -> Path:
+        """Commit the tensors (a file for each key), texts (name to content) and `state`, which has a `step`.
+
+        Raises TrainError where the disk has no room for it, or refuses it; the savepoints before stay as they are.
+        """
+        needed = sum(each.numel() * each.element_size() for group in tensors.values() for each in group.values())
+        path = self.folder / f"step-{state['step']:06d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed + _MARGIN:
+            raise _no_room(path, needed, free)
+        try:
+            with commit_folder(path) as target:
+                for name, group in tensors.items():
+                    save_file({key: each.detach().contiguous() for key, each in group.items()}, target / f"{name}.safetensors")
+                for name, text in documents.items():
+                    (target / name).write_text(text, encoding="utf-8")
+                write_json(target / _STATE, state)
+                write_json(target / _MANIFEST, _manifest(target))
+        except Exception as error:
+            if isinstance(error, OSError) or "I/O error" in str(error):  # safetensors has an error of its own
+                raise _no_room(path, needed, shutil.disk_usage(self.folder).free, str(error)) from error
+            raise
+        for old in self._all()[:-KEPT]:
+            shutil.rmtree(old)
+        return path
+
+    def newest(self) -> Savepoint | None:
+        """The newest one that is whole; an event for each newer one that is damaged. None where there is none."""
+        for path in reversed(self._all()):
+            if (damage := damage_of(path)) is None:
+                return Savepoint(path, read_json(path / _STATE))
+            self.tell("savepoint-damaged", f"{path.name} is not used: {damage}")
+        return None
+
+    def clear(self) -> None:
+        """Remove all: the training has ended."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a savepoint's files; None where each is as it was written."""
+    try:
+        text = (path / _MANIFEST).read_bytes()
+        found = json.loads(text)
+        whole = text == _dumped(found) and found["digest"] == sha256_json(found["files"])
+    except (OSError, ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        return f"{_MANIFEST} is missing or changed"
+    names = {each.name for each in path.iterdir()} - {_MANIFEST}
+    damages = (_damage(path / name, found["files"].get(name)) for name in sorted(names | set(found["files"])))
+    return next((damage for damage in damages if damage is not None), None)
+
+
+def _damage(path: Path, wanted: Mapping[str, Any] | None) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if wanted is None:
+        return f"{path.name} does not belong to it"
+    if path.stat().st_size != wanted["bytes"]:
+        return f"{path.name} is cut off or longer"
+    return None if sha256_file(path) == wanted["sha256"] else f"{path.name} is changed"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    files = {
+        each.name: {"bytes": each.stat().st_size, "sha256": sha256_file(each)}
+        for each in sorted(folder.iterdir())
+        if each.name != _MANIFEST
+    }
+    return {"digest": sha256_json(files), "files": files}
+
+
+def _dumped(value: Any) -> bytes:
+    """As `write_json` writes it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _no_room(path: Path, needed: int, free: int, detail: str = "") -> TrainError:
+    what = f"no room for a savepoint: {needed:,} bytes are needed, {free:,} are free{detail and f' ({detail})'}"
+    why = "the training could not go on from here if it were interrupted; the savepoint before is as it was"
+    fix = "free some space and run `train` again: it goes on from there"
+    return TrainError(Problem("TS310", what, str(path), why, fix))
+
+
+def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state of Python's, NumPy's and torch's generators: tensors, and what is left as JSON."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    tensors |= {f"cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    more = {"python": [version, gauss], "numpy": [str(kind), int(position), int(has_gauss), float(cached)]}
+    return tensors, more
+
+
+def set_random_state(tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> None:
+    """Put the generators where `random_state` found them."""
+    version, gauss = more["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    kind, position, has_gauss, cached = more["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    for number in range(torch.cuda.device_count()):
+        torch.cuda.set_rng_state(tensors[f"cuda.{number}"], number)
