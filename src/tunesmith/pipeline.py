@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +12,7 @@ from rich.console import Console
 
 from tunesmith.errors import ModelError, PlanError, StageFailedError
 from tunesmith.io.atomic import read_json
+from tunesmith.io.signals import handling
 from tunesmith.recipe import Method, Origin, ResolvedRecipe
 from tunesmith.runs import Run, create_run
 
@@ -153,22 +151,6 @@ def score_shown(this: Run, console: Console) -> None:
         )
 
 
-@contextlib.contextmanager
-def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """In the block SIGINT and SIGTERM go to the child; outside the main thread they are left as they are."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {
-        each: signal.signal(each, lambda number, _: child.send_signal(number)) for each in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
 def train_apart(this: Run, console: Console) -> None:
     """`train` in a process of its own: its memory is all given back, and its peak is its own. Raises StageFailedError.
 
@@ -177,7 +159,7 @@ def train_apart(this: Run, console: Console) -> None:
     command = [sys.executable, "-m", "tunesmith", "train", str(this.path)]
     # In a session of its own it gets a signal once: from here, and this process waits for what it makes of it.
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    with _passed_on(child):
+    with handling(lambda number, _: child.send_signal(number)):
         code = child.wait()
     if code != 0:
         raise StageFailedError(code if code > 0 else 128 - code)

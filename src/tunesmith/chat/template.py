@@ -60,6 +60,11 @@ class _RefusedError(Exception):
     """The template raised; the text is the first line of what it said."""
 
 
+def _shared_start(texts: Sequence[str]) -> str:
+    """What all of the texts begin with."""
+    return os.path.commonprefix(texts)  # noqa: RUF071 - texts, compared character by character
+
+
 class ChatTemplate:
     """A chat template with its tokenizer. Raises ModelError where there is no template, or it is not valid Jinja."""
 
@@ -253,7 +258,7 @@ class ChatTemplate:
         if turns.count(1) != 1 or turns.count(3) != 1:
             return ""
         after = [skeleton[turns.index(turn) + 1].text for turn in (1, 3)]
-        shared = os.path.commonprefix(after)  # noqa: RUF071 - texts, compared character by character
+        shared = _shared_start(after)
         ends = []
         for match in self._control.finditer(after[0]):
             if match.group() == self._opener(skeleton[0].text):
@@ -297,7 +302,7 @@ class ChatTemplate:
         position = 0
         for turn in sorted(answers):
             prompt = self._render_foreign(messages[:turn], add_generation_prompt=True) if turn else ""
-            shared = os.path.commonprefix([text, self._render_foreign(messages[: turn + 1])])  # noqa: RUF071 - texts
+            shared = _shared_start([text, self._render_foreign(messages[: turn + 1])])
             if not turn or not text.startswith(prompt) or not position <= len(prompt) < len(shared):
                 return self._last_answer(messages, text)
             answer = shared[len(prompt) :]

@@ -100,9 +100,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def indented_json(value: Any) -> str:
+    """`value` as `write_json` writes it. NaN and infinities are refused (ValueError)."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` as indented JSON in one rename. NaN and infinities are refused (ValueError)."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, indented_json(value))
 
 
 def write_jsonl(path: Path, values: Iterable[Any]) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing import get_context
+from typing import Any, cast
 
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.rows import Row
@@ -29,7 +30,7 @@ def without_torch() -> None:
 
     None in `sys.modules` is how the import system says that a module is not to be had. Nothing that is loaded is taken away.
     """
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    cast(dict[str, Any], sys.modules).setdefault("torch", None)
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of the missing torch
 
 

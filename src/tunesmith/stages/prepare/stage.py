@@ -247,7 +247,8 @@ def _rows(data: DataSection, objective: str) -> Iterator[tuple[int, Row]]:
 
 def _with_common(settings: Settings, head: Sequence[tuple[int, Row]]) -> Settings:
     """The settings with the lines that many of the first rows share, which say nothing about whether two rows are alike."""
-    made = (read(row, settings.data.parts[source], settings, Counter()) for source, row in head if row.problem is None)
+    parts = settings.data.parts
+    made = (read(row, parts[source], settings, Counter()) for source, row in head if row.problem is None)
     return replace(settings, common=common_segments(row.messages for row in made if isinstance(row, Candidate)))
 
 

@@ -7,7 +7,6 @@ global batch (labelled tokens, or pairs), whatever the accumulation.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tunesmith.errors import Problem, TrainError
-from tunesmith.io.atomic import append_jsonl
+from tunesmith.io.atomic import append_jsonl, indented_json
 from tunesmith.methods.offload import ActivationOffload
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
 from tunesmith.methods.settings import Settings
@@ -307,7 +306,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
 def _trainer_state(state: Any) -> str:
     """`Trainer`'s counters as it reads them. Its history of logs stays out, which grows: metrics.jsonl has it."""
     values = {key: value for key, value in asdict(state).items() if key != "log_history"}
-    return json.dumps(values | {"log_history": [], "stateful_callbacks": {}}, indent=2, sort_keys=True) + "\n"
+    return indented_json(values | {"log_history": [], "stateful_callbacks": {}})
 
 
 def step_metrics(line: Mapping[str, Any]) -> StepMetrics:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunesmith.errors import Problem, TrainError
-from tunesmith.io.atomic import commit_folder, read_json, sha256_file, sha256_json, write_json
+from tunesmith.io.atomic import commit_folder, indented_json, read_json, sha256_file, sha256_json, write_json
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -100,7 +100,7 @@ def damage_of(path: Path) -> str | None:
     try:
         text = (path / _MANIFEST).read_bytes()
         found = json.loads(text)
-        whole = text == _dumped(found) and found["digest"] == sha256_json(found["files"])
+        whole = text == indented_json(found).encode() and found["digest"] == sha256_json(found["files"])
     except (OSError, ValueError, TypeError, KeyError):
         whole = False
     if not whole:
@@ -127,11 +127,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
         if each.name != _MANIFEST
     }
     return {"digest": sha256_json(files), "files": files}
-
-
-def _dumped(value: Any) -> bytes:
-    """As `write_json` writes it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _no_room(path: Path, needed: int, free: int, detail: str = "") -> TrainError:

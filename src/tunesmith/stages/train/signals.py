@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from tunesmith.io.signals import handling
 
 
 class StopSignals:
@@ -16,16 +15,14 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._handled = handling(self._note)
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._note) for each in _SIGNALS}
+        self._handled.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        self._handled.__exit__(kind, value, trace)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.asked is not None:
