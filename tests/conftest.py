@@ -19,6 +19,10 @@ from tunesmith.recipe import ResolvedRecipe, parse_recipe
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--promises", metavar="FILE", help="run the long versions of tests/promises, and write their figures here")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_calibration(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Measurements of tests stay out of the user's own."""

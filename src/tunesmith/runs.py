@@ -140,7 +140,8 @@ class Run:
             try:
                 yield final
             except BaseException:
-                self._record(stage, {"status": "failed", "inputs": dict(inputs), "outputs": {}, "argv": sys.argv})
+                with contextlib.suppress(OSError):  # a full disk has no room for it; "running" says the same to the next start
+                    self._record(stage, {"status": "failed", "inputs": dict(inputs), "outputs": {}, "argv": sys.argv})
                 raise
         else:
             with commit_folder(final) as partial:

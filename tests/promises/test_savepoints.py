@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.promises.training import Promises
 from tunesmith.stages.train.savepoints import KEPT, Savepoints, damage_of, random_state, set_random_state
 
 TENSORS = {"weights": {"a": torch.arange(300.0)}, "optimizer": {"a.step": torch.tensor([3]), "a.master": torch.ones(7)}}
@@ -34,14 +35,21 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         assert all(torch.equal(found[key], group[key]) for key in group)
 
 
-def test_every_kind_of_damage_is_found(tmp_path: Path) -> None:
-    whole = written(tmp_path / "whole")
+def test_every_kind_of_damage_is_found(tmp_path: Path, promises: Promises) -> None:
+    """Bit flips, cuts, additions and deletions in the newest of two: each is found, told, and the one before it is used."""
+    older, newer = (written(tmp_path / "whole", step) for step in (3, 4))
     draw = random.Random(42)
-    for attempt in range(120):
-        path = tmp_path / "copy"
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(whole, path)
-        assert damage_of(path) is None
+    times = 300 if promises.long else 40
+    for attempt in range(times):
+        folder = tmp_path / "copy"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", folder)
+        told: list[tuple[str, str]] = []
+        savepoints = Savepoints(folder, lambda *event, told=told: told.append(event))
+        found = savepoints.newest()
+        assert found is not None
+        assert (found.path.name, told) == (newer.name, [])
+        path = folder / newer.name
         file = draw.choice(sorted(path.iterdir()))
         content = bytearray(file.read_bytes())
         kind = attempt % 4
@@ -54,9 +62,13 @@ def test_every_kind_of_damage_is_found(tmp_path: Path) -> None:
         file.write_bytes(content)
         if kind == 3:
             file.unlink()
-        assert damage_of(path) is not None, (kind, file.name)
-    (whole / "more.pkl").write_bytes(b"")
-    assert damage_of(whole) == "more.pkl does not belong to it"
+        found = savepoints.newest()
+        assert found is not None
+        assert found.path.name == older.name, (kind, file.name)
+        assert [code for code, _ in told] == ["savepoint-damaged"]
+    (newer / "more.pkl").write_bytes(b"")
+    assert damage_of(newer) == "more.pkl does not belong to it"
+    promises.state("corruption", "count", corruptions_tried=times, corruptions_found=times, clean_loads=times, false_alarms=0)
 
 
 def test_a_disk_that_is_full_leaves_the_savepoint_before(tmp_path: Path) -> None:

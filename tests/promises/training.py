@@ -1,0 +1,158 @@
+"""Training that is interrupted from outside, and what is left of it, bit by bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import claim, merged, report
+from tunesmith.runs import Run, read_jsonl
+from tunesmith.stages.train import train
+
+STEPS = 36
+LAST_SAVED = 33  # with `save_steps: 3`
+
+#: Method and settings by name, each an open flow mapping.
+CASES = {
+    "full, accumulation": "method: full\ntrain: {per_device_train_batch_size: 2, ",
+    "full, 8 bit, in backward": "method: full\ntrain: {optim: adamw_8bit, optimizer_in_backward: true, ",
+    "full, kahan, bf16": "method: full\ntrain: {optim: adamw_kahan, compute_dtype: bfloat16, ",
+    "lora, dropout, evaluation": "method: lora\nlora: {lora_dropout: 0.2}\ntrain: {eval_steps: 5, ",
+    "lora, padded, noise": "method: lora\ntrain: {packing: false, neftune_noise_alpha: 5, ",
+    "qlora, dropout, 16 bit": "method: qlora\nlora: {lora_dropout: 0.1}\ntrain: {optim: adamw_bf16, ",
+}
+
+
+def grid() -> dict[str, str]:
+    """full, LoRA, QLoRA x dropout (full: noise on the embeddings) x accumulation x packing: 24 configurations."""
+    found = {}
+    for method, noisy, rows, packed in product(("full", "lora", "qlora"), (False, True), (8, 2), (True, False)):
+        keys = f"per_device_train_batch_size: {rows}, packing: {str(packed).lower()}, "
+        keys += "neftune_noise_alpha: 5, " if noisy and method == "full" else ""
+        section = "lora: {lora_dropout: 0.2}\n" if noisy and method != "full" else ""
+        name = f"{method}{', dropout' if noisy else ''}, {8 // rows} micro-batches, {'tree' if packed else 'padded'}"
+        found[name] = f"method: {method}\n{section}train: {{{keys}"
+    return found
+
+
+class Promises:
+    """The figures that the long versions of the tests state; nothing is kept of the short ones."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.claims: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def long(self) -> bool:
+        """Whether figures are asked for."""
+        return self.path is not None
+
+    def state(self, part: str, unit: str, **values: float) -> None:
+        """Figures of a part, by the names of their claims."""
+        if self.long:
+            self.claims += [claim(name, value, unit) for name, value in values.items()]
+            self.rows.append({"part": part, **values})
+
+    def write(self) -> None:
+        """Into the file, beside the figures of parts that did not run."""
+        if self.path is not None and self.claims:
+            report(self.path, *merged(self.path, self.claims, self.rows))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file without how long they took."""
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_jsonl(path)]
+
+
+def steps_of(run: Run) -> list[int]:
+    """The steps in metrics.jsonl, in the order in which they stand there."""
+    return [line["step"] for line in read_jsonl(run.path / "train" / "metrics.jsonl")]
+
+
+def differing_bits(one: Path, other: Path) -> int:
+    """Bits in which the safetensors files of two folders differ; what one of them lacks counts whole."""
+    sides = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")} for folder in (one, other)]
+    if not sides[0]:
+        raise AssertionError(f"no tensors in {one}")
+    found = 0
+    for name in sides[0].keys() | sides[1].keys():
+        left, right = (np.frombuffer(side.get(name, b""), dtype=np.uint8) for side in sides)
+        if len(left) == len(right):
+            found += int(np.unpackbits(left ^ right).sum())
+        else:
+            found += 8 * max(len(left), len(right))
+    return found
+
+
+@contextmanager
+def last_savepoint_kept(run: Run) -> Iterator[Path]:
+    """In the block the savepoint of step `LAST_SAVED` is copied once it is there: it goes when training ends."""
+    source, kept = run.path / "train" / "savepoints" / f"step-{LAST_SAVED:06d}", run.path.parent / f"{run.path.name}-kept"
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            if source.is_dir():
+                shutil.copytree(source, kept, copy_function=os.link)
+                return
+
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield kept
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def signalled(run: Run, number: signal.Signals, after: int) -> None:
+    """Train; once so many steps stand in metrics.jsonl, this process gets the signal."""
+    path = run.path / "train" / "metrics.jsonl"
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            if path.is_file() and path.read_bytes().count(b"\n") >= after:
+                os.kill(os.getpid(), number)
+                return
+
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        train(run)
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def started(run: Run, *killer: str) -> subprocess.Popen[str]:
+    """`tunesmith train` of a run in a process of its own, under the killer where its arguments are given."""
+    begin = ["-m", "tests.promises.killer", *killer, "--"] if killer else ["-m", "tunesmith"]
+    command = [sys.executable, *begin, "train", str(run.path)]
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+
+
+def wait_for_steps(run: Run, process: subprocess.Popen[str], more: int) -> None:
+    """Until so many steps more than now stand in metrics.jsonl, or the process has ended."""
+    path = run.path / "train" / "metrics.jsonl"
+
+    def count() -> int:
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+    wanted = count() + more
+    while process.poll() is None and count() < wanted:
+        time.sleep(0.002)
