@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from benchmarks.common import claim, merged, report
+
 from tunesmith.runs import Run, read_jsonl
 from tunesmith.stages.train import train
 
