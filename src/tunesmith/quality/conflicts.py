@@ -33,9 +33,12 @@ class Conflicts:
         """Prompts with more than one answer, in order of their first row."""
         prompts, answers = np.frombuffer(self._prompts, np.uint64), np.frombuffer(self._answers, np.uint64)
         order = np.argsort(prompts, kind="stable")
-        ends = 1 + np.flatnonzero(prompts[order][1:] != prompts[order][:-1])
+        ordered = prompts[order]
+        edges = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1], True]) if len(order) else np.zeros(1, np.int64)
+        several = np.flatnonzero(np.diff(edges) > 1)  # most prompts stand once
         found = []
-        for rows in np.split(order, ends):
+        for low, high in zip(edges[several].tolist(), edges[several + 1].tolist(), strict=True):
+            rows = order[low:high]
             _, first = np.unique(answers[rows], return_index=True)
             if len(first) > 1:
                 found.append((int(rows[0]), Conflict(tuple(self._numbers[int(rows[i])] for i in sorted(first)), len(rows))))

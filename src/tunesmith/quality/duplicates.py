@@ -5,7 +5,7 @@ count as words, so that a text of one word has runs too. Signatures are cut into
 (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4), and each candidate is decided by its sets: exactly up to 512
 runs, above by the 512 smallest hashes of the union (bottom-k; standard error about 0.018 at 0.8).
 
-rensa's own index, like that of datasketch, holds about a kilobyte of pointers a row. Here a row takes 16 bytes and 16 to 32 a
+rensa's own index, like that of datasketch, holds about a kilobyte of pointers a row. Here a row takes 12 bytes and 10 to 13 a
 band in memory; its set lies in a temporary file.
 """
 
@@ -26,7 +26,10 @@ SKETCH = 512  # hashes kept of a text
 _SEED = 42
 _RECALL = 0.98  # least chance that a pair at the threshold shares a band
 _SAME = 8  # rows kept of those that share a band: more are alike in what they all have
-_FIRST = 1 << 12  # places of a band's table at the start; always a power of two
+_PLACES = 16  # of a bucket
+_FIRST = 1 << 8  # buckets of a band at the start
+_LARGE = 1 << 14  # buckets from which on a table grows by a quarter instead of to twice its size
+_LOAD = 0.8  # share of the places that are used at most
 
 
 @dataclass(frozen=True)
@@ -93,89 +96,110 @@ def similarity(one: np.ndarray, other: np.ndarray) -> float:
 
 
 class _Table:
-    """For each band an open table of (hash, row); equal hashes stand in one run of places."""
+    """For each band a table of buckets of 16 places, each a hash and a row; what finds its bucket full stands in the next."""
 
     def __init__(self, bands: int) -> None:
-        self._bands = np.arange(bands)
         self._entries = 0
-        self._make(_FIRST)
-
-    def _make(self, places: int) -> None:
-        self._hashes = np.zeros((len(self._bands), places), np.uint32)
-        self._rows = np.full((len(self._bands), places), -1, np.int32)
+        # By band (buckets, 2, places): hashes, and rows counted from 1; a bucket fills from its first place on.
+        self._tables = [_empty(_FIRST) for _ in range(bands)]
 
     def candidates(self, hashes: np.ndarray) -> list[int]:
         """Rows that share a band, the oldest first."""
         found: set[int] = set()
-        bands, places = self._bands, self._start(hashes)
+        bands, buckets = np.arange(len(hashes)), self._start(hashes)
         while len(bands):
-            rows = self._rows[bands, places]
-            found.update(rows[(rows >= 0) & (self._hashes[bands, places] == hashes[bands])].tolist())
-            bands, places = bands[rows >= 0], self._next(places[rows >= 0])
-        return sorted(found)
+            block = self._block(bands, buckets)
+            rows = block[:, 1]
+            found.update(rows[(rows > 0) & (block[:, 0] == hashes[bands, None])].tolist())
+            full = rows[:, -1] > 0
+            bands, buckets = bands[full], self._next(buckets[full])
+        return sorted(row - 1 for row in found)
 
     def put(self, hashes: np.ndarray, row: int) -> None:
         """Remember a row under each of its bands, unless eight rows stand there."""
-        if 4 * (self._entries + 1) > 3 * self._rows.shape[1]:
+        if self._entries + 1 > _LOAD * self._buckets * _PLACES:
             self._grow()
         self._entries += 1
-        bands, places = self._bands, self._start(hashes)
+        bands, buckets = np.arange(len(hashes)), self._start(hashes)
         same = np.zeros(len(bands), np.int64)
         while len(bands):
-            free = self._rows[bands, places] < 0
-            self._rows[bands[free], places[free]] = row
-            self._hashes[bands[free], places[free]] = hashes[bands[free]]
-            same = same + (self._hashes[bands, places] == hashes[bands])
-            on = ~free & (same < _SAME)
-            bands, places, same = bands[on], self._next(places[on]), same[on]
+            block = self._block(bands, buckets)
+            used = np.count_nonzero(block[:, 1], axis=1)
+            same = same + np.count_nonzero((block[:, 1] > 0) & (block[:, 0] == hashes[bands, None]), axis=1)
+            for each in np.flatnonzero((used < _PLACES) & (same < _SAME)).tolist():
+                self._tables[bands[each]][buckets[each], :, used[each]] = hashes[bands[each]], row + 1
+            on = (used == _PLACES) & (same < _SAME)
+            bands, buckets, same = bands[on], self._next(buckets[on]), same[on]
+
+    @property
+    def _buckets(self) -> int:
+        return len(self._tables[0])
+
+    def _block(self, bands: np.ndarray, buckets: np.ndarray) -> np.ndarray:
+        """The bucket of each band: (bands, 2, places)."""
+        return np.stack([self._tables[band][bucket] for band, bucket in zip(bands.tolist(), buckets.tolist(), strict=True)])
 
     def _start(self, hashes: np.ndarray) -> np.ndarray:
-        return hashes.astype(np.int64) & (self._rows.shape[1] - 1)
+        return _bucket(hashes, self._buckets)
 
-    def _next(self, places: np.ndarray) -> np.ndarray:
-        return (places + 1) & (self._rows.shape[1] - 1)
+    def _next(self, buckets: np.ndarray) -> np.ndarray:
+        return (buckets + 1) % self._buckets
 
     def _grow(self) -> None:
-        """Twice the places, band by band: entries move in order of age, all that find their place free at once."""
-        hashes, rows = self._hashes, self._rows
-        self._make(2 * rows.shape[1])
-        for band in range(len(self._bands)):
-            used = np.flatnonzero(rows[band] >= 0)
-            order = used[np.argsort(rows[band, used], kind="stable")]
-            self._refill(band, hashes[band, order], rows[band, order])
+        """More buckets, band by band, so that no more than one is there twice; large tables grow by a quarter."""
+        buckets = 2 * self._buckets if self._buckets < _LARGE else self._buckets * 5 // 4
+        for band, table in enumerate(self._tables):
+            self._tables[band] = _moved(table, buckets)
 
-    def _refill(self, band: int, hashes: np.ndarray, rows: np.ndarray) -> None:
-        places = self._start(hashes)
-        while len(places):
-            free = np.flatnonzero(self._rows[band, places] < 0)
-            _, first = np.unique(places[free], return_index=True)
-            placed = free[first]
-            self._hashes[band, places[placed]], self._rows[band, places[placed]] = hashes[placed], rows[placed]
-            left = np.ones(len(places), bool)
-            left[placed] = False
-            hashes, rows, places = hashes[left], rows[left], self._next(places[left])
+
+def _empty(buckets: int) -> np.ndarray:
+    return np.zeros((buckets, 2, _PLACES), np.uint32)
+
+
+def _bucket(hashes: np.ndarray, buckets: int) -> np.ndarray:
+    """Each hash's share of the range, in buckets."""
+    return (hashes.astype(np.uint64) * np.uint64(buckets) >> np.uint64(32)).astype(np.int64)
+
+
+def _moved(table: np.ndarray, buckets: int) -> np.ndarray:
+    """The entries of a band in a table of so many buckets, the oldest first in each."""
+    used = table[:, 1] > 0
+    hashes, rows = table[:, 0][used], table[:, 1][used]
+    order = np.argsort(rows)
+    hashes, rows = hashes[order], rows[order]
+    found, fill = _empty(buckets), np.zeros(buckets, np.int64)
+    at = _bucket(hashes, buckets)
+    while len(at):
+        order = np.argsort(at, kind="stable")
+        hashes, rows, at = hashes[order], rows[order], at[order]
+        place = fill[at] + np.arange(len(at)) - np.searchsorted(at, at)
+        fits = place < _PLACES
+        found[at[fits], 0, place[fits]], found[at[fits], 1, place[fits]] = hashes[fits], rows[fits]
+        fill += np.bincount(at[fits], minlength=buckets)
+        hashes, rows, at = hashes[~fits], rows[~fits], (at[~fits] + 1) % buckets
+    return found
 
 
 class _Records:
-    """Keys and sketches in a temporary file that nobody else sees; in memory 16 bytes each."""
+    """Keys and sketches in a temporary file that nobody else sees; in memory 12 bytes each."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this does
-        self._starts, self._middles = array("Q", [0]), array("Q")
+        self._starts, self._names = array("Q", [0]), array("I")  # where each begins, and bytes of its key
 
     def append(self, key: str, sketch: np.ndarray) -> int:
         name = key.encode("utf-8", "surrogatepass")
         start = self._starts[-1]
         data = name + sketch.tobytes()
         os.pwrite(self._file.fileno(), data, start)
-        self._middles.append(start + len(name))
+        self._names.append(len(name))
         self._starts.append(start + len(data))
-        return len(self._middles) - 1
+        return len(self._names) - 1
 
     def read(self, row: int) -> tuple[str, np.ndarray]:
-        start, middle, end = self._starts[row], self._middles[row], self._starts[row + 1]
+        start, name, end = self._starts[row], self._names[row], self._starts[row + 1]
         data = os.pread(self._file.fileno(), end - start, start)
-        return data[: middle - start].decode("utf-8", "surrogatepass"), np.frombuffer(data[middle - start :], np.uint32)
+        return data[:name].decode("utf-8", "surrogatepass"), np.frombuffer(data[name:], np.uint32)
 
     def __len__(self) -> int:
-        return len(self._middles)
+        return len(self._names)

@@ -19,6 +19,7 @@ from tunesmith.stages.prepare.mixture import kept_of_each
 from tunesmith.stages.prepare.work import Made, Rejection
 
 TRAIN, HELDOUT, OUT = 0, 1, 2
+_DIGITS = 10  # of a line number that takes more than 32 bits
 _TEST = "\x00"  # before the key of a test row among the near duplicates
 
 #: Why a row that passed alone is left out of the set, and what else is told.
@@ -42,7 +43,7 @@ class WholeSet:
         self._places = _Places([part.path for part in data.parts])
         self._conflicts = Conflicts()
         self._statistics = SetStatistics(data)
-        self._answers, self._languages = array("Q"), _Names()
+        self._answers, self._languages = array("I"), _Names()
         self._prompts, self._sources = array("Q"), array("H")
         #: In how many rows of the spool each stands.
         self.pieces = array("I")
@@ -112,6 +113,7 @@ class WholeSet:
 
     def settle(self, heldout: float) -> dict[str, dict[str, int]]:
         """Decide of all rows: set-wide findings, conflicts, balance, mixture, `max_rows`, held out. Returns classes' sizes."""
+        self._near.clear()  # the largest of what is kept, and no row is compared any more
         for number in self._left():
             self._find(number)
         self._find_conflicts()
@@ -234,20 +236,21 @@ class _Keys:
 
 
 class _Places:
-    """Where rows stand, as text in flat buffers; what begins with the path of its source is kept without it."""
+    """Where rows stand: a line of their source takes 6 bytes, anything else its text too."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = [path.encode("utf-8", "surrogatepass") for path in paths]
-        self._text, self._ends, self._of = bytearray(), array("Q", [0]), array("H")
+        self._paths = list(paths)
+        self._of, self._numbers = array("H"), array("I")  # source + 1 and line; or 0 and a place in `_others`
+        self._others: list[str] = []
 
     def append(self, where: str, source: int) -> None:
-        text, path = where.encode("utf-8", "surrogatepass"), self._paths[source]
-        begins = text.startswith(path)
-        self._of.append(source + 1 if begins else 0)
-        self._text += text[len(path) :] if begins else text
-        self._ends.append(len(self._text))
+        path, _, line = where.rpartition(":")
+        plain = path == self._paths[source] and line.isascii() and line.isdigit() and line[0] != "0" and len(line) < _DIGITS
+        self._of.append(source + 1 if plain else 0)
+        self._numbers.append(int(line) if plain else len(self._others))
+        if not plain:
+            self._others.append(where)
 
     def __getitem__(self, number: int) -> str:
-        text = bytes(self._text[self._ends[number] : self._ends[number + 1]])
-        source = self._of[number]
-        return (self._paths[source - 1] + text if source else text).decode("utf-8", "surrogatepass")
+        source, kept = self._of[number], self._numbers[number]
+        return f"{self._paths[source - 1]}:{kept}" if source else self._others[kept]
