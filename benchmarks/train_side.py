@@ -6,6 +6,7 @@ Answers are lines of JSON: first `{"ready": true}`, then for each turn `seconds,
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from tunesmith.packing.batch import StepCollator, collate_tree
 from tunesmith.packing.loss import use_tree_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.recipe import Recipe
-from tunesmith.stages.train.engine import Engine, training_arguments
+from tunesmith.stages.train.engine import Engine
 from tunesmith.stages.train.objective import Sft
+from tunesmith.stages.train.setup import training_arguments
 
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 _LONG = 100_000  # steps that the schedule is made for; turns end by being told so
@@ -132,10 +134,11 @@ def our_side(asked: argparse.Namespace) -> None:
         Sft(),
         model,
         training_arguments(recipe, settings, scratch, cpu=True),
-        recipe.train,
+        recipe,
         rows,
         StepCollator(collate_tree, limits),
         metrics_path=scratch / "metrics.jsonl",
+        tell=lambda code, text: print(code, text, file=sys.stderr),
     )
     engine.on_step.append(lambda m, _: turns.note(m.loss, m.grad_norm, m.computed_tokens, m.labelled_tokens))
     engine.add_callback(turns)

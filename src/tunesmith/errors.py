@@ -63,6 +63,8 @@ CODES: dict[str, str] = {
     "TS304": "train-refused-by-trl",
     "TS310": "train-no-room",
     "TS311": "train-changed-since",
+    "TS312": "train-out-of-memory",
+    "TS313": "train-keeps-spiking",
     "TS401": "export-not-equal",
     "TS402": "export-not-mergeable",
     "TS501": "evaluate-schema-invalid",

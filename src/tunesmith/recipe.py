@@ -109,6 +109,9 @@ class TrainSection(Section):
     save_steps: PositiveInt | Auto | None = "auto"
     """Save all that an interrupted training goes on from after so many optimizer steps; `auto` after ten minutes, or later
     where saving would take more than 2 % of the time; null at a signal alone. `train` goes on by itself, to the same bits."""
+    on_spike: Literal["tell", "rollback"] = "tell"
+    """What to do about a loss far above those before: tell of it with the step's rows, or also go back to the weights of the
+    savepoint before (`save_steps` must be a number) and on with the rows after it."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; `auto` is bfloat16 where the hardware multiplies it faster than float32."""
 
@@ -252,6 +255,9 @@ def parse_recipe(text: str, source: str, base: Path, overrides: Sequence[str] = 
         raise RecipeError(problems) from error
     dumped = recipe.model_dump(mode="json")
     problems += [*ignored_problems(dumped, source), *unread_problems(dumped, source)]
+    if recipe.train.on_spike == "rollback" and not isinstance(recipe.train.save_steps, int):
+        what, why = "on_spike: rollback without a number of save_steps", "where training goes back to would depend on the clock"
+        problems.append(Problem("TS003", what, source, why, "set train.save_steps, such as 50"))
     if problems:
         raise RecipeError(problems)
     recipe = _with_absolute_paths(recipe, base)

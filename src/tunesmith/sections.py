@@ -139,6 +139,7 @@ _NOT_HONOURED: dict[str, tuple[Any, str]] = {
     "train.per_device_max_tokens": ("auto", "micro-batches go by rows: train.per_device_train_batch_size"),
     "train.activation_offloading": (False, "the loop is not the engine's"),
     "train.save_steps": ("auto", "the loop is not the engine's, and begins again when it was interrupted"),
+    "train.on_spike": ("tell", "there is no savepoint to go back to"),
     "train.attn_implementation": ("auto", "rows are padded and attention is SDPA"),
     "train.shifted_sparse_attention": (None, "sampled answers would attend to what the trained model does not see"),
     "lora.lora_dropout": (0.0, "dropout is switched off, for answers are compared with each other"),

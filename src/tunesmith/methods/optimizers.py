@@ -119,6 +119,12 @@ class AdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = _State(parameter, self.bits, signed=False)
         return state
 
+    def allocate(self) -> None:
+        """Make the state of every parameter now, so that memory holds it from the first step on."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._state_of(parameter)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient."""
@@ -247,12 +253,16 @@ class InBackward:
     def __init__(self, optimizer: AdamW, max_grad_norm: float) -> None:
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
         self.norms: list[torch.Tensor] = []
+        self.only_tried = False  # gradients are freed, and no weight moves
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.register_post_accumulate_grad_hook(self._hook(group))
 
     def _hook(self, group: dict[str, Any]) -> Callable[[torch.Tensor], None]:
         def update(parameter: torch.Tensor) -> None:
+            if self.only_tried:
+                parameter.grad = None
+                return
             norm = gradient_norm([parameter])
             self.norms.append(norm)
             torch.nn.utils.clip_grads_with_norm_([parameter], self.max_grad_norm, norm)

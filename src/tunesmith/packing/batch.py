@@ -123,7 +123,7 @@ class StepCollator:
     def __init__(self, collate: Collator, limits: Limits) -> None:
         self.collate, self.limits = collate, limits
 
-    def __call__(self, rows: Rows) -> dict[str, list[Batch]]:
+    def __call__(self, rows: Rows, /) -> dict[str, list[Batch]]:
         ids = [row["input_ids"] for row in rows]
         if isinstance(self.collate, PaddedCollator):
             groups = split_by_length([len(each) for each in ids], self.limits)

@@ -38,7 +38,7 @@ class PairCollator:
         self.padded = collate if isinstance(collate, PaddedCollator) else None
         self.limits = limits
 
-    def __call__(self, pairs: Rows) -> dict[str, list[Batch]]:
+    def __call__(self, pairs: Rows, /) -> dict[str, list[Batch]]:
         return {"micro_batches": [self.collate([pairs[index] for index in group]) for group in self.split(pairs)]}
 
     def split(self, pairs: Rows) -> list[list[int]]:

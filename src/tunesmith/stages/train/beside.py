@@ -29,7 +29,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 from tunesmith.sections import NAMED_REWARDS, SAMPLED, SamplingSection
 from tunesmith.stages.train.compiling import compile_blocks
-from tunesmith.stages.train.engine import StepMetrics
+from tunesmith.stages.train.metrics import StepMetrics
 from tunesmith.stages.train.progress import TrainProgress
 from tunesmith.stages.train.rewards import Reward, check_references, make_rewards
 from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters

@@ -11,90 +11,32 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import append_jsonl, indented_json
 from tunesmith.methods.offload import ActivationOffload
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
-from tunesmith.methods.settings import Settings
-from tunesmith.packing.batch import Batch, labelled_count
-from tunesmith.recipe import Recipe, TrainSection
+from tunesmith.packing.batch import Batch, Rows, labelled_count
+from tunesmith.packing.tree import Limits
+from tunesmith.recipe import Recipe
+from tunesmith.stages.train.finite import NotFiniteError, check_finite, check_weights
+from tunesmith.stages.train.metrics import StepMetrics
 from tunesmith.stages.train.objective import Objective, StepBatches
+from tunesmith.stages.train.out_of_memory import in_smaller_parts, is_out_of_memory, out_of_memory, release
 from tunesmith.stages.train.savepoints import Savepoint, Savepoints, random_state, set_random_state
+from tunesmith.stages.train.setup import make_adamw
 
 
 @dataclass(frozen=True)
-class StepMetrics:
-    """One optimizer step.
+class StepRows:
+    """An optimizer step's rows, as one value that is passed on whole: nothing looks for tensors in it."""
 
-    `tokens` counts the tokens of all rows, `computed_tokens` those that went through the model: fewer where rows share
-    prefixes, more where they are padded. `seconds` is wall time from the step before. `figures` are the objective's own.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    computed_tokens: int
-    labelled_tokens: int
-    seconds: float
-    figures: Mapping[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """A line of metrics.jsonl: the figures stand beside the other keys."""
-        values = asdict(self)
-        figures: dict[str, float] = values.pop("figures")
-        return values | figures
-
-
-def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu: bool) -> TrainingArguments:
-    """Transformers' arguments for the settled settings; saving, logging and reporting are ours."""
-    arguments = TrainingArguments(
-        output_dir=str(scratch),
-        # One batch of `Trainer` is all rows of an optimizer step; the collator makes micro-batches of them.
-        per_device_train_batch_size=settings.effective_batch_size,
-        gradient_accumulation_steps=1,
-        max_steps=settings.max_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=recipe.train.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=recipe.train.weight_decay,
-        max_grad_norm=recipe.train.max_grad_norm,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        remove_unused_columns=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=not cpu,
-        use_cpu=cpu,
-    )
-    # With several GPUs in one process Trainer would wrap the model in DataParallel, which cannot split a tree.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-def make_adamw(trainer: Any, model: Any, asked: TrainSection) -> AdamW:
-    """The optimizer of a `Trainer`'s model in the format that the recipe names; weight decay on matrices only."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = set(trainer.get_decay_parameter_names(model)) & trained.keys()
-    groups = [
-        {"params": [trained[name] for name in trained if name in decayed], "weight_decay": trainer.args.weight_decay},
-        {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return AdamW.named(asked.optim, groups, lr=trainer.args.learning_rate, seed=trainer.args.seed)
+    rows: Rows
 
 
 class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
@@ -105,16 +47,18 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         objective: Objective,
         model: Any,
         arguments: TrainingArguments,
-        asked: TrainSection,
+        recipe: Recipe,
         rows: Any,
         batches: StepBatches,
         *,
         metrics_path: Path,
+        tell: Callable[[str, str], None],
         resumed: Savepoint | None = None,
         history: Sequence[StepMetrics] = (),
     ) -> None:
-        super().__init__(model=objective.loss_model(model), args=arguments, train_dataset=rows, data_collator=batches)
-        self.objective = objective
+        """`tell` writes an event: code and message."""
+        super().__init__(model=objective.loss_model(model), args=arguments, train_dataset=rows, data_collator=self._collated)
+        self.objective, self.base, self.recipe, self.batches, self.tell = objective, model, recipe, batches, tell
         # What Trainer reads off the signature of a transformers model: our loss divides by the global count.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
@@ -123,20 +67,28 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.on_step: list[Callable[[StepMetrics, int], None]] = []
         self.history = list(history)
         self.resumed = resumed
-        self.asked = asked
+        #: The rows of the step that is being computed, or was last.
+        self.step_rows: Rows = ()
         self.adamw: AdamW | None = None
         self.in_backward: InBackward | None = None
-        self.offload = ActivationOffload(self.model) if asked.activation_offloading else None
-        self._tokens = 0
-        self._computed = 0
-        self._labelled = 0
-        self._counted = 0
-        self._sums: dict[str, torch.Tensor] = {}
+        self.offload = ActivationOffload(self.model) if recipe.train.activation_offloading else None
+        self._tried = False
+        self._start_counting()
         self._begun = time.perf_counter()
+
+    def _collated(self, rows: Rows) -> dict[str, Any]:
+        return {**self.batches(rows), "rows": StepRows(rows)}
+
+    def _start_counting(self) -> None:
+        """Forget what the step's micro-batches have counted."""
+        self._tokens, self._computed, self._labelled, self._counted = 0, 0, 0, 0
+        self._sums: dict[str, torch.Tensor] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Run all steps, or those after the savepoint; the clock of the first one starts here."""
         self._begun = time.perf_counter()
+        if self.resumed is not None:
+            self.batches.limits = Limits(*self.resumed.state["limits"])
         path = None if self.resumed is None else str(self.resumed.path)
         return super().train(*args, resume_from_checkpoint=path, **kwargs)
 
@@ -152,21 +104,31 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         if self.adamw is None:
             raise AssertionError("there is nothing to save before training")
         names = self.trained_parameters()
-        for parameter, name in names.items():
-            if not bool(torch.isfinite(parameter.detach()).all()):
-                raise not_finite_weight(self.state.global_step, name)
+        weights = {name: parameter for parameter, name in names.items()}
+        check_weights(self.state.global_step, weights)
         generators, others = random_state()
         tensors = {
-            "weights": {name: parameter for parameter, name in names.items()},
+            "weights": weights,
             "optimizer": self.adamw.kept(names),
             "random": generators,
         }
-        state = {"step": self.state.global_step, "random": others, "schedule": self.lr_scheduler.state_dict(), **more}
+        limits = [self.batches.limits.tokens, self.batches.limits.rows]
+        state = {"step": self.state.global_step, "random": others, "schedule": self.lr_scheduler.state_dict(), "limits": limits}
+        state |= more
         savepoints.write(tensors, {"trainer_state.json": _trainer_state(self.state)}, state)
+
+    def roll_back(self, saved: Savepoint) -> None:
+        """Put weights and optimizer back to a savepoint's; steps, schedule and rows go on from where they are."""
+        self._put_weights(saved)
+        if self.adamw is None:
+            raise AssertionError("there is nothing to put back before training")
+        self.adamw.put_back(saved.tensors("optimizer"), self.trained_parameters())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any) -> None:
         """The savepoint's weights into the model, in place of `Trainer`'s reader."""
-        saved = self._savepoint(resume_from_checkpoint)
+        self._put_weights(self._savepoint(resume_from_checkpoint))
+
+    def _put_weights(self, saved: Savepoint) -> None:
         found = saved.tensors("weights")
         names = self.trained_parameters()
         if set(found) != set(names.values()):
@@ -214,15 +176,78 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
     def training_step(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, list[Batch]],
+        inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Forward and backward over the micro-batches of an optimizer step; the step's loss."""
+        if num_items_in_batch is None:
+            raise AssertionError("the training loop always counts")
         model.train()
+        batches, rows = inputs.pop("micro_batches"), inputs.pop("rows").rows
+        if not self._tried:
+            self._try_longest(model)
+        return self._within_memory(model, rows, batches, num_items_in_batch)
+
+    def _try_longest(self, model: torch.nn.Module) -> None:
+        """Compute the largest micro-batch of the longest rows first: what does not fit shows now, not hours later.
+
+        The optimizer's states are there by then; no weight moves, and nothing random is used up.
+        """
+        if self.adamw is None:
+            raise AssertionError("Trainer makes the optimizer before the first step")
+        self._tried = True
+        self.adamw.allocate()
+        lengths = self.objective.lengths(self.train_dataset)
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        rows = [self.train_dataset[index] for index in order[: self.args.per_device_train_batch_size]]
+        batches = self.batches(rows)["micro_batches"]
+        before = random_state()
+        if self.in_backward is not None:
+            self.in_backward.only_tried = True
+        largest = max(batches, key=lambda batch: int(batch["input_ids"].numel()))
+        self._within_memory(model, rows, [largest], torch.tensor(max(1, self.objective.count(largest))), of=len(batches))
+        if self.in_backward is not None:
+            self.in_backward.only_tried = False
+        model.zero_grad(set_to_none=True)
+        set_random_state(*before)
+        self._start_counting()
+
+    def _within_memory(
+        self, model: torch.nn.Module, rows: Rows, batches: list[Batch], count: torch.Tensor | int, of: int | None = None
+    ) -> torch.Tensor:
+        """The loss and gradients of a step's micro-batches; in smaller ones of the same rows where memory runs out.
+
+        `of` says how many micro-batches the rows have where `batches` are not all. Raises TrainError where rows do not fit one
+        by one, or weights move in the backward pass.
+        """
+        self.step_rows = rows
+        before = random_state()
+        while True:
+            made, tokens = of or len(batches), max(int(batch["input_ids"].numel()) for batch in batches)
+            try:
+                return self._accumulated(model, batches, count)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                told = str(error)
+            model.zero_grad(set_to_none=True)  # gradients of a part of the step
+            self._start_counting()
+            set_random_state(*before)
+            batches = []
+            release()
+            smaller = None if self.in_backward is not None else in_smaller_parts(self.batches, rows, made, tokens)
+            if smaller is None:
+                longest = max(self.objective.lengths(self.train_dataset))
+                raise out_of_memory(self.recipe, self.base, longest, told)
+            limit = self.batches.limits.tokens
+            text = f"micro-batches of {tokens:,} tokens do not fit: at most {limit:,} from here on, of the same rows a step"
+            self.tell("out-of-memory", text)
+            batches, of = smaller, None
+
+    def _accumulated(self, model: torch.nn.Module, batches: list[Batch], count: torch.Tensor | int) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
-        batches = inputs.pop("micro_batches")
         while batches:  # what a micro-batch made goes with it
-            loss = self.compute_loss(model, self._prepare_inputs(batches.pop(0)), num_items_in_batch=num_items_in_batch)
+            loss = self.compute_loss(model, self._prepare_inputs(batches.pop(0)), num_items_in_batch=count)
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -248,13 +273,13 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         loss: torch.Tensor = summed / num_items_in_batch * self.accelerator.num_processes
         if self.in_backward is not None and not math.isfinite(float(loss.detach())):
             # The weights would be updated before the norm is known.
-            raise not_finite(self.state.global_step + 1, float(loss.detach()), math.nan)
+            raise NotFiniteError(self.state.global_step + 1, float(loss.detach()), math.nan)
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in the format that the recipe names; weight decay on matrices only."""
-        self.adamw = make_adamw(self, model or self.model, self.asked)
-        if self.asked.optimizer_in_backward:
+        self.adamw = make_adamw(self, model or self.model, self.recipe.train)
+        if self.recipe.train.optimizer_in_backward:
             self.in_backward = InBackward(self.adamw, self.args.max_grad_norm)
         self.optimizer: torch.optim.Optimizer = self.adamw
         return self.optimizer
@@ -295,8 +320,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             seconds=now - self._begun,
             figures={name: float(total) / self._counted for name, total in self._sums.items()},
         )
-        self._begun, self._tokens, self._computed, self._labelled, self._counted = now, 0, 0, 0, 0
-        self._sums = {}
+        self._begun = now
+        self._start_counting()
         self.history.append(metrics)
         append_jsonl(self.metrics_path, metrics.as_dict())
         for call in self.on_step:
@@ -307,31 +332,3 @@ def _trainer_state(state: Any) -> str:
     """`Trainer`'s counters as it reads them. Its history of logs stays out, which grows: metrics.jsonl has it."""
     values = {key: value for key, value in asdict(state).items() if key != "log_history"}
     return indented_json(values | {"log_history": [], "stateful_callbacks": {}})
-
-
-def step_metrics(line: Mapping[str, Any]) -> StepMetrics:
-    """A line of metrics.jsonl."""
-    own = {each.name for each in fields(StepMetrics)} - {"figures"}
-    figures = {key: value for key, value in line.items() if key not in own}
-    return StepMetrics(**{key: value for key, value in line.items() if key in own}, figures=figures)
-
-
-def not_finite_weight(step: int, name: str) -> TrainError:
-    """The error of a weight that is no number."""
-    why = "what would be saved could not be used, and would take the place of what can"
-    fix = "lower train.learning_rate, or set train.compute_dtype: float32; the savepoint before is as it was"
-    return TrainError(Problem("TS301", f"weights that are not finite after step {step}", name, why, fix))
-
-
-def not_finite(step: int, loss: float, norm: float) -> TrainError:
-    """The error of a step whose loss or gradient is no number."""
-    what = f"loss {loss} and gradient norm {norm} at step {step}"
-    why = "the weights would turn to NaN and every later step would be lost; the optimizer has not moved"
-    fix = "lower train.learning_rate, look at the rows of this step, or set train.compute_dtype: float32"
-    return TrainError(Problem("TS301", what, "train", why, fix))
-
-
-def check_finite(step: int, loss: float, norm: float) -> None:
-    """Raise TrainError before the optimizer moves where the loss or the gradient norm is no number."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise not_finite(step, loss, norm)

@@ -14,7 +14,8 @@ from tunesmith.io.atomic import append_jsonl, write_jsonl
 from tunesmith.methods.settings import Settings
 from tunesmith.recipe import Recipe, TrainSection
 from tunesmith.runs import Run, read_jsonl
-from tunesmith.stages.train.engine import Engine, StepMetrics, step_metrics
+from tunesmith.stages.train.engine import Engine
+from tunesmith.stages.train.metrics import StepMetrics, step_metrics
 from tunesmith.stages.train.savepoints import Savepoint, Savepoints
 from tunesmith.stages.train.signals import StopSignals
 
@@ -62,7 +63,10 @@ class Earlier:
         self._run, self._folder, self._console = run, folder, console
         self._events = read_jsonl(folder / "events.jsonl", torn=True)
         (folder / "events.jsonl").unlink(missing_ok=True)
-        self.savepoints = Savepoints(folder / "savepoints", lambda code, text: run.event(folder, code, text))
+        every = run.recipe.train.save_steps
+        self.savepoints = Savepoints(
+            folder / "savepoints", lambda code, text: run.event(folder, code, text), every if isinstance(every, int) else 1
+        )
         self.saved: Savepoint | None = None
         self.made: Mapping[str, Any] = {}
 
@@ -81,7 +85,7 @@ class Earlier:
         if self.saved is not None:
             told = self._run.events("train")
             for event in self._events:
-                if event not in told:
+                if event not in told and event.get("step", 0) <= step:  # later ones come again
                     append_jsonl(self._folder / "events.jsonl", event)
             self._run.event(self._folder, "resumed", f"goes on after step {step}", step=step)
             self._console.print(f"train: goes on after step {step}", highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,17 @@ from tunesmith.packing.preference import PairCollator, Preference, PreferenceMod
 from tunesmith.packing.tree import Limits
 from tunesmith.recipe import DpoSection, Recipe
 
-StepBatches = Callable[[Rows], dict[str, list[Batch]]]  # the rows of an optimizer step as `micro_batches`
 Sums = Mapping[str, torch.Tensor]  # figures of a batch, each summed over what `count` counts
+
+
+class StepBatches(Protocol):
+    """Makes the `micro_batches` of an optimizer step's rows, within limits that may be lowered."""
+
+    limits: Limits
+
+    def __call__(self, rows: Rows, /) -> dict[str, list[Batch]]:
+        """Each row in one micro-batch."""
+        ...
 
 
 class Objective(Protocol):
@@ -30,8 +39,8 @@ class Objective(Protocol):
         """The dataset if it has this objective's columns. Raises DataError where it was prepared for another one."""
         ...
 
-    def longest(self, rows: Any) -> int:
-        """Tokens of the longest sequence of the dataset."""
+    def lengths(self, rows: Any) -> list[int]:
+        """Tokens of each row's longest sequence."""
         ...
 
     def batches(self, collate: Collator, limits: Limits) -> StepBatches:
@@ -64,8 +73,8 @@ class Sft:
                 raise DataError(_prepared_for(other, "sft"))
         return rows
 
-    def longest(self, rows: Any) -> int:
-        return int(max(rows["length"]))
+    def lengths(self, rows: Any) -> list[int]:
+        return list(rows["length"])
 
     def batches(self, collate: Collator, limits: Limits) -> StepBatches:
         return StepCollator(collate, limits)
@@ -99,8 +108,8 @@ class Dpo:
             raise DataError(_prepared_for("sft", "dpo"))
         return rows
 
-    def longest(self, rows: Any) -> int:
-        return max(int(max(rows[name])) for name in ("length", "rejected_length"))
+    def lengths(self, rows: Any) -> list[int]:
+        return list(map(max, rows["length"], rows["rejected_length"]))
 
     def batches(self, collate: Collator, limits: Limits) -> PairCollator:
         return PairCollator(collate, limits)

@@ -22,7 +22,7 @@ from transformers import get_scheduler
 from tunesmith.methods.optimizers import AdamW, gradient_norm
 from tunesmith.models.load import stop_ids
 from tunesmith.stages.train.beside import Work
-from tunesmith.stages.train.engine import check_finite
+from tunesmith.stages.train.finite import check_finite
 from tunesmith.stages.train.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
 
 

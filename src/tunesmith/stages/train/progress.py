@@ -10,7 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tunesmith.stages.train.engine import StepMetrics
+from tunesmith.stages.train.metrics import StepMetrics
 
 _LOG_EVERY = 15.0  # seconds between lines where the output is not a terminal
 

@@ -47,10 +47,13 @@ class Savepoint:
 
 
 class Savepoints:
-    """The folder of a training's savepoints; the last `KEPT` are kept. `tell` hears of damaged ones."""
+    """The folder of a training's savepoints; the last `KEPT` are kept, and the last at multiples of `every` steps.
 
-    def __init__(self, folder: Path, tell: Callable[[str, str], None]) -> None:
-        self.folder, self.tell = folder, tell
+    `tell` hears of damaged ones.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[str, str], None], every: int = 1) -> None:
+        self.folder, self.tell, self.every = folder, tell, every
 
     def write(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], documents: Mapping[str, str], state: Any) -> Path:
         """Commit the tensors (a file for each key), texts (name to content) and `state`, which has a `step`.
@@ -75,13 +78,21 @@ class Savepoints:
             if isinstance(error, OSError) or "I/O error" in str(error):  # safetensors has an error of its own
                 raise _no_room(path, needed, shutil.disk_usage(self.folder).free, str(error)) from error
             raise
-        for old in self._all()[:-KEPT]:
-            shutil.rmtree(old)
+        saved = self._all()
+        kept = {*saved[-KEPT:], *[each for each in saved if _step_of(each) % self.every == 0][-KEPT:]}
+        for old in saved:
+            if old not in kept:
+                shutil.rmtree(old)
         return path
 
-    def newest(self) -> Savepoint | None:
-        """The newest one that is whole; an event for each newer one that is damaged. None where there is none."""
+    def newest(self, every: int = 1) -> Savepoint | None:
+        """The newest one that is whole, of those at multiples of `every` steps; an event for each newer one that is damaged.
+
+        None where there is none.
+        """
         for path in reversed(self._all()):
+            if _step_of(path) % every:
+                continue
             if (damage := damage_of(path)) is None:
                 return Savepoint(path, read_json(path / _STATE))
             self.tell("savepoint-damaged", f"{path.name} is not used: {damage}")
@@ -92,7 +103,11 @@ class Savepoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _all(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def damage_of(path: Path) -> str | None:

@@ -31,11 +31,14 @@ from tunesmith.runs import Run
 from tunesmith.sections import ON_TREES
 from tunesmith.stages.train.beside import own_sections, reward_digests, train_beside
 from tunesmith.stages.train.compiling import compile_blocks
-from tunesmith.stages.train.engine import Engine, training_arguments
+from tunesmith.stages.train.engine import Engine
+from tunesmith.stages.train.finite import NotFiniteError, check_weights, incident
 from tunesmith.stages.train.going_on import Earlier, Saver, made_of
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
 from tunesmith.stages.train.progress import TrainProgress
+from tunesmith.stages.train.setup import training_arguments
 from tunesmith.stages.train.signals import StopSignals
+from tunesmith.stages.train.spikes import SpikeWatch
 from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters
 from tunesmith.stages.train.watch import NOTHING_SEEN, HeldoutWatch, mean_loss
 
@@ -77,6 +80,10 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
 def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs: Mapping[str, str]) -> None:
     recipe, hardware = run.recipe, detect()
     earlier = Earlier(run, folder, console)
+
+    def tell(code: str, message: str, **facts: Any) -> None:
+        run.event(folder, code, message, **facts)
+
     objective = make_objective(recipe)
     rows, heldout = _rows(run, objective), _heldout(run)
     settings = settle(recipe, len(rows), METHODS[recipe.method].default_learning_rate, hardware)
@@ -106,21 +113,34 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
             objective,
             model,
             training_arguments(recipe, settings, Path(scratch), cpu=hardware.device == "cpu"),
-            recipe.train,
+            recipe,
             rows,
             batches,
             metrics_path=folder / "metrics.jsonl",
+            tell=tell,
             resumed=earlier.saved,
             history=history,
         )
         checkpoints = Checkpoints(folder / "checkpoints", method, model, engine)
         checkpoints.go_on(earlier.of("checkpoint"))
         watch = _watch(run, engine, heldout, batches, checkpoints, folder, earlier.of("watch"))
+        spikes = SpikeWatch(recipe.train, earlier, tell)
+        spikes.go_on(earlier.of("spikes"))
         saver = Saver(
-            recipe.train, earlier, signals, lambda: {"checkpoint": checkpoints.name, "watch": watch and watch.as_dict()}
+            recipe.train,
+            earlier,
+            signals,
+            lambda: {"checkpoint": checkpoints.name, "watch": watch and watch.as_dict(), "spikes": spikes.as_dict()},
         )
-        engine.on_step += [progress.step, lambda step, steps: saver.after_step(engine, step.step, steps)]
-        engine.train()
+        engine.on_step += [
+            progress.step,
+            lambda step, _: spikes.after_step(engine, step),
+            lambda step, steps: saver.after_step(engine, step.step, steps),
+        ]
+        try:
+            engine.train()
+        except NotFiniteError as error:
+            raise incident_of(engine, error, folder, settings) from error
         if saver.stopped_training:
             raise saver.stopped(engine.state.global_step, console)
     peak = meter.peak_bytes()
@@ -137,6 +157,20 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
     }
     earlier.savepoints.clear()
     write_json(folder / "summary.json", summary | figures_of(engine.history, seconds_before) | _evaluated(watch))
+
+
+def incident_of(engine: Engine, error: NotFiniteError, folder: Path, settings: Settings) -> NotFiniteError:
+    """The error with what is known of it in an incident folder: which rows of the step give no finite loss on their own."""
+    rows = engine.step_rows
+    return incident(
+        folder,
+        error,
+        parameters=dict(engine.base.named_parameters()),
+        rows=rows,
+        losses=[mean_loss(engine.objective, engine.model, [row], engine.batches) for row in rows],
+        steps=[step.as_dict() for step in engine.history],
+        dtype=settings.compute_dtype,
+    )
 
 
 def _rows(run: Run, objective: Objective) -> Any:
@@ -168,7 +202,8 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def save(self, step: int) -> None:
-        """Commit the weights as they are, then drop the checkpoint before."""
+        """Commit the weights as they are, then drop the checkpoint before. Raises TrainError where one is not finite."""
+        check_weights(step, {name: parameter for parameter, name in self.engine.trained_parameters().items()})
         before, self.latest = self.latest, self.folder / f"step-{step:06d}"
         with commit_folder(self.latest) as target, self.engine.as_trained():
             self.method.save(self.model, target)
@@ -254,7 +289,7 @@ def _evaluated(watch: HeldoutWatch | None) -> dict[str, Any]:
 def _batches(run: Run, objective: Objective, model: Any, rows: Any, settings: Settings, folder: Path) -> StepBatches:
     """How the rows of a step become micro-batches; switches the model to their attention, and its noise on where asked for."""
     pad_id = load_tokenizer(locate(run.recipe.model, run.recipe.revision)).pad_token_id
-    collator = _collator(run, model, pad_id, objective.longest(rows), folder)
+    collator = _collator(run, model, pad_id, max(objective.lengths(rows)), folder)
     asked = run.recipe.train.attn_implementation
     if isinstance(collator, ShiftedCollator):
         use_shifted_attention(model)

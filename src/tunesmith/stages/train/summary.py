@@ -11,7 +11,7 @@ from tunesmith.hardware import Hardware
 from tunesmith.io.atomic import write_json
 from tunesmith.methods.settings import Settings
 from tunesmith.runs import Run
-from tunesmith.stages.train.engine import StepMetrics
+from tunesmith.stages.train.metrics import StepMetrics
 
 
 def tell_settings(run: Run, settings: Settings, hardware: Hardware, folder: Path) -> None:

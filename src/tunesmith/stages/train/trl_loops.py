@@ -30,8 +30,9 @@ from tunesmith.errors import Problem, TrainError
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.recipe import TrainSection
 from tunesmith.stages.train.beside import Recorder, Work
-from tunesmith.stages.train.engine import check_finite, make_adamw
+from tunesmith.stages.train.finite import check_finite
 from tunesmith.stages.train.rewards import Reward
+from tunesmith.stages.train.setup import make_adamw
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO lives in trl.experimental; the page on objectives says so
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer

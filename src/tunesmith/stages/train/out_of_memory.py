@@ -1,0 +1,79 @@
+"""Out of memory: told from other errors, answered by smaller micro-batches, or by the name of what would need less."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from tunesmith.errors import Problem, TrainError
+from tunesmith.methods.sizes import NF4_BYTES, master_bytes, state_bytes
+from tunesmith.packing.batch import Batch, Rows
+from tunesmith.packing.tree import Limits
+from tunesmith.recipe import Recipe
+from tunesmith.stages.train.objective import StepBatches
+
+_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on a GPU or in the machine."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
+
+
+def release() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def in_smaller_parts(batches: StepBatches, rows: Rows, made: int, tokens: int) -> list[Batch] | None:
+    """The rows in more micro-batches than `made`, whose largest had so many tokens; None where each row stands alone already.
+
+    `batches` keeps the smaller limit for all steps to come.
+    """
+    while made < len(rows) and tokens > 1:
+        tokens //= 2
+        batches.limits = Limits(tokens, batches.limits.rows)
+        found = batches(rows)["micro_batches"]
+        if len(found) > made:
+            return found
+    return None
+
+
+def next_lever(recipe: Recipe, model: Any, longest: int) -> str | None:
+    """What to change next and what it does in bytes, the cheapest first; None where all is used. `longest` is in tokens."""
+    parameters = list(model.parameters())
+    trained = [each for each in parameters if each.requires_grad]
+    count, weights = sum(each.numel() for each in trained), sum(each.numel() * each.element_size() for each in parameters)
+    if not recipe.train.gradient_checkpointing:
+        kept = model.config.num_hidden_layers * longest * model.config.hidden_size * trained[0].element_size()
+        return f"train.gradient_checkpointing: true (keeps {kept:,} bytes of the row, and computes the rest again)"
+    rounded = sum(each.numel() for each in trained if each.dtype == torch.bfloat16)
+    states = int(count * state_bytes(recipe.train.optim) + rounded * master_bytes(recipe.train.optim))
+    if recipe.method == "full" and recipe.train.optim != "adamw_8bit":
+        fewer = int(count * state_bytes("adamw_8bit"))
+        return f"train.optim: adamw_8bit (optimizer states of {fewer:,} bytes instead of {states:,})"
+    if recipe.method == "full":
+        return f"method: lora ({states + weights:,} bytes of optimizer states and gradients less)"
+    if recipe.method == "lora":
+        fewer = int(NF4_BYTES * sum(each.numel() for each in parameters))
+        return f"method: qlora (weights of about {fewer:,} bytes instead of {weights:,})"
+    return None
+
+
+def out_of_memory(recipe: Recipe, model: Any | None, longest: int, error: str) -> TrainError:
+    """The error of a training that does not fit: with one row of `longest` tokens, or where that is 0 before any."""
+    lever = None if model is None or not longest else next_lever(recipe, model, longest)
+    fix = f"set {lever}" if lever else "take a smaller model, method: qlora, or a smaller data.max_length"
+    if recipe.train.optimizer_in_backward and recipe.train.per_device_train_batch_size != 1:
+        what = "out of memory, and a step whose weights move in the backward pass cannot be cut"
+        fix = "lower train.per_device_train_batch_size"
+    else:
+        what = f"out of memory with one row of {longest:,} tokens" if longest else "out of memory"
+    why = f"no smaller part can be computed ({' '.join(error.split())[:200]})"
+    return TrainError(Problem("TS312", what, "train", why, f"{fix}; `tunesmith plan` says what fits"))

@@ -1,0 +1,55 @@
+"""How a recipe's settings become transformers' arguments and our optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from tunesmith.methods.optimizers import AdamW
+from tunesmith.methods.settings import Settings
+from tunesmith.recipe import Recipe, TrainSection
+
+
+def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu: bool) -> TrainingArguments:
+    """Transformers' arguments for the settled settings; saving, logging and reporting are ours."""
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        # One batch of `Trainer` is all rows of an optimizer step; the collator makes micro-batches of them.
+        per_device_train_batch_size=settings.effective_batch_size,
+        gradient_accumulation_steps=1,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=recipe.train.lr_scheduler_type,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=recipe.train.weight_decay,
+        max_grad_norm=recipe.train.max_grad_norm,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=not cpu,
+        use_cpu=cpu,
+    )
+    # With several GPUs in one process Trainer would wrap the model in DataParallel, which cannot split a tree.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def make_adamw(trainer: Any, model: Any, asked: TrainSection) -> AdamW:
+    """The optimizer of a `Trainer`'s model in the format that the recipe names; weight decay on matrices only."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = set(trainer.get_decay_parameter_names(model)) & trained.keys()
+    groups = [
+        {"params": [trained[name] for name in trained if name in decayed], "weight_decay": trainer.args.weight_decay},
+        {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return AdamW.named(asked.optim, groups, lr=trainer.args.learning_rate, seed=trainer.args.seed)

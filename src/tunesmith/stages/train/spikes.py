@@ -1,0 +1,85 @@
+"""A loss far above those of the steps before: told with the step's rows, and undone where the recipe wants it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.errors import Problem, TrainError
+from tunesmith.recipe import TrainSection
+from tunesmith.stages.train.engine import Engine
+from tunesmith.stages.train.going_on import Earlier
+from tunesmith.stages.train.metrics import StepMetrics
+from tunesmith.stages.train.watch import mean_loss
+
+WINDOW = 32  # steps that a loss is compared with
+_LEAST = 12  # of them, before anything is called a spike
+_DEVIATIONS = 6.0  # of the window's median absolute deviation, scaled to a normal distribution's
+_TIMES = 1.5  # the window's median
+_ROWS = 5  # named in the message, those with the highest loss first; the event has all
+_IN_A_ROW = 3  # times that training goes back without `WINDOW` quiet steps between
+
+
+def is_spike(loss: float, before: list[float]) -> bool:
+    """Whether a loss stands out from the last ones before it: by their spread, and by half at least."""
+    window = before[-WINDOW:]
+    if len(window) < _LEAST:
+        return False
+    middle = statistics.median(window)
+    spread = 1.4826 * statistics.median(abs(each - middle) for each in window)
+    return loss > middle + _DEVIATIONS * spread and loss > _TIMES * middle
+
+
+class SpikeWatch:
+    """Looks at each step's loss, once its line of metrics is written."""
+
+    def __init__(self, asked: TrainSection, earlier: Earlier, tell: Any) -> None:
+        """`tell` writes an event: code, message and facts."""
+        self.asked, self.earlier, self.tell = asked, earlier, tell
+        self.undone: list[int] = []  # steps at which training went back
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a savepoint keeps of it."""
+        return {"undone": self.undone}
+
+    def go_on(self, seen: Mapping[str, Any] | None) -> None:
+        """Take up what `as_dict` gave."""
+        self.undone = list(seen["undone"]) if seen else []
+
+    def after_step(self, engine: Engine, step: StepMetrics) -> None:
+        """Raises TrainError where going back has not helped three times in a row."""
+        before = [each.loss for each in engine.history[:-1]]
+        if not is_spike(step.loss, before):
+            return
+        middle = statistics.median(before[-WINDOW:])
+        rows = self._rows(engine)
+        named = ", ".join(rows[:_ROWS]) + (f" and {len(rows) - _ROWS} more" if len(rows) > _ROWS else "")
+        text = f"loss {step.loss:.4g} at step {step.step}, {middle:.4g} before; its rows, the worst first: {named}"
+        self.tell("loss-spike", text, step=step.step, loss=step.loss, median=middle, rows=rows)
+        if self.asked.on_spike == "rollback":
+            self._roll_back(engine, step.step)
+
+    def _rows(self, engine: Engine) -> list[str]:
+        """Where the step's rows stand, by their loss on their own."""
+        losses = {
+            str(row["where"]): mean_loss(engine.objective, engine.model, [row], engine.batches) for row in engine.step_rows
+        }
+        return sorted(losses, key=lambda where: -losses[where])
+
+    def _roll_back(self, engine: Engine, step: int) -> None:
+        every = self.asked.save_steps
+        saved = self.earlier.savepoints.newest(every=every if isinstance(every, int) else 1)
+        if saved is None:
+            self.tell("not-rolled-back", f"no savepoint was made before step {step}: train.save_steps is {every}", step=step)
+            return
+        self.undone = [*(each for each in self.undone if each > step - WINDOW), step]
+        if len(self.undone) > _IN_A_ROW:
+            what = f"the loss has spiked at step {step} after going back at steps {', '.join(map(str, self.undone[:-1]))}"
+            fix = "lower train.learning_rate, or look at the rows that events.jsonl names"
+            raise TrainError(Problem("TS313", what, "train", "leaving rows out does not help here", fix))
+        engine.roll_back(saved)
+        text = (
+            f"weights and optimizer are those after step {saved.step}: what steps {saved.step + 1} to {step} taught is undone"
+        )
+        self.tell("rolled-back", text, step=step, to=saved.step)
