@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from tunesmith.errors import Problem
 from tunesmith.rowrules import OF_TEXTS, QUALITY, SCREENING, Rule, Setting, unknown_rules
@@ -13,6 +13,14 @@ from tunesmith.sections import Auto, PositiveInt, Section
 
 #: Chat templates that need no file.
 NAMED_TEMPLATES = ("chatml", "llama2", "llama3", "qwen", "chatglm", "mistral", "gemma", "phi")
+
+
+def _unquoted_off(value: Any) -> Any:
+    """YAML 1.1 reads `off` without quotes as false."""
+    return "off" if value is False else value
+
+
+RuleSetting = Annotated[Setting, BeforeValidator(_unquoted_off)]
 
 
 def _checked_rules(given: dict[str, Setting], known: Mapping[str, Rule]) -> dict[str, Setting]:
@@ -155,9 +163,9 @@ class DataSection(Section):
     """Instead of the tokenizer's own: chatml, llama2, llama3, qwen, chatglm, mistral, gemma, phi, or a Jinja file."""
     clean: CleanSection = CleanSection()
     """What is mended in texts."""
-    quality: dict[str, Setting] = Field(default_factory=dict)
+    quality: dict[str, RuleSetting] = Field(default_factory=dict)
     """Rules of quality whose action differs from the default: warn, fix, reject or off (docs/data.md names them)."""
-    screening: dict[str, Setting] = Field(default_factory=dict)
+    screening: dict[str, RuleSetting] = Field(default_factory=dict)
     """The same for rules of screening: secrets, personal data, injections, hidden text."""
     duplicates: DuplicatesSection = DuplicatesSection()
     """Near duplicates."""

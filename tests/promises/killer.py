@@ -69,7 +69,7 @@ def watch(killer: Killer) -> None:
     """Profile this thread once metrics.jsonl is opened: before it, only starting up would be slower."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and not begun and str(arguments[0]).endswith("metrics.jsonl"):
+        if event == "open" and not begun and "metrics.jsonl" in str(arguments[0]):
             begun.append(True)
             sys.setprofile(killer)
 

@@ -26,7 +26,7 @@ def same(one: Run, other: Run) -> None:
 
 def calls_of_a_save(make_run: Callable[..., Run]) -> list[str]:
     """The names of the file calls of a save that also removes an old savepoint."""
-    with started(make_run("counted", CASE, "save_steps: 1"), "count", "0") as process:
+    with started(make_run("counted", CASE, "save_steps: 1"), "killer", "count", "0") as process:
         out = process.communicate()[0]
     assert process.returncode == 0
     calls = next(line for line in out.splitlines() if line.startswith("calls ")).split()[1:]
@@ -63,7 +63,7 @@ def test_sigkill_at_every_file_call_of_a_save(make_run: Callable[..., Run], prom
     whole, parts = (make_run(name, CASE, "save_steps: 1", len(which) + STEPS) for name in ("whole", "parts"))
     train(whole)
     for call in which:
-        with started(parts, "kill", call) as process:
+        with started(parts, "killer", "kill", call) as process:
             process.communicate()
         assert process.returncode == -signal.SIGKILL, call
     train(parts)
@@ -84,7 +84,7 @@ def test_a_disk_that_is_full_at_any_file_of_a_save(make_run: Callable[..., Run],
     folder = parts.path / "train" / "savepoints"
     for call in which:
         before = sorted(folder.iterdir())
-        with started(parts, "full", call) as process:
+        with started(parts, "killer", "full", call) as process:
             error = process.communicate()[1]
         assert process.returncode == 2, error
         assert "TS310" in error

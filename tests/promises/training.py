@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in read_jsonl(path)]
 
 
+def state_of(savepoint: Path) -> str:
+    """What a savepoint holds beside tensors, without how long the evaluations took."""
+    return re.sub(r'"seconds": [0-9.e-]+', "", (savepoint / "state.json").read_text(encoding="utf-8"))
+
+
 def steps_of(run: Run) -> list[int]:
     """The steps in metrics.jsonl, in the order in which they stand there."""
     return [line["step"] for line in read_jsonl(run.path / "train" / "metrics.jsonl")]
@@ -138,9 +144,9 @@ def signalled(run: Run, number: signal.Signals, after: int) -> None:
         watcher.join()
 
 
-def started(run: Run, *killer: str) -> subprocess.Popen[str]:
-    """`tunesmith train` of a run in a process of its own, under the killer where its arguments are given."""
-    begin = ["-m", "tests.promises.killer", *killer, "--"] if killer else ["-m", "tunesmith"]
+def started(run: Run, *under: str) -> subprocess.Popen[str]:
+    """`tunesmith train` of a run in a process of its own, under a module of this folder where one is named."""
+    begin = ["-m", f"tests.promises.{under[0]}", *under[1:], "--"] if under else ["-m", "tunesmith"]
     command = [sys.executable, *begin, "train", str(run.path)]
     root = Path(__file__).resolve().parents[2]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)

@@ -140,3 +140,10 @@ def test_a_key_of_a_section_in_a_section_can_be_overridden_and_survives_a_round_
     assert (again.recipe.data.clean.html, again.recipe.data.clean.control) == (False, True)
     assert again.recipe.data.quality == {"refusal": "reject"}
     assert again.recipe.data.review == "/base/review.jsonl"
+
+
+def test_off_needs_no_quotes() -> None:
+    """YAML 1.1 reads it as false; the recipe that is kept reads the same."""
+    resolved = parse_recipe("model: m\ndata: {train: t.jsonl, quality: {repetition: off}}", "r.yaml", Path())
+    assert resolved.recipe.data.quality == {"repetition": "off"}
+    assert parse_dumped_recipe(dump_recipe(resolved), "again").recipe == resolved.recipe

@@ -44,6 +44,14 @@ def keep_freed_memory() -> bool:
         return False
 
 
+def give_back_freed_memory() -> bool:
+    """Let the C library give back all that is freed after all; False where it cannot (glibc only: malloc_trim(3))."""
+    try:
+        return bool(ctypes.CDLL("libc.so.6").malloc_trim(0) == 1)
+    except (OSError, AttributeError):
+        return False
+
+
 class PeakMemory:
     """The peak of a process's memory since `reset`, minus what was resident when the meter was made.
 

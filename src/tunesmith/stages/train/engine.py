@@ -196,7 +196,12 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         if self.adamw is None:
             raise AssertionError("Trainer makes the optimizer before the first step")
         self._tried = True
-        self.adamw.allocate()
+        try:
+            self.adamw.allocate()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(self.recipe, self.base, 0, str(error)) from error
+            raise
         lengths = self.objective.lengths(self.train_dataset)
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         rows = [self.train_dataset[index] for index in order[: self.args.per_device_train_batch_size]]

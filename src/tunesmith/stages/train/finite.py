@@ -81,7 +81,7 @@ def incident(
             "last_steps": list(steps[-_LAST:]),
         }
         write_json(target / "incident.json", value)
-    return NotFiniteError(error.step, error.loss, error.norm, where=str(path), known=causes[0])
+    return NotFiniteError(error.step, error.loss, error.norm, where=str(path), known="; ".join(causes))
 
 
 def _causes(

@@ -8,13 +8,22 @@ from typing import Any
 import torch
 
 from tunesmith.errors import Problem, TrainError
+from tunesmith.hardware.memory import give_back_freed_memory
 from tunesmith.methods.sizes import NF4_BYTES, master_bytes, state_bytes
 from tunesmith.packing.batch import Batch, Rows
 from tunesmith.packing.tree import Limits
 from tunesmith.recipe import Recipe
 from tunesmith.stages.train.objective import StepBatches
 
-_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+#: In the errors of CUDA, of torch on a CPU and of the standard library; and in those of oneDNN, which give no reason.
+_TEXTS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "could not create a", "could not execute a")
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "could not create a",
+    "could not execute a",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -27,6 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release() -> None:
     """Give back what nothing holds any more."""
     gc.collect()
+    give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -46,11 +56,14 @@ def in_smaller_parts(batches: StepBatches, rows: Rows, made: int, tokens: int) -
 
 
 def next_lever(recipe: Recipe, model: Any, longest: int) -> str | None:
-    """What to change next and what it does in bytes, the cheapest first; None where all is used. `longest` is in tokens."""
+    """What to change next and what it does in bytes, the cheapest first; None where all is used.
+
+    `longest` is in tokens, or 0 where no row has been computed yet.
+    """
     parameters = list(model.parameters())
     trained = [each for each in parameters if each.requires_grad]
     count, weights = sum(each.numel() for each in trained), sum(each.numel() * each.element_size() for each in parameters)
-    if not recipe.train.gradient_checkpointing:
+    if longest and not recipe.train.gradient_checkpointing:
         kept = model.config.num_hidden_layers * longest * model.config.hidden_size * trained[0].element_size()
         return f"train.gradient_checkpointing: true (keeps {kept:,} bytes of the row, and computes the rest again)"
     rounded = sum(each.numel() for each in trained if each.dtype == torch.bfloat16)
@@ -68,12 +81,12 @@ def next_lever(recipe: Recipe, model: Any, longest: int) -> str | None:
 
 def out_of_memory(recipe: Recipe, model: Any | None, longest: int, error: str) -> TrainError:
     """The error of a training that does not fit: with one row of `longest` tokens, or where that is 0 before any."""
-    lever = None if model is None or not longest else next_lever(recipe, model, longest)
+    lever = None if model is None else next_lever(recipe, model, longest)
     fix = f"set {lever}" if lever else "take a smaller model, method: qlora, or a smaller data.max_length"
-    if recipe.train.optimizer_in_backward and recipe.train.per_device_train_batch_size != 1:
+    if longest and recipe.train.optimizer_in_backward and recipe.train.per_device_train_batch_size != 1:
         what = "out of memory, and a step whose weights move in the backward pass cannot be cut"
         fix = "lower train.per_device_train_batch_size"
     else:
-        what = f"out of memory with one row of {longest:,} tokens" if longest else "out of memory"
+        what = f"out of memory with one row of {longest:,} tokens" if longest else "out of memory before the first row"
     why = f"no smaller part can be computed ({' '.join(error.split())[:200]})"
     return TrainError(Problem("TS312", what, "train", why, f"{fix}; `tunesmith plan` says what fits"))

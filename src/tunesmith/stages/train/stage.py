@@ -35,6 +35,7 @@ from tunesmith.stages.train.engine import Engine
 from tunesmith.stages.train.finite import NotFiniteError, check_weights, incident
 from tunesmith.stages.train.going_on import Earlier, Saver, made_of
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
+from tunesmith.stages.train.out_of_memory import is_out_of_memory, out_of_memory
 from tunesmith.stages.train.progress import TrainProgress
 from tunesmith.stages.train.setup import training_arguments
 from tunesmith.stages.train.signals import StopSignals
@@ -69,10 +70,15 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
         trees = recipe.objective in ON_TREES
         keep = trees and not restart and run.was_interrupted("train")
         with run.perform("train", "train", inputs, live=True, keep=keep) as folder:
-            if trees:
-                _train(run, model_folder, folder, console, inputs)
-            else:
-                train_beside(run, model_folder, folder, console)
+            try:
+                if trees:
+                    _train(run, model_folder, folder, console, inputs)
+                else:
+                    train_beside(run, model_folder, folder, console)
+            except Exception as error:
+                if is_out_of_memory(error):  # beside a step, such as while the model is loaded
+                    raise out_of_memory(recipe, None, 0, str(error)) from error
+                raise
     summary: dict[str, Any] = read_json(run.path / "train" / "summary.json")
     return summary
 

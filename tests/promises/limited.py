@@ -1,0 +1,40 @@
+"""Runs the command line in less memory: from the time that metrics.jsonl is opened, tensors get so many bytes more.
+
+    LD_PRELOAD=allocator.so python -m tests.promises.limited BYTES -- train runs/x
+    LD_PRELOAD=allocator.so python -m tests.promises.limited count -- train runs/x    prints the peak, without a limit
+
+The limit is that of the preloaded allocator (allocator.c): what does not fit is refused, and torch raises its own error.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import sys
+from typing import Any
+
+from tunesmith.cli import main
+
+ALLOCATOR = ctypes.CDLL(None)
+for name in ("tunesmith_limit", "tunesmith_peak"):
+    getattr(ALLOCATOR, name).restype = ctypes.c_long
+    getattr(ALLOCATOR, name).argtypes = [ctypes.c_long] if name == "tunesmith_limit" else []
+
+
+def limit(more: str) -> None:
+    """Once metrics.jsonl is opened, model and libraries are loaded."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and not begun and "metrics.jsonl" in str(arguments[0]):
+            begun.append(ALLOCATOR.tunesmith_limit(0 if more == "count" else int(more)))
+            if more == "count":
+                atexit.register(lambda: print("grew", ALLOCATOR.tunesmith_peak() - begun[0]))
+
+    begun: list[int] = []
+    sys.addaudithook(hook)
+
+
+if __name__ == "__main__":
+    limit(sys.argv[1])
+    sys.argv = ["tunesmith", *sys.argv[3:]]
+    main()
