@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 #: Stable codes. A code is never re-used for another meaning.
 CODES: dict[str, str] = {
@@ -41,6 +42,7 @@ CODES: dict[str, str] = {
     "TS121": "template-refused-row",
     "TS122": "template-rewrites-answer",
     "TS123": "template-invalid",
+    "TS124": "template-endless",
     "TS130": "review-missing",
     "TS131": "review-rows-changed",
     "TS132": "review-unreadable",
@@ -108,6 +110,10 @@ class TunesmithError(Exception):
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type[TunesmithError], Any]:
+        """As it came out of another process it has its problems again, not their text."""
+        return type(self), (self.problems,)
+
 
 class RecipeError(TunesmithError):
     """The recipe cannot be read, or holds unknown keys or values out of range."""
@@ -155,3 +161,6 @@ class StageFailedError(TunesmithError):
     def __init__(self, exit_code: int) -> None:
         super().__init__([])
         self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type[TunesmithError], Any]:
+        return StageFailedError, (self.exit_code,)

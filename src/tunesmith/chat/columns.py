@@ -12,14 +12,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tunesmith.chat.formats import wrong_columns
 from tunesmith.datasections import is_template
-from tunesmith.errors import Problem
+from tunesmith.errors import DataError, Problem
+from tunesmith.io.signals import TooLongError, cpu_limit
+
+_SECONDS = 5.0  # of computing that a template may take for a row
 
 
 def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any] | Problem:
     """The row with the columns that `data.columns` names, under the format's names; or the problem of a row that lacks one.
 
     A value with `{{` or `{%` is a Jinja template: it sees the row's columns by their names and the whole as `row`, and gives
-    text. Columns that are renamed go, those that templates read stay beside what they wrote.
+    text. Columns that are renamed go, those that templates read stay beside what they wrote. Raises DataError for a template that
+    does not end.
     """
     made: dict[str, Any] = {}
     taken = set()
@@ -39,7 +43,12 @@ def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Ma
 
 def _written(source: str, row: Mapping[str, Any], where: str) -> str | Problem:
     try:
-        return _compiled(source).render({**row, "row": row})
+        with cpu_limit(_SECONDS):
+            return _compiled(source).render({**row, "row": row})
+    except TooLongError as error:
+        what = f"a template of data.columns does not end: {error}"
+        problem = Problem("TS124", what, where, "no row would come through", "write the template so that it ends")
+        raise DataError(problem) from error
     except UndefinedError as error:
         return wrong_columns(row, where, f"with what data.columns reads ({error})"[:200])
     except Exception as error:  # noqa: BLE001 - a user's template may raise anything on foreign rows

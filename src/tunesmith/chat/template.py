@@ -23,7 +23,9 @@ from tunesmith.chat.formats import Message
 from tunesmith.chat.tools import texts as texts_in
 from tunesmith.chat.tools import tools_of, uses_tools
 from tunesmith.errors import ModelError, Problem
+from tunesmith.io.signals import TooLongError, cpu_limit
 
+_SECONDS = 5.0  # of computing that a template may take for one conversation
 _TRIMS = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to contents
 
 
@@ -74,7 +76,7 @@ class ChatTemplate:
         if not isinstance(template, str):
             fix = "name a Jinja file in data.chat_template"
             raise ModelError(Problem("TS120", "no chat template", name, why, fix))
-        self.tokenizer = tokenizer
+        self.tokenizer, self.name = tokenizer, name
         self.source = template
         self._check(name, why)
         self._control = control_pattern(tokenizer)
@@ -98,7 +100,12 @@ class ChatTemplate:
     def _render_foreign(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """`render`, with whatever the template raises as `_RefusedError`: it is foreign code and may raise anything."""
         try:
-            return self.render(messages, add_generation_prompt=add_generation_prompt)
+            with cpu_limit(_SECONDS):
+                return self.render(messages, add_generation_prompt=add_generation_prompt)
+        except TooLongError as error:
+            why = "a template is foreign code, and may never end"
+            fix = "name another one in data.chat_template"
+            raise ModelError(Problem("TS124", f"the template does not end: {error}", self.name, why, fix)) from error
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise _RefusedError(lines[0][:200]) from error

@@ -14,11 +14,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tunesmith.errors import DataError, Problem
 from tunesmith.io import conll, tables
 from tunesmith.io.compressed import opened, plain_suffix
+
+#: Bytes. No context is as long, and a small compressed file can hold a line that fits in no memory.
+LONGEST_LINE = 64 << 20
+LARGEST_JSON = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,23 @@ def _row(where: str, value: Any) -> Row:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with opened(path) as handle:
-        for number, raw in enumerate(handle, start=1):
-            if row := _line(f"{path}:{number}", raw, "utf-8-sig" if number == 1 else "utf-8"):
+        for number, raw in enumerate(_lines(handle), start=1):
+            where = f"{path}:{number}"
+            if raw is None:
+                yield Row(where, None, _malformed(where, f"a line of more than {LONGEST_LINE >> 20} MiB"))
+            elif row := _line(where, raw, "utf-8-sig" if number == 1 else "utf-8"):
                 yield row
+
+
+def _lines(handle: BinaryIO) -> Iterator[bytes | None]:
+    """The lines of a file, None for each that is too long: it is passed over, and never in memory whole."""
+    while raw := handle.readline(LONGEST_LINE + 1):
+        if len(raw) <= LONGEST_LINE:
+            yield raw
+            continue
+        while raw and not raw.endswith(b"\n"):
+            raw = handle.readline(LONGEST_LINE)
+        yield None
 
 
 def _line(where: str, raw: bytes, encoding: str) -> Row | None:
@@ -90,7 +108,12 @@ class _JsonFile:
         self._path, self._position, self._line, self._counted = path, 0, 1, 0
         try:
             with opened(path) as handle:
-                self._text = handle.read().decode("utf-8-sig")
+                content = handle.read(LARGEST_JSON + 1)
+            if len(content) > LARGEST_JSON:
+                what = f"more than {LARGEST_JSON >> 30} GiB, and a .json file is read whole"
+                why = "it would not fit in memory"
+                raise DataError(Problem("TS102", what, str(path), why, "write one row a line, as .jsonl"))
+            self._text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(_malformed(str(path), str(error))) from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tunesmith.errors import ModelError, Problem
 
 _WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".joblib")
 _MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
+_PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))  # how a pickle begins, from protocol 2 on
 
 
 def _problem(code: str, what: str, where: Path, fix: str) -> Problem:
@@ -70,8 +72,24 @@ def _entry_problems(folder: Path) -> Iterator[Problem]:
         if path.suffix in _WEIGHTS:
             fix = "convert the weights to safetensors, or delete the file"
             yield _problem("TS203", f"{path.suffix} weights can run code when opened", path, fix)
+        elif path.is_file() and _is_pickle(path):
+            yield _problem("TS203", "a pickle under another name, which can run code when opened", path, "delete the file")
         if path.suffix == ".safetensors" and path.is_file() and (problem := _header_problem(path)):
             yield problem
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle by its content, or an archive with one, as torch.save writes it."""
+    with path.open("rb") as handle:
+        if handle.read(2) in _PICKLES and path.suffix != ".safetensors":  # there it may be a length
+            return True
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _hub_link(path: Path) -> bool:
@@ -83,7 +101,7 @@ def _hub_link(path: Path) -> bool:
 def check_model_folder(folder: Path, *, weights: bool = True) -> None:
     """Raise ModelError with every reason not to open `folder`; `weights=False` accepts one without weights.
 
-    Covered: a missing folder or config, pickled weights, `auto_map` (code in the folder), a shard index or a link
+    Covered: a missing folder or config, pickles under any name, `auto_map` (code in the folder), a shard index or a link
     that leads outside, torn safetensors headers. Not covered: what a template does when it is rendered.
     """
     if not folder.is_dir():

@@ -27,6 +27,9 @@ class NotFiniteError(TrainError):
         fix = "lower train.learning_rate, look at the rows of this step, or set train.compute_dtype: float32"
         super().__init__(Problem("TS301", what, where, why, fix))
 
+    def __reduce__(self) -> tuple[type[TrainError], Any]:
+        return TrainError, (self.problems,)
+
 
 def check_finite(step: int, loss: float, norm: float) -> None:
     """Raise NotFiniteError before the optimizer moves where the loss or the gradient norm is no number."""

@@ -17,13 +17,6 @@ from tunesmith.stages.train.objective import StepBatches
 
 #: In the errors of CUDA, of torch on a CPU and of the standard library; and in those of oneDNN, which give no reason.
 _TEXTS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "could not create a", "could not execute a")
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "bad_alloc",
-    "could not create a",
-    "could not execute a",
-)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
