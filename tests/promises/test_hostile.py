@@ -200,6 +200,6 @@ def test_a_hostile_model_is_refused_before_any_library_sees_it(place: Callable[[
     INPUTS["pickle as notes.txt"](folder)
     code = "import sys\nfrom tunesmith.errors import ModelError\nfrom tunesmith.models.load import locate\n"
     code += "try:\n    locate('./model')\nexcept ModelError:\n    pass\nelse:\n    sys.exit('not refused')\n"
-    code += "sys.exit(', '.join(name for name in ('torch', 'transformers', 'safetensors', 'peft') if name in sys.modules))"
+    code += "sys.exit(', '.join(name for name in ('torch', 'transformers', 'safetensors', 'peft') if name in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr

@@ -22,8 +22,9 @@ def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Ma
     """The row with the columns that `data.columns` names, under the format's names; or the problem of a row that lacks one.
 
     A value with `{{` or `{%` is a Jinja template: it sees the row's columns by their names and the whole as `row`, and gives
-    text. Columns that are renamed go, those that templates read stay beside what they wrote. Raises DataError for a template that
-    does not end.
+    text. Columns that are renamed go, those that templates read stay beside what they wrote.
+
+    Raises DataError for a template that does not end.
     """
     made: dict[str, Any] = {}
     taken = set()

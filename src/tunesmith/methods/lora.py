@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tunesmith.io.atomic import read_json, write_json
 from tunesmith.methods.base import AdapterSettings, Method, enable_checkpointing
 from tunesmith.models.load import load_model
 
@@ -70,6 +71,11 @@ class Lora(Method):
         model.save_pretrained(folder)
         for extra in folder.glob("README.md"):
             extra.unlink()  # PEFT's model card is an empty form
+        path = folder / "adapter_config.json"
+        config = read_json(path)
+        # PEFT keeps the names as a set, whose order is another one in each process.
+        modules = config["target_modules"]
+        write_json(path, {**config, "target_modules": sorted(modules) if isinstance(modules, list) else modules})
 
     def load_trained(self, folder: Path) -> Any:
         from peft import PeftModel

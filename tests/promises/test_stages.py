@@ -1,0 +1,114 @@
+"""Stages are idempotent, whenever they are killed, and need no network."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.promises.training import Promises
+from tunesmith.io.atomic import sha256_file
+
+ROOT = Path(__file__).resolve().parents[2]
+#: By stage, the folder that it fills; in their order.
+STAGES = {"prepare": "data", "train": "train", "export": "export", "evaluate": "eval"}
+#: Files that say when, or how long something took.
+TIMED = {"metrics.jsonl", "summary.json", "results.json", "proof.json", "events.jsonl", "report.html", "cost.json"}
+
+
+@pytest.fixture
+def make_recipe_file(tmp_path: Path, tiny_model: Path, colour_rows: list[Any], write_rows: Any) -> Callable[[str], Path]:
+    write_rows(colour_rows)
+    write_rows(colour_rows[:3], "test.jsonl")
+
+    def make(name: str) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            f"model: {tiny_model}\nmethod: lora\ndata: {{train: train.jsonl, heldout: 0.1, test: test.jsonl, "
+            "duplicates: {threshold: null}}\ntrain: {max_steps: 6, save_steps: 1}\nevaluate: {max_new_tokens: 4}\n",
+            encoding="utf-8",
+        )
+        return path
+
+    return make
+
+
+def command(stage: str, recipe: Path, run: Path) -> list[str]:
+    begin = [sys.executable, "-m", "tunesmith", stage]
+    return [*begin, str(recipe), "--run", str(run)] if stage == "prepare" else [*begin, str(run)]
+
+
+def done(stage: str, recipe: Path, run: Path) -> None:
+    subprocess.run(command(stage, recipe, run), check=True, capture_output=True, cwd=ROOT)
+
+
+def digests(run: Path, folder: str) -> dict[str, str]:
+    """What a stage wrote, but for the files that tell of time."""
+    files = [path for path in (run / folder).rglob("*") if path.is_file() and path.name not in TIMED]
+    return {path.relative_to(run).as_posix(): sha256_file(path) for path in files}
+
+
+def test_a_killed_stage_does_the_same_again(
+    make_recipe_file: Callable[[str], Path], tmp_path: Path, promises: Promises
+) -> None:
+    """Killed at random moments and begun again, each stage leaves what it leaves undisturbed; once more, it does nothing."""
+    draw = random.Random(42)
+    kills = 4 if promises.long else 1
+    stages = STAGES if promises.long else {"prepare": "data", "train": "train", "export": "export"}
+    recipe = make_recipe_file("recipe")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    killed = 0
+    for stage, folder in stages.items():
+        begun = time.perf_counter()
+        done(stage, recipe, whole)
+        took = time.perf_counter() - begun
+        for _ in range(kills):
+            with subprocess.Popen(
+                command(stage, recipe, parts), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ) as process:
+                try:
+                    process.wait(draw.uniform(0.3, 0.95) * took)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    killed += 1
+        done(stage, recipe, parts)
+        wanted = digests(whole, folder)
+        assert wanted
+        assert digests(parts, folder) == wanted, stage
+        before = {path: path.stat().st_mtime_ns for path in sorted(parts.rglob("*")) if path.is_file()}
+        done(stage, recipe, parts)
+        after = {path: path.stat().st_mtime_ns for path in sorted(parts.rglob("*")) if path.is_file()}
+        written = {path.name for path in after if after[path] != before.get(path)}
+        assert written <= {"recipe.yaml", ".lock"}, (stage, written)  # the recipe is resolved each time, to the same text
+    promises.state("stages killed", "count", stages_killed=killed, stages_differing=0)
+
+
+def test_a_run_needs_no_network(make_recipe_file: Callable[[str], Path], tmp_path: Path) -> None:
+    """plan, prepare, train, export, evaluate and the report, with every connection refused and noted."""
+    attempts, recipe = tmp_path / "attempts", make_recipe_file("recipe")
+    for stage in ("plan", "prepare", "train", "export", "evaluate"):
+        run = tmp_path / "run"
+        arguments = ["plan", str(recipe)] if stage == "plan" else command(stage, recipe, run)[3:]
+        cut = [sys.executable, "-m", "tests.promises.offline", str(attempts), "--", *arguments]
+        finished = subprocess.run(cut, check=False, capture_output=True, text=True, cwd=ROOT)
+        assert finished.returncode == 0, (stage, finished.stderr)
+    assert not attempts.exists(), attempts.read_text(encoding="utf-8")
+    results = next((tmp_path / "run" / "eval").rglob("results.json"))
+    assert json.loads(results.read_text(encoding="utf-8"))
+
+
+def test_an_attempt_to_connect_would_be_seen(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from tests.promises.offline import cut; cut(Path(sys.argv[1]))\n"
+    code += "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError as error:\n    print(error)"
+    finished = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "attempts")], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert finished.stdout.strip() == "the network is cut"
+    assert "127.0.0.1" in (tmp_path / "attempts").read_text(encoding="utf-8")
