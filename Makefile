@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test check format docs lock clean
+.PHONY: install demo test check promises audit format docs lock clean
 
 install: $(STAMP)
 
@@ -29,6 +29,16 @@ check: install
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy
+
+# The long versions of tests/promises, about an hour; their figures go into docs/promises.md.
+promises: install
+	@$(BIN)/python -m pytest tests/promises --timeout 5400 --promises benchmarks/results/promises.json
+	@$(BIN)/python docs/generate.py
+
+# Looks the pinned packages up in the advisory database (needs the network).
+audit: install
+	@$(PIP) pip-audit
+	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 format: install
 	@$(BIN)/ruff check --fix .

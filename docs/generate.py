@@ -231,6 +231,28 @@ def data_page() -> str:
     return _with_tables("data.md", tables)
 
 
+#: The rows of docs/promises.md: what, and how its claims are written.
+PROMISES = (
+    ("configurations stopped twice each, bits that differ", "{resume_configurations:.0f}, {resume_differing_bits:.0f}"),
+    ("SIGKILL at random moments, survived", "{sigkill_moments:.0f}, {sigkill_survived:.0f}"),
+    ("SIGKILL before each file call of a save, lost steps", "{sigkill_file_calls:.0f}, {steps_lost_or_repeated:.0f}"),
+    ("damaged savepoints, found", "{corruptions_tried:.0f}, {corruptions_found:.0f}"),
+    ("whole savepoints, false alarms", "{clean_loads:.0f}, {false_alarms:.0f}"),
+    ("disk full at a file of a save, survived", "{disk_full_moments:.0f}, {disk_full_survived:.0f}"),
+    ("models whose numbers are none, stopped before a step", "{nonfinite_cases:.0f}, {nonfinite_stopped:.0f}"),
+    ("out of memory: largest difference of a step's loss (nats)", "{oom_loss_max_abs_diff:.1e}"),
+    ("hostile inputs, refused", "{hostile_inputs_tried:.0f}, {hostile_inputs_refused:.0f}"),
+    ("stages killed at random and begun again, those that differ", "{stages_killed:.0f}, {stages_differing:.0f}"),
+)
+
+
+def promises_page() -> str:
+    """docs/promises.md with its table."""
+    values = _values("promises")
+    rows = [f"| {what} | {form.format(**values)} |" for what, form in PROMISES] if values else []
+    return _with_tables("promises.md", {"promises": ["| what | measured |", "|---|---|", *rows]})
+
+
 def _with_tables(page: str, tables: dict[str, list[str]]) -> str:
     """A page with its tables made again from the benchmarks' results; the rest stays as it is written."""
     text = (FOLDER / page).read_text(encoding="utf-8")
@@ -245,7 +267,7 @@ def _with_tables(page: str, tables: dict[str, list[str]]) -> str:
 
 
 PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page, "plan.md": plan_page, "data.md": data_page}
-PAGES |= {"speed.md": speed_page, "../README.md": readme}
+PAGES |= {"promises.md": promises_page, "speed.md": speed_page, "../README.md": readme}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():
