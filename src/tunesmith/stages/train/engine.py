@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tunesmith.io.atomic import append_jsonl, indented_json
@@ -28,6 +30,7 @@ from tunesmith.stages.train.finite import NotFiniteError, check_finite, check_we
 from tunesmith.stages.train.metrics import StepMetrics
 from tunesmith.stages.train.objective import Objective, StepBatches
 from tunesmith.stages.train.out_of_memory import in_smaller_parts, is_out_of_memory, out_of_memory, release
+from tunesmith.stages.train.ranks import Ranks
 from tunesmith.stages.train.savepoints import Savepoint, Savepoints, random_state, set_random_state
 from tunesmith.stages.train.setup import make_adamw
 
@@ -37,6 +40,7 @@ class StepRows:
     """An optimizer step's rows, as one value that is passed on whole: nothing looks for tensors in it."""
 
     rows: Rows
+    blank: bool = False  # a process that has no row of this step computes one that counts nothing
 
 
 class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
@@ -53,12 +57,14 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         *,
         metrics_path: Path,
         tell: Callable[[str, str], None],
+        ranks: Ranks = Ranks(),
         resumed: Savepoint | None = None,
         history: Sequence[StepMetrics] = (),
     ) -> None:
         """`tell` writes an event: code and message."""
         super().__init__(model=objective.loss_model(model), args=arguments, train_dataset=rows, data_collator=self._collated)
         self.objective, self.base, self.recipe, self.batches, self.tell = objective, model, recipe, batches, tell
+        self.ranks = ranks
         # What Trainer reads off the signature of a transformers model: our loss divides by the global count.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
@@ -72,12 +78,27 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         self.adamw: AdamW | None = None
         self.in_backward: InBackward | None = None
         self.offload = ActivationOffload(self.model) if recipe.train.activation_offloading else None
-        self._tried = False
+        self._tried, self._blank = False, False
         self._start_counting()
         self._begun = time.perf_counter()
 
     def _collated(self, rows: Rows) -> dict[str, Any]:
-        return {**self.batches(rows), "rows": StepRows(rows)}
+        share = self.ranks.share(rows)
+        return {**self.batches(share or rows[:1]), "rows": StepRows(share or rows[:1], blank=not share)}
+
+    def get_train_dataloader(self) -> Any:
+        """Every process gets the rows of every step, in the order of a single one, and takes its share as they are collated."""
+        if self.ranks.world == 1:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+        )
+        return prepare_data_loader(
+            loader, self.args.device, 1, 0, put_on_device=True, use_seedable_sampler=True, data_seed=self.args.data_seed
+        )
 
     def _start_counting(self) -> None:
         """Forget what the step's micro-batches have counted."""
@@ -106,16 +127,16 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         names = self.trained_parameters()
         weights = {name: parameter for parameter, name in names.items()}
         check_weights(self.state.global_step, weights)
-        generators, others = random_state()
-        tensors = {
-            "weights": weights,
-            "optimizer": self.adamw.kept(names),
-            "random": generators,
-        }
+        states = self.ranks.gathered(random_state())
+        others = [more for _, more in states]
+        tensors = {"weights": weights, "optimizer": self.adamw.kept(names)}
+        tensors |= {f"random-{rank}": generators for rank, (generators, _) in enumerate(states)}
         limits = [self.batches.limits.tokens, self.batches.limits.rows]
         state = {"step": self.state.global_step, "random": others, "schedule": self.lr_scheduler.state_dict(), "limits": limits}
         state |= more
-        savepoints.write(tensors, {"trainer_state.json": _trainer_state(self.state)}, state)
+        if self.ranks.first:
+            savepoints.write(tensors, {"trainer_state.json": _trainer_state(self.state)}, state)
+        self.ranks.agreed(None)  # it is there
 
     def roll_back(self, saved: Savepoint) -> None:
         """Put weights and optimizer back to a savepoint's; steps, schedule and rows go on from where they are."""
@@ -153,7 +174,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         """The savepoint's random generators, in place of `Trainer`'s reader."""
         if checkpoint is not None:
             saved = self._savepoint(checkpoint)
-            set_random_state(saved.tensors("random"), saved.state["random"])
+            rank = self.ranks.rank
+            set_random_state(saved.tensors(f"random-{rank}"), saved.state["random"][rank])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none: nothing is computed in float16."""
@@ -183,10 +205,11 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         if num_items_in_batch is None:
             raise AssertionError("the training loop always counts")
         model.train()
-        batches, rows = inputs.pop("micro_batches"), inputs.pop("rows").rows
+        batches, step = inputs.pop("micro_batches"), inputs.pop("rows")
         if not self._tried:
             self._try_longest(model)
-        return self._within_memory(model, rows, batches, num_items_in_batch)
+        self._blank = step.blank
+        return self._within_memory(model, step.rows, batches, num_items_in_batch)
 
     def _try_longest(self, model: torch.nn.Module) -> None:
         """Compute the largest micro-batch of the longest rows first: what does not fit shows now, not hours later.
@@ -210,7 +233,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         if self.in_backward is not None:
             self.in_backward.only_tried = True
         largest = max(batches, key=lambda batch: int(batch["input_ids"].numel()))
-        self._within_memory(model, rows, [largest], torch.tensor(max(1, self.objective.count(largest))), of=len(batches))
+        with getattr(model, "no_sync", nullcontext)():  # of DistributedDataParallel
+            self._within_memory(model, rows, [largest], torch.tensor(max(1, self.objective.count(largest))), of=len(batches))
         if self.in_backward is not None:
             self.in_backward.only_tried = False
         model.zero_grad(set_to_none=True)
@@ -240,7 +264,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             set_random_state(*before)
             batches = []
             release()
-            smaller = None if self.in_backward is not None else in_smaller_parts(self.batches, rows, made, tokens)
+            whole = self.in_backward is not None or self.ranks.world > 1  # other processes have gone on
+            smaller = None if whole else in_smaller_parts(self.batches, rows, made, tokens)
             if smaller is None:
                 longest = max(self.objective.lengths(self.train_dataset))
                 raise out_of_memory(self.recipe, self.base, longest, told)
@@ -252,8 +277,10 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
     def _accumulated(self, model: torch.nn.Module, batches: list[Batch], count: torch.Tensor | int) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
         while batches:  # what a micro-batch made goes with it
-            loss = self.compute_loss(model, self._prepare_inputs(batches.pop(0)), num_items_in_batch=count)
-            self.accelerator.backward(loss)
+            batch = self._prepare_inputs(batches.pop(0))
+            with nullcontext() if not batches else getattr(model, "no_sync", nullcontext)():  # gradients are summed once
+                loss = self.compute_loss(model, batch, num_items_in_batch=count)
+                self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
@@ -267,12 +294,16 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         """The micro-batch's share of the loss: a mean over the `num_items_in_batch` that are counted in the global batch."""
         if num_items_in_batch is None or return_outputs:
             raise AssertionError("the training loop always counts and asks for the loss alone")
-        self._computed += inputs["input_ids"].numel()
-        self._tokens += inputs.pop("row_tokens")
-        self._labelled += labelled_count(inputs)
-        self._counted += self.objective.count(inputs)
+        tokens = inputs.pop("row_tokens")
+        if not self._blank:
+            self._computed += inputs["input_ids"].numel()
+            self._tokens += tokens
+            self._labelled += labelled_count(inputs)
+            self._counted += self.objective.count(inputs)
         with self.offload or nullcontext():
             summed, sums = self.objective.read(model(**inputs))
+        if self._blank:
+            return summed * 0.0
         self._sums = {name: value + self._sums.get(name, 0) for name, value in sums.items()}
         # Gradients are averaged over the ranks, so each gives its share times their number.
         loss: torch.Tensor = summed / num_items_in_batch * self.accelerator.num_processes
@@ -299,7 +330,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
         """What the objective counts in the global batch: in all micro-batches, on all ranks."""
-        batches = [batch for sample in batch_samples for batch in sample["micro_batches"]]
+        batches = [batch for sample in batch_samples if not sample["rows"].blank for batch in sample["micro_batches"]]
         count = torch.tensor(sum(map(self.objective.count, batches)), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
@@ -314,16 +345,20 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         if "grad_norm" not in logs:
             return  # the summary at the end, which `train` makes itself
         now = time.perf_counter()
+        sums = {name: float(total) for name, total in self._sums.items()}
+        all_of_it = self.ranks.gathered((self._tokens, self._computed, self._labelled, self._counted, sums))
+        tokens, computed, labelled, counted = (sum(each[place] for each in all_of_it) for place in range(4))
+        names = dict.fromkeys(name for each in all_of_it for name in each[4])
         metrics = StepMetrics(
             step=self.state.global_step,
             loss=logs["loss"],
             grad_norm=float(logs["grad_norm"]),
             learning_rate=float(logs["learning_rate"]),
-            tokens=self._tokens,
-            computed_tokens=self._computed,
-            labelled_tokens=self._labelled,
-            seconds=now - self._begun,
-            figures={name: float(total) / self._counted for name, total in self._sums.items()},
+            tokens=tokens,
+            computed_tokens=computed,
+            labelled_tokens=labelled,
+            seconds=self.ranks.agreed(now - self._begun),
+            figures={name: sum(each[4].get(name, 0.0) for each in all_of_it) / counted for name in names},
         )
         self._begun = now
         self._start_counting()

@@ -56,18 +56,17 @@ def incident(
     error: NotFiniteError,
     *,
     parameters: Mapping[str, torch.Tensor],
-    rows: Sequence[Mapping[str, Any]],
-    losses: Sequence[float],
+    rows: Sequence[tuple[str, int, float]],
     steps: Sequence[Mapping[str, Any]],
     dtype: str,
 ) -> NotFiniteError:
     """Write `incidents/step-000012/incident.json` and give the error that names it.
 
-    `rows` are those of the step, `losses` what each gives on its own under the weights as they are; `steps` are lines of
-    metrics.jsonl, of which the last are kept.
+    `rows` are those of the step: where each stands, its tokens, and the loss that it gives on its own under the weights as they
+    are; `steps` are lines of metrics.jsonl, of which the last are kept.
     """
     weights = sorted(name for name, parameter in parameters.items() if not all_finite(parameter))
-    bad = [str(row["where"]) for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
+    bad = [where for where, _, loss in rows if not math.isfinite(loss)]
     causes = _causes(error, weights, bad, rows, [float(step["loss"]) for step in steps], dtype)
     path = folder / "incidents" / f"step-{error.step:06d}"
     with commit_folder(path) as target:
@@ -76,10 +75,7 @@ def incident(
             "loss": _number(error.loss),
             "grad_norm": _number(error.norm),
             "causes": causes,
-            "rows": [
-                {"where": row["where"], "tokens": len(row["input_ids"]), "loss": _number(loss)}
-                for row, loss in zip(rows, losses, strict=True)
-            ],
+            "rows": [{"where": where, "tokens": tokens, "loss": _number(loss)} for where, tokens, loss in rows],
             "weights_not_finite": weights,
             "last_steps": list(steps[-_LAST:]),
         }

@@ -16,6 +16,7 @@ from tunesmith.recipe import Recipe, TrainSection
 from tunesmith.runs import Run, read_jsonl
 from tunesmith.stages.train.engine import Engine
 from tunesmith.stages.train.metrics import StepMetrics, step_metrics
+from tunesmith.stages.train.ranks import Ranks
 from tunesmith.stages.train.savepoints import Savepoint, Savepoints
 from tunesmith.stages.train.signals import StopSignals
 
@@ -60,12 +61,15 @@ class Earlier:
     """What an earlier part of the training left in its folder; `saved` is the savepoint that this part goes on from, if any."""
 
     def __init__(self, run: Run, folder: Path, console: Console) -> None:
+        """`folder` is what this process fills, which is the run's only in the first one."""
         self._run, self._folder, self._console = run, folder, console
         self._events = read_jsonl(folder / "events.jsonl", torn=True)
         (folder / "events.jsonl").unlink(missing_ok=True)
         every = run.recipe.train.save_steps
         self.savepoints = Savepoints(
-            folder / "savepoints", lambda code, text: run.event(folder, code, text), every if isinstance(every, int) else 1
+            run.path / "train" / "savepoints",
+            lambda code, text: run.event(folder, code, text),
+            every if isinstance(every, int) else 1,
         )
         self.saved: Savepoint | None = None
         self.made: Mapping[str, Any] = {}
@@ -79,9 +83,9 @@ class Earlier:
     def begin(self) -> list[StepMetrics]:
         """Set metrics.jsonl back to the savepoint's step, keep the events of the part before; gives the steps that are done."""
         step = 0 if self.saved is None else self.saved.step
-        path = self._folder / "metrics.jsonl"
-        lines = [line for line in read_jsonl(path, torn=True) if line["step"] <= step]
-        write_jsonl(path, lines)
+        written = read_jsonl(self._run.path / "train" / "metrics.jsonl", torn=True)
+        lines = [line for line in written if line["step"] <= step]
+        write_jsonl(self._folder / "metrics.jsonl", lines)
         if self.saved is not None:
             told = self._run.events("train")
             for event in self._events:
@@ -103,9 +107,9 @@ class Saver:
     """
 
     def __init__(
-        self, asked: TrainSection, earlier: Earlier, signals: StopSignals, more: Callable[[], Mapping[str, Any]]
+        self, asked: TrainSection, earlier: Earlier, signals: StopSignals, ranks: Ranks, more: Callable[[], Mapping[str, Any]]
     ) -> None:
-        self.every, self.earlier, self.signals, self.more = asked.save_steps, earlier, signals, more
+        self.every, self.earlier, self.signals, self.ranks, self.more = asked.save_steps, earlier, signals, ranks, more
         self.stopped_training = False
         self._last, self._took = time.perf_counter(), 0.0
 
@@ -113,9 +117,11 @@ class Saver:
         """Look, once a step's line of metrics is written."""
         if step == steps or engine.control.should_training_stop:
             return  # it is the last one, and what was trained is saved anyway
-        if self.signals.asked is not None:
+        signalled = [number for number in self.ranks.gathered(self.signals.asked) if number is not None]
+        if signalled:
+            self.signals.asked = signalled[0]
             self.stopped_training = engine.control.should_training_stop = True
-        elif not self._is_time(step):
+        elif not self.ranks.agreed(self._is_time(step)):
             return
         begun = time.perf_counter()
         engine.save_to(self.earlier.savepoints, {"made_of": self.earlier.made, **self.more()})

@@ -37,6 +37,7 @@ def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu
         dataloader_num_workers=0,
         dataloader_pin_memory=not cpu,
         use_cpu=cpu,
+        ddp_find_unused_parameters=False,
     )
     # With several GPUs in one process Trainer would wrap the model in DataParallel, which cannot split a tree.
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -62,9 +62,8 @@ class SpikeWatch:
 
     def _rows(self, engine: Engine) -> list[str]:
         """Where the step's rows stand, by their loss on their own."""
-        losses = {
-            str(row["where"]): mean_loss(engine.objective, engine.model, [row], engine.batches) for row in engine.step_rows
-        }
+        own = {str(row["where"]): mean_loss(engine.objective, engine.model, [row], engine.batches) for row in engine.step_rows}
+        losses = {where: loss for each in engine.ranks.gathered(own) for where, loss in each.items()}
         return sorted(losses, key=lambda where: -losses[where])
 
     def _roll_back(self, engine: Engine, step: int) -> None:

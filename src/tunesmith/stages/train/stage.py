@@ -37,6 +37,7 @@ from tunesmith.stages.train.going_on import Earlier, Saver, made_of
 from tunesmith.stages.train.objective import Objective, StepBatches, make_objective
 from tunesmith.stages.train.out_of_memory import is_out_of_memory, out_of_memory
 from tunesmith.stages.train.progress import TrainProgress
+from tunesmith.stages.train.ranks import Ranks, folder_of, join
 from tunesmith.stages.train.setup import training_arguments
 from tunesmith.stages.train.signals import StopSignals
 from tunesmith.stages.train.spikes import SpikeWatch
@@ -65,14 +66,15 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
         "model": model_digest(model_folder),
         **reward_digests(recipe),
     }
-    if not run.is_current("train", inputs):
-        console = console or Console(stderr=True)
+    ranks = join(recipe, cpu=detect().device == "cpu")
+    if not ranks.agreed(run.is_current("train", inputs)):
+        console = (console or Console(stderr=True)) if ranks.first else Console(quiet=True)
         trees = recipe.objective in ON_TREES
         keep = trees and not restart and run.was_interrupted("train")
-        with run.perform("train", "train", inputs, live=True, keep=keep) as folder:
+        with folder_of(ranks, run, inputs, keep=keep) as folder:
             try:
                 if trees:
-                    _train(run, model_folder, folder, console, inputs)
+                    _train(run, model_folder, folder, console, inputs, ranks)
                 else:
                     train_beside(run, model_folder, folder, console)
             except Exception as error:
@@ -83,7 +85,7 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
     return summary
 
 
-def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs: Mapping[str, str]) -> None:
+def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs: Mapping[str, str], ranks: Ranks) -> None:
     recipe, hardware = run.recipe, detect()
     earlier = Earlier(run, folder, console)
 
@@ -94,7 +96,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
     rows, heldout = _rows(run, objective), _heldout(run)
     settings = settle(recipe, len(rows), METHODS[recipe.method].default_learning_rate, hardware)
     tell_settings(run, settings, hardware, folder)
-    earlier.look(made_of(recipe, (*SECTIONS, *own_sections(recipe)), inputs, settings))
+    earlier.look(made_of(recipe, (*SECTIONS, *own_sections(recipe)), inputs, settings) | {"processes": ranks.world})
     if hardware.device == "cpu":
         keep_freed_memory()
     meter = PeakMemory()
@@ -109,6 +111,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
     if recipe.train.eval_steps is not None:
         heldout, more_seconds = objective.before(model, heldout, batches, folder / "heldout", console)
         seconds_before += more_seconds
+    ranks.agreed(None)  # all have found the savepoint
     history = earlier.begin()
     with (
         StopSignals() as signals,
@@ -124,6 +127,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
             batches,
             metrics_path=folder / "metrics.jsonl",
             tell=tell,
+            ranks=ranks,
             resumed=earlier.saved,
             history=history,
         )
@@ -136,6 +140,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
             recipe.train,
             earlier,
             signals,
+            ranks,
             lambda: {"checkpoint": checkpoints.name, "watch": watch and watch.as_dict(), "spikes": spikes.as_dict()},
         )
         engine.on_step += [
@@ -152,6 +157,8 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
     peak = meter.peak_bytes()
     if watch is None:
         checkpoints.save(engine.history[-1].step)
+    if not ranks.first:
+        return
     checkpoint = checkpoints.kept()
     summary = {
         "method": recipe.method,
@@ -167,13 +174,15 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
 
 def incident_of(engine: Engine, error: NotFiniteError, folder: Path, settings: Settings) -> NotFiniteError:
     """The error with what is known of it in an incident folder: which rows of the step give no finite loss on their own."""
-    rows = engine.step_rows
+    own = [
+        (row["where"], len(row["input_ids"]), mean_loss(engine.objective, engine.model, [row], engine.batches))
+        for row in engine.step_rows
+    ]
     return incident(
         folder,
         error,
         parameters=dict(engine.base.named_parameters()),
-        rows=rows,
-        losses=[mean_loss(engine.objective, engine.model, [row], engine.batches) for row in rows],
+        rows=[row for each in engine.ranks.gathered(own) for row in each],
         steps=[step.as_dict() for step in engine.history],
         dtype=settings.compute_dtype,
     )
@@ -211,6 +220,8 @@ class Checkpoints:
         """Commit the weights as they are, then drop the checkpoint before. Raises TrainError where one is not finite."""
         check_weights(step, {name: parameter for parameter, name in self.engine.trained_parameters().items()})
         before, self.latest = self.latest, self.folder / f"step-{step:06d}"
+        if not self.engine.ranks.first:
+            return
         with commit_folder(self.latest) as target, self.engine.as_trained():
             self.method.save(self.model, target)
         if before is not None and before != self.latest:

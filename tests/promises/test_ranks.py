@@ -1,0 +1,97 @@
+"""Two processes (gloo) that train one run: the losses of one, every step once whenever they are killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.promises.training import CASES, STEPS, Promises, differing_bits, lines, steps_of, wait_for_steps
+from tunesmith.errors import RecipeError
+from tunesmith.recipe import parse_recipe
+from tunesmith.runs import Run, read_jsonl
+from tunesmith.stages.train import train
+from tunesmith.stages.train.ranks import join
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def two(run: Run) -> subprocess.Popen[str]:
+    """`tunesmith train` in two processes, in a group of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    return subprocess.Popen(
+        [*launcher, "-m", "tunesmith", "train", str(run.path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finished(run: Run) -> None:
+    with two(run) as process:
+        error = process.communicate()[1]
+    assert process.returncode == 0, error[-3000:]
+
+
+@pytest.mark.parametrize("case", ["full, accumulation", "lora, dropout, evaluation"])
+def test_two_processes_train_what_one_does(make_run: Callable[..., Run], case: str) -> None:
+    """The same rows in each step, so the same losses but for rounding; dropout draws other numbers in each process."""
+    text = CASES[case].replace("lora: {lora_dropout: 0.2}\n", "")
+    one, both = (make_run(name, text, "save_steps: 3, compute_dtype: float32", 14) for name in ("one", "both"))
+    train(one)
+    finished(both)
+    for left, right in zip(*(lines(run.path / "train" / "metrics.jsonl") for run in (one, both)), strict=True):
+        assert (left["step"], left["tokens"], left["labelled_tokens"]) == (
+            right["step"],
+            right["tokens"],
+            right["labelled_tokens"],
+        )
+        assert abs(left["loss"] - right["loss"]) < 1e-5
+        assert abs(left["grad_norm"] - right["grad_norm"]) < 1e-4 * left["grad_norm"]
+    assert [line["step"] for line in read_jsonl(both.path / "train" / "evals.jsonl")] == [
+        line["step"] for line in read_jsonl(one.path / "train" / "evals.jsonl")
+    ]
+
+
+def test_two_processes_are_killed_and_go_on(make_run: Callable[..., Run], promises: Promises) -> None:
+    moments = 5 if promises.long else 1
+    steps = STEPS + 3 * moments
+    whole, parts = (make_run(name, CASES["lora, dropout, evaluation"], "save_steps: 2", steps) for name in ("whole", "parts"))
+    finished(whole)
+    draw = random.Random(42)
+    for _ in range(moments):
+        with two(parts) as process:
+            wait_for_steps(parts, process, draw.randint(2, 4))
+            time.sleep(draw.uniform(0.0, 0.1))
+            os.killpg(process.pid, signal.SIGKILL)
+    finished(parts)
+    assert steps_of(parts) == list(range(1, steps + 1))
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        assert lines(parts.path / "train" / name) == lines(whole.path / "train" / name)
+    assert differing_bits(*(run.path / "train" / "checkpoints" for run in (whole, parts))) == 0
+    assert any(event["code"] == "resumed" for event in parts.events("train"))
+    promises.state("two processes", "count", two_process_moments=moments, two_process_survived=moments)
+
+
+def test_what_several_processes_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    text = "model: m\nobjective: kto\ndata: {train: t}"
+    with pytest.raises(RecipeError, match="objective: kto in several processes"):
+        join(parse_recipe(text, "r", Path()).recipe, cpu=True)
+    text = "model: m\ndata: {train: t}\ntrain: {optimizer_in_backward: true}"
+    with pytest.raises(RecipeError, match="weights would move before gradients are summed"):
+        join(parse_recipe(text, "r", Path()).recipe, cpu=True)
