@@ -128,7 +128,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         weights = {name: parameter for parameter, name in names.items()}
         check_weights(self.state.global_step, weights)
         states = self.ranks.gathered(random_state())
-        others = [more for _, more in states]
+        others = [state for _, state in states]
         tensors = {"weights": weights, "optimizer": self.adamw.kept(names)}
         tensors |= {f"random-{rank}": generators for rank, (generators, _) in enumerate(states)}
         limits = [self.batches.limits.tokens, self.batches.limits.rows]

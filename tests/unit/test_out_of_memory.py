@@ -1,0 +1,80 @@
+"""Running out of memory: what is one, what to compute instead, and what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tunesmith.packing.batch import PaddedCollator, StepCollator
+from tunesmith.packing.tree import Limits
+from tunesmith.recipe import Recipe, parse_recipe
+from tunesmith.stages.train.out_of_memory import in_smaller_parts, is_out_of_memory, next_lever, out_of_memory
+
+
+def recipe_of(more: str) -> Recipe:
+    return parse_recipe(f"model: m\ndata: {{train: t}}\n{more}", "r", Path()).recipe
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    config = LlamaConfig(vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def test_what_is_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("sizes of tensors must match"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_the_same_rows_in_smaller_parts() -> None:
+    rows = [{"input_ids": list(range(length)), "trained": [True] * length} for length in (4, 4, 4, 4, 30)]
+    batches = StepCollator(PaddedCollator(0), Limits(None, None))
+    whole = batches(rows)["micro_batches"]
+    made, tokens = len(whole), whole[0]["input_ids"].numel()
+    seen = []
+    while (smaller := in_smaller_parts(batches, rows, made, tokens)) is not None:
+        assert sum(batch["row_tokens"] for batch in smaller) == 46
+        assert len(smaller) > made
+        made, tokens = len(smaller), max(batch["input_ids"].numel() for batch in smaller)
+        seen.append(made)
+    assert seen[-1] == 5  # each row alone
+    assert batches.limits.tokens is not None
+
+
+def test_the_next_lever_is_named_with_bytes(model: Any) -> None:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    first = next_lever(recipe_of("method: full"), model, 50)
+    assert (
+        first == f"train.gradient_checkpointing: true (keeps {3 * 50 * 8 * 2:,} bytes of the row, and computes the rest again)"
+    )
+    checkpointing = "train: {gradient_checkpointing: true}"
+    second = next_lever(recipe_of(f"method: full\n{checkpointing}"), model, 50)
+    assert second is not None
+    assert f"instead of {12 * count:,}" in second  # two float32 states and a master
+    assert second.startswith("train.optim: adamw_8bit")
+    third = next_lever(recipe_of("method: full\ntrain: {gradient_checkpointing: true, optim: adamw_8bit}"), model, 50)
+    assert third is not None
+    assert third.startswith("method: lora")
+    fourth = next_lever(recipe_of(f"method: lora\n{checkpointing}"), model, 50)
+    assert fourth is not None
+    assert fourth.startswith("method: qlora")
+    assert f"instead of {2 * count:,}" in fourth
+    assert next_lever(recipe_of(f"method: qlora\n{checkpointing}"), model, 50) is None
+    assert next_lever(recipe_of("method: lora"), model, 0) == fourth  # no row has been computed: activations are not it
+
+
+def test_the_error_says_what_and_how(model: Any) -> None:
+    (problem,) = out_of_memory(recipe_of("method: lora"), model, 50, "CUDA out of memory. Tried\nto allocate").problems
+    assert problem.code == "TS312"
+    assert "one row of 50 tokens" in problem.what
+    assert "Tried to allocate" in problem.why
+    (problem,) = out_of_memory(recipe_of("train: {optimizer_in_backward: true}"), model, 50, "").problems
+    assert "lower train.per_device_train_batch_size" in problem.fix

@@ -1,0 +1,39 @@
+"""Code that does not end is ended, and the process is as it was before."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+
+import pytest
+
+from tunesmith.errors import ModelError, Problem, StageFailedError
+from tunesmith.io.signals import TooLongError, cpu_limit
+
+
+def endless() -> None:
+    while True:
+        pass
+
+
+def test_what_takes_too_long_is_ended() -> None:
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(TooLongError, match=r"more than 0\.05 s"), cpu_limit(0.05):
+        endless()
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_what_ends_in_time_is_left_alone() -> None:
+    with cpu_limit(0.2):
+        total = sum(range(1000))
+    assert total == 499500
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_errors_of_another_process_keep_their_problems() -> None:
+    error = ModelError([Problem("TS202", "what", "where", "why", "fix"), Problem("TS203", "what", "where", "why", "fix")])
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - as between processes
+    assert type(again) is ModelError
+    assert again.problems == error.problems
+    assert pickle.loads(pickle.dumps(StageFailedError(143))).exit_code == 143  # noqa: S301
