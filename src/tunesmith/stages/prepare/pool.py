@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from typing import Any, cast
 
 from tunesmith.errors import DataError, Problem
@@ -65,9 +66,20 @@ def worked(chunks: Iterator[Rows], worker: Worker, settings: Settings) -> Iterat
         yield from _pooled(chain([first], chunks), settings, count)
 
 
+def _context() -> BaseContext:
+    """How worker processes come to be: forked from a server that has what they need, or where there is none, begun anew.
+
+    Not forked from this process, which may have threads (torch, Arrow): a fork would leave them with held locks.
+    """
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tunesmith.stages.prepare.preload"])
+    return context
+
+
 def _pooled(chunks: Iterator[Rows], settings: Settings, count: int) -> Iterator[Chunk]:
-    # Not forked: this process may have threads (torch, Arrow), which a fork would leave with held locks.
-    context = get_context("spawn")
+    context = _context()
     waiting: deque[Future[Chunk]] = deque()
     with ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(settings,)) as pool:
         try:
