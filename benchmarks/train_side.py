@@ -19,7 +19,8 @@ from transformers import BitsAndBytesConfig, set_seed
 from turns import Turns
 
 from tunesmith.hardware import detect
-from tunesmith.hardware.memory import PeakMemory, keep_freed_memory
+from tunesmith.hardware.freed import keep_freed_memory
+from tunesmith.hardware.memory import PeakMemory
 from tunesmith.methods import make_method
 from tunesmith.methods.settings import settle
 from tunesmith.models import builtin

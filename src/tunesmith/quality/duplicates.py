@@ -28,7 +28,7 @@ _RECALL = 0.98  # least chance that a pair at the threshold shares a band
 _SAME = 8  # rows kept of those that share a band: more are alike in what they all have
 _PLACES = 16  # of a bucket
 _FIRST = 1 << 8  # buckets of a band at the start
-_LARGE = 1 << 14  # buckets from which on a table grows by a quarter instead of to twice its size
+_LARGE = 1 << 14  # buckets from which on a table grows by an eighth instead of to twice its size
 _LOAD = 0.8  # share of the places that are used at most
 
 
@@ -146,8 +146,8 @@ class _Table:
         return (buckets + 1) % self._buckets
 
     def _grow(self) -> None:
-        """More buckets, band by band, so that no more than one is there twice; large tables grow by a quarter."""
-        buckets = 2 * self._buckets if self._buckets < _LARGE else self._buckets * 5 // 4
+        """More buckets, band by band, so that no more than one is there twice; large tables grow by an eighth."""
+        buckets = 2 * self._buckets if self._buckets < _LARGE else self._buckets * 9 // 8
         for band, table in enumerate(self._tables):
             self._tables[band] = _moved(table, buckets)
 

@@ -13,17 +13,22 @@ from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 from typing import Any, cast
 
+import pyarrow as pa
+
 from tunesmith.errors import DataError, Problem
+from tunesmith.hardware.freed import give_back_freed_memory
 from tunesmith.io.rows import Row
 from tunesmith.stages.prepare.work import Chunk, Settings, Worker
 
 CHUNK = 500  # rows
+_TIDY = 16  # chunks after which a process gives back what it has freed
 _ALONE = 40  # chunks that one process works on before others are worth their start (20,000 rows)
 _AHEAD = 2  # chunks waiting for each process
 
 Rows = Sequence[tuple[int, Row]]
 
 _worker: Worker | None = None  # of a worker process
+_worked = 0  # chunks
 
 
 def without_torch() -> None:
@@ -43,9 +48,19 @@ def _start(settings: Settings) -> None:
 
 
 def _work(rows: Rows) -> Chunk:
+    global _worked  # noqa: PLW0603 - as above
     if _worker is None:
         raise AssertionError("the process was not started by _start")
+    _worked += 1
+    if _worked % _TIDY == 0:
+        tidy()
     return _worker(rows)
+
+
+def tidy() -> None:
+    """Give back memory that Arrow and the C library keep for what comes next: of many processes it adds up."""
+    pa.default_memory_pool().release_unused()
+    give_back_freed_memory()
 
 
 def chunked(rows: Iterator[tuple[int, Row]]) -> Iterator[Rows]:
@@ -83,7 +98,9 @@ def _pooled(chunks: Iterator[Rows], settings: Settings, count: int) -> Iterator[
     waiting: deque[Future[Chunk]] = deque()
     with ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(settings,)) as pool:
         try:
-            for rows in chunks:
+            for number, rows in enumerate(chunks):
+                if number % _TIDY == 0:
+                    tidy()
                 waiting.append(pool.submit(_work, rows))
                 if len(waiting) > _AHEAD * count:
                     yield waiting.popleft().result()

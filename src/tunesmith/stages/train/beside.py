@@ -20,7 +20,8 @@ from transformers import set_seed
 
 from tunesmith.errors import DataError, Problem, RecipeError, TrainError
 from tunesmith.hardware import Hardware, detect
-from tunesmith.hardware.memory import PeakMemory, keep_freed_memory
+from tunesmith.hardware.freed import keep_freed_memory
+from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import append_jsonl, commit_folder, sha256_file, write_json
 from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, auto_batch, auto_rank, settle

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tunesmith.errors import Problem, TrainError
-from tunesmith.hardware.memory import give_back_freed_memory
+from tunesmith.hardware.freed import give_back_freed_memory
 from tunesmith.methods.sizes import NF4_BYTES, master_bytes, state_bytes
 from tunesmith.packing.batch import Batch, Rows
 from tunesmith.packing.tree import Limits

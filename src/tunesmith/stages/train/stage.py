@@ -15,7 +15,8 @@ from transformers import set_seed
 
 from tunesmith.errors import DataError, Problem, RecipeError
 from tunesmith.hardware import detect
-from tunesmith.hardware.memory import PeakMemory, keep_freed_memory
+from tunesmith.hardware.freed import keep_freed_memory
+from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, settle
