@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tests.conftest import chat_row
 from tests.promises.training import Promises
 from tunesmith.io.atomic import sha256_file
 
@@ -88,6 +90,23 @@ def test_a_killed_stage_does_the_same_again(
         written = {path.name for path in after if after[path] != before.get(path)}
         assert written <= {"recipe.yaml", ".lock"}, (stage, written)  # the recipe is resolved each time, to the same text
     promises.state("stages killed", "count", stages_killed=killed, stages_differing=0)
+
+
+def test_a_killed_prepare_leaves_no_process_behind(tmp_path: Path, tiny_model: Path) -> None:
+    rows = (json.dumps(chat_row(f"Say {number} in words", f"so it is {number}")) for number in range(6000))
+    (tmp_path / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tiny_model}\ndata: {{train: train.jsonl, workers: 2}}\n", encoding="utf-8")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command("prepare", recipe, tmp_path / "run"), **quiet) as process:
+        started: list[psutil.Process] = []
+        while process.poll() is None and len(started) < 4:  # two workers, the server that forks them, the tracker
+            started = psutil.Process(process.pid).children(recursive=True)
+            time.sleep(0.05)
+        assert len(started) == 4
+        process.kill()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert alive == []
 
 
 def test_a_run_needs_no_network(make_recipe_file: Callable[[str], Path], tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
 from typing import Any, cast
 
@@ -44,7 +45,16 @@ def _start(settings: Settings) -> None:
     global _worker  # noqa: PLW0603 - a process's only worker; the executor hands state to its processes no other way
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     without_torch()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Worker(settings)
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(rows: Rows) -> Chunk:
