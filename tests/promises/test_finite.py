@@ -30,9 +30,10 @@ def put(name: str, value: float) -> Spoil:
     return spoil
 
 
-def scale(name: str, factor: float) -> Spoil:
+def scale(factor: float, *names: str) -> Spoil:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
-        weights[name] = weights[name].float().mul(factor).to(weights[name].dtype)
+        for name in names:
+            weights[name] = weights[name].float().mul(factor).to(weights[name].dtype)
 
     return spoil
 
@@ -42,8 +43,8 @@ SPOILT: dict[str, Spoil] = {
     "NaN in attention": put("model.layers.0.self_attn.q_proj.weight", float("nan")),
     "infinity in the gate": put("model.layers.1.mlp.gate_proj.weight", float("inf")),
     "minus infinity in a norm": put("model.norm.weight", float("-inf")),
-    "products too large": scale("model.layers.1.mlp.down_proj.weight", 1e38),
-    "gradients too large": scale("model.norm.weight", 3e25),
+    "products too large": scale(1e22, *(f"model.layers.1.self_attn.{side}_proj.weight" for side in "qk")),
+    "gradients too large": scale(3e25, "model.norm.weight"),
 }
 
 
