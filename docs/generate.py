@@ -242,7 +242,9 @@ PROMISES = (
     ("models whose numbers are none, stopped before a step", "{nonfinite_cases:.0f}, {nonfinite_stopped:.0f}"),
     ("out of memory: largest difference of a step's loss (nats)", "{oom_loss_max_abs_diff:.1e}"),
     ("hostile inputs, refused", "{hostile_inputs_tried:.0f}, {hostile_inputs_refused:.0f}"),
+    ("two processes killed at random moments, survived", "{two_process_moments:.0f}, {two_process_survived:.0f}"),
     ("stages killed at random and begun again, those that differ", "{stages_killed:.0f}, {stages_differing:.0f}"),
+    ("commands without a network (the demo is one), attempts to connect", "{offline_commands:.0f}, {connection_attempts:.0f}"),
 )
 
 

@@ -1,32 +1,22 @@
-"""Runs the command line with the network cut: an attempt to connect, or to look up a name, is noted in a file and refused.
+"""The network cut, for a process and all that it starts: copied as `sitecustomize.py` into a folder on PYTHONPATH.
 
-python -m tests.promises.offline ATTEMPTS -- run recipe.yaml
+An attempt to connect, or to look up a name, is noted in the file that TUNESMITH_ATTEMPTS names, and refused.
 """
 
-from __future__ import annotations
-
+import os
 import sys
-from pathlib import Path
 from typing import Any
-
-from tunesmith.cli import main
 
 CALLS = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.sendto"}
 
 
-def cut(path: Path) -> None:
-    """From here on, in this process; those that it starts are the caller's to cut."""
+def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    """Sees every call that Python's sockets make."""
+    if event in CALLS:
+        with open(os.environ["TUNESMITH_ATTEMPTS"], "a", encoding="utf-8") as handle:  # noqa: PTH123 - pathlib is not there yet
+            handle.write(f"{event} {arguments[1:] if event == 'socket.connect' else arguments}\n")
+        raise OSError("the network is cut")
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in CALLS:
-            with path.open("a", encoding="utf-8") as handle:
-                handle.write(f"{event} {arguments[1:] if event == 'socket.connect' else arguments}\n")
-            raise OSError("the network is cut")
 
+if "TUNESMITH_ATTEMPTS" in os.environ:
     sys.addaudithook(hook)
-
-
-if __name__ == "__main__":
-    cut(Path(sys.argv[1]))
-    sys.argv = ["tunesmith", *sys.argv[3:]]
-    main()

@@ -20,6 +20,7 @@ from tests.promises.training import (
     signalled,
     state_of,
     steps_of,
+    wait_for_steps,
 )
 from tunesmith.errors import RunError, StageFailedError, TrainError
 from tunesmith.runs import Run, read_jsonl
@@ -113,3 +114,19 @@ def test_two_processes_do_not_work_on_one_run(make_run: Callable[..., Run]) -> N
         holder.kill()
     assert caught.value.problems[0].code == "TS014"
     assert train(run)["steps"] == STEPS
+
+
+def test_a_signal_to_run_reaches_the_training(make_run: Callable[..., Run]) -> None:
+    """`tunesmith run` trains in a process of its own: that one finishes its step, saves, and both leave with 143."""
+    prepared = make_run("run", CASES["lora, dropout, evaluation"])
+    recipe = prepared.path.parent / "recipe.yaml"
+    recipe.write_text((prepared.path / "recipe.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, "-m", "tunesmith", "run", str(recipe), "--run", str(prepared.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_steps(prepared, process, 5)
+        process.terminate()
+        error = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM, error
+    assert "stopped by SIGTERM after step" in error
+    assert list((prepared.path / "train" / "savepoints").glob("step-*"))
+    assert prepared.was_interrupted("train")

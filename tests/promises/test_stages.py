@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -109,25 +111,34 @@ def test_a_killed_prepare_leaves_no_process_behind(tmp_path: Path, tiny_model: P
     assert alive == []
 
 
-def test_a_run_needs_no_network(make_recipe_file: Callable[[str], Path], tmp_path: Path) -> None:
-    """plan, prepare, train, export, evaluate and the report, with every connection refused and noted."""
-    attempts, recipe = tmp_path / "attempts", make_recipe_file("recipe")
-    for stage in ("plan", "prepare", "train", "export", "evaluate"):
-        run = tmp_path / "run"
-        arguments = ["plan", str(recipe)] if stage == "plan" else command(stage, recipe, run)[3:]
-        cut = [sys.executable, "-m", "tests.promises.offline", str(attempts), "--", *arguments]
-        finished = subprocess.run(cut, check=False, capture_output=True, text=True, cwd=ROOT)
-        assert finished.returncode == 0, (stage, finished.stderr)
+@pytest.fixture
+def cut(tmp_path: Path, real_model: Path) -> dict[str, str]:
+    """The environment of processes without a network; attempts go into the file `attempts`. The built-in model is there."""
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("offline.py"), folder / "sitecustomize.py")
+    search = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": search, "TUNESMITH_ATTEMPTS": str(tmp_path / "attempts")}
+
+
+def test_nothing_needs_a_network(make_recipe_file: Any, tmp_path: Path, cut: dict[str, str], promises: Promises) -> None:
+    """All stages of a run, and in the long version the whole demo, with every connection refused and noted."""
+    commands = [["run", str(make_recipe_file("recipe")), "--run", str(tmp_path / "run")]]
+    commands += [["demo", "--out", str(tmp_path / "demo")]] if promises.long else []
+    for arguments in commands:
+        begin = [sys.executable, "-m", "tunesmith"]
+        finished = subprocess.run([*begin, *arguments], check=False, capture_output=True, text=True, cwd=ROOT, env=cut)
+        assert finished.returncode == 0, (arguments, finished.stderr)
+    attempts = tmp_path / "attempts"
     assert not attempts.exists(), attempts.read_text(encoding="utf-8")
     results = next((tmp_path / "run" / "eval").rglob("results.json"))
     assert json.loads(results.read_text(encoding="utf-8"))
+    promises.state("offline", "count", offline_commands=len(commands), connection_attempts=0)
 
 
-def test_an_attempt_to_connect_would_be_seen(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from tests.promises.offline import cut; cut(Path(sys.argv[1]))\n"
-    code += "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError as error:\n    print(error)"
-    finished = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "attempts")], check=True, capture_output=True, text=True, cwd=ROOT
-    )
+def test_an_attempt_to_connect_would_be_seen(tmp_path: Path, cut: dict[str, str]) -> None:
+    code = "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError as error:\n    print(error)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    finished = subprocess.run([sys.executable, "-c", child], check=True, capture_output=True, text=True, env=cut)
     assert finished.stdout.strip() == "the network is cut"
     assert "127.0.0.1" in (tmp_path / "attempts").read_text(encoding="utf-8")
