@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import chat_row
 from tests.promises.training import differing_bits, lines, signalled
-from tunesmith.errors import RecipeError, StageFailedError
+from tunesmith.errors import RecipeError, StageFailedError, TrainError
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run
 from tunesmith.stages.prepare import prepare
@@ -35,12 +35,12 @@ def test_what_is_a_spike() -> None:
 @pytest.fixture
 def make_run(tmp_path: Path, tiny_model: Path, write_rows: Any) -> Callable[..., Run]:
     """Rows that are all alike, which are soon known by heart, but for a few whose answers are nonsense."""
-    rows = [chat_row(f"Say yes, number {number}", "yes, yes, yes, yes") for number in range(120)]
-    for number in (37, 38, 39, 40):
-        rows[number] = chat_row("Say yes", "qzx jvk wpf " * 30 + str(number))
-    write_rows(rows)
 
-    def make(name: str, more: str = "") -> Run:
+    def make(name: str, more: str = "", bad: Sequence[int] = (37, 38, 39, 40)) -> Run:
+        rows = [chat_row(f"Say yes, number {number}", "yes, yes, yes, yes") for number in range(120)]
+        for number in bad:
+            rows[number] = chat_row(f"Say yes {number}", "qzx jvk wpf " * 30 + str(number))
+        write_rows(rows)
         text = f"model: {tiny_model}\nmethod: full\ndata: {{train: train.jsonl, heldout: 0, quality: {{repetition: off}}}}\n"
         text += f"train: {{max_steps: {STEPS}, effective_batch_size: 2, learning_rate: 0.01, lr_scheduler_type: constant, "
         text += f"save_steps: 2, {more}}}\n"
@@ -88,6 +88,14 @@ def test_going_back_undoes_it_whenever_it_is_interrupted(make_run: Callable[...,
     weights = [next((run.path / "train" / "checkpoints").rglob("model.safetensors")) for run in (whole, other)]
     one, two = (load_file(path) for path in weights)
     assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_loss_that_spikes_again_and_again_ends_the_training(make_run: Callable[..., Run]) -> None:
+    run = make_run("run", "on_spike: rollback", bad=range(0, 120, 12))
+    with pytest.raises(TrainError, match=r"has spiked at step \d+ after going back at steps \d+, \d+, \d+") as caught:
+        train(run)
+    assert caught.value.problems[0].code == "TS313"
+    assert len(spikes(run, "rolled-back")) == 3
 
 
 def test_where_to_go_back_to_must_be_known() -> None:

@@ -53,10 +53,12 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
     """Train as the recipe says and return `train/summary.json`; a no-op when data, model and settings are unchanged.
 
     A training that was interrupted goes on from its newest savepoint that is whole, to the same bits; with `restart` it begins
-    again. Started by torchrun, all processes train the one run. Raises TrainError when loss or gradients stop being finite
-    (with a folder in `train/incidents`), one row does not fit in memory, the loss spikes again and again, or something has changed
-    since an interrupted training's savepoint; RunError when `prepare` has not run, another process works on the run, or the recipe wants its data signed off
-    and nobody has; StageFailedError with exit code 130 or 143 once SIGINT or SIGTERM has stopped it.
+    again. Started by torchrun, all processes train the one run.
+
+    Raises TrainError when loss or gradients stop being finite (with a folder in `train/incidents`), one row does not fit in
+    memory, the loss spikes again and again, or something has changed since an interrupted training's savepoint; RunError when
+    `prepare` has not run, another process works on the run, or the recipe wants its data signed off and nobody has;
+    StageFailedError with exit code 130 or 143 once SIGINT or SIGTERM has stopped it.
     """
     recipe = run.recipe
     if recipe.data.require_review:
