@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from string import Formatter
 from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -251,7 +252,8 @@ PROMISES = (
 def promises_page() -> str:
     """docs/promises.md with its table."""
     values = _values("promises")
-    rows = [f"| {what} | {form.format(**values)} |" for what, form in PROMISES] if values else []
+    known = [(what, form) for what, form in PROMISES if {part[1] for part in Formatter().parse(form)} <= {*values, None}]
+    rows = [f"| {what} | {form.format(**values)} |" for what, form in known]
     return _with_tables("promises.md", {"promises": ["| what | measured |", "|---|---|", *rows]})
 
 

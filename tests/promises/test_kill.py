@@ -24,6 +24,15 @@ def same(one: Run, other: Run) -> None:
     assert differing_bits(*(run.path / "train" / "checkpoints" for run in (one, other))) == 0
 
 
+def with_savepoints(run: Run) -> None:
+    """Stopped after a few steps: the next save also removes an old savepoint."""
+    with started(run) as process:
+        wait_for_steps(run, process, 3)
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 def calls_of_a_save(make_run: Callable[..., Run]) -> list[str]:
     """The names of the file calls of a save that also removes an old savepoint."""
     with started(make_run("counted", CASE, "save_steps: 1"), "killer", "count", "0") as process:
@@ -62,6 +71,7 @@ def test_sigkill_at_every_file_call_of_a_save(make_run: Callable[..., Run], prom
         which = [str(number + 1) for number in range(len(calls_of_a_save(make_run)))]
     whole, parts = (make_run(name, CASE, "save_steps: 1", len(which) + STEPS) for name in ("whole", "parts"))
     train(whole)
+    with_savepoints(parts)
     for call in which:
         with started(parts, "killer", "kill", call) as process:
             process.communicate()
@@ -78,9 +88,7 @@ def test_a_disk_that_is_full_at_any_file_of_a_save(make_run: Callable[..., Run],
         which = [str(number) for number, name in enumerate(calls_of_a_save(make_run), start=1) if name in WRITES]
     whole, parts = (make_run(name, CASE, "save_steps: 1", STEPS) for name in ("whole", "parts"))
     train(whole)
-    with started(parts) as process:
-        wait_for_steps(parts, process, 3)
-        process.terminate()
+    with_savepoints(parts)
     folder = parts.path / "train" / "savepoints"
     for call in which:
         before = sorted(folder.iterdir())
