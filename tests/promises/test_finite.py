@@ -18,6 +18,7 @@ from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train
+from tunesmith.stages.train.finite import check_weights
 
 Spoil = Callable[[dict[str, torch.Tensor]], None]
 METHODS = ("full", "lora", "qlora")
@@ -121,3 +122,11 @@ def test_the_rows_of_a_bad_token_are_named(
     assert [step["step"] for step in found["last_steps"]] == [step["step"] for step in done]
     saved = list((run.path / "train" / "savepoints").glob("step-*"))
     assert len(saved) == min(2, len(done))  # the last good ones are left
+
+
+def test_a_save_refuses_a_weight_that_is_no_number() -> None:
+    weights = {"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")]), "c": torch.tensor([1, 2])}
+    with pytest.raises(TrainError, match="weights that are not finite after step 7") as caught:
+        check_weights(7, weights)
+    assert caught.value.problems[0].where == "b"
+    check_weights(7, {name: weights[name] for name in "ac"})

@@ -18,6 +18,7 @@ from tests.promises.training import (
     last_savepoint_kept,
     lines,
     signalled,
+    started,
     state_of,
     steps_of,
     wait_for_steps,
@@ -130,3 +131,14 @@ def test_a_signal_to_run_reaches_the_training(make_run: Callable[..., Run]) -> N
     assert "stopped by SIGTERM after step" in error
     assert list((prepared.path / "train" / "savepoints").glob("step-*"))
     assert prepared.was_interrupted("train")
+
+
+def test_a_second_signal_leaves_at_once(make_run: Callable[..., Run]) -> None:
+    run = make_run("run", CASES["full, accumulation"], "save_steps: null", steps=400)
+    with started(run) as process:
+        wait_for_steps(run, process, 3)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode == -signal.SIGINT
+    assert not (run.path / "train" / "savepoints").exists()  # it did not wait for the step to be saved
