@@ -6,12 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import chat_row
+from tunesmith.cli import main
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -132,6 +134,26 @@ BAD_DATA = {
 }
 
 
+Inside = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inside:
+    """The command line in this process, which has the libraries loaded; what it says as `tunesmith` gives it."""
+
+    def run_it(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["tunesmith", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        code = left.value.code
+        out = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, code if isinstance(code, int) else 1, out.out, out.err)
+
+    return run_it
+
+
 def check_readable(done: subprocess.CompletedProcess[str], code: str, where: str) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -143,12 +165,12 @@ def check_readable(done: subprocess.CompletedProcess[str], code: str, where: str
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
-def test_bad_data_ends_in_one_readable_error(tmp_path: Path, tiny_model: Path, name: str) -> None:
+def test_bad_data_ends_in_one_readable_error(tmp_path: Path, tiny_model: Path, inside: Inside, name: str) -> None:
     file, text, code, where = BAD_DATA[name]
     write(tmp_path / file, text)
     given_name = "d.jsonl" if file == "other.jsonl" else file
     recipe = write(tmp_path / "r.yaml", f"model: {tiny_model}\ndata: {{train: {given_name}}}\n")
-    done = tunesmith("run", recipe, "--run", "out", cwd=tmp_path)
+    done = (tunesmith if name == "malformed JSON" else inside)("run", recipe, "--run", "out", cwd=tmp_path)
     check_readable(done, code, where)
     left = {p.name for p in (tmp_path / "out").iterdir()}
     assert left - {".lock"} == {"recipe.yaml", "run.json"}  # no data, not even a part
@@ -164,28 +186,30 @@ def test_bad_data_ends_in_one_readable_error(tmp_path: Path, tiny_model: Path, n
         ("model: [\n", "TS001", "r.yaml:2"),
     ],
 )
-def test_bad_recipe_ends_in_one_readable_error(tmp_path: Path, tiny_model: Path, text: str, code: str, where: str) -> None:
+def test_bad_recipe_ends_in_one_readable_error(
+    tmp_path: Path, tiny_model: Path, inside: Inside, text: str, code: str, where: str
+) -> None:
     write(tmp_path / "d.jsonl", GOOD)
     recipe = write(tmp_path / "r.yaml", text.replace("{tiny}", str(tiny_model)))
-    check_readable(tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path), code, where)
+    check_readable(inside("prepare", recipe, "--run", "out", cwd=tmp_path), code, where)
     assert not (tmp_path / "out" / "data").exists()
 
 
-def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path, tiny_model: Path) -> None:
+def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path, tiny_model: Path, inside: Inside) -> None:
     rows = [GOOD, "{", json.dumps({"text": "x"}), json.dumps(chat_row("q", "")), json.dumps(chat_row("other", "answer"))]
     write(tmp_path / "d.jsonl", "\n".join(rows))
     recipe = write(tmp_path / "r.yaml", f"model: {tiny_model}\ndata: {{train: d.jsonl, on_bad_row: reject}}\n")
-    done = tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path)
+    done = inside("prepare", recipe, "--run", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ledger = json.loads((tmp_path / "out" / "data" / "ledger.json").read_text(encoding="utf-8"))
     assert (ledger["rows_in"], ledger["rows_rejected"]) == (5, 3)
     assert ledger["reasons"] == {"empty-answer": 1, "malformed-json": 1, "wrong-columns": 1}
 
 
-def test_many_rows_with_one_problem_are_one_error(tmp_path: Path, tiny_model: Path) -> None:
+def test_many_rows_with_one_problem_are_one_error(tmp_path: Path, tiny_model: Path, inside: Inside) -> None:
     write(tmp_path / "d.jsonl", '{"question": "x"}\n' * 500 + "{\n")
     recipe = write(tmp_path / "r.yaml", f"model: {tiny_model}\ndata: {{train: d.jsonl}}\n")
-    done = tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path)
+    done = inside("prepare", recipe, "--run", "out", cwd=tmp_path)
     check_readable(done, "TS104", "d.jsonl:1 and 499 more rows")
     assert done.stderr.count("error TS") == 2
     assert "d.jsonl:501" in done.stderr
