@@ -140,5 +140,5 @@ def test_a_second_signal_leaves_at_once(make_run: Callable[..., Run]) -> None:
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)
         process.communicate()
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode in {-signal.SIGINT, -signal.SIGTERM}  # whichever was seen second
     assert not (run.path / "train" / "savepoints").exists()  # it did not wait for the step to be saved

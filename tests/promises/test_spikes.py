@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train
-from tunesmith.stages.train.spikes import WINDOW, is_spike
+from tunesmith.stages.train.spikes import WINDOW, SpikeWatch, is_spike
 
 STEPS = 40
 
@@ -36,10 +38,11 @@ def test_what_is_a_spike() -> None:
 def make_run(tmp_path: Path, tiny_model: Path, write_rows: Any) -> Callable[..., Run]:
     """Rows that are all alike, which are soon known by heart, but for a few whose answers are nonsense."""
 
-    def make(name: str, more: str = "", bad: Sequence[int] = (37, 38, 39, 40)) -> Run:
+    def make(name: str, more: str = "") -> Run:
         rows = [chat_row(f"Say yes, number {number}", "yes, yes, yes, yes") for number in range(120)]
-        for number in bad:
-            rows[number] = chat_row(f"Say yes {number}", "qzx jvk wpf " * 30 + str(number))
+        for number in (37, 38, 39, 40):
+            letters = random.Random(number).choices("bcdfghjklmnpqrstvwxz", k=180)
+            rows[number] = chat_row(f"Say yes {number}", " ".join("".join(letters[at : at + 3]) for at in range(0, 180, 3)))
         write_rows(rows)
         text = f"model: {tiny_model}\nmethod: full\ndata: {{train: train.jsonl, heldout: 0, quality: {{repetition: off}}}}\n"
         text += f"train: {{max_steps: {STEPS}, effective_batch_size: 2, learning_rate: 0.01, lr_scheduler_type: constant, "
@@ -90,12 +93,22 @@ def test_going_back_undoes_it_whenever_it_is_interrupted(make_run: Callable[...,
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_loss_that_spikes_again_and_again_ends_the_training(make_run: Callable[..., Run]) -> None:
-    run = make_run("run", "on_spike: rollback", bad=range(0, 120, 12))
-    with pytest.raises(TrainError, match=r"has spiked at step \d+ after going back at steps \d+, \d+, \d+") as caught:
-        train(run)
+def test_a_loss_that_spikes_again_and_again_ends_the_training() -> None:
+    """Three times training goes back; a fourth spike within the window ends it, one after it does not."""
+    asked = parse_recipe("model: m\ndata: {train: t}\ntrain: {on_spike: rollback, save_steps: 2}", "r", Path()).recipe.train
+    back: list[int] = []
+    earlier: Any = SimpleNamespace(savepoints=SimpleNamespace(newest=lambda every: SimpleNamespace(step=every)))
+    engine: Any = SimpleNamespace(roll_back=lambda saved: back.append(saved.step))
+    watch = SpikeWatch(asked, earlier, lambda *_, **__: None)
+    for step in (20, 30, 40):
+        watch._roll_back(engine, step)
+    after = SpikeWatch(asked, earlier, lambda *_, **__: None)
+    after.go_on(watch.as_dict())
+    with pytest.raises(TrainError, match="has spiked at step 50 after going back at steps 20, 30, 40") as caught:
+        watch._roll_back(engine, 50)
     assert caught.value.problems[0].code == "TS313"
-    assert len(spikes(run, "rolled-back")) == 3
+    after._roll_back(engine, 20 + WINDOW)
+    assert back == [2, 2, 2, 2]
 
 
 def test_where_to_go_back_to_must_be_known() -> None:
