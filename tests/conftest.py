@@ -48,27 +48,30 @@ def tokenizer(real_model: Path) -> Any:
     return load_tokenizer(real_model)
 
 
+def random_llama(folder: Path, tokenizer: Any, **config: int) -> Path:
+    """A random bf16 Llama with the tokenizer, in a folder; the seed is fixed."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **heads, **config))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A random 2-layer Llama with the built-in tokenizer: every stage runs on it within seconds."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    return random_llama(
+        tmp_path_factory.mktemp("models") / "tiny-llama",
+        tokenizer,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def chat_row(question: str, answer: str, system: str = "Answer in one word.") -> dict[str, Any]:

@@ -19,6 +19,7 @@ import sys
 from types import FrameType
 from typing import Any
 
+from tests.promises.hooks import when_metrics_open
 from tunesmith.cli import main
 from tunesmith.stages.train.savepoints import Savepoints
 
@@ -65,19 +66,8 @@ class Killer:
                 sys.setprofile(None)
 
 
-def watch(killer: Killer) -> None:
-    """Profile this thread once metrics.jsonl is opened: before it, only starting up would be slower."""
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and not begun and "metrics.jsonl" in str(arguments[0]):
-            begun.append(True)
-            sys.setprofile(killer)
-
-    begun: list[bool] = []
-    sys.addaudithook(hook)
-
-
 if __name__ == "__main__":
-    watch(Killer(sys.argv[1], sys.argv[2]))
+    killer = Killer(sys.argv[1], sys.argv[2])
+    when_metrics_open(lambda: sys.setprofile(killer))  # before it, only starting up would be slower
     sys.argv = ["tunesmith", *sys.argv[4:]]
     main()

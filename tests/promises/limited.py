@@ -11,8 +11,8 @@ from __future__ import annotations
 import atexit
 import ctypes
 import sys
-from typing import Any
 
+from tests.promises.hooks import when_metrics_open
 from tunesmith.cli import main
 
 ALLOCATOR = ctypes.CDLL(None)
@@ -22,19 +22,14 @@ for name in ("tunesmith_limit", "tunesmith_peak"):
 
 
 def limit(more: str) -> None:
-    """Once metrics.jsonl is opened, model and libraries are loaded."""
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and not begun and "metrics.jsonl" in str(arguments[0]):
-            begun.append(ALLOCATOR.tunesmith_limit(0 if more == "count" else int(more)))
-            if more == "count":
-                atexit.register(lambda: print("grew", ALLOCATOR.tunesmith_peak() - begun[0]))
-
-    begun: list[int] = []
-    sys.addaudithook(hook)
+    """From now on; or no limit, and the peak is printed at the end."""
+    begun = ALLOCATOR.tunesmith_limit(0 if more == "count" else int(more))
+    if more == "count":
+        atexit.register(lambda: print("grew", ALLOCATOR.tunesmith_peak() - begun))
 
 
 if __name__ == "__main__":
-    limit(sys.argv[1])
+    bytes_more = sys.argv[1]
+    when_metrics_open(lambda: limit(bytes_more))
     sys.argv = ["tunesmith", *sys.argv[3:]]
     main()

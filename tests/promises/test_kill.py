@@ -7,21 +7,13 @@ import signal
 import time
 from collections.abc import Callable
 
-from tests.promises.training import CASES, STEPS, Promises, differing_bits, lines, started, steps_of, wait_for_steps
+from tests.promises.training import CASES, STEPS, Promises, same, started, steps_of, wait_for_steps
 from tunesmith.runs import Run
 from tunesmith.stages.train import train
 from tunesmith.stages.train.savepoints import damage_of
 
 CASE = CASES["lora, dropout, evaluation"]
 WRITES = {"write", "serialize_file"}  # calls that a full disk refuses
-
-
-def same(one: Run, other: Run) -> None:
-    """Both were trained to the same bits, each step once."""
-    assert steps_of(other) == list(range(1, len(steps_of(one)) + 1))
-    for name in ("metrics.jsonl", "evals.jsonl"):
-        assert lines(other.path / "train" / name) == lines(one.path / "train" / name)
-    assert differing_bits(*(run.path / "train" / "checkpoints" for run in (one, other))) == 0
 
 
 def with_savepoints(run: Run) -> None:

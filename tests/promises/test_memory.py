@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import chat_row
+from tests.conftest import chat_row, random_llama
 from tests.promises.training import Promises, started
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
@@ -39,19 +37,7 @@ def allocator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deep_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A random Llama whose activations outweigh all else."""
     folder = tmp_path_factory.mktemp("models") / "deep-llama"
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=512,
-        num_hidden_layers=10,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return random_llama(folder, tokenizer, hidden_size=96, intermediate_size=512, num_hidden_layers=10)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.promises.training import CASES, STEPS, Promises, differing_bits, lines, steps_of, wait_for_steps
+from tests.promises.training import CASES, STEPS, Promises, lines, same, steps_of, wait_for_steps
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, read_jsonl
@@ -77,9 +77,7 @@ def test_two_processes_are_killed_and_go_on(make_run: Callable[..., Run], promis
             os.killpg(process.pid, signal.SIGKILL)
     finished(parts)
     assert steps_of(parts) == list(range(1, steps + 1))
-    for name in ("metrics.jsonl", "evals.jsonl"):
-        assert lines(parts.path / "train" / name) == lines(whole.path / "train" / name)
-    assert differing_bits(*(run.path / "train" / "checkpoints" for run in (whole, parts))) == 0
+    same(whole, parts)
     assert any(event["code"] == "resumed" for event in parts.events("train"))
     promises.state("two processes", "count", two_process_moments=moments, two_process_survived=moments)
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -103,45 +103,52 @@ def differing_bits(one: Path, other: Path) -> int:
     return found
 
 
+def same(one: Run, other: Run) -> None:
+    """Both were trained to the same bits, each step once."""
+    assert steps_of(other) == list(range(1, len(steps_of(one)) + 1))
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        assert lines(other.path / "train" / name) == lines(one.path / "train" / name)
+    assert differing_bits(*(run.path / "train" / "checkpoints" for run in (one, other))) == 0
+
+
+@contextmanager
+def once(seen: Callable[[], bool], then: Callable[[], object]) -> Iterator[None]:
+    """In the block a thread looks every two milliseconds, and does what is asked the first time that it sees it."""
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            if seen():
+                then()
+                return
+
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def steps_written(run: Run) -> int:
+    """Whole lines of metrics.jsonl."""
+    path = run.path / "train" / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
 @contextmanager
 def last_savepoint_kept(run: Run) -> Iterator[Path]:
     """In the block the savepoint of step `LAST_SAVED` is copied once it is there: it goes when training ends."""
     source, kept = run.path / "train" / "savepoints" / f"step-{LAST_SAVED:06d}", run.path.parent / f"{run.path.name}-kept"
-
-    def watch() -> None:
-        while not ended.wait(0.002):
-            if source.is_dir():
-                shutil.copytree(source, kept, copy_function=os.link)
-                return
-
-    ended = threading.Event()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with once(source.is_dir, lambda: shutil.copytree(source, kept, copy_function=os.link)):
         yield kept
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def signalled(run: Run, number: signal.Signals, after: int) -> None:
     """Train; once so many steps stand in metrics.jsonl, this process gets the signal."""
-    path = run.path / "train" / "metrics.jsonl"
-
-    def watch() -> None:
-        while not ended.wait(0.002):
-            if path.is_file() and path.read_bytes().count(b"\n") >= after:
-                os.kill(os.getpid(), number)
-                return
-
-    ended = threading.Event()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with once(lambda: steps_written(run) >= after, lambda: os.kill(os.getpid(), number)):
         train(run)
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def started(run: Run, *under: str) -> subprocess.Popen[str]:
@@ -154,11 +161,6 @@ def started(run: Run, *under: str) -> subprocess.Popen[str]:
 
 def wait_for_steps(run: Run, process: subprocess.Popen[str], more: int) -> None:
     """Until so many steps more than now stand in metrics.jsonl, or the process has ended."""
-    path = run.path / "train" / "metrics.jsonl"
-
-    def count() -> int:
-        return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-    wanted = count() + more
-    while process.poll() is None and count() < wanted:
+    wanted = steps_written(run) + more
+    while process.poll() is None and steps_written(run) < wanted:
         time.sleep(0.002)

@@ -13,9 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tunesmith.chat.formats import wrong_columns
 from tunesmith.datasections import is_template
 from tunesmith.errors import DataError, Problem
-from tunesmith.io.signals import TooLongError, cpu_limit
-
-_SECONDS = 5.0  # of computing that a template may take for a row
+from tunesmith.io.signals import TEMPLATE_SECONDS, TooLongError, cpu_limit
 
 
 def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any] | Problem:
@@ -44,7 +42,7 @@ def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Ma
 
 def _written(source: str, row: Mapping[str, Any], where: str) -> str | Problem:
     try:
-        with cpu_limit(_SECONDS):
+        with cpu_limit(TEMPLATE_SECONDS):
             return _compiled(source).render({**row, "row": row})
     except TooLongError as error:
         what = f"a template of data.columns does not end: {error}"

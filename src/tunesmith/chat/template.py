@@ -23,9 +23,8 @@ from tunesmith.chat.formats import Message
 from tunesmith.chat.tools import texts as texts_in
 from tunesmith.chat.tools import tools_of, uses_tools
 from tunesmith.errors import ModelError, Problem
-from tunesmith.io.signals import TooLongError, cpu_limit
+from tunesmith.io.signals import TEMPLATE_SECONDS, TooLongError, cpu_limit
 
-_SECONDS = 5.0  # of computing that a template may take for one conversation
 _TRIMS = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to contents
 
 
@@ -100,7 +99,7 @@ class ChatTemplate:
     def _render_foreign(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """`render`, with whatever the template raises as `_RefusedError`: it is foreign code and may raise anything."""
         try:
-            with cpu_limit(_SECONDS):
+            with cpu_limit(TEMPLATE_SECONDS):
                 return self.render(messages, add_generation_prompt=add_generation_prompt)
         except TooLongError as error:
             why = "a template is foreign code, and may never end"

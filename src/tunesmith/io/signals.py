@@ -23,6 +23,10 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(each, earlier)
 
 
+#: Seconds of computing that a template may take for one row: real ones take less than a thousandth of one.
+TEMPLATE_SECONDS = 5.0
+
+
 class TooLongError(Exception):
     """What was begun has taken more than its time."""
 

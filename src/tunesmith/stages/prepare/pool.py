@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
+from itertools import count as counter
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
 from typing import Any, cast
@@ -29,7 +30,7 @@ _AHEAD = 2  # chunks waiting for each process
 Rows = Sequence[tuple[int, Row]]
 
 _worker: Worker | None = None  # of a worker process
-_worked = 0  # chunks
+_worked = counter(1)  # its chunks
 
 
 def without_torch() -> None:
@@ -58,11 +59,9 @@ def _end_with_parent() -> None:
 
 
 def _work(rows: Rows) -> Chunk:
-    global _worked  # noqa: PLW0603 - as above
     if _worker is None:
         raise AssertionError("the process was not started by _start")
-    _worked += 1
-    if _worked % _TIDY == 0:
+    if next(_worked) % _TIDY == 0:
         tidy()
     return _worker(rows)
 

@@ -4,16 +4,13 @@ No thread is started here, which a fork would leave behind.
 """
 
 import gc
+from importlib import import_module
 
+from tunesmith.quality.language import load
 from tunesmith.stages.prepare.pool import without_torch
 
-without_torch()
-
-import transformers.tokenization_utils_tokenizers  # noqa: E402, F401
-
-import tunesmith.chat.template  # noqa: E402
-import tunesmith.stages.prepare.work  # noqa: E402, F401
-from tunesmith.quality.language import load  # noqa: E402
-
+without_torch()  # before anything imports transformers
+for name in ("transformers.tokenization_utils_tokenizers", "tunesmith.chat.template", "tunesmith.stages.prepare.work"):
+    import_module(name)
 load()
 gc.freeze()  # a collection in a worker would write to pages that all share

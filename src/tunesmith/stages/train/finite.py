@@ -11,6 +11,7 @@ import torch
 
 from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import commit_folder, write_json
+from tunesmith.stages.train.summary import first_of
 
 _LAST = 20  # steps told of before an incident
 _ROWS = 3  # rows named in the message; the file names all
@@ -91,8 +92,7 @@ def _causes(
     if weights:
         causes.append(f"{len(weights)} weights hold numbers that are not finite, {weights[0]} first: look at the base model")
     if bad and len(bad) < len(rows):
-        named = ", ".join(bad[:_ROWS]) + (f" and {len(bad) - _ROWS} more" if len(bad) > _ROWS else "")
-        causes.append(f"{len(bad)} of {len(rows)} rows alone give no finite loss: {named}")
+        causes.append(f"{len(bad)} of {len(rows)} rows alone give no finite loss: {first_of(bad, _ROWS)}")
     if losses and losses[-1] > _RISEN * min(losses):
         causes.append(f"the loss had risen from {min(losses):.4g} to {losses[-1]:.4g}: the learning rate is too high for it")
     if dtype != "float32":

@@ -11,6 +11,7 @@ from tunesmith.recipe import TrainSection
 from tunesmith.stages.train.engine import Engine
 from tunesmith.stages.train.going_on import Earlier
 from tunesmith.stages.train.metrics import StepMetrics
+from tunesmith.stages.train.summary import first_of
 from tunesmith.stages.train.watch import mean_loss
 
 WINDOW = 32  # steps that a loss is compared with
@@ -54,7 +55,7 @@ class SpikeWatch:
             return
         middle = statistics.median(before[-WINDOW:])
         rows = self._rows(engine)
-        named = ", ".join(rows[:_ROWS]) + (f" and {len(rows) - _ROWS} more" if len(rows) > _ROWS else "")
+        named = first_of(rows, _ROWS)
         text = f"loss {step.loss:.4g} at step {step.step}, {middle:.4g} before; its rows, the worst first: {named}"
         self.tell("loss-spike", text, step=step.step, loss=step.loss, median=middle, rows=rows)
         if self.asked.on_spike == "rollback":

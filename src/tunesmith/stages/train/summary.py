@@ -43,6 +43,11 @@ def figures_of(history: Sequence[StepMetrics], seconds_before: float) -> dict[st
     }
 
 
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first of the names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def total_parameters(model: Any) -> int:
     """All parameters of the model; a 4-bit weight counts the parameters that it stands for."""
     total = 0
