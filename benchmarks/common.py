@@ -34,11 +34,18 @@ def merged(path: Path | None, claims: list[Any], rows: list[Any]) -> tuple[list[
     return [*kept, *claims], [*(old for old in earlier["rows"] if old["part"] not in parts), *rows]
 
 
-def report(path: Path | None, claims: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the claims, and write everything to `path` if one is given."""
-    for entry in claims:
-        print(f"{entry['name']:<48} {entry['value']:.6g} {entry['unit']}")
+def write_result(
+    path: Path | None, claims: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], **more: Any
+) -> None:
+    """Write everything to `path` if one is given; `more` are other keys of the file."""
     if path is not None:
-        result = {"hardware": detect().as_dict(), "versions": installed_versions(), "claims": claims, "rows": rows}
+        result = {"hardware": detect().as_dict(), "versions": installed_versions(), "claims": claims, "rows": rows, **more}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def report(path: Path | None, claims: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Print the claims, and write everything."""
+    for entry in claims:
+        print(f"{entry['name']:<48} {entry['value']:.6g} {entry['unit']}")
+    write_result(path, claims, rows, **more)

@@ -21,6 +21,7 @@ from rich.text import Text
 from tunesmith import __version__
 from tunesmith.demodata import MAX_ROWS, TEST_ROWS, write_input
 from tunesmith.errors import Problem, StageFailedError, TunesmithError
+from tunesmith.hardware.freed import grow_segments
 from tunesmith.pipeline import ALL_METHODS
 from tunesmith.recipe import Method, ResolvedRecipe, load_recipe
 from tunesmith.runs import create_run, default_name, open_run
@@ -307,6 +308,7 @@ def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
     # bitsandbytes asks for an optional package of faster CPU kernels each time it loads without it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    grow_segments()
     try:
         app()
     except StageFailedError as error:

@@ -85,7 +85,6 @@ def test_closed_form_equals_trace(name: str, method: str) -> None:
         {"method": "full", "optim": "adamw_8bit", "optimizer_in_backward": True, "gradient_checkpointing": True},
         {"method": "full", "accumulating": True},
         {"method": "lora", "attention": "tree", "rows": 1, "length": 512},
-        {"method": "lora", "attention": "masked", "rows": 1, "length": 500},
         {"method": "full", "attention": "eager"},
         {"method": "full", "stock": True, "optim": "adamw_torch_foreach"},
         {"method": "lora", "stock": True, "optim": "adamw_torch_fused"},

@@ -1,8 +1,10 @@
-"""What the C library does with memory that is freed. No torch here: processes that read rows want it too."""
+"""What the C library, or torch's allocator, does with freed memory. No torch here: processes that read rows want it too."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST = 2**31 - 1
@@ -27,3 +29,14 @@ def give_back_freed_memory() -> bool:
         return bool(ctypes.CDLL("libc.so.6").malloc_trim(0) == 1)
     except (OSError, AttributeError):
         return False
+
+
+def grow_segments() -> None:
+    """Let torch's allocator for GPUs grow its segments instead of making new ones, unless the user has told it what to do.
+
+    Freed memory then fits what is asked for next: a peak about 2 % above the bytes asked for instead of 6 (PyTorch's notes on
+    CUDA memory management, `expandable_segments`). It is read once, before the first allocation.
+    """
+    told = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if sys.platform == "linux" and not told:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -4,7 +4,8 @@ Shapes: B batch (1), H heads, T tokens of the sequence, D head size. On CPU no m
 causal block, and the keys of a node with children are one full block for the queries of all its descendants, which follow
 it directly. The blocks' results are merged by their log-sum-exp, as flash attention merges its tiles (Dao et al. 2022, arXiv
 2205.14135, section 3.1); the backward pass gives each block the merged result and log-sum-exp, which makes its
-gradients exact. Elsewhere a dense mask is used.
+gradients exact. On GPUs a sequence that branches goes through flex attention (flex.py), one that does not through SDPA's causal
+kernels; where flex attention cannot run, a dense mask gives the same.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tunesmith.packing.flex import block_mask, flex, reason_against
 from tunesmith.packing.tree import Node
 
 NAME = "tunesmith_tree"
@@ -32,6 +35,7 @@ class Layout:
     nodes: Sequence[Node]
     length: int
     _bias: torch.Tensor | None = field(default=None, repr=False)
+    _blocks: BlockMask | None = field(default=None, repr=False)
 
     def mask(self, device: torch.device) -> torch.Tensor:
         """(T, T) booleans: whether the query of a row sees the key of a column."""
@@ -50,6 +54,12 @@ class Layout:
             bias = torch.full((self.length, padded), float("-inf"), dtype=dtype, device=device)[:, : self.length]
             self._bias = bias.masked_fill_(self.mask(device), 0)
         return self._bias
+
+    def blocks(self, device: torch.device) -> BlockMask:
+        """The same for flex attention; made once, as all blocks of the model use it."""
+        if self._blocks is None:
+            self._blocks = block_mask(self.nodes, self.length, device)
+        return self._blocks
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -164,9 +174,21 @@ def tree_attention(
     if device == "cpu":
         along: Any = _TreeAttention  # torch leaves `apply` untyped
         result: torch.Tensor = along.apply(query, key, value, tree_layout.nodes, scale)
+    elif len(tree_layout.nodes) == 1:
+        result = _causal(query, key, value, scale)
+    elif reason_against(query.device, query.dtype) is None:
+        result = flex(query, key, value, tree_layout.blocks(query.device), scale)
     else:
         result = masked_attention(query, key, value, tree_layout, scale)
     return result.transpose(1, 2), None
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """A sequence without branches. Flash attention shares heads itself; the kernel for float32 does not."""
+    own = query.dtype in {torch.bfloat16, torch.float16} and query.shape[1] != key.shape[1]
+    if not own:
+        key, value = repeat_heads(query, key), repeat_heads(query, value)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=own)
 
 
 def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:

@@ -261,14 +261,6 @@ class Modules:
             tape.drop(repeated, softmax)
             return out
         sums = tape.make("activations", 4 * heads * t)
-        if self.s.attention == "masked":
-            # Keys and values repeated for all heads where these are shared.
-            repeated = tape.make("activations", 0 if q_width == kv_width else 2 * e * q_width * t)
-            saves = [q.buffer, repeated, sums] + ([k.buffer, v.buffer] if q_width == kv_width else [])
-            back = 2 * e * q_width * t
-            out = tape.apply(e * q_width * t, [q, k, v], saves=saves, gives=gives, back_scratch=back, saves_result=True)
-            tape.drop(repeated, sums)
-            return out
         moment, back = 0, 0
         if self.s.attention == "tree":
             # packing/attention.py: all in float32, copied where the model is bf16; one stretch's keys, values and results

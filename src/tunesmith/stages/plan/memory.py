@@ -165,7 +165,6 @@ class _Step:
         shown, recompute = min(layers, _SHOWN), self.s.gradient_checkpointing
         kinds = 2 if self.a.model_type == "gemma3_text" else 1  # rotary embeddings: of local and global blocks
         rotary = tape.make("activations", kinds * 2 * element * self.a.head_dim * self.s.tokens)
-        mask = tape.make("activations", self._mask_bytes())
         first = hidden = self._embedding()
         starts: list[tuple[int, Value]] = []  # of each block: nodes before it, its input
         ballast = tape.make("activations", 0)
@@ -200,12 +199,7 @@ class _Step:
                 self._repeat(written, operators)
         tape.drop(whole)
         self._embedding_backward(first)
-        tape.drop(rotary, mask)
-
-    def _mask_bytes(self) -> int:
-        """A dense mask of the model's dtype, one for all blocks, its rows a multiple of 16 numbers apart."""
-        tokens = self.s.tokens
-        return self.s.element * tokens * (-(-tokens // 16) * 16) if self.s.attention == "masked" else 0
+        tape.drop(rotary)
 
     def _repeat(self, written: int, operators: int) -> None:
         """Count what was made since, once more for each block that is not shown."""

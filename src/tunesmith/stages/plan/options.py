@@ -276,10 +276,10 @@ class Planner:
             logits_twice=self.recipe.objective == "dpo",
         )
 
-    def _attention(self) -> Literal["sdpa", "tree", "masked", "eager"]:
-        """The attention that the engine will run; flash kernels all keep what sdpa's keeps."""
+    def _attention(self) -> Literal["sdpa", "tree", "eager"]:
+        """The attention that the engine will run; flash kernels and flex attention keep what sdpa's keeps."""
         if self.packing:
-            return "tree" if self.device.kind == "cpu" else "masked"
+            return "tree" if self.device.kind == "cpu" else "sdpa"
         return "eager" if self.recipe.train.attn_implementation == "eager" else "sdpa"
 
     def _step_seconds(

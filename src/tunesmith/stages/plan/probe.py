@@ -27,10 +27,10 @@ from tunesmith.packing.batch import Batch, PaddedCollator, StepCollator, collate
 from tunesmith.packing.loss import summed_loss
 from tunesmith.packing.tree import Limits
 from tunesmith.recipe import Method, Recipe
+from tunesmith.stages.plan.building import build_model, make_optimizer
 from tunesmith.stages.plan.options import Option, Planner, mean_batch, roofline_step
 from tunesmith.stages.plan.rows import DataFacts, Row
 from tunesmith.stages.plan.stage import calibration_file
-from tunesmith.stages.plan.trace import build_model, make_optimizer
 
 DEPTHS = (2, 8)
 _ROUNDS = 4  # timed steps of each copy, in turn
@@ -100,7 +100,8 @@ def _stepper(
     """One training step of a copy with `depth` blocks, as a function that can be called again and again."""
     config = make_config(values, num_hidden_layers=depth, layer_types=None)
     torch.manual_seed(0)
-    model = build_model(config, option.scenario, str(where))
+    scenario = replace(option.scenario, attention="tree") if packing else option.scenario
+    model = build_model(config, scenario, str(where))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, option.scenario)
     most = Limits(option.settings.per_device_max_tokens)

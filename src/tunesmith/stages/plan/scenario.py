@@ -19,10 +19,10 @@ class Scenario:
     """A training step over `rows` rows of `length` tokens (or one sequence into which rows were laid out as a tree).
 
     `labelled` places carry loss, of all rows together. `optim` is one of the engine's, or torch's own, whose states follow the
-    weights' dtype. `accumulating` tells that gradients of earlier micro-batches are there. `attention` is `sdpa` (flash), the
-    engine's tree on CPU (`tree`) or with a dense mask (`masked`), or `eager` with its table of scores. `stock` is
-    transformers' and PEFT's way instead of the engine's: adapters that compute in float32, k-bit preparation, logits of all
-    places at once. `logits_twice` tells that the backward pass makes logits again, as the loss of preference pairs does.
+    weights' dtype. `accumulating` tells that gradients of earlier micro-batches are there. `attention` is `sdpa` (flash, or
+    flex attention along a tree, which keep the same), the engine's tree on CPU (`tree`), or `eager` with its table of scores.
+    `stock` is transformers' and PEFT's way instead of the engine's: adapters that compute in float32, k-bit preparation, logits
+    of all places at once. `logits_twice` tells that the backward pass makes logits again, as the loss of pairs does.
     """
 
     method: Method
@@ -35,7 +35,7 @@ class Scenario:
     optim: Optim = "adamw"
     optimizer_in_backward: bool = False
     accumulating: bool = False
-    attention: Literal["sdpa", "tree", "masked", "eager"] = "sdpa"
+    attention: Literal["sdpa", "tree", "eager"] = "sdpa"
     stock: bool = False
     logits_twice: bool = False
 

@@ -18,8 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tunesmith.stages.plan.building import build_model
 from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.trace import Peak, StorageMeter, as_fake, build_model, fake_batch, make_batch, trace_step
+from tunesmith.stages.plan.trace import Peak, StorageMeter, as_fake, fake_batch, make_batch, trace_step
 
 
 @contextlib.contextmanager

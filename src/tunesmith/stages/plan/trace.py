@@ -7,7 +7,6 @@ run, since the optimizer's states are made in the first.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,28 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from bitsandbytes.functional import QuantState, quantize_4bit
-from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tunesmith.methods.adapter import fuse_adapters
-from tunesmith.methods.base import enable_checkpointing
-from tunesmith.methods.blocks import fuse_blocks
-from tunesmith.methods.lora import adapter_targets
-from tunesmith.methods.optimizers import AdamW, InBackward
-from tunesmith.packing.attention import NAME as TREE_ATTENTION
-from tunesmith.packing.attention import Layout, masked_attention
+from tunesmith.packing.attention import Layout
 from tunesmith.packing.batch import Batch
 from tunesmith.packing.loss import summed_loss
 from tunesmith.packing.tree import Node
+from tunesmith.stages.plan.building import build_model, make_optimizer, quant_tensors
 from tunesmith.stages.plan.scenario import Scenario
 
 _ALONE = 2  # holders of a storage that its tensor alone holds: the tensor, and the handle that counts them
@@ -269,146 +257,12 @@ def trace_step(model: torch.nn.Module, batch: Batch, scenario: Scenario) -> Peak
     return Peak(total, resident, phase, operator, tuple(meter.alive_at_peak()), dict(meter.flops))
 
 
-def make_optimizer(trained: list[torch.nn.Parameter], scenario: Scenario) -> torch.optim.Optimizer:
-    """The scenario's optimizer."""
-    if scenario.optim == "adamw_torch_fused":
-        return torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    if scenario.optim == "adamw_torch_foreach":
-        return torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-    optimizer = AdamW.named(scenario.optim, trained)
-    if scenario.optimizer_in_backward:
-        InBackward(optimizer, max_grad_norm=1.0)
-    return optimizer
-
-
 def _stock_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Transformers' own loss: logits of all places, in float32."""
     labels = torch.zeros_like(batch["input_ids"])
     inputs = {"input_ids": batch["input_ids"], "attention_mask": {"full_attention": None}}
     loss: torch.Tensor = model(**inputs, labels=labels, use_cache=False).loss
     return loss
-
-
-PLAIN_ATTENTION = "tunesmith_plain_causal"
-
-
-def _plain_causal(
-    _module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _mask: Any,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal SDPA without a mask: what rows of one length run. While tracing, transformers' own path builds a dense mask."""
-    made = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return made.transpose(1, 2), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(PLAIN_ATTENTION, _plain_causal)
-MASKED_ATTENTION = "tunesmith_masked"
-
-
-def _masked(
-    _module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _mask: Any,
-    scaling: float | None = None,
-    tree_layout: Layout | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """What a tree's attention runs on a GPU; fake tensors are on the CPU, where the engine would take its other way."""
-    if tree_layout is None:
-        raise ValueError("a tree needs its layout")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return masked_attention(query.to(value.dtype), key.to(value.dtype), value, tree_layout, scale).transpose(1, 2), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(MASKED_ATTENTION, _masked)
-ATTENTION = {"sdpa": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "masked": MASKED_ATTENTION, "eager": "eager"}
-
-
-def quantise(model: Any, dtype: torch.dtype) -> None:
-    """Replace the linear layers of all blocks by bitsandbytes' 4-bit ones, on meta or on real weights.
-
-    The weight is a plain parameter with a `quant_state`, as bitsandbytes' own `Params4bit` cannot be made of fake tensors.
-    Double quantisation (QLoRA, section 3): blocks of 64 weights with 8-bit constants, those in blocks of 256.
-    """
-    for name, module in list(model.named_modules()):
-        if type(module) is not torch.nn.Linear or module is model.get_output_embeddings():
-            continue
-        with torch.device("meta"):
-            new = Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype, quant_type="nf4")
-        if module.weight.is_meta:
-            packed, state = _meta_state(module.weight)
-        else:
-            packed, state = quantize_4bit(module.weight.data, compress_statistics=True, quant_type="nf4")
-        new.weight = torch.nn.Parameter(packed, requires_grad=False)
-        new.weight.quant_state, new.weight.compress_statistics, new.weight.quant_type = state, True, "nf4"
-        new.bias = module.bias
-        model.set_submodule(name, new)
-    model.is_loaded_in_4bit = True
-
-
-def _meta_state(weight: torch.Tensor) -> tuple[torch.Tensor, QuantState]:
-    """What `quantize_4bit` would return for a weight, without contents."""
-    blocks = -(-weight.numel() // 64)
-
-    def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    inner = QuantState(absmax=made(-(-blocks // 256)), code=made(256), blocksize=256, dtype=torch.float32)
-    state = QuantState(
-        absmax=made(blocks, dtype=torch.uint8),
-        shape=weight.shape,
-        code=made(16),
-        blocksize=64,
-        quant_type="nf4",
-        dtype=weight.dtype,
-        offset=made(),
-        state2=inner,
-    )
-    return made(-(-weight.numel() // 2), 1, dtype=torch.uint8), state
-
-
-def quant_tensors(module: torch.nn.Module) -> list[tuple[Any, str]]:
-    """Where a module's quantisation constants stand: (holder, attribute) of each tensor."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if state is None:
-        return []
-    return [(state, "absmax"), (state, "code"), (state, "offset"), (state.state2, "absmax"), (state.state2, "code")]
-
-
-def build_model(config: Any, scenario: Scenario, device: str) -> Any:
-    """The real modules of transformers and PEFT for a scenario, with random weights on `device` ("meta" or "cpu")."""
-    dtype = getattr(torch, scenario.dtype)
-    adapted = scenario.method != "full"
-    with torch.device(device):
-        attention = ATTENTION[scenario.attention]
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
-        if scenario.method == "qlora":
-            quantise(model, dtype)
-            if scenario.stock:
-                model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        if not scenario.stock:
-            fuse_blocks(model)
-        if scenario.gradient_checkpointing:
-            enable_checkpointing(model)
-        if adapted:
-            # On meta PEFT would cast nothing, so it is done here.
-            adapter = LoraConfig(r=scenario.r, target_modules=adapter_targets(model, "all-linear"))
-            model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
-    for parameter in model.parameters():
-        if adapted and parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if adapted and not scenario.stock:
-        fuse_adapters(model)
-    return model.train()
 
 
 def make_batch(config: Any, scenario: Scenario) -> Batch:
@@ -428,7 +282,7 @@ def make_batch(config: Any, scenario: Scenario) -> Batch:
         "weights": torch.ones(len(places)),
         "row_tokens": scenario.tokens,
     }
-    if scenario.attention in {"tree", "masked"}:
+    if scenario.attention == "tree":
         batch["tree_layout"] = Layout((Node(0, scenario.tokens, scenario.tokens),), scenario.tokens)
     return batch
 

@@ -17,8 +17,13 @@ def compile_blocks(run: Run, model: Any, folder: Path) -> None:
     if not run.recipe.train.torch_compile:
         return
     try:
-        if not fusible(causal.config):
-            raise RuntimeError(f"blocks of the architecture {causal.config.model_type!r} run as transformers has them")
-        fuse_blocks(causal, compiled())
+        fuse_compiled(causal)
     except RuntimeError as error:
         run.event(folder, "compile-off", f"blocks are not compiled: {error}", reason=str(error))
+
+
+def fuse_compiled(causal: Any) -> None:
+    """Compiled operators in the blocks of a causal language model. Raises RuntimeError where that cannot be."""
+    if not fusible(causal.config):
+        raise RuntimeError(f"blocks of the architecture {causal.config.model_type!r} run as transformers has them")
+    fuse_blocks(causal, compiled(causal.device))

@@ -21,6 +21,7 @@ from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
+from tunesmith.packing import flex
 from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator, reason_against_tree
 from tunesmith.packing.kernels import use_attention
 from tunesmith.packing.loss import use_tree_attention
@@ -318,6 +319,9 @@ def _batches(run: Run, objective: Objective, model: Any, rows: Any, settings: Se
         use_attention(model, "sdpa" if asked == "auto" else asked, lambda text: run.event(folder, "attention-fallback", text))
     else:
         use_tree_attention(model, on=True)
+        reason = None if model.device.type == "cpu" else flex.reason_against(model.device, model.dtype)
+        if reason is not None:
+            run.event(folder, "attention-fallback", f"a dense mask in place of flex attention: {reason}", reason=reason)
     if run.recipe.train.neftune_noise_alpha is not None:
         EmbeddingNoise(model, run.recipe.train.neftune_noise_alpha)
     return objective.batches(collator, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size))

@@ -1,0 +1,87 @@
+"""What benchmarks/gpu measures: the rows of its tables, as data. No torch here.
+
+A case is one training of a few steps in a process of its own. `tables` says where it stands in docs/gpu.md. `seconds` is about
+what it takes on an H100, so that a run with little time leaves out what does not fit; the order is that of importance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Side = Literal["tunesmith", "stock", "trl_padded", "trl_packed"]
+
+#: A 7 B model's shape with nothing of its size, for a dry run on a CPU.
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_window_layers": 2,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a method and a way to train it; `rows` of `own` tokens each after `shared` ones that all have in common.
+
+    `train` are keys of the recipe's section. Loss is on all of a row's own tokens.
+    """
+
+    name: str
+    model: str
+    method: Literal["full", "lora", "qlora"]
+    side: Side = "tunesmith"
+    tables: tuple[int, ...] = (2, 3)
+    rows: int = 1
+    own: int = 2048
+    shared: int = 0
+    steps: int = 4
+    seconds: int = 40
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.shared + self.own
+
+    def tiny(self) -> Case:
+        """The same way with a hundredth of the tokens, for a dry run."""
+        return replace(self, own=max(24, self.own // 64), shared=self.shared // 16, steps=2)
+
+
+LEAN = {"gradient_checkpointing": True}
+LEAN_FULL = {"gradient_checkpointing": True, "optim": "adamw_8bit", "optimizer_in_backward": True}
+FAST = {"gradient_checkpointing": False}
+COMPILED = {"gradient_checkpointing": False, "torch_compile": True}
+QWEN, LLAMA = "Qwen/Qwen2-7B", "meta-llama/Llama-3.1-70B"
+SHARING: dict[str, Any] = {"tables": (4,), "rows": 32, "own": 128, "shared": 512}
+
+CASES = (
+    # Lowest memory of each method at 2,048 tokens.
+    Case("qlora_7b", QWEN, "qlora", train=LEAN),
+    Case("lora_7b", QWEN, "lora", train=LEAN),
+    Case("full_7b", QWEN, "full", train=LEAN_FULL),
+    # Highest speed.
+    Case("lora_7b_fast", QWEN, "lora", rows=2, own=4096, train=FAST),
+    Case("qlora_7b_fast", QWEN, "qlora", rows=2, own=4096, train=FAST),
+    Case("full_7b_fast", QWEN, "full", rows=4, train=LEAN_FULL),
+    # Rows with one long instruction.
+    Case("sharing_7b", QWEN, "lora", train=FAST, **SHARING),
+    Case("sharing_7b_trl_padded", QWEN, "lora", "trl_padded", seconds=60, train=LEAN, **SHARING),
+    # As the article trains: transformers' loss, PEFT's preparation, torch's fused AdamW.
+    Case("stock_qlora_7b", QWEN, "qlora", "stock", (1, 3), train=LEAN),
+    Case("stock_lora_7b", QWEN, "lora", "stock", (1, 3), train=LEAN),
+    Case("stock_full_7b", QWEN, "full", "stock", (1, 3), train=LEAN),
+    # Larger and smaller models.
+    Case("qlora_70b", LLAMA, "qlora", seconds=90, steps=3, train=LEAN),
+    Case("lora_7b_compiled", QWEN, "lora", rows=2, own=4096, seconds=60, train=COMPILED),
+    Case("qlora_32b", "Qwen/Qwen2.5-32B", "qlora", seconds=60, steps=3, train=LEAN),
+    Case("lora_14b", "Qwen/Qwen2.5-14B", "lora", train=LEAN),
+    Case("full_1.5b", "Qwen/Qwen2-1.5B", "full", rows=4, train=FAST),
+    Case("sharing_7b_trl_packed", QWEN, "lora", "trl_packed", seconds=60, train=LEAN, **SHARING),
+    Case("qlora_14b", "Qwen/Qwen2.5-14B", "qlora", train=LEAN),
+)

@@ -1,0 +1,350 @@
+"""One case of benchmarks/gpu in a process of its own: builds the model, trains a few steps, prints one line of JSON.
+
+    python cell.py CASE                  # of cases.py; --dry-run for a tiny model
+    python cell.py CASE --calibrate      # seconds of its step for later plans, as `plan --calibrate` takes them
+    python cell.py CASE --trace H100     # what is planned and traced for a card; needs no GPU
+
+Weights are random. Peak memory is what torch's allocator reserved at most plus what the process has beside it on the device
+(context, libraries), as nvidia-smi counts it; on a CPU that of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cases import CASES, TINY, Case
+
+from tunesmith.hardware.freed import grow_segments
+
+grow_segments()
+
+# ruff: noqa: E402 # torch comes after its allocator was told
+import torch
+from rich.console import Console
+
+from tunesmith.hardware.calibration import read_entries, time_correction
+from tunesmith.hardware.catalogue import Device, find_device, read_gpus, this_device
+from tunesmith.hardware.memory import PeakMemory
+from tunesmith.models import catalogue
+from tunesmith.models.load import make_config, quiet
+from tunesmith.packing.batch import StepCollator, collate_tree
+from tunesmith.packing.loss import causal_of, use_tree_attention
+from tunesmith.packing.tree import Limits
+from tunesmith.recipe import Recipe
+from tunesmith.stages.plan.building import build_model, make_optimizer
+from tunesmith.stages.plan.memory import estimate
+from tunesmith.stages.plan.options import OVERHEAD, roofline_step
+from tunesmith.stages.plan.probe import calibrate
+from tunesmith.stages.plan.rows import DataFacts, Row
+from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.stages.plan.stage import Plan, calibration_file, plan_for
+from tunesmith.stages.plan.trace import trace
+from tunesmith.stages.plan.traced import trace_peak
+from tunesmith.stages.train.compiling import fuse_compiled
+from tunesmith.stages.train.engine import Engine
+from tunesmith.stages.train.objective import Sft
+from tunesmith.stages.train.setup import training_arguments
+
+UNKNOWN, END = "<unknown>", "<end>"  # for a tokenizer that TRL asks for and nobody uses
+TIMED_AFTER = 1  # steps that only allocate and compile
+GPUS = read_gpus()
+
+
+def recipe_of(case: Case, model: str) -> Recipe:
+    """The case as a recipe: its rows are one micro-batch and one step."""
+    own = {"per_device_train_batch_size": case.rows, "learning_rate": 1e-5, "warmup_ratio": 0.0, **case.train}
+    if not own.get("optimizer_in_backward"):
+        own["effective_batch_size"] = case.rows
+    train = {**own, "max_steps": case.steps + TIMED_AFTER}
+    values = {"model": model, "method": case.method, "data": {"train": "rows.jsonl"}, "lora": {"r": 16}, "train": train}
+    return Recipe.model_validate(values)
+
+
+def rows_of(case: Case, vocabulary: int) -> list[dict[str, Any]]:
+    """Rows of random tokens, the first ones the same in all; loss on the others, but not on a row's first token."""
+    drawn = random.Random(0)
+    shared = [drawn.randrange(3, vocabulary) for _ in range(case.shared)]
+    before = max(1, case.shared)
+    made = []
+    for _ in range(2 * case.rows):
+        ids = shared + [drawn.randrange(3, vocabulary) for _ in range(case.own)]
+        made.append({"input_ids": ids, "trained": [place >= before for place in range(len(ids))], "length": len(ids)})
+    return made
+
+
+def planned(case: Case, recipe: Recipe, rows: list[dict[str, Any]], device: Device) -> Plan:
+    """What `tunesmith plan` says of the case on the device."""
+    sample = tuple(Row(row["input_ids"], sum(row["trained"])) for row in rows)
+    facts = DataFacts(len(rows), sample, "counted", shares=case.shared > 0)
+    return plan_for(recipe, facts, device, GPUS, methods=[case.method], free=False)
+
+
+def on_device() -> str:
+    """Where tensors go."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Meter:
+    """Seconds of steps and the peak of memory, of a training that tells when a step is over."""
+
+    def __init__(self) -> None:
+        self.peak = PeakMemory()
+        self.seconds: list[float] = []
+        self._begun = 0.0
+
+    def start(self) -> None:
+        """The model is there: forget what building it took."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.peak.reset()
+        self._begun = time.perf_counter()
+
+    def step(self) -> None:
+        """A step is over."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self._begun)
+        self._begun = now
+
+    def result(self, case: Case) -> dict[str, Any]:
+        """Medians and peaks, in the row's words."""
+        timed = self.seconds[TIMED_AFTER:]
+        reserved = self.peak.peak_bytes()
+        beside = beside_allocator()
+        seconds = statistics.median(timed)
+        return {
+            "seconds_per_step": seconds,
+            "all_seconds": timed,
+            "tokens_per_second": case.rows * case.length / seconds,
+            "rows_per_second": case.rows / seconds,
+            "reserved_bytes": reserved,
+            "allocated_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "beside_bytes": beside,
+            "peak_memory_bytes": reserved + beside,
+            "nvidia_smi_bytes": seen_by_nvidia_smi(),
+        }
+
+
+def beside_allocator() -> int:
+    """Bytes of the device that are in use outside torch's allocator: the context and libraries, where nobody else is on it."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free - torch.cuda.memory_reserved())
+
+
+def seen_by_nvidia_smi() -> int | None:
+    """Bytes in use on the device now, as nvidia-smi has it."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def train_ours(case: Case, recipe: Recipe, scenario: Scenario, values: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """The engine as the train stage runs it, on a model that was built from its config."""
+    meter = Meter()
+    model = build_model(make_config(values), scenario, on_device())
+    use_tree_attention(model, on=True)
+    if recipe.train.torch_compile:
+        fuse_compiled(causal_of(model))
+    from datasets import Dataset
+
+    settings = plan.options[case.method].settings
+    scratch = Path(tempfile.mkdtemp())
+    engine = Engine(
+        Sft(),
+        model,
+        training_arguments(recipe, settings, scratch, cpu=on_device() == "cpu"),
+        recipe,
+        Dataset.from_list(rows_of(case, values["vocab_size"])),
+        StepCollator(collate_tree, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size)),
+        metrics_path=scratch / "metrics.jsonl",
+        tell=lambda code, text: print(code, text, file=sys.stderr),
+    )
+    engine.on_step.append(lambda _, __: meter.step())
+    meter.start()
+    engine.train()
+    return {**meter.result(case), "losses": [step.loss for step in engine.history]}
+
+
+def train_stock(case: Case, scenario: Scenario, values: dict[str, Any]) -> dict[str, Any]:
+    """Transformers' model and loss, PEFT's preparation and adapters, torch's fused AdamW: as the plan's `stock` has it."""
+    meter = Meter()
+    model = build_model(make_config(values), scenario, on_device())
+    causal_of(model).set_attn_implementation("sdpa")
+    optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], scenario)
+    rows = rows_of(case, values["vocab_size"])[: case.rows]
+    ids = torch.tensor([row["input_ids"] for row in rows], device=on_device())
+    losses = []
+    meter.start()
+    for _ in range(case.steps + TIMED_AFTER):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        meter.step()
+    return {**meter.result(case), "losses": losses}
+
+
+def train_trl(case: Case, scenario: Scenario, values: dict[str, Any]) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same rows and labels, in bf16: eight rows at once, padded or packed (best fit)."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    meter = Meter()
+    model = build_model(make_config(values), scenario, on_device())
+    causal_of(model).set_attn_implementation("sdpa")
+
+    class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            meter.step()
+
+    rows = [
+        {"input_ids": ids, "labels": [token if trained else -100 for token, trained in zip(ids, row["trained"], strict=True)]}
+        for row in rows_of(case, values["vocab_size"])
+        for ids in [row["input_ids"]]
+    ]
+    words = Tokenizer(WordLevel({UNKNOWN: 0, END: 1}, unk_token=UNKNOWN))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END)
+    micro = min(8, case.rows)
+    packed = case.side == "trl_packed"
+    in_a_pack = 4  # rows
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=micro // in_a_pack if packed else micro,
+        gradient_accumulation_steps=case.rows // micro,
+        max_steps=case.steps + TIMED_AFTER,
+        learning_rate=1e-5,
+        max_length=in_a_pack * case.length if packed else None,
+        packing=packed,
+        bf16=on_device() == "cuda",
+        gradient_checkpointing=bool(case.train.get("gradient_checkpointing")),
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=on_device() == "cpu",
+    )
+    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.add_callback(Watch())
+    meter.start()
+    trainer.train()
+    return {**meter.result(case), "micro_batch": micro}
+
+
+def stock_scenario(case: Case, dtype: Any) -> Scenario:
+    """The case by transformers' and PEFT's own ways."""
+    return Scenario(
+        case.method,
+        rows=case.rows,
+        length=case.length,
+        labelled=case.rows * (case.length - 1),
+        dtype=dtype,
+        gradient_checkpointing=bool(case.train.get("gradient_checkpointing")),
+        optim="adamw_torch_fused",
+        stock=True,
+    )
+
+
+def promised(case: Case, plan: Plan) -> tuple[Scenario, dict[str, Any]]:
+    """The step that is trained, and the bytes and seconds that the plan has for it."""
+    option = plan.options[case.method]
+    if case.side == "tunesmith":
+        # On a GPU flex attention keeps what sdpa's keeps; it is the model that has to be told that its batches are trees.
+        return replace(option.scenario, attention="tree"), {
+            "planned_bytes": option.peak_memory_bytes,
+            "planned_safe_bytes": option.safe_memory_bytes,
+            "planned_allocated_bytes": option.memory.total_bytes,
+            "planned_seconds": option.seconds_per_step,
+            "roofline_seconds": option.roofline_seconds,
+            "calibrations": option.time_measurements,
+        }
+    scenario, device, architecture = stock_scenario(case, option.scenario.dtype), plan.device, plan.architecture
+    made, over = estimate(architecture, scenario), OVERHEAD[device.kind]
+    roofline = roofline_step(architecture, scenario, device, 1, case.length)
+    entries = read_entries(calibration_file())
+    found = time_correction(entries, device.name, case.method, scenario.dtype, architecture.hidden_size)
+    return scenario, {
+        "planned_bytes": round(made.total_bytes * over.typical_share + over.typical_bytes),
+        "planned_safe_bytes": round(made.total_bytes * over.safe_share + over.safe_bytes),
+        "planned_allocated_bytes": made.total_bytes,
+        "planned_seconds": roofline * found.typical,
+        "roofline_seconds": roofline,
+        "calibrations": found.measurements,
+    }
+
+
+def traced(case: Case, plan: Plan, scenario: Scenario, values: dict[str, Any]) -> int:
+    """Bytes that the real modules ask for on fake tensors; of many blocks a few are traced and multiplied."""
+    option = plan.options[case.method]
+    if case.side == "tunesmith":
+        return trace_peak(plan, option).total_bytes
+    return trace(make_config(values), scenario).total_bytes
+
+
+def model_of(case: Case, *, dry: bool) -> str:
+    """The model's name, or with `dry` a folder with the config of a tiny one of its kind."""
+    if not dry:
+        return case.model
+    folder = Path(tempfile.mkdtemp())
+    values = {**catalogue.known_models()[case.model], **TINY}
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return str(folder)
+
+
+def main() -> None:
+    """Measure a case, or calibrate with it, and print the line."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("case", choices=[case.name for case in CASES])
+    options.add_argument("--calibrate", action="store_true", help="measure its step for the plan, as `plan --calibrate` does")
+    options.add_argument("--trace", metavar="GPU", help="plan it for a card of the catalogue and trace it; no GPU is needed")
+    options.add_argument("--dry-run", action="store_true", help="a tiny model and few tokens, on whatever device there is")
+    asked = options.parse_args()
+    quiet()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print; the answer goes where nothing else does
+    case = next(case for case in CASES if case.name == asked.case)
+    case = case.tiny() if asked.dry_run else case
+    model = model_of(case, dry=asked.dry_run)
+    values, _ = catalogue.find_config(model)
+    recipe, rows = recipe_of(case, model), rows_of(case, values["vocab_size"])
+    device = find_device(asked.trace, GPUS) if asked.trace else this_device(GPUS)
+    plan = planned(case, recipe, rows, device)
+    scenario, promise = promised(case, plan)
+    described = {"part": case.name, "side": case.side, "tables": case.tables, "model": case.model, "method": case.method}
+    described |= {"rows": case.rows, "length": case.length, "shared": case.shared, "train": dict(case.train)}
+    if asked.calibrate:
+        entries = calibrate(recipe, plan.facts, device, [case.method], Console(stderr=True), free=False)
+        line: dict[str, Any] = {"calibration": [asdict(entry) for entry in entries]}
+    elif asked.trace:
+        line = {**described, **promise, "device": device.name, "traced_bytes": traced(case, plan, scenario, values)}
+    else:
+        torch.manual_seed(0)
+        if case.side == "tunesmith":
+            measured = train_ours(case, recipe, scenario, values, plan)
+        else:
+            measured = (train_stock if case.side == "stock" else train_trl)(case, scenario, values)
+        line = {**described, **promise, **measured}
+    print(json.dumps(line), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Models of transformers' and PEFT's real modules without a checkpoint: on meta to be traced, on a device to be timed.
+
+Weights are random where there are any: neither memory nor time depends on them.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from bitsandbytes.functional import QuantState, quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tunesmith.methods.adapter import fuse_adapters
+from tunesmith.methods.base import enable_checkpointing
+from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.methods.lora import adapter_targets
+from tunesmith.methods.optimizers import AdamW, InBackward
+from tunesmith.packing.attention import NAME as TREE_ATTENTION
+from tunesmith.stages.plan.scenario import Scenario
+
+_SPREAD = 0.02  # standard deviation of random weights: transformers' usual one
+
+PLAIN_ATTENTION = "tunesmith_plain_causal"
+
+
+def _plain_causal(
+    _module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _mask: Any,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal SDPA without a mask: what rows of one length run. While tracing, transformers' own path builds a dense mask."""
+    made = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return made.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PLAIN_ATTENTION, _plain_causal)
+ATTENTION = {"sdpa": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "eager": "eager"}
+
+
+def quantise(model: Any, dtype: torch.dtype, device: str) -> None:
+    """Replace the linear layers of all blocks of a meta model by bitsandbytes' 4-bit ones, one after the other on `device`.
+
+    The weight is a plain parameter with a `quant_state`, as bitsandbytes' own `Params4bit` cannot be made of fake tensors.
+    Double quantisation (QLoRA, section 3): blocks of 64 weights with 8-bit constants, those in blocks of 256.
+    """
+    for name, module in list(model.named_modules()):
+        if type(module) is not torch.nn.Linear or module is model.get_output_embeddings():
+            continue
+        with torch.device("meta"):
+            new = Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype, quant_type="nf4")
+        if device == "meta":
+            packed, state = _meta_state(module.weight)
+        else:
+            packed, state = quantize_4bit(_random(module.weight, device), compress_statistics=True, quant_type="nf4")
+        new.weight = torch.nn.Parameter(packed, requires_grad=False)
+        new.weight.quant_state, new.weight.compress_statistics, new.weight.quant_type = state, True, "nf4"
+        new.bias = module.bias
+        model.set_submodule(name, new)
+    model.is_loaded_in_4bit = True
+
+
+def _random(meta: torch.Tensor, device: str) -> torch.Tensor:
+    return torch.empty(meta.shape, dtype=meta.dtype, device=device).normal_(0, _SPREAD)
+
+
+def _fill(model: torch.nn.Module, device: str) -> None:
+    """Real parameters on `device` for those on meta: random matrices, norms of one, biases of zero; what is tied stays tied."""
+    made: dict[int, tuple[torch.Tensor, torch.nn.Parameter]] = {}  # the original is kept, so that its id stays its own
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                values = _random(parameter, device)
+                if parameter.dim() == 1:
+                    values.fill_(0.0 if name == "bias" else 1.0)
+                made[id(parameter)] = (parameter, torch.nn.Parameter(values, parameter.requires_grad))
+            module._parameters[name] = made[id(parameter)][1]
+
+
+def _meta_state(weight: torch.Tensor) -> tuple[torch.Tensor, QuantState]:
+    """What `quantize_4bit` would return for a weight, without contents."""
+    blocks = -(-weight.numel() // 64)
+
+    def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    inner = QuantState(absmax=made(-(-blocks // 256)), code=made(256), blocksize=256, dtype=torch.float32)
+    state = QuantState(
+        absmax=made(blocks, dtype=torch.uint8),
+        shape=weight.shape,
+        code=made(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=weight.dtype,
+        offset=made(),
+        state2=inner,
+    )
+    return made(-(-weight.numel() // 2), 1, dtype=torch.uint8), state
+
+
+def quant_tensors(module: torch.nn.Module) -> list[tuple[Any, str]]:
+    """Where a module's quantisation constants stand: (holder, attribute) of each tensor."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if state is None:
+        return []
+    return [(state, "absmax"), (state, "code"), (state, "offset"), (state.state2, "absmax"), (state.state2, "code")]
+
+
+def build_model(config: Any, scenario: Scenario, device: str) -> Any:
+    """The real modules of transformers and PEFT for a scenario, on `device` ("meta", "cpu" or "cuda")."""
+    dtype = getattr(torch, scenario.dtype)
+    adapted = scenario.method != "full"
+    on_meta = device == "meta"
+    with torch.device(device):
+        with nullcontext() if on_meta else init_empty_weights(include_buffers=False):
+            attention = ATTENTION[scenario.attention]
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+        if scenario.method == "qlora":
+            quantise(model, dtype, device)
+        if not on_meta:
+            model.tie_weights()  # which accelerate undid
+            _fill(model, device)
+        if scenario.method == "qlora" and scenario.stock:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if not scenario.stock:
+            fuse_blocks(model)
+        if scenario.gradient_checkpointing:
+            enable_checkpointing(model)
+        if adapted:
+            # On meta PEFT would cast nothing, so it is done here.
+            adapter = LoraConfig(r=scenario.r, target_modules=adapter_targets(model, "all-linear"))
+            model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+    for parameter in model.parameters():
+        if adapted and parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if adapted and not scenario.stock:
+        fuse_adapters(model)
+    return model.train()
+
+
+def make_optimizer(trained: list[torch.nn.Parameter], scenario: Scenario) -> torch.optim.Optimizer:
+    """The scenario's optimizer."""
+    if scenario.optim == "adamw_torch_fused":
+        return torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    if scenario.optim == "adamw_torch_foreach":
+        return torch.optim.AdamW(trained, lr=1e-4, foreach=True)
+    optimizer = AdamW.named(scenario.optim, trained)
+    if scenario.optimizer_in_backward:
+        InBackward(optimizer, max_grad_norm=1.0)
+    return optimizer

@@ -1,0 +1,50 @@
+"""Fixtures of the tests that need a GPU. They need no network: models are random, the tokenizer is made here.
+
+Without a GPU they are skipped. `TUNESMITH_GPU_TESTS=cpu` runs those that can on the CPU, to try the tests themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from tests.conftest import random_llama
+
+WORDS = ("the", "river", "runs", "slowly", "past", "an", "old", "mill", "and", "its", "wheel", "turns", "once", "more")
+UNKNOWN, END = "<unknown>", "<end>"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return torch.device("cuda")
+    if os.environ.get("TUNESMITH_GPU_TESTS") == "cpu":
+        return torch.device("cpu")
+    pytest.skip("there is no GPU")
+
+
+@pytest.fixture
+def gpu(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("this one needs a GPU in any case")
+    return device
+
+
+@pytest.fixture(scope="session")
+def word_model(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Path:
+    """A random 2-layer Llama with a tokenizer of a few words."""
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate((UNKNOWN, END, *WORDS))}, unk_token=UNKNOWN))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token=UNKNOWN, eos_token=END, pad_token=END)
+    folder = tmp_path_factory.mktemp("models") / "words"
+    return random_llama(
+        folder, tokenizer, hidden_size=64, intermediate_size=128, num_hidden_layers=2, eos_token_id=1, pad_token_id=1
+    )
