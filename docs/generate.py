@@ -257,6 +257,65 @@ def promises_page() -> str:
     return _with_tables("promises.md", {"promises": ["| what | measured |", "|---|---|", *rows]})
 
 
+_GIB = 2**30
+_GPU_WAYS = {
+    "gradient_checkpointing": "checkpointing",
+    "optimizer_in_backward": "update in backward",
+    "torch_compile": "compiled",
+}
+
+
+def _gpu_case(row: dict[str, Any]) -> str:
+    """The first cells of a case's row."""
+    ways = ", ".join(_GPU_WAYS.get(key, str(value)) for key, value in row["train"].items() if value)
+    name = ("stock " if row["side"] == "stock" else "") + _METHODS[row["method"]]
+    return f"| {row['model'].rpartition('/')[2]} | {name} | {row['rows']} x {row['length']:,} | {ways} |"
+
+
+def gpu_traced(rows: list[dict[str, Any]]) -> list[str]:
+    """What is planned and traced for a card."""
+    head = "| model | method | rows x tokens | way | traced GiB | plan GiB | on the device | s a step | tokens/s |"
+    made = [
+        f"{_gpu_case(row)} {row['traced_bytes'] / _GIB:.2f} | {row['planned_allocated_bytes'] / _GIB:.2f} "
+        f"| {row['planned_bytes'] / _GIB:.1f} | {row['planned_seconds']:.2f} "
+        f"| {row['rows'] * row['length'] / row['planned_seconds']:,.0f} |"
+        for row in rows
+    ]
+    return [head, "|---|---|---|---|---|---|---|---|---|", *made]
+
+
+def gpu_measured(result: dict[str, Any]) -> list[str]:
+    """The tables of one GPU: what was measured, how far the plan was off, and rows with one instruction beside TRL."""
+    name = result["hardware"]["name"]
+    head = "| model | method | rows x tokens | way | peak GiB | planned | s a step | planned | tokens/s |"
+    lines = [f"### {name}", "", head, "|---|---|---|---|---|---|---|---|---|"]
+    for row in (row for row in result["rows"] if 3 in row["tables"]):
+        memory = 100 * (row["planned_bytes"] / row["peak_memory_bytes"] - 1)
+        seconds = 100 * (row["planned_seconds"] / row["seconds_per_step"] - 1)
+        lines.append(
+            f"{_gpu_case(row)} {row['peak_memory_bytes'] / _GIB:.2f} | {memory:+.1f} % "
+            f"| {row['seconds_per_step']:.3f} | {seconds:+.0f} % | {row['tokens_per_second']:,.0f} |"
+        )
+    sharing = [row for row in result["rows"] if 4 in row["tables"]]
+    if sharing:
+        lines += ["", f"Rows of {sharing[0]['length']} tokens, {sharing[0]['shared']} of them one instruction:", ""]
+        lines += ["| side | rows/s | peak GiB |", "|---|---|---|"]
+        lines += [
+            f"| {row['side'].replace('_', ', ')} | {row['rows_per_second']:.1f} | {row['peak_memory_bytes'] / _GIB:.1f} |"
+            for row in sharing
+        ]
+    lines += [f"Left out: {left['part']} ({left['reason']})." for left in result["left_out"]]
+    return [*lines, ""]
+
+
+def gpu_page() -> str:
+    """docs/gpu.md with the tables of every GPU that was measured, and what is traced."""
+    names = sorted(path.stem for path in (FOLDER.parent / "benchmarks" / "results").glob("gpu_*.json"))
+    found = [result for result in map(_result, names) if result["kind"] == "measured"]
+    measured = [line for result in found for line in gpu_measured(result)] or ["No GPU has been measured yet."]
+    return _with_tables("gpu.md", {"measured": measured, "traced": gpu_traced(_result("gpu_traced")["rows"])})
+
+
 def _with_tables(page: str, tables: dict[str, list[str]]) -> str:
     """A page with its tables made again from the benchmarks' results; the rest stays as it is written."""
     text = (FOLDER / page).read_text(encoding="utf-8")
@@ -271,7 +330,7 @@ def _with_tables(page: str, tables: dict[str, list[str]]) -> str:
 
 
 PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page, "plan.md": plan_page, "data.md": data_page}
-PAGES |= {"promises.md": promises_page, "speed.md": speed_page, "../README.md": readme}
+PAGES |= {"gpu.md": gpu_page, "promises.md": promises_page, "speed.md": speed_page, "../README.md": readme}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

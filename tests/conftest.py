@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +19,8 @@ from tunesmith.models import builtin
 from tunesmith.models.load import load_tokenizer
 from tunesmith.recipe import ResolvedRecipe, parse_recipe
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +39,27 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the folder ../shared/data with real data is not beside this checkout")
     return SHARED_DATA
+
+
+def script_of(path: Path, *beside: Path) -> ModuleType:
+    """A script of the project as a module; it finds what it imports from the folders `beside`."""
+    sys.path[:0] = map(str, beside)
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    finally:
+        del sys.path[: len(beside)]
+    return module
+
+
+@pytest.fixture(scope="session")
+def generator() -> ModuleType:
+    """docs/generate.py."""
+    return script_of(ROOT / "docs" / "generate.py")
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,9 @@ class LoraSection(Section):
     """Which linear layers get an adapter; `all-linear` is all but the head."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Embedding, head and norms that are trained whole beside the adapter, by the ends of their names, as LongLoRA does:
+    [embed_tokens, norm] is the embedding and every norm. An embedding that is tied to the head takes it along."""
 
 
 class TrainSection(Section):

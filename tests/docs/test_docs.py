@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
-import pytest
 import yaml
 
 from tunesmith.recipe import parse_recipe
@@ -18,20 +16,9 @@ REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", REPO / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["generate"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("page", ["recipe.md", "cli.md", "errors.md", "plan.md", "speed.md", "data.md", "../README.md"])
-def test_generated_pages_are_current(generator: ModuleType, page: str) -> None:
-    assert (REPO / "docs" / page).read_text(encoding="utf-8") == generator.PAGES[page](), "run `make docs`"
+def test_generated_pages_are_current(generator: ModuleType) -> None:
+    stale = [page for page, made in generator.PAGES.items() if (REPO / "docs" / page).read_text(encoding="utf-8") != made()]
+    assert not stale, "run `make docs`"
 
 
 def blocks(language: str) -> list[str]:

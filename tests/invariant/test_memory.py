@@ -76,6 +76,17 @@ def test_closed_form_equals_trace(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "saved"), [("llama", ("embed_tokens", "norm")), ("gemma", ("embed_tokens",)), ("qwen3", ("lm_head",))]
+)
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_modules_trained_whole_are_counted_in_full(name: str, saved: tuple[str, ...], method: str) -> None:
+    """Copies, gradients and states of what is trained whole beside the adapter; gemma's head is its embedding."""
+    error, made = compared(name, method=method, modules_to_save=saved)
+    assert 0 <= error < 0.01, error
+    assert made.breakdown["optimizer"] > 12 * 512 * 6000
+
+
+@pytest.mark.parametrize(
     "more",
     [
         {"method": "full", "dtype": "float32"},

@@ -29,6 +29,32 @@ def test_equals_torch_on_float32() -> None:
     assert torch.equal(mine, theirs)
 
 
+def test_parameters_of_a_group_are_updated_as_if_each_were_alone() -> None:
+    """Those in float32 go together; one of them has no gradient at first, and one is bf16."""
+    torch.manual_seed(0)
+    shapes = {
+        (40, 7): torch.float32,
+        (3,): torch.float32,
+        (5, 2, 2): torch.float32,
+        (9,): torch.bfloat16,
+        (8, 8): torch.float32,
+    }
+    starts = [torch.randn(shape).to(dtype) for shape, dtype in shapes.items()]
+    together, alone = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    one = AdamW(together, lr=1e-2, weight_decay=0.1)
+    others = [AdamW([parameter], lr=1e-2, weight_decay=0.1) for parameter in alone]
+    for step in range(5):
+        for number, (left, right) in enumerate(zip(together, alone, strict=True)):
+            gradient = torch.randn(left.shape).to(left.dtype)
+            left.grad, right.grad = (None, None) if step < 2 and number == 0 else (gradient, gradient.clone())
+        one.step()
+        for other in others:
+            other.step()
+    for left, right in zip(together, alone, strict=True):
+        assert torch.equal(left, right)
+        assert one.state[left]["step"] == 5 - 2 * (left is together[0])
+
+
 def test_small_updates_survive_in_bf16() -> None:
     """Steps of 1e-5 on weights of 1: bf16 alone would never move."""
     start = torch.ones(1000)

@@ -24,5 +24,6 @@ def make_method(recipe: Recipe, folder: Path, *, compute_dtype: str, r: int, lor
         target_modules=recipe.lora.target_modules,
         use_rslora=recipe.lora.use_rslora,
         seed=recipe.seed,
+        modules_to_save=tuple(recipe.lora.modules_to_save),
     )
     return METHODS[recipe.method](folder, compute_dtype, adapter, recipe.train.gradient_checkpointing, recipe.rope_scaling)

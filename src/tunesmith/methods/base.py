@@ -23,6 +23,7 @@ class AdapterSettings:
     target_modules: str | list[str]
     use_rslora: bool
     seed: int
+    modules_to_save: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import read_json, write_json
 from tunesmith.methods.base import AdapterSettings, Method, enable_checkpointing
 from tunesmith.models.load import load_model
@@ -25,11 +27,48 @@ def adapter_targets(model: Any, asked: str | list[str]) -> str | list[str]:
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
-def adapter_config(model: Any, asked: AdapterSettings, **more: Any) -> Any:
-    """PEFT's configuration of the adapter that is asked for on `model`; `more` are other keys of it, such as `task_type`."""
+def trains_embedding(model: Any, asked: Sequence[str]) -> bool:
+    """Whether the embedding is among the modules that are trained whole: those whose names end as asked, as PEFT matches them.
+
+    Raises RecipeError where a name fits nothing, anything but an embedding, the head or a norm, or a head that is tied.
+    """
+    import torch
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    leaves = {name: module for name, module in model.named_modules() if name and not list(module.children())}
+    norms = sorted({name.rpartition(".")[2] for name in leaves if name.endswith("norm")})
+    found = []
+    for ending in asked:
+        fitting = [name for name in leaves if name.endswith(ending)]
+        linear = [name for name in fitting if isinstance(leaves[name], torch.nn.Linear) and leaves[name] is not head]
+        if not fitting or linear:
+            what = f"{linear[0]} is a linear layer" if linear else f"no embedding, head or norm ends in {ending!r}"
+            why = "linear layers have an adapter" if linear else "nothing would be trained for it"
+            raise RecipeError(_saved_problem(what, why, norms))
+        found += [leaves[name] for name in fitting]
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    with_embedding = any(module is embedding for module in found)
+    if tied and not with_embedding and any(module is head for module in found):
+        raise RecipeError(_saved_problem("the head is the embedding in this model", "they would no longer be one", norms))
+    return with_embedding
+
+
+def _saved_problem(what: str, why: str, norms: Sequence[str]) -> Problem:
+    fix = f"name some of embed_tokens, lm_head (where it is not tied), {', '.join(norms)}; or train all with method: full"
+    return Problem("TS003", f"lora.modules_to_save: {what}", "lora", why, fix)
+
+
+def adapter_config(model: Any, asked: AdapterSettings, *, heads: Sequence[str] = (), **more: Any) -> Any:
+    """PEFT's configuration of the adapter that is asked for on `model`; `more` are other keys of it, such as `task_type`.
+
+    `heads` are new layers that are trained whole.
+    """
     from peft import LoraConfig
 
+    if trains_embedding(model, asked.modules_to_save) and model.config.tie_word_embeddings:
+        more["ensure_weight_tying"] = True
     return LoraConfig(
+        modules_to_save=[*asked.modules_to_save, *heads] or None,
         r=asked.r,
         lora_alpha=asked.lora_alpha,
         lora_dropout=asked.lora_dropout,

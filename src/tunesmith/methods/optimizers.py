@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import torch
@@ -25,6 +27,10 @@ from tunesmith.methods.sizes import COMPENSATED, OPTIMIZER_SLICE, STATE_BITS, ST
 
 #: The 256 values between -1 (or 0, unsigned) and 1 that a byte stands for: bitsandbytes' dynamic map.
 _VALUES: dict[bool, list[float]] = {signed: create_dynamic_map(signed=signed).tolist() for signed in (False, True)}
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_EXACT = (torch.float32, torch.float64)
 
 
 class _State:
@@ -74,6 +80,34 @@ def _put(found: dict[str, torch.Tensor], name: str, kept: torch.Tensor) -> None:
     kept.copy_(loaded)
 
 
+def _adamw(
+    weights: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    means: list[torch.Tensor],
+    squares: list[torch.Tensor],
+    steps: list[torch.Tensor],
+    group: Mapping[str, Any],
+) -> None:
+    """One update of the weights in place, with the settings of their group, by torch's fused kernel."""
+    beta1, beta2 = group["betas"]
+    adamw(
+        weights,
+        gradients,
+        means,
+        squares,
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) by torch's fused kernel, over slices of a parameter.
 
@@ -109,7 +143,7 @@ class AdamW(torch.optim.Optimizer):
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            exact = parameter.dtype in {torch.float32, torch.float64}
+            exact = parameter.dtype in _EXACT
             state["step"] = 0
             masters = self.bits == 32 and not self.compensated
             state["master"] = parameter.detach() if exact else parameter.detach().float() if masters else None
@@ -131,9 +165,25 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("a closure is not supported")
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, group)
+            found = [parameter for parameter in group["params"] if parameter.grad is not None]
+            plain = [self.bits == 32 and parameter.dtype in _EXACT for parameter in found]
+            if any(plain):
+                self._update_plain(list(compress(found, plain)), group)
+            for parameter in compress(found, map(not_, plain)):
+                self.update(parameter, group)
+
+    def _update_plain(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """Parameters that are their own masters, with states in full: all in one call, as hundreds of adapters are small."""
+        states = [self._state_of(parameter) for parameter in parameters]
+        steps = torch.tensor([float(state["step"]) for state in states], device=parameters[0].device)
+        means, squares = (
+            [state[name].values.view_as(parameter) for state, parameter in zip(states, parameters, strict=True)]
+            for name in _MOMENTS
+        )
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        _adamw([parameter.detach() for parameter in parameters], gradients, means, squares, list(steps.unbind()), group)
+        for state in states:
+            state["step"] += 1
 
     @torch.no_grad()
     def update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
@@ -150,26 +200,10 @@ class AdamW(torch.optim.Optimizer):
                 target = join_halves(weight[part], cut_off[part])
             else:
                 target = weight[part].float() if master is None else master[part]
-            moments = [state[name].read(part) for name in ("exp_avg", "exp_avg_sq")]
+            moments = [state[name].read(part) for name in _MOMENTS]
             step = torch.tensor(float(state["step"]), device=weight.device)
-            beta1, beta2 = group["betas"]
-            adamw(
-                [target],
-                [gradient[part].to(target.dtype)],
-                [moments[0]],
-                [moments[1]],
-                [],
-                [step],
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            for name, values in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+            _adamw([target], [gradient[part].to(target.dtype)], [moments[0]], [moments[1]], [step], group)
+            for name, values in zip(_MOMENTS, moments, strict=True):
                 state[name].write(part, values, self.generator)
             if cut_off is not None:
                 weight[part], cut_off[part] = split_halves(target)
@@ -193,7 +227,7 @@ class AdamW(torch.optim.Optimizer):
     def _kept_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self._state_of(parameter)
         found: dict[str, torch.Tensor] = {}
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in _MOMENTS:
             tensors = state[moment].tensors()
             found |= dict(zip((moment, f"{moment}.scales")[: len(tensors)], tensors, strict=True))
         if "cut_off" in state:
@@ -280,9 +314,8 @@ class InBackward:
 
 def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     """The 2-norm over the gradients of all parameters, summed in float32 also where they are bf16."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=_exact(p.grad)) for p in parameters if p.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    exact = [gradient for gradient in gradients if gradient.dtype in _EXACT]
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients if each.dtype not in _EXACT]
+    norms += [torch.nn.utils.get_total_norm(exact)] if exact else []
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-
-
-def _exact(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

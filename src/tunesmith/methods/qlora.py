@@ -62,7 +62,8 @@ class QLora(Lora):
         from peft import get_peft_model
 
         config = model.peft_config["default"]
-        adapter = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+        own = ("lora_", "modules_to_save")
+        adapter = {name: value for name, value in model.state_dict().items() if any(part in name for part in own)}
         base = model.unload().dequantize(dtype=torch.float32).to(torch.float32)
         merged = get_peft_model(base, config)
         unplaced = merged.load_state_dict(adapter, strict=False).unexpected_keys

@@ -29,7 +29,7 @@ def build_scorer(method: Method, pad_token_id: int) -> Any:
         enable_checkpointing(base)
     if method.name == "full":
         return base
-    return get_peft_model(base, adapter_config(base, method.adapter, task_type="SEQ_CLS", modules_to_save=[HEAD]))
+    return get_peft_model(base, adapter_config(base, method.adapter, task_type="SEQ_CLS", heads=[HEAD]))
 
 
 def load_trained_scorer(method: Method, checkpoint: Path) -> Any:

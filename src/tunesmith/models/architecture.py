@@ -91,10 +91,15 @@ class Architecture:
         return self.num_hidden_layers * (self.experts.count * each + self.experts.router)
 
     @property
+    def norm_parameters(self) -> int:
+        """Norms of all blocks and behind them."""
+        return self.num_hidden_layers * self.norms_per_block + self.final_norm
+
+    @property
     def other_parameters(self) -> int:
         """Norms and biases."""
         biases = sum(linear.out_features for linear in self.all_linears if linear.bias)
-        return self.num_hidden_layers * (self.norms_per_block + biases) + self.final_norm
+        return self.norm_parameters + self.num_hidden_layers * biases
 
     @property
     def parameters(self) -> int:

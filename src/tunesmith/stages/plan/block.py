@@ -60,6 +60,7 @@ class Modules:
         self.tape, self.a, self.s = tape, architecture, scenario
         self.style = STYLES.get(architecture.model_type, Style())
         self.full = scenario.method == "full"
+        self.norms, self.head = scenario.trains("norm"), scenario.trains_head(architecture)
         self.t = scenario.tokens
         # PEFT's k-bit preparation turns norms and embeddings to float32, and with them everything between 4-bit products.
         self.e = 4 if scenario.stock and scenario.method == "qlora" else scenario.element
@@ -148,7 +149,7 @@ class Modules:
             return self._fused_norm(x, width, groups)
         tape, numbers, small = self.tape, width * groups, 4 * self.t * groups
         exact, narrow = 4 * numbers * self.t, self.e * numbers * self.t
-        weight: list[tuple[Kind, int]] = [("gradients", self.e * width)] if self.full else []
+        weight: list[tuple[Kind, int]] = [("gradients", self.e * width)] if self.norms else []
         wide = self._cast(x, numbers, self.e, 4)
         square = tape.apply(exact, [wide], saves=[wide.buffer], gives=[Give(wide, exact)], back_scratch=2 * exact)
         mean = self._then_free(tape.apply(small, [square], gives=[Give(square, exact)]), square)
@@ -158,14 +159,14 @@ class Modules:
         scaled = tape.apply(exact, [wide, root], saves=saves, gives=gives, back_scratch=exact)
         tape.free(wide, root)
         if self.style.norm == "gemma":  # weight in float32, then the cast
-            kept = [scaled.buffer] if self.full else []
-            moment = exact if self.full else 0
+            kept = [scaled.buffer] if self.norms else []
+            moment = exact if self.norms else 0
             out = tape.apply(exact, [scaled], saves=kept, gives=[Give(scaled, exact)], back_scratch=moment, keeps=weight)
             tape.free(scaled)
             return self._then_free(self._cast(out, numbers, 4, self.e), out)
         scaled = self._then_free(self._cast(scaled, numbers, 4, self.e), scaled)
-        kept = [scaled.buffer] if self.full else []
-        moment = narrow if self.full else 0
+        kept = [scaled.buffer] if self.norms else []
+        moment = narrow if self.norms else 0
         out = tape.apply(narrow, [scaled], saves=kept, gives=[Give(scaled, narrow)], back_scratch=moment, keeps=weight)
         return self._then_free(out, scaled)
 
@@ -175,7 +176,7 @@ class Modules:
         exact, size = 4 * numbers, self.e * numbers
         copy = 0 if self.e == 4 else exact
         root = tape.make("activations", 4 * groups * self.t)
-        keeps: list[tuple[Kind, int]] = [("gradients", self.e * width)] if self.full else []
+        keeps: list[tuple[Kind, int]] = [("gradients", self.e * width)] if self.norms else []
         back = 2 * copy if self.e == 2 else 0
         out = tape.apply(
             size, [x], saves=[x.buffer, root], gives=[Give(x, size)], scratch=2 * copy, back_scratch=back, keeps=keeps
@@ -186,7 +187,7 @@ class Modules:
     def _layer_norm(self, x: Value, width: int) -> Value:
         """The one of torch: keeps x, mean and deviation."""
         statistics = self.tape.make("activations", 8 * self.t)
-        keeps: list[tuple[Kind, int]] = [("gradients", 2 * self.e * width)] if self.full else []
+        keeps: list[tuple[Kind, int]] = [("gradients", 2 * self.e * width)] if self.norms else []
         size = self.e * width * self.t
         out = self.tape.apply(size, [x], saves=[x.buffer, statistics], gives=[Give(x, size)], keeps=keeps)
         self.tape.drop(statistics)
@@ -396,7 +397,7 @@ class Modules:
         tape.free(hidden)
         into_hidden = tape.make("activations", e * h * n)
         rows = min(n, chunk_rows(vocabulary))
-        head = tape.make("gradients", 4 * vocabulary * h) if self.full else None
+        head = tape.make("gradients", 4 * vocabulary * h) if self.head else None
         exact = 8 if self.style.capped_logits else 4
         tape.scratch((exact + (e if e == 2 else 0)) * rows * vocabulary, "logits")
         products = max(e * rows * h, (6 if e == 2 else 4) * min(HEAD_ROWS, vocabulary) * h if head else 0)
@@ -429,7 +430,7 @@ class Modules:
             tape.drop(into_logits)
             into_logits = narrow
         hidden.gradient = tape.make("activations", e * h * t)
-        if self.full:
+        if self.head:
             self._keep_head(tape.make("gradients", e * vocabulary * h))
         tape.free(hidden)
         tape.drop(into_logits)

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.methods.adapter import fuse_adapters
-from tunesmith.methods.base import enable_checkpointing
+from tunesmith.methods.base import AdapterSettings, enable_checkpointing
 from tunesmith.methods.blocks import fuse_blocks
-from tunesmith.methods.lora import adapter_targets
+from tunesmith.methods.lora import adapter_config
 from tunesmith.methods.optimizers import AdamW, InBackward
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
 from tunesmith.stages.plan.scenario import Scenario
@@ -143,10 +143,10 @@ def build_model(config: Any, scenario: Scenario, device: str) -> Any:
             enable_checkpointing(model)
         if adapted:
             # On meta PEFT would cast nothing, so it is done here.
-            adapter = LoraConfig(r=scenario.r, target_modules=adapter_targets(model, "all-linear"))
-            model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
-    for parameter in model.parameters():
-        if adapted and parameter.requires_grad:
+            settings = AdapterSettings(scenario.r, 2 * scenario.r, 0.0, "all-linear", False, 0, scenario.modules_to_save)
+            model = get_peft_model(model, adapter_config(model, settings), autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if adapted and "lora_" in name:
             parameter.data = parameter.data.float()
     if adapted and not scenario.stock:
         fuse_adapters(model)

@@ -40,7 +40,7 @@ def estimate(architecture: Architecture, scenario: Scenario) -> Estimate:
 
 
 def weight_bytes(architecture: Architecture, scenario: Scenario) -> dict[Kind, int]:
-    """Bytes of the loaded model: base weights, and the adapter in float32.
+    """Bytes of the loaded model: base weights, and the adapter in float32 with copies of what is trained whole beside it.
 
     QLoRA: NF4 on the blocks' linear layers; all else stays in the model's dtype, or is float32 after PEFT's preparation.
     """
@@ -51,6 +51,7 @@ def weight_bytes(architecture: Architecture, scenario: Scenario) -> dict[Kind, i
     else:
         base = e * architecture.parameters
     adapter = 0 if scenario.method == "full" else 4 * architecture.lora_parameters(scenario.r)
+    adapter += e * scenario.whole_parameters(architecture)
     return {"weights": base, "adapter": adapter}
 
 
@@ -88,6 +89,7 @@ class _Step:
         self.full = scenario.method == "full"
         self.trained = architecture.parameters if self.full else architecture.lora_parameters(scenario.r)
         self.weight = scenario.element if self.full else 4  # bytes of a trained number and of its gradient
+        self.whole = scenario.whole_parameters(architecture)
 
     def run(self) -> Estimate:
         """Weights, states and batch; forward, loss, backward, optimizer."""
@@ -102,7 +104,7 @@ class _Step:
         elif scenario.optimizer_in_backward:
             tape.in_backward = self._update_scratch
         elif scenario.accumulating:
-            tape.make("gradients", self.weight * self.trained, moved=False)
+            tape.make("gradients", self.weight * self.trained + scenario.element * self.whole, moved=False)
             tape.in_backward = lambda _: 0  # each gradient is added to what is there, and freed
         tape.make("scratch", self._rounding(), moved=False)
         # Ids and positions of tokens, sources and targets of labels (int64), their weights (float32).
@@ -210,7 +212,7 @@ class _Step:
     def _embedding(self) -> Value:
         """Its result; gradients flow to it where it is trained, or where blocks are recomputed."""
         size = self.s.element * self.a.hidden_size * self.s.tokens
-        value = Value(self.tape.make("activations", size), self.full or self.s.gradient_checkpointing)
+        value = Value(self.tape.make("activations", size), self.s.trains("embed_tokens") or self.s.gradient_checkpointing)
         if self.modules.style.scaled_embedding:
             self.tape.scratch(size)
         return value
@@ -236,7 +238,7 @@ class _Step:
     def _embedding_backward(self, embedded: Value) -> None:
         """The embedding's gradient, as large as the embedding; it is added to the head's where they are tied."""
         tape = self.tape
-        if self.full:
+        if self.s.trains("embed_tokens"):
             size = self.s.element * self.a.embedding_parameters
             made = tape.make("gradients", size)
             if tape.in_backward is not None:
@@ -258,15 +260,17 @@ class _Step:
     def optimizer_bytes(self) -> int:
         """AdamW's states, and masters where weights are bf16; torch's own states follow the parameters' dtype."""
         if self.s.optim in {"adamw_torch_fused", "adamw_torch_foreach"}:
-            return 2 * self.weight * self.trained
-        masters = master_bytes(self.s.optim) if self.weight == 2 else 0
-        return round((state_bytes(self.s.optim) + masters) * self.trained)
+            return 2 * (self.weight * self.trained + self.s.element * self.whole)
+        parts = ((self.weight, self.trained), (self.s.element, self.whole))
+        masters = sum(master_bytes(self.s.optim) * count for weight, count in parts if weight == 2)
+        return round(state_bytes(self.s.optim) * (self.trained + self.whole)) + masters
 
-    def _update_scratch(self, gradient: int) -> int:
+    def _update_scratch(self, gradient: int, weight: int | None = None) -> int:
         """Float32 copies while one parameter is updated, a slice at a time (methods/optimizers.py)."""
-        size = min(OPTIMIZER_SLICE, gradient // self.weight)
+        weight = weight or self.weight
+        size = min(OPTIMIZER_SLICE, gradient // weight)
         if self.s.optim == "adamw":
-            return 0 if self.weight == 4 else 4 * size
+            return 0 if weight == 4 else 4 * size
         # Weight 4, moments 8, and rounding the result: noise, sum and masked sum.
         return 24 * size
 
@@ -281,4 +285,10 @@ class _Step:
             largest = max(self.a.embedding_parameters, *(linear.weights for linear in linears))
         else:
             largest = self.s.r * max(max(linear.in_features, linear.out_features) for linear in linears)
-        return self._update_scratch(self.weight * largest)
+        whole = self._update_scratch(self.s.element * self._largest_whole(), self.s.element)
+        return max(self._update_scratch(self.weight * largest), whole)
+
+    def _largest_whole(self) -> int:
+        """Parameters of the largest module that is trained whole beside an adapter."""
+        wide = self.s.trains("embed_tokens") or self.s.trains("lm_head")
+        return min(self.whole, self.a.embedding_parameters if wide else self.a.hidden_size)

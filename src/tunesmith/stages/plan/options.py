@@ -274,6 +274,7 @@ class Planner:
             accumulating=accumulating,
             attention=self._attention(),
             logits_twice=self.recipe.objective == "dpo",
+            modules_to_save=tuple(self.recipe.lora.modules_to_save),
         )
 
     def _attention(self) -> Literal["sdpa", "tree", "eager"]:

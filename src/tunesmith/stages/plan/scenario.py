@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.hardware import DtypeName
+from tunesmith.models.architecture import Architecture
 from tunesmith.recipe import Method
 
 #: Bytes of one number.
@@ -23,6 +24,7 @@ class Scenario:
     flex attention along a tree, which keep the same), the engine's tree on CPU (`tree`), or `eager` with its table of scores.
     `stock` is transformers' and PEFT's way instead of the engine's: adapters that compute in float32, k-bit preparation, logits
     of all places at once. `logits_twice` tells that the backward pass makes logits again, as the loss of pairs does.
+    `modules_to_save` names what is trained whole beside an adapter.
     """
 
     method: Method
@@ -38,6 +40,23 @@ class Scenario:
     attention: Literal["sdpa", "tree", "eager"] = "sdpa"
     stock: bool = False
     logits_twice: bool = False
+    modules_to_save: tuple[str, ...] = ()
+
+    def trains(self, module: str) -> bool:
+        """Whether modules of this name, such as `embed_tokens` or `norm`, are trained themselves."""
+        ends = [name.rpartition(".")[2] for name in self.modules_to_save]
+        return self.method == "full" or any(module.endswith(end) or end.endswith(module) for end in ends)
+
+    def trains_head(self, a: Architecture) -> bool:
+        """Whether the head is, under its own name or that of the embedding that it is tied to."""
+        return self.trains("lm_head") or (a.tie_word_embeddings and self.trains("embed_tokens"))
+
+    def whole_parameters(self, a: Architecture) -> int:
+        """Parameters that are trained whole beside an adapter."""
+        if self.method == "full":
+            return 0
+        parts = {"embed_tokens": a.embedding_parameters, "lm_head": a.head_parameters, "norm": a.norm_parameters}
+        return sum(count for name, count in parts.items() if self.trains(name))
 
     @property
     def tokens(self) -> int:

@@ -53,7 +53,7 @@ def micro_batch_work(a: Architecture, s: Scenario, estimate: Estimate, context: 
     again = 2 if s.gradient_checkpointing else 0
     each = weights * ((6 if s.method == "full" else 4) + again) + adapters * (6 + again)
     places = s.tokens if s.stock else s.labelled
-    head = a.hidden_size * a.vocab_size * places * ((6 if s.method == "full" else 4) + (2 if s.logits_twice else 0))
+    head = a.hidden_size * a.vocab_size * places * ((6 if s.trains_head(a) else 4) + (2 if s.logits_twice else 0))
     query = a.num_attention_heads * a.head_dim
     attention = 2 * context * query * a.num_hidden_layers * s.tokens * (3.5 + again / 2)
     moved = 3.0 * estimate.written_bytes + s.element * weights * (2 + again / 2)
@@ -77,7 +77,7 @@ def forward_work(a: Architecture, s: Scenario, estimate: Estimate, context: floa
 def optimizer_bytes(a: Architecture, s: Scenario) -> float:
     """Bytes that clipping and one update move: gradient, weight, master and states, read and written."""
     full = s.method == "full"
-    trained = a.parameters if full else a.lora_parameters(s.r)
+    trained = a.parameters if full else a.lora_parameters(s.r) + s.whole_parameters(a)
     slices = 0 if s.optim == "adamw" else 40  # float32 copies on the way, and random bits for rounding
     return trained * (34.0 + slices)
 
