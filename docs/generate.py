@@ -261,6 +261,7 @@ _GIB = 2**30
 _GPU_WAYS = {
     "gradient_checkpointing": "checkpointing",
     "optimizer_in_backward": "update in backward",
+    "optimizer_offloading": "states offloaded",
     "torch_compile": "compiled",
 }
 

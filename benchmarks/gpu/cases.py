@@ -78,6 +78,7 @@ CASES = (
     Case("stock_full_7b", QWEN, "full", "stock", (1, 3), train=LEAN),
     # Larger and smaller models.
     Case("qlora_70b", LLAMA, "qlora", seconds=90, steps=3, train=LEAN),
+    Case("full_7b_offloaded", QWEN, "full", train={**LEAN_FULL, "optimizer_offloading": True}),
     Case("lora_7b_compiled", QWEN, "lora", rows=2, own=4096, seconds=60, train=COMPILED),
     Case("qlora_32b", "Qwen/Qwen2.5-32B", "qlora", seconds=60, steps=3, train=LEAN),
     Case("lora_14b", "Qwen/Qwen2.5-14B", "lora", train=LEAN),

@@ -66,6 +66,8 @@ def recipe_of(case: Case, model: str) -> Recipe:
     own = {"per_device_train_batch_size": case.rows, "learning_rate": 1e-5, "warmup_ratio": 0.0, **case.train}
     if not own.get("optimizer_in_backward"):
         own["effective_batch_size"] = case.rows
+    if on_device() == "cpu":
+        own.pop("optimizer_offloading", None)  # of a dry run: refused where there is no GPU
     train = {**own, "max_steps": case.steps + TIMED_AFTER}
     values = {"model": model, "method": case.method, "data": {"train": "rows.jsonl"}, "lora": {"r": 16}, "train": train}
     return Recipe.model_validate(values)

@@ -94,6 +94,9 @@ class TrainSection(Section):
     sums); with bf16 (4) or 8-bit (2) states and weights rounded stochastically."""
     optimizer_in_backward: bool = False
     """Update each weight as soon as its gradient is there and free the gradient; one micro-batch a step, clipped one by one."""
+    optimizer_offloading: bool = False
+    """Keep the optimizer's states and masters in the machine's memory and move them over slice by slice in each step, to the
+    same bits (GPU only): what paged optimizers do when memory is short, at a cost that is known before."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: bool = False

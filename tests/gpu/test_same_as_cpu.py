@@ -115,6 +115,22 @@ def test_updates_of_each_optimizer(device: torch.device, optim: str) -> None:
     assert not torch.equal(results[0], start)
 
 
+@pytest.mark.parametrize("optim", STATE_BITS)
+def test_states_in_the_machines_memory_give_the_same_bits(device: torch.device, optim: str) -> None:
+    torch.manual_seed(0)
+    start, gradients, results = torch.randn(3000, 40), [torch.randn(3000, 40) for _ in range(3)], []
+    for store in (None, torch.device("cpu")):
+        parameter = torch.nn.Parameter(start.to(device, torch.bfloat16))
+        optimizer = AdamW.named(optim, [parameter], lr=1e-2, store=store)
+        for gradient in gradients:
+            parameter.grad = gradient.to(device, torch.bfloat16)
+            optimizer.step()
+        kept = {tensor.device.type for name, tensor in optimizer.kept({parameter: "p"}).items() if "exp_avg" in name}
+        assert kept == {device.type if store is None else "cpu"}
+        results.append(parameter.detach().clone())
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flex_attention_runs_and_equals_the_dense_mask(gpu: torch.device, dtype: torch.dtype) -> None:
     assert flex.reason_against(gpu, dtype) is None

@@ -62,6 +62,7 @@ def test_only_large_activations_of_another_device_travel() -> None:
         assert quiet.offloaded_bytes == 0
 
 
-def test_a_cpu_has_nowhere_to_offload_to() -> None:
-    with pytest.raises(RecipeError, match="activation_offloading without a GPU"):
-        settle(recipe(activation_offloading="true"), 5_000, 2e-4, CPU)
+@pytest.mark.parametrize("name", ["activation_offloading", "optimizer_offloading"])
+def test_a_cpu_has_nowhere_to_offload_to(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"{name} without a GPU"):
+        settle(recipe(**{name: "true"}), 5_000, 2e-4, CPU)

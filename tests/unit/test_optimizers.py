@@ -55,6 +55,39 @@ def test_parameters_of_a_group_are_updated_as_if_each_were_alone() -> None:
         assert one.state[left]["step"] == 5 - 2 * (left is together[0])
 
 
+@pytest.mark.parametrize("optim", STATE_BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_that_are_kept_elsewhere_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, optim: str, dtype: torch.dtype
+) -> None:
+    """In slices, saved and put back on the way; what is read of them is a copy."""
+    monkeypatch.setattr(optimizers, "OPTIMIZER_SLICE", 256)
+    torch.manual_seed(0)
+    start, gradients = torch.randn(90, 7), [torch.randn(90, 7) for _ in range(4)]
+    results = []
+    for store in (None, torch.device("cpu")):
+        parameter = torch.nn.Parameter(start.to(dtype, copy=True))
+        optimizer = AdamW.named(optim, [parameter], lr=1e-2, weight_decay=0.1, seed=5, store=store)
+        for number, gradient in enumerate(gradients):
+            parameter.grad = gradient.to(dtype)
+            optimizer.step()
+            if number == 1:
+                kept = {name: tensor.clone() for name, tensor in optimizer.kept({parameter: "p"}).items()}
+                optimizer = AdamW.named(optim, [parameter], lr=1e-2, weight_decay=0.1, seed=9, store=store)
+                optimizer.allocate()
+                optimizer.put_back(kept, {parameter: "p"})
+        with optimizer.unloaded():
+            results.append((parameter.detach().clone(), kept))
+        moment = optimizer.state[parameter]["exp_avg"]
+        part = slice(0, 256)
+        shares = moment.home.read(moment.values, part, parameter.device).data_ptr() == moment.values.data_ptr()
+        assert shares == (store is None)
+    (beside, kept_beside), (apart, kept_apart) = results
+    assert torch.equal(beside, apart)
+    assert kept_beside.keys() == kept_apart.keys()
+    assert all(torch.equal(kept_beside[name], tensor) for name, tensor in kept_apart.items())
+
+
 def test_small_updates_survive_in_bf16() -> None:
     """Steps of 1e-5 on weights of 1: bf16 alone would never move."""
     start = torch.ones(1000)

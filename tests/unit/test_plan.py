@@ -21,8 +21,8 @@ from tunesmith.planning import Request, facts_of, read_asks, recipe_of
 from tunesmith.recipe import Method, ResolvedRecipe, parse_recipe
 from tunesmith.stages.plan.chart import frontier
 from tunesmith.stages.plan.decide import Asks, smallest_cluster
-from tunesmith.stages.plan.memory import estimate
-from tunesmith.stages.plan.options import OVERHEAD, Planner
+from tunesmith.stages.plan.memory import estimate, offloaded_bytes
+from tunesmith.stages.plan.options import OVERHEAD, Planner, roofline_step
 from tunesmith.stages.plan.rows import assumed, read_facts
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.speed import micro_batch_work
@@ -109,6 +109,32 @@ def test_nothing_fits_and_the_nearest_is_named() -> None:
     problem = plan.problem()
     assert "qlora, needs" in problem.what
     assert "qlora fits on one RTX 3060" in problem.fix
+
+
+def test_states_in_the_machines_memory_let_full_fit_a_smaller_card() -> None:
+    """15.2 GB of weights, and 12 bytes a parameter elsewhere; it costs the time of moving them."""
+    size = find_device("24GB", GPUS)
+    options = {}
+    for offloading in ("false", "true"):
+        made = recipe("Qwen/Qwen2-7B", f"train.optimizer_offloading={offloading}", "train.optimizer_in_backward=true").recipe
+        fixed = {"train.optimizer_in_backward"}
+        plan = plan_for(made, assumed(10_000, 2048), size, GPUS, methods=["full"], entries=[], fixed=fixed)
+        options[offloading] = plan.options["full"]
+        told = [reason.text for reason in plan.reasons if reason.rule == "optimizer-offloading"]
+    assert not options["false"].fits
+    assert options["true"].fits
+    assert "optimizer" not in options["true"].memory.breakdown
+    scenario = options["true"].scenario
+    beside = replace(scenario, optimizer_offloading=False)
+    architecture = plan.architecture
+    assert (offloaded_bytes(architecture, scenario), offloaded_bytes(architecture, beside)) == (
+        estimate(architecture, beside).breakdown["optimizer"],
+        0,
+    )
+    gib = offloaded_bytes(architecture, scenario) / GIB
+    assert told == [f"optimizer_offloading needs up to {gib:.1f} GiB of the machine's own memory"]
+    ways = [roofline_step(architecture, each, size, 1, 2048) for each in (scenario, beside)]
+    assert ways[0] > ways[1]
 
 
 def test_more_memory_never_makes_it_slower() -> None:

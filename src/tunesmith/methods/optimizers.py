@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import compress
 from operator import not_
 from typing import Any
@@ -33,39 +34,68 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _EXACT = (torch.float32, torch.float64)
 
 
+@dataclass(frozen=True)
+class _Home:
+    """Where the optimizer's tensors are kept: beside the weight, or in `store` and fetched slice by slice for an update."""
+
+    store: torch.device | None
+
+    def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A flat tensor to be kept, for a parameter on `device`; one that travels to a GPU stands in pinned memory."""
+        if self.store is None:
+            return torch.zeros(count, dtype=dtype, device=device)
+        return torch.zeros(count, dtype=dtype, device=self.store, pin_memory=device.type == "cuda")
+
+    def hold(self, values: torch.Tensor) -> torch.Tensor:
+        """The values, kept here, in their shape."""
+        if self.store is None:
+            return values
+        return self.zeros(values.numel(), values.dtype, values.device).view(values.shape).copy_(values)
+
+    def read(self, kept: torch.Tensor, part: slice, device: torch.device) -> torch.Tensor:
+        """A slice on the parameter's device; where it is kept there, a view."""
+        values = kept.view(-1)[part]
+        return values if self.store is None else values.to(device, copy=True)
+
+    def write(self, kept: torch.Tensor, part: slice, values: torch.Tensor) -> None:
+        """Put the slice back, where it is no view."""
+        place = kept.view(-1)[part]
+        if place.data_ptr() != values.data_ptr():
+            place.copy_(values)
+
+
 class _State:
     """A moment of one parameter, flat, in the optimizer's format; read and written in slices of float32."""
 
-    def __init__(self, parameter: torch.Tensor, bits: int, *, signed: bool) -> None:
-        device, count = parameter.device, parameter.numel()
+    def __init__(self, parameter: torch.Tensor, bits: int, home: _Home, *, signed: bool) -> None:
+        self.device, count = parameter.device, parameter.numel()
         exact = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        self.bits = bits
+        self.bits, self.home = bits, home
         dtype = {32: exact, 16: torch.bfloat16, 8: torch.uint8}[bits]
-        self.values = torch.zeros(count, dtype=dtype, device=device)
-        self.scales = torch.zeros(-(-count // STATE_BLOCK), device=device) if bits == 8 else None
-        self.code = torch.tensor(_VALUES[signed], device=device) if bits == 8 else None
+        self.values = home.zeros(count, dtype, self.device)
+        self.scales = home.zeros(-(-count // STATE_BLOCK), torch.float32, self.device) if bits == 8 else None
+        self.code = torch.tensor(_VALUES[signed], device=self.device) if bits == 8 else None
+
+    def _blocks(self, part: slice) -> slice:
+        return slice(part.start // STATE_BLOCK, -(-part.stop // STATE_BLOCK))
 
     def read(self, part: slice) -> torch.Tensor:
-        """The slice in float32; in the 32-bit format a view, which the update writes to directly."""
+        """The slice in float32."""
+        values = self.home.read(self.values, part, self.device)
         if self.scales is None:
-            values = self.values[part]
             return values if self.bits == 32 else values.float()
-        scales = self.scales[part.start // STATE_BLOCK : -(-part.stop // STATE_BLOCK)]
-        made: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
-            self.values[part], scales, self.code, STATE_BLOCK, torch.float32
-        )
+        scales = self.home.read(self.scales, self._blocks(part), self.device)
+        made: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(values, scales, self.code, STATE_BLOCK, torch.float32)
         return made
 
     def write(self, part: slice, values: torch.Tensor, generator: torch.Generator) -> None:
         """Put float32 `values` back."""
-        if self.bits == 32:
-            return  # `values` is a view of them
         if self.scales is None:
-            self.values[part] = round_bits(values, generator)
+            self.home.write(self.values, part, values if self.bits == 32 else round_bits(values, generator))
         else:
             quantised, scales = torch.ops.bitsandbytes.quantize_blockwise(values, self.code, STATE_BLOCK)
-            self.values[part] = quantised
-            self.scales[part.start // STATE_BLOCK : -(-part.stop // STATE_BLOCK)] = scales
+            self.home.write(self.values, part, quantised)
+            self.home.write(self.scales, self._blocks(part), scales)
 
     def tensors(self) -> list[torch.Tensor]:
         """What it keeps."""
@@ -115,7 +145,8 @@ class AdamW(torch.optim.Optimizer):
     to a float32 master (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1), or is rounded stochastically, which keeps
     it in expectation. `bits` is the size of each state: 32 (with masters), 16 or 8. `compensated` keeps beside a bf16 weight
     what rounding cut off, to be added before the next update (Kahan's sum; here all 16 bits, so the sum is float32's).
-    `seed` decides the rounding.
+    `seed` decides the rounding. With a `store` states and masters are kept on that device, as on the CPU for weights on a GPU,
+    and come over slice by slice: the results are the same, a step takes the time of moving them there and back.
     """
 
     def __init__(
@@ -129,9 +160,10 @@ class AdamW(torch.optim.Optimizer):
         bits: int = 32,
         compensated: bool = False,
         seed: int = 0,
+        store: torch.device | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.bits, self.compensated = bits, compensated
+        self.bits, self.compensated, self.home = bits, compensated, _Home(store)
         device = self.param_groups[0]["params"][0].device
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -146,11 +178,11 @@ class AdamW(torch.optim.Optimizer):
             exact = parameter.dtype in _EXACT
             state["step"] = 0
             masters = self.bits == 32 and not self.compensated
-            state["master"] = parameter.detach() if exact else parameter.detach().float() if masters else None
+            state["master"] = self.home.hold(parameter.detach().float()) if masters and not exact else None
             if self.compensated and not exact:
-                state["cut_off"] = torch.zeros(parameter.numel(), dtype=torch.int16, device=parameter.device)
-            state["exp_avg"] = _State(parameter, self.bits, signed=True)
-            state["exp_avg_sq"] = _State(parameter, self.bits, signed=False)
+                state["cut_off"] = self.home.zeros(parameter.numel(), torch.int16, parameter.device)
+            state["exp_avg"] = _State(parameter, self.bits, self.home, signed=True)
+            state["exp_avg_sq"] = _State(parameter, self.bits, self.home, signed=False)
         return state
 
     def allocate(self) -> None:
@@ -166,7 +198,8 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError("a closure is not supported")
         for group in self.param_groups:
             found = [parameter for parameter in group["params"] if parameter.grad is not None]
-            plain = [self.bits == 32 and parameter.dtype in _EXACT for parameter in found]
+            beside = self.bits == 32 and self.home.store is None
+            plain = [beside and parameter.dtype in _EXACT for parameter in found]
             if any(plain):
                 self._update_plain(list(compress(found, plain)), group)
             for parameter in compress(found, map(not_, plain)):
@@ -190,27 +223,31 @@ class AdamW(torch.optim.Optimizer):
         """One update of one parameter from its gradient, with the settings of its group."""
         if parameter.grad is None:
             raise ValueError("the parameter has no gradient")
-        state = self._state_of(parameter)
+        state, home = self._state_of(parameter), self.home
         weight, gradient = parameter.detach().view(-1), parameter.grad.reshape(-1)
-        master = None if state["master"] is None else state["master"].view(-1)
-        cut_off: torch.Tensor | None = state.get("cut_off")
+        exact, device = parameter.dtype in _EXACT, parameter.device
+        master, cut_off = state["master"], state.get("cut_off")
         for begin in range(0, len(weight), OPTIMIZER_SLICE):
             part = slice(begin, min(begin + OPTIMIZER_SLICE, len(weight)))
             if cut_off is not None:
-                target = join_halves(weight[part], cut_off[part])
+                target = join_halves(weight[part], home.read(cut_off, part, device))
+            elif master is not None:
+                target = home.read(master, part, device)
             else:
-                target = weight[part].float() if master is None else master[part]
+                target = weight[part] if exact else weight[part].float()
             moments = [state[name].read(part) for name in _MOMENTS]
-            step = torch.tensor(float(state["step"]), device=weight.device)
+            step = torch.tensor(float(state["step"]), device=device)
             _adamw([target], [gradient[part].to(target.dtype)], [moments[0]], [moments[1]], [step], group)
             for name, values in zip(_MOMENTS, moments, strict=True):
                 state[name].write(part, values, self.generator)
             if cut_off is not None:
-                weight[part], cut_off[part] = split_halves(target)
-            elif master is None:
-                weight[part] = round_bits(target, self.generator)
-            elif master.dtype != weight.dtype:
+                weight[part], low = split_halves(target)
+                home.write(cut_off, part, low)
+            elif master is not None:
+                home.write(master, part, target)
                 weight[part] = target.to(weight.dtype)
+            elif not exact:
+                weight[part] = round_bits(target, self.generator)
         state["step"] += 1
 
     def kept(self, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
@@ -232,7 +269,7 @@ class AdamW(torch.optim.Optimizer):
             found |= dict(zip((moment, f"{moment}.scales")[: len(tensors)], tensors, strict=True))
         if "cut_off" in state:
             found["cut_off"] = state["cut_off"]
-        if state["master"] is not None and state["master"].data_ptr() != parameter.data_ptr():
+        if state["master"] is not None:
             found["master"] = state["master"]
         return found
 
@@ -272,7 +309,8 @@ class AdamW(torch.optim.Optimizer):
         """Put what was trained, in float32, in the place of the rounded parameters, where it was kept."""
         for parameter, state in self.state.items():
             if "cut_off" in state:
-                parameter.data = join_halves(parameter.detach().view(-1), state["cut_off"]).view(parameter.shape)
+                cut_off = state["cut_off"].to(parameter.device)
+                parameter.data = join_halves(parameter.detach().view(-1), cut_off).view(parameter.shape)
             elif state["master"] is not None:
                 parameter.data = state["master"]
 

@@ -32,6 +32,12 @@ ROWS_IN_BACKWARD = 8
 BATCHES: tuple[tuple[int, int], ...] = ((128, 2_000), (64, 500), (32, 100), (16, 50), (8, 0))
 
 
+_OFFLOADING = (
+    ("activation_offloading", "activations", "train.gradient_checkpointing: true to hold fewer of them"),
+    ("optimizer_offloading", "the optimizer's states", "train.optim: adamw_8bit for smaller ones"),
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settled training settings; `reasons` tells for each settled value why it is what it is."""
@@ -67,10 +73,10 @@ def auto_batch(rows_seen: float) -> int:
 def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Hardware) -> Settings:
     """All settings of a run over `rows` train rows on one device."""
     asked, reasons = recipe.train, dict[str, str]()
-    if asked.activation_offloading and hardware.device == "cpu":
-        why = "on a CPU activations are in the machine's memory already"
-        fix = "leave it out, or use train.gradient_checkpointing: true to hold fewer of them"
-        raise RecipeError(Problem("TS003", "activation_offloading without a GPU", "train", why, fix))
+    for name, what, instead in _OFFLOADING:
+        if getattr(asked, name) and hardware.device == "cpu":
+            why = f"on a CPU {what} are in the machine's memory already"
+            raise RecipeError(Problem("TS003", f"{name} without a GPU", "train", why, f"leave it out, or use {instead}"))
 
     def settled(name: str, value: Any, auto: Any, reason: str) -> Any:
         if value == "auto":

@@ -76,7 +76,8 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     nodes, length = (Node(0, 24, 64), Node(24, 48, 48), Node(48, 64, 64)), 64
     query, key, value = (torch.zeros((1, heads, length, 64), dtype=dtype, device=device) for heads in (2, 1, 1))
     try:
-        flex(query.requires_grad_(), key, value, block_mask(nodes, length, device), 1.0).sum().backward()
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            flex(query.requires_grad_(), key, value, block_mask(nodes, length, device), 1.0).sum().backward()
     except (RuntimeError, ImportError, OSError) as error:  # what torch's compiler raises is a RuntimeError
         lines = str(error).strip().splitlines()
         return f"flex attention does not run here: {lines[0] if lines else type(error).__name__}"

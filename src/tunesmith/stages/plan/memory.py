@@ -39,6 +39,11 @@ def estimate(architecture: Architecture, scenario: Scenario) -> Estimate:
     return _Step(architecture, scenario).run()
 
 
+def offloaded_bytes(architecture: Architecture, scenario: Scenario) -> int:
+    """What the machine's memory holds of the optimizer instead of the device."""
+    return _Step(architecture, scenario).state_bytes() if scenario.optimizer_offloading else 0
+
+
 def weight_bytes(architecture: Architecture, scenario: Scenario) -> dict[Kind, int]:
     """Bytes of the loaded model: base weights, and the adapter in float32 with copies of what is trained whole beside it.
 
@@ -259,6 +264,10 @@ class _Step:
 
     def optimizer_bytes(self) -> int:
         """AdamW's states, and masters where weights are bf16; torch's own states follow the parameters' dtype."""
+        return 0 if self.s.optimizer_offloading else self.state_bytes()
+
+    def state_bytes(self) -> int:
+        """The same, wherever they are."""
         if self.s.optim in {"adamw_torch_fused", "adamw_torch_foreach"}:
             return 2 * (self.weight * self.trained + self.s.element * self.whole)
         parts = ((self.weight, self.trained), (self.s.element, self.whole))
@@ -269,6 +278,8 @@ class _Step:
         """Float32 copies while one parameter is updated, a slice at a time (methods/optimizers.py)."""
         weight = weight or self.weight
         size = min(OPTIMIZER_SLICE, gradient // weight)
+        if self.s.optimizer_offloading:
+            return 32 * size  # what comes over, beside the copies below
         if self.s.optim == "adamw":
             return 0 if weight == 4 else 4 * size
         # Weight 4, moments 8, and rounding the result: noise, sum and masked sum.

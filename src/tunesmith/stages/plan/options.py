@@ -15,10 +15,17 @@ from tunesmith.models.architecture import Architecture
 from tunesmith.packing.tree import TREE_ARCHITECTURES
 from tunesmith.recipe import Method, Recipe
 from tunesmith.sections import Auto
-from tunesmith.stages.plan.memory import Estimate, estimate
+from tunesmith.stages.plan.memory import Estimate, estimate, offloaded_bytes
 from tunesmith.stages.plan.rows import Batch, DataFacts
 from tunesmith.stages.plan.scenario import Optim, Scenario
-from tunesmith.stages.plan.speed import forward_work, micro_batch_work, optimizer_bytes, optimizer_seconds, seconds
+from tunesmith.stages.plan.speed import (
+    HOST_BANDWIDTH,
+    forward_work,
+    micro_batch_work,
+    optimizer_bytes,
+    optimizer_seconds,
+    seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -275,6 +282,7 @@ class Planner:
             attention=self._attention(),
             logits_twice=self.recipe.objective == "dpo",
             modules_to_save=tuple(self.recipe.lora.modules_to_save),
+            optimizer_offloading=self.recipe.train.optimizer_offloading,
         )
 
     def _attention(self) -> Literal["sdpa", "tree", "eager"]:
@@ -314,4 +322,5 @@ def roofline_step(a: Architecture, scenario: Scenario, device: Device, micro_bat
     """Seconds of an optimizer step by the roofline, without any correction."""
     work = micro_batch_work(a, scenario, estimate(a, scenario), context)
     update = optimizer_seconds(optimizer_bytes(a, scenario), device)
-    return micro_batches * seconds(work, device, scenario.dtype) + update
+    travel = 2 * offloaded_bytes(a, scenario) / HOST_BANDWIDTH
+    return micro_batches * seconds(work, device, scenario.dtype) + update + travel

@@ -24,7 +24,7 @@ class Scenario:
     flex attention along a tree, which keep the same), the engine's tree on CPU (`tree`), or `eager` with its table of scores.
     `stock` is transformers' and PEFT's way instead of the engine's: adapters that compute in float32, k-bit preparation, logits
     of all places at once. `logits_twice` tells that the backward pass makes logits again, as the loss of pairs does.
-    `modules_to_save` names what is trained whole beside an adapter.
+    `modules_to_save` names what is trained whole beside an adapter; with `optimizer_offloading` states are not on the device.
     """
 
     method: Method
@@ -41,6 +41,7 @@ class Scenario:
     stock: bool = False
     logits_twice: bool = False
     modules_to_save: tuple[str, ...] = ()
+    optimizer_offloading: bool = False
 
     def trains(self, module: str) -> bool:
         """Whether modules of this name, such as `embed_tokens` or `norm`, are trained themselves."""

@@ -33,6 +33,7 @@ from tunesmith.stages.plan.decide import (
     rule_of_thumb,
     smallest_cluster,
 )
+from tunesmith.stages.plan.memory import offloaded_bytes
 from tunesmith.stages.plan.options import OVERHEAD, Option, Planner
 from tunesmith.stages.plan.rows import DataFacts, Encoder, encoder_of, prepared_facts, refuse_unplanned
 
@@ -142,6 +143,10 @@ def plan_for(
     if recipe.train.activation_offloading:
         text = "activation_offloading is not counted: the peak will be lower than promised, a step longer"
         reasons.append(Reason("offloading-not-counted", "tunesmith", text))
+    if recipe.train.optimizer_offloading:
+        largest = max(offloaded_bytes(architecture, option.scenario) for option in options.values())
+        text = f"optimizer_offloading needs up to {largest / GIB:.1f} GiB of the machine's own memory"
+        reasons.append(Reason("optimizer-offloading", "tunesmith", text))
     change = _what_would_change_it(planner, options, recommended, gpus, clusters)
     return Plan(recipe.model, source, architecture, device, facts, options, recommended, reasons, change, clusters)
 
