@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ def test_the_next_lever_is_named_with_bytes(model: Any) -> None:
     third = next_lever(recipe_of("method: full\ntrain: {gradient_checkpointing: true, optim: adamw_8bit}"), model, 50)
     assert third is not None
     assert third.startswith("method: lora")
+    elsewhere = copy.deepcopy(model).to("meta")  # as on a GPU: not where the machine's memory is
+    full = "method: full\ntrain: {gradient_checkpointing: true, optim: adamw_8bit"
+    assert str(next_lever(recipe_of(f"{full}}}"), elsewhere, 50)).startswith("train.optimizer_offloading: true")
+    assert next_lever(recipe_of(f"{full}, optimizer_offloading: true}}"), elsewhere, 50) == third
     fourth = next_lever(recipe_of(f"method: lora\n{checkpointing}"), model, 50)
     assert fourth is not None
     assert fourth.startswith("method: qlora")

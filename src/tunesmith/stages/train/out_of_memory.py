@@ -64,6 +64,8 @@ def next_lever(recipe: Recipe, model: Any, longest: int) -> str | None:
     if recipe.method == "full" and recipe.train.optim != "adamw_8bit":
         fewer = int(count * state_bytes("adamw_8bit"))
         return f"train.optim: adamw_8bit (optimizer states of {fewer:,} bytes instead of {states:,})"
+    if recipe.method == "full" and trained[0].device.type != "cpu" and not recipe.train.optimizer_offloading:
+        return f"train.optimizer_offloading: true (optimizer states of {states:,} bytes go to the machine's memory)"
     if recipe.method == "full":
         return f"method: lora ({states + weights:,} bytes of optimizer states and gradients less)"
     if recipe.method == "lora":
