@@ -41,7 +41,7 @@ def asked_of(case: str, *more: str, environment: Mapping[str, str], timeout: flo
         raise RuntimeError(f"it took more than {timeout:.0f} s") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise RuntimeError(lines[-1][:500] if lines else f"it ended with {done.returncode}")
+        raise RuntimeError(" ".join(lines[-3:])[:500] if lines else f"it ended with {done.returncode}")
     row: Row = json.loads(done.stdout.strip().splitlines()[-1])
     return row
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +26,8 @@ def script() -> ModuleType:
 
 def run(*arguments: str, result: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     command = [str(GPU / "run.sh"), *arguments, "--json", str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     return done, json.loads(result.read_text(encoding="utf-8"))
 
 
