@@ -55,17 +55,20 @@ def test_a_fused_model_equals_transformers_in_float64(name: str, adapted: bool, 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bf16_is_as_near_to_float32_as_transformers_own(name: str) -> None:
-    torch.manual_seed(0)
-    exact = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).train()
-    with torch.no_grad():
-        for parameter in exact.parameters():
-            parameter.copy_(parameter.bfloat16())
-    wanted = results(exact)["logits"]
-    theirs = copy.deepcopy(exact).bfloat16()
-    mine = copy.deepcopy(theirs)
-    fuse_blocks(mine)
-    far = [(results(model)["logits"].float() - wanted).square().mean() for model in (mine, theirs)]
-    assert far[0] <= 1.2 * far[1]
+    """In the mean over starts: of a single one the ratio is anything from 0.6 to 1.5, and another one on another processor."""
+    far = torch.zeros(2)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        exact = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).train()
+        with torch.no_grad():
+            for parameter in exact.parameters():
+                parameter.copy_(parameter.bfloat16())
+        wanted = results(exact)["logits"]
+        theirs = copy.deepcopy(exact).bfloat16()
+        mine = copy.deepcopy(theirs)
+        fuse_blocks(mine)
+        far += torch.stack([(results(model)["logits"].float() - wanted).square().mean() for model in (mine, theirs)])
+    assert far[0] <= 1.25 * far[1]
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
