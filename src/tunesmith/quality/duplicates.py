@@ -28,6 +28,7 @@ _RECALL = 0.98  # least chance that a pair at the threshold shares a band
 _SAME = 8  # rows kept of those that share a band: more are alike in what they all have
 _PLACES = 16  # of a bucket
 _FIRST = 1 << 8  # buckets of a band at the start
+_STRETCH = 2**14  # buckets that are moved at once
 _LARGE = 1 << 14  # buckets from which on a table grows by an eighth instead of to twice its size
 _LOAD = 0.8  # share of the places that are used at most
 
@@ -162,12 +163,19 @@ def _bucket(hashes: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def _moved(table: np.ndarray, buckets: int) -> np.ndarray:
-    """The entries of a band in a table of so many buckets, the oldest first in each."""
-    used = table[:, 1] > 0
+    """The entries of a band in a table of so many buckets; a stretch at a time, as six times it is needed on the way."""
+    found, fill = _empty(buckets), np.zeros(buckets, np.int64)
+    for begin in range(0, len(table), _STRETCH):
+        _move(table[begin : begin + _STRETCH], found, fill)
+    return found
+
+
+def _move(table: np.ndarray, found: np.ndarray, fill: np.ndarray) -> None:
+    """Put the entries into `found`, the oldest first, where `fill` says how many stand in each bucket."""
+    buckets, used = len(found), table[:, 1] > 0
     hashes, rows = table[:, 0][used], table[:, 1][used]
     order = np.argsort(rows)
     hashes, rows = hashes[order], rows[order]
-    found, fill = _empty(buckets), np.zeros(buckets, np.int64)
     at = _bucket(hashes, buckets)
     while len(at):
         order = np.argsort(at, kind="stable")
@@ -177,7 +185,6 @@ def _moved(table: np.ndarray, buckets: int) -> np.ndarray:
         found[at[fits], 0, place[fits]], found[at[fits], 1, place[fits]] = hashes[fits], rows[fits]
         fill += np.bincount(at[fits], minlength=buckets)
         hashes, rows, at = hashes[~fits], rows[~fits], (at[~fits] + 1) % buckets
-    return found
 
 
 class _Records:
