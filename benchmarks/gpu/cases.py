@@ -49,7 +49,7 @@ class Case:
         return self.shared + self.own
 
     def tiny(self) -> Case:
-        """The same way with a hundredth of the tokens, for a dry run."""
+        """The same way with few tokens, for a dry run."""
         return replace(self, own=max(24, self.own // 64), shared=self.shared // 16, steps=2)
 
 

@@ -28,7 +28,7 @@ _RECALL = 0.98  # least chance that a pair at the threshold shares a band
 _SAME = 8  # rows kept of those that share a band: more are alike in what they all have
 _PLACES = 16  # of a bucket
 _FIRST = 1 << 8  # buckets of a band at the start
-_STRETCH = 2**14  # buckets that are moved at once
+_STRETCH = 1 << 14  # buckets that are moved at once
 _LARGE = 1 << 14  # buckets from which on a table grows by an eighth instead of to twice its size
 _LOAD = 0.8  # share of the places that are used at most
 
@@ -163,7 +163,7 @@ def _bucket(hashes: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def _moved(table: np.ndarray, buckets: int) -> np.ndarray:
-    """The entries of a band in a table of so many buckets; a stretch at a time, as six times it is needed on the way."""
+    """The entries of a band in a table of so many buckets; a stretch at a time: moving takes six times its bytes."""
     found, fill = _empty(buckets), np.zeros(buckets, np.int64)
     for begin in range(0, len(table), _STRETCH):
         _move(table[begin : begin + _STRETCH], found, fill)
