@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import chat_row
 from tunesmith.errors import DataError, PlanError, RecipeError
 from tunesmith.hardware.calibration import Entry, add_entries, bytes_beside, read_entries, time_correction
 from tunesmith.hardware.catalogue import GIB, find_device, read_gpus
 from tunesmith.io.atomic import read_json, write_json
+from tunesmith.methods.optimizers import AdamW
 from tunesmith.models.architecture import Architecture, read_architecture
 from tunesmith.models.catalogue import known_models
 from tunesmith.planning import Request, facts_of, read_asks, recipe_of
 from tunesmith.recipe import Method, ResolvedRecipe, parse_recipe
+from tunesmith.stages.plan.building import make_optimizer
 from tunesmith.stages.plan.chart import frontier
 from tunesmith.stages.plan.decide import Asks, smallest_cluster
 from tunesmith.stages.plan.memory import estimate, offloaded_bytes
@@ -135,6 +138,15 @@ def test_states_in_the_machines_memory_let_full_fit_a_smaller_card() -> None:
     assert told == [f"optimizer_offloading needs up to {gib:.1f} GiB of the machine's own memory"]
     ways = [roofline_step(architecture, each, size, 1, 2048) for each in (scenario, beside)]
     assert ways[0] > ways[1]
+
+
+@pytest.mark.parametrize("offloading", [False, True])
+def test_a_probe_keeps_states_where_the_training_does(offloading: bool) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    scenario = Scenario("full", rows=1, length=8, labelled=4, optimizer_offloading=offloading)
+    made = make_optimizer([parameter], scenario)
+    assert isinstance(made, AdamW)
+    assert made.home.store == (torch.device("cpu") if offloading else None)
 
 
 def test_more_memory_never_makes_it_slower() -> None:

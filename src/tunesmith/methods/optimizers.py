@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import compress
-from operator import not_
 from typing import Any
 
 import torch
@@ -29,9 +27,13 @@ from tunesmith.methods.sizes import COMPENSATED, OPTIMIZER_SLICE, STATE_BITS, ST
 #: The 256 values between -1 (or 0, unsigned) and 1 that a byte stands for: bitsandbytes' dynamic map.
 _VALUES: dict[bool, list[float]] = {signed: create_dynamic_map(signed=signed).tolist() for signed in (False, True)}
 
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _EXACT = (torch.float32, torch.float64)
+
+
+def store_of(*, offloading: bool) -> torch.device | None:
+    """Where an optimizer keeps its states; None is beside the weights."""
+    return torch.device("cpu") if offloading else None
 
 
 @dataclass(frozen=True)
@@ -197,16 +199,21 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("a closure is not supported")
         for group in self.param_groups:
-            found = [parameter for parameter in group["params"] if parameter.grad is not None]
-            beside = self.bits == 32 and self.home.store is None
-            plain = [beside and parameter.dtype in _EXACT for parameter in found]
-            if any(plain):
-                self._update_plain(list(compress(found, plain)), group)
-            for parameter in compress(found, map(not_, plain)):
-                self.update(parameter, group)
+            plain = []
+            for parameter in group["params"]:
+                if parameter.grad is not None and self._plain(parameter):
+                    plain.append(parameter)
+                elif parameter.grad is not None:
+                    self.update(parameter, group)
+            if plain:
+                self._update_plain(plain, group)
+
+    def _plain(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter is its own master and its states stand beside it in full."""
+        return self.bits == 32 and self.home.store is None and parameter.dtype in _EXACT
 
     def _update_plain(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
-        """Parameters that are their own masters, with states in full: all in one call, as hundreds of adapters are small."""
+        """One update of plain parameters with gradients: all in one call, as hundreds of adapters are small."""
         states = [self._state_of(parameter) for parameter in parameters]
         steps = torch.tensor([float(state["step"]) for state in states], device=parameters[0].device)
         means, squares = (

@@ -22,7 +22,7 @@ from tunesmith.methods.adapter import fuse_adapters
 from tunesmith.methods.base import AdapterSettings, enable_checkpointing
 from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.methods.lora import adapter_config
-from tunesmith.methods.optimizers import AdamW, InBackward
+from tunesmith.methods.optimizers import AdamW, InBackward, store_of
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
 from tunesmith.stages.plan.scenario import Scenario
 
@@ -159,7 +159,7 @@ def make_optimizer(trained: list[torch.nn.Parameter], scenario: Scenario) -> tor
         return torch.optim.AdamW(trained, lr=1e-4, fused=True)
     if scenario.optim == "adamw_torch_foreach":
         return torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-    optimizer = AdamW.named(scenario.optim, trained)
+    optimizer = AdamW.named(scenario.optim, trained, store=store_of(offloading=scenario.optimizer_offloading))
     if scenario.optimizer_in_backward:
         InBackward(optimizer, max_grad_norm=1.0)
     return optimizer

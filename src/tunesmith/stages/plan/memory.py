@@ -41,7 +41,7 @@ def estimate(architecture: Architecture, scenario: Scenario) -> Estimate:
 
 def offloaded_bytes(architecture: Architecture, scenario: Scenario) -> int:
     """What the machine's memory holds of the optimizer instead of the device."""
-    return _Step(architecture, scenario).state_bytes() if scenario.optimizer_offloading else 0
+    return _Step(architecture, scenario).states_and_masters() if scenario.optimizer_offloading else 0
 
 
 def weight_bytes(architecture: Architecture, scenario: Scenario) -> dict[Kind, int]:
@@ -264,9 +264,9 @@ class _Step:
 
     def optimizer_bytes(self) -> int:
         """AdamW's states, and masters where weights are bf16; torch's own states follow the parameters' dtype."""
-        return 0 if self.s.optimizer_offloading else self.state_bytes()
+        return 0 if self.s.optimizer_offloading else self.states_and_masters()
 
-    def state_bytes(self) -> int:
+    def states_and_masters(self) -> int:
         """The same, wherever they are."""
         if self.s.optim in {"adamw_torch_fused", "adamw_torch_foreach"}:
             return 2 * (self.weight * self.trained + self.s.element * self.whole)

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from tunesmith.methods.optimizers import AdamW, gradient_norm
+from tunesmith.methods.optimizers import AdamW, gradient_norm, store_of
 from tunesmith.models.load import stop_ids
 from tunesmith.stages.train.beside import Work
 from tunesmith.stages.train.finite import check_finite
 from tunesmith.stages.train.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
-from tunesmith.stages.train.setup import store_of
 
 
 @dataclass
@@ -98,8 +97,8 @@ class Ppo:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        rate, seed = work.settings.learning_rate, work.run.recipe.seed
-        self.adamw = AdamW.named(train.optim, groups, lr=rate, seed=seed, store=store_of(train))
+        rate, seed, store = work.settings.learning_rate, work.run.recipe.seed, store_of(offloading=train.optimizer_offloading)
+        self.adamw = AdamW.named(train.optim, groups, lr=rate, seed=seed, store=store)
         self.scheduler = get_scheduler(train.lr_scheduler_type, self.adamw, work.settings.warmup_steps, work.settings.max_steps)
 
     def steps(self) -> None:

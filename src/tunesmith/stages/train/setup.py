@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
-from tunesmith.methods.optimizers import AdamW
+from tunesmith.methods.optimizers import AdamW, store_of
 from tunesmith.methods.settings import Settings
 from tunesmith.recipe import Recipe, TrainSection
 
@@ -54,9 +53,5 @@ def make_adamw(trainer: Any, model: Any, asked: TrainSection) -> AdamW:
         {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return AdamW.named(asked.optim, groups, lr=trainer.args.learning_rate, seed=trainer.args.seed, store=store_of(asked))
-
-
-def store_of(asked: TrainSection) -> torch.device | None:
-    """Where the optimizer keeps its states; None is beside the weights."""
-    return torch.device("cpu") if asked.optimizer_offloading else None
+    store = store_of(offloading=asked.optimizer_offloading)
+    return AdamW.named(asked.optim, groups, lr=trainer.args.learning_rate, seed=trainer.args.seed, store=store)
