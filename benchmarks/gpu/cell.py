@@ -5,7 +5,7 @@
     python cell.py CASE --trace H100     # what is planned and traced for a card; needs no GPU
 
 Weights are random. Peak memory is what torch's allocator reserved at most plus what the process has beside it on the device
-(context, libraries), as nvidia-smi counts it; on a CPU that of the process.
+(context, libraries), as nvidia-smi counts it; on a CPU that of the process. run.py tells the allocator to grow its segments.
 """
 
 from __future__ import annotations
@@ -23,14 +23,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cases import CASES, TINY, Case
-
-from tunesmith.hardware.freed import grow_segments
-
-grow_segments()
-
-# ruff: noqa: E402 # torch comes after its allocator was told
 import torch
+from cases import CASES, TINY, Case
 from rich.console import Console
 
 from tunesmith.hardware.calibration import read_entries, time_correction
@@ -60,6 +54,8 @@ UNKNOWN, END = "<unknown>", "<end>"  # for a tokenizer that TRL asks for and nob
 TIMED_AFTER = 1  # steps that only allocate and compile
 GPUS = read_gpus()
 
+Rows = list[dict[str, Any]]
+
 
 def recipe_of(case: Case, model: str) -> Recipe:
     """The case as a recipe: its rows are one micro-batch and one step."""
@@ -73,7 +69,7 @@ def recipe_of(case: Case, model: str) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def rows_of(case: Case, vocabulary: int) -> list[dict[str, Any]]:
+def rows_of(case: Case, vocabulary: int) -> Rows:
     """Rows of random tokens, the first ones the same in all; loss on the others, but not on a row's first token."""
     drawn = random.Random(0)
     shared = [drawn.randrange(3, vocabulary) for _ in range(case.shared)]
@@ -85,7 +81,7 @@ def rows_of(case: Case, vocabulary: int) -> list[dict[str, Any]]:
     return made
 
 
-def planned(case: Case, recipe: Recipe, rows: list[dict[str, Any]], device: Device) -> Plan:
+def planned(case: Case, recipe: Recipe, rows: Rows, device: Device) -> Plan:
     """What `tunesmith plan` says of the case on the device."""
     sample = tuple(Row(row["input_ids"], sum(row["trained"])) for row in rows)
     facts = DataFacts(len(rows), sample, "counted", shares=case.shared > 0)
@@ -156,7 +152,9 @@ def seen_by_nvidia_smi() -> int | None:
         return None
 
 
-def train_ours(case: Case, recipe: Recipe, scenario: Scenario, values: dict[str, Any], plan: Plan) -> dict[str, Any]:
+def train_ours(
+    case: Case, recipe: Recipe, scenario: Scenario, values: dict[str, Any], rows: Rows, plan: Plan
+) -> dict[str, Any]:
     """The engine as the train stage runs it, on a model that was built from its config."""
     meter = Meter()
     model = build_model(make_config(values), scenario, on_device())
@@ -172,7 +170,7 @@ def train_ours(case: Case, recipe: Recipe, scenario: Scenario, values: dict[str,
         model,
         training_arguments(recipe, settings, scratch, cpu=on_device() == "cpu"),
         recipe,
-        Dataset.from_list(rows_of(case, values["vocab_size"])),
+        Dataset.from_list(rows),
         StepCollator(collate_tree, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size)),
         metrics_path=scratch / "metrics.jsonl",
         tell=lambda code, text: print(code, text, file=sys.stderr),
@@ -183,14 +181,13 @@ def train_ours(case: Case, recipe: Recipe, scenario: Scenario, values: dict[str,
     return {**meter.result(case), "losses": [step.loss for step in engine.history]}
 
 
-def train_stock(case: Case, scenario: Scenario, values: dict[str, Any]) -> dict[str, Any]:
+def train_stock(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows) -> dict[str, Any]:
     """Transformers' model and loss, PEFT's preparation and adapters, torch's fused AdamW: as the plan's `stock` has it."""
     meter = Meter()
     model = build_model(make_config(values), scenario, on_device())
     causal_of(model).set_attn_implementation("sdpa")
     optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], scenario)
-    rows = rows_of(case, values["vocab_size"])[: case.rows]
-    ids = torch.tensor([row["input_ids"] for row in rows], device=on_device())
+    ids = torch.tensor([row["input_ids"] for row in rows[: case.rows]], device=on_device())
     losses = []
     meter.start()
     for _ in range(case.steps + TIMED_AFTER):
@@ -203,7 +200,7 @@ def train_stock(case: Case, scenario: Scenario, values: dict[str, Any]) -> dict[
     return {**meter.result(case), "losses": losses}
 
 
-def train_trl(case: Case, scenario: Scenario, values: dict[str, Any]) -> dict[str, Any]:
+def train_trl(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows) -> dict[str, Any]:
     """TRL's SFTTrainer on the same rows and labels, in bf16: eight rows at once, padded or packed (best fit)."""
     from datasets import Dataset
     from tokenizers import Tokenizer
@@ -219,9 +216,9 @@ def train_trl(case: Case, scenario: Scenario, values: dict[str, Any]) -> dict[st
         def on_step_end(self, *_: Any, **__: Any) -> None:
             meter.step()
 
-    rows = [
+    labelled = [
         {"input_ids": ids, "labels": [token if trained else -100 for token, trained in zip(ids, row["trained"], strict=True)]}
-        for row in rows_of(case, values["vocab_size"])
+        for row in rows
         for ids in [row["input_ids"]]
     ]
     words = Tokenizer(WordLevel({UNKNOWN: 0, END: 1}, unk_token=UNKNOWN))
@@ -245,7 +242,7 @@ def train_trl(case: Case, scenario: Scenario, values: dict[str, Any]) -> dict[st
         disable_tqdm=True,
         use_cpu=on_device() == "cpu",
     )
-    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(labelled), processing_class=tokenizer)
     trainer.add_callback(Watch())
     meter.start()
     trainer.train()
@@ -285,8 +282,8 @@ def promised(case: Case, plan: Plan) -> tuple[Scenario, dict[str, Any]]:
     entries = read_entries(calibration_file())
     found = time_correction(entries, device.name, case.method, scenario.dtype, architecture.hidden_size)
     return scenario, {
-        "planned_bytes": round(made.total_bytes * over.typical_share + over.typical_bytes),
-        "planned_safe_bytes": round(made.total_bytes * over.safe_share + over.safe_bytes),
+        "planned_bytes": over.typical(made.total_bytes),
+        "planned_safe_bytes": over.safe(made.total_bytes),
         "planned_allocated_bytes": made.total_bytes,
         "planned_seconds": roofline * found.typical,
         "roofline_seconds": roofline,
@@ -341,9 +338,9 @@ def main() -> None:
     else:
         torch.manual_seed(0)
         if case.side == "tunesmith":
-            measured = train_ours(case, recipe, scenario, values, plan)
+            measured = train_ours(case, recipe, scenario, values, rows, plan)
         else:
-            measured = (train_stock if case.side == "stock" else train_trl)(case, scenario, values)
+            measured = (train_stock if case.side == "stock" else train_trl)(case, scenario, values, rows)
         line = {**described, **promise, **measured}
     print(json.dumps(line), file=answers, flush=True)
 

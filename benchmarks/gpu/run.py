@@ -24,6 +24,8 @@ from typing import Any
 from cases import CASES, Case
 from common import claim, parser, report, write_result
 
+from tunesmith.hardware.freed import grow_segments
+
 HERE = Path(__file__).resolve().parent
 CALIBRATED = {"qlora": "qlora_7b", "lora": "lora_7b", "full": "full_7b"}  # the case with which a method is calibrated
 GIB = 2**30
@@ -130,6 +132,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Measure or trace the cases, and report after each."""
     asked = options()
+    grow_segments()  # of the cases' processes
     clock = Clock(asked.minutes)
     more = ["--dry-run"] if asked.dry_run else ["--trace", asked.trace] if asked.trace else []
     kind = "dry run" if asked.dry_run else "trace" if asked.trace else "measured"

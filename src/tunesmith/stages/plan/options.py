@@ -37,6 +37,14 @@ class Overhead:
     safe_share: float
     safe_bytes: int
 
+    def typical(self, allocated: int, beside: int | None = None) -> int:
+        """The peak that the device will show; `beside` is the fixed part as runs found it."""
+        return round(allocated * self.typical_share + (self.typical_bytes if beside is None else max(0, beside)))
+
+    def safe(self, allocated: int) -> int:
+        """The peak that it will not exceed."""
+        return round(allocated * self.safe_share + self.safe_bytes)
+
 
 #: GPU: context 0.3 to 0.6 GB and cuBLAS's workspaces; segments 2 to 6 % larger than what is in them.
 #: CPU: what malloc keeps, and the libraries' own.
@@ -231,8 +239,8 @@ class Planner:
         several = settings.gradient_accumulation_steps > 1 or any(len(batches) > 1 for batches in drawn)
         scenario = self._scenario(method, largest, settings, lever, accumulating=several)
         worst = estimate(self.a, scenario)
-        over, typical = OVERHEAD[self.device.kind], self._typical(method, worst)
-        safe = max(round(worst.total_bytes * over.safe_share + over.safe_bytes), round(typical * 1.02))
+        typical = self._typical(method, worst)
+        safe = max(OVERHEAD[self.device.kind].safe(worst.total_bytes), round(typical * 1.02))
         leanest = replace(lever, gradient_checkpointing=True)
         (one,) = self.batches(1, None)[-1]
         least = self._typical(method, estimate(self.a, self._scenario(method, one, settings, leanest, accumulating=several)))
@@ -261,9 +269,7 @@ class Planner:
 
     def _typical(self, method: Method, made: Estimate) -> int:
         """The peak that the device will show: allocated bytes, the allocator's share, and the context, as runs found it."""
-        over, found = OVERHEAD[self.device.kind], bytes_beside(self.entries, self.device.name, method)
-        beside = over.typical_bytes if found is None else max(0, found)
-        return round(made.total_bytes * over.typical_share + beside)
+        return OVERHEAD[self.device.kind].typical(made.total_bytes, bytes_beside(self.entries, self.device.name, method))
 
     def _scenario(
         self, method: Method, batch: Batch, settings: Settings, lever: Lever, *, accumulating: bool = False
