@@ -164,3 +164,9 @@ class StageFailedError(TunesmithError):
 
     def __reduce__(self) -> tuple[type[TunesmithError], Any]:
         return StageFailedError, (self.exit_code,)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without its pages of advice; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

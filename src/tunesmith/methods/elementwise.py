@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tunesmith.errors import first_line
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -135,6 +137,5 @@ def compiled(device: torch.device = torch.device("cpu")) -> Kernels:
     try:
         kernels.gated(some, some, "silu")
     except Exception as error:  # what torch raises here is of no common kind
-        lines = str(error).strip().splitlines()
-        raise RuntimeError(f"torch.compile does not work here: {lines[0] if lines else type(error).__name__}") from error
+        raise RuntimeError(f"torch.compile does not work here: {first_line(error)}") from error
     return kernels

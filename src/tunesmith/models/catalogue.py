@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tunesmith.errors import ModelError, Problem
+from tunesmith.errors import ModelError, Problem, first_line
 from tunesmith.io import safe
 from tunesmith.models import builtin
 
@@ -99,7 +99,7 @@ def _from_hub(name: str, revision: str | None, fix: str) -> dict[str, Any]:
         offline = not _reachable(constants.ENDPOINT)  # else the library retries for half a minute
         path = hf_hub_download(name, "config.json", revision=revision, local_files_only=offline)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        detail = str(error).strip().splitlines()[0][:200]
+        detail = first_line(error)[:200]
         why = "it is not in the catalogue, and its config.json could not be fetched"
         raise ModelError(Problem("TS206", f"cannot get {name!r}: {detail}", name, why, fix)) from error
     return _parse(Path(path).read_text(encoding="utf-8"), name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ModelError, Problem
+from tunesmith.errors import ModelError, Problem, first_line
 from tunesmith.io import safe
 from tunesmith.io.atomic import sha256_file, sha256_json, write_json
 from tunesmith.models import builtin
@@ -41,7 +41,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        detail = str(error).strip().splitlines()[0]
+        detail = first_line(error)
         why = "neither a local folder of that name nor a model of the hub could be opened"
         fix = f"check the spelling and the network, or use {builtin.NAME!r} or a local folder"
         raise ModelError(Problem("TS206", f"cannot get {name!r}: {detail}", name, why, fix)) from error

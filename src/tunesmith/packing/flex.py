@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from tunesmith.errors import first_line
 from tunesmith.packing.tree import Node
 
 #: Queries, and keys, of a block that is computed as a whole or not at all.
@@ -79,6 +80,5 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
         with torch.inference_mode(mode=False), torch.enable_grad():
             flex(query.requires_grad_(), key, value, block_mask(nodes, length, device), 1.0).sum().backward()
     except (RuntimeError, ImportError, OSError) as error:  # what torch's compiler raises is a RuntimeError
-        lines = str(error).strip().splitlines()
-        return f"flex attention does not run here: {lines[0] if lines else type(error).__name__}"
+        return f"flex attention does not run here: {first_line(error)}"
     return None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tunesmith.errors import first_line
 from tunesmith.packing.attention import repeat_heads
 from tunesmith.packing.loss import causal_of
 
@@ -34,7 +35,7 @@ def use_attention(model: Any, asked: str, told: Callable[[str], None]) -> str:
             following = _NEXT.get(name)
             if following is None:
                 raise
-            told(f"attention {name} cannot be used, {following} is tried: {str(error).strip().splitlines()[0]}")
+            told(f"attention {name} cannot be used, {following} is tried: {first_line(error)}")
             name = following
         else:
             return name
