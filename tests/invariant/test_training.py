@@ -168,7 +168,7 @@ def test_compiling_is_asked_for_and_tells_where_it_cannot(
 ) -> None:
     asked: list[int] = []
 
-    def no_compiler() -> None:
+    def no_compiler(_device: torch.device) -> None:
         asked.append(1)
         raise RuntimeError("torch.compile does not work here: no compiler")
 

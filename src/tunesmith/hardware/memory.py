@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from tunesmith.hardware.freed import give_back_freed_memory
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -39,6 +41,7 @@ class PeakMemory:
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available()
         self.resettable = not self.cuda and sys.platform == "linux" and _resettable()
+        give_back_freed_memory()  # else what was freed before would hide as much of what comes
         self.baseline = 0 if self.cuda else int(psutil.Process().memory_info().rss)
 
     def reset(self) -> None:
