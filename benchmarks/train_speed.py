@@ -31,6 +31,7 @@ from tunesmith.models import builtin
 from tunesmith.models.architecture import read_architecture
 from tunesmith.models.builtin import NAME
 from tunesmith.models.catalogue import find_config
+from tunesmith.packing.products import linear
 from tunesmith.recipe import ResolvedRecipe, load_recipe, parse_recipe
 
 ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_demo" / "alpaca_en_demo.json"
@@ -38,6 +39,7 @@ ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_demo"
 ROWS = 16  # of an optimizer step
 MICRO = 8  # rows at once for TRL; more takes more memory and is no faster on a CPU
 TURNS = 2
+FLOOR_TURNS = 12  # the machine's speed changes from one to the next
 PARITY_STEPS = 50
 R = 16
 
@@ -142,7 +144,10 @@ def defaults(folder: Path) -> tuple[Claims, list[Row]]:
 
 
 def matrix_rate() -> float:
-    """FLOP/s of float32 products in the model's own shapes, 2,048 tokens: the median, each shape by its share of the FLOPs."""
+    """FLOP/s of float32 products in the model's own shapes, 2,048 tokens: the median, each shape by its share of the FLOPs.
+
+    By the faster library of the two, where the engine takes it.
+    """
     shapes = {(576, 1536): 2, (1536, 576): 1, (576, 576): 2, (576, 192): 2}
     seconds, flops = 0.0, 0
     for (into, out), times in shapes.items():
@@ -150,7 +155,7 @@ def matrix_rate() -> float:
         took = []
         for _ in range(15):
             begun = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
+            linear(x, weight)
             took.append(time.perf_counter() - begun)
         seconds += times * statistics.median(took[3:])
         flops += times * 2 * 2048 * into * out
@@ -173,7 +178,7 @@ def floor(method: str) -> Callable[[Path], tuple[Claims, list[Row]]]:
         shares, rates = [], []
         with processes(["tunesmith"], data, method, rows=ROWS, micro=MICRO, dtype="float32") as (side,):
             side.ask("1")
-            for _ in range(4):
+            for _ in range(FLOOR_TURNS):
                 before = matrix_rate()
                 turn = side.ask("1")
                 rates.append((before + matrix_rate()) / 2)

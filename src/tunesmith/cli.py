@@ -21,7 +21,7 @@ from rich.text import Text
 from tunesmith import __version__
 from tunesmith.demodata import MAX_ROWS, TEST_ROWS, write_input
 from tunesmith.errors import Problem, StageFailedError, TunesmithError
-from tunesmith.hardware.freed import grow_segments
+from tunesmith.hardware.freed import grow_segments, keep_few_products
 from tunesmith.pipeline import ALL_METHODS
 from tunesmith.recipe import Method, ResolvedRecipe, load_recipe
 from tunesmith.runs import create_run, default_name, open_run
@@ -309,6 +309,7 @@ def main() -> NoReturn:
     # bitsandbytes asks for an optional package of faster CPU kernels each time it loads without it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     grow_segments()
+    keep_few_products()
     try:
         app()
     except StageFailedError as error:

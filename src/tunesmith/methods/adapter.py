@@ -13,10 +13,11 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora.layer import LoraLayer
+
+from tunesmith.packing.products import linear
 
 Weight = Callable[[], torch.Tensor]
 
@@ -43,12 +44,12 @@ class _LoraLinears(torch.autograd.Function):
         count = len(group.weights)
         downs, ups, dropped = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         if dropped:
-            low = torch.cat([d @ a.to(d.dtype).T for d, a in zip(dropped, downs, strict=True)], 1)
+            low = torch.cat([linear(d, a.to(d.dtype)) for d, a in zip(dropped, downs, strict=True)], 1)
         else:
-            low = x @ _joint(downs, x.dtype).T  # (T, sum of r)
+            low = linear(x, _joint(downs, x.dtype))  # (T, sum of r)
         results = []
         for weight, bias, scale, up, part in zip(group.weights, group.biases, group.scales, ups, group.parts(ups), strict=True):
-            result = F.linear(x, weight(), bias)
+            result = linear(x, weight(), bias)
             results.append(result.addmm_(low[:, part], up.to(x.dtype).T, alpha=scale))
         context.save_for_backward(*(dropped or (x,)), low, *downs, *ups)
         context.group, context.apart = group, bool(dropped)
@@ -60,25 +61,25 @@ class _LoraLinears(torch.autograd.Function):
         count, saved = len(group.weights), context.saved_tensors
         sources, low, downs, ups = saved[: -2 * count - 1], saved[-2 * count - 1], saved[-2 * count : -count], saved[-count:]
         dtype = low.dtype
-        into_low = torch.cat([g @ (b * s).to(dtype) for g, b, s in zip(gradients, ups, group.scales, strict=True)], 1)
+        into_low = torch.cat([linear(g, (b * s).to(dtype).T) for g, b, s in zip(gradients, ups, group.scales, strict=True)], 1)
         parts = group.parts(ups)
         pairs = zip(gradients, ups, group.scales, parts, strict=True)
-        into_ups = [(low[:, part].T @ g).T.mul(scale).to(up.dtype) for g, up, scale, part in pairs]
+        into_ups = [linear(low[:, part].T, g.T).T.mul(scale).to(up.dtype) for g, up, scale, part in pairs]
         if context.apart:
             into_downs = [
-                (into_low[:, part].T @ source).to(a.dtype) for part, source, a in zip(parts, sources, downs, strict=True)
+                linear(into_low[:, part].T, source.T).to(a.dtype) for part, source, a in zip(parts, sources, downs, strict=True)
             ]
         else:
-            into_down = into_low.T @ sources[0]
+            into_down = linear(into_low.T, sources[0].T)
             into_downs = [into_down[part].to(a.dtype) for part, a in zip(parts, downs, strict=True)]
         into_x, into_dropped = None, list[Any]()
         if context.needs_input_grad[1]:
             for gradient, weight in zip(gradients, group.weights, strict=True):
-                into_x = gradient @ weight() if into_x is None else into_x.addmm_(gradient, weight())
+                into_x = linear(gradient, weight().T) if into_x is None else into_x.addmm_(gradient, weight())
             if not context.apart and into_x is not None:
                 into_x.addmm_(into_low, _joint(downs, dtype))
         if context.apart:
-            into_dropped = [into_low[:, part] @ a.to(dtype) for part, a in zip(parts, downs, strict=True)]
+            into_dropped = [linear(into_low[:, part], a.to(dtype).T) for part, a in zip(parts, downs, strict=True)]
         return None, into_x, *into_downs, *into_ups, *into_dropped
 
 

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.methods.adapter import linears
 from tunesmith.methods.elementwise import ACTIVATIONS, EAGER, Kernels
+from tunesmith.packing.products import use_products
 from tunesmith.packing.tree import TREE_ARCHITECTURES
 
 #: What Gemma adds to a norm's weight (its modelling code); the others add nothing.
@@ -141,9 +142,12 @@ def fusible(config: Any) -> bool:
 def fuse_blocks(model: Any, kernels: Kernels = EAGER) -> None:
     """Let norms, MLPs and attention of `model` compute as above where they can; parameters and their names stay.
 
+    Its linear layers compute as `packing/products.py` has them, whatever its architecture.
+
     Adapters are seen when a module computes, so they may be put in before or after. Called again, `kernels` take the place
     of those before.
     """
+    use_products(model)
     if not fusible(model.config):
         return
     offset, activation = _NORM_OFFSETS.get(model.config.model_type, 0.0), model.config.hidden_act

@@ -10,7 +10,7 @@ kernels; where flex attention cannot run, a dense mask gives the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,84 +65,75 @@ class Layout:
 class _TreeAttention(torch.autograd.Function):
     """softmax(q k^T scale) v over the blocks of a tree; q and the result are (1, H, T, D), k and v (1, H_kv, T, D).
 
-    Keys and values are saved as they come and repeated for their query heads block by block. The blocks are computed in float32
-    where the model is bf16: the kernel's bf16 backward pass is several times slower on short blocks.
+    Heads stand as (H_kv, H / H_kv), so that keys and values are read in place by all query heads that share them. The blocks
+    are computed in float32 where the model is bf16: the kernel's bf16 backward pass is several times slower on short blocks.
     """
 
     @staticmethod
     def forward(
         context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Sequence[Node], scale: float
     ) -> torch.Tensor:
-        dtype = query.dtype
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
-        batch, heads, length, size = query.shape
-        kept = (query, key, value)
-        query, key, value = (each.to(exact) for each in kept)
-        # In memory (B, T, H, D), as the output projection reads it; the log-sum-exps of each query's scores so far likewise.
-        merged = torch.empty((batch, length, heads, size), dtype=exact).transpose(1, 2)
-        weight = torch.empty((batch, length, heads), dtype=exact).transpose(1, 2)
+        exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+        shared = key.shape[1]
+        queries, *others = (_by_shared(each.to(exact), shared) for each in (query, key, value))
+        keys, values = (each.expand(-1, queries.shape[1], -1, -1) for each in others)
+        # In memory (T, H, D), as the output projection reads it; the log-sum-exps of each query's scores so far likewise.
+        merged = torch.empty_like(queries.permute(2, 0, 1, 3), memory_format=torch.contiguous_format).permute(1, 2, 0, 3)
+        weight = torch.empty(merged.permute(2, 0, 1, 3).shape[:3], dtype=exact).permute(1, 2, 0)
         for node in nodes:
             own = slice(node.start, node.end)
-            merged[:, :, own], weight[:, :, own] = _block(query, key, value, own, own, scale, causal=True)
-        for node in nodes:
-            if node.subtree_end > node.end:
-                below = slice(node.end, node.subtree_end)
-                part, part_weight = _block(query, key, value, below, slice(node.start, node.end), scale, causal=False)
-                total = torch.logaddexp(weight[:, :, below], part_weight)
-                merged[:, :, below] *= (weight[:, :, below] - total).exp_().unsqueeze(-1)
-                merged[:, :, below] += part * (part_weight - total).exp_().unsqueeze(-1)
-                weight[:, :, below] = total
-        result = merged.to(dtype)
-        context.save_for_backward(*kept, result, weight)
+            block = (each[:, :, own] for each in (queries, keys, values))
+            merged[:, :, own], weight[:, :, own] = _forward(*block, 0.0, True, scale=scale)
+        for below, own in _shared(nodes):
+            block = (each[:, :, places] for each, places in ((queries, below), (keys, own), (values, own)))
+            part, part_weight = _forward(*block, 0.0, False, scale=scale)
+            total = torch.logaddexp(weight[:, :, below], part_weight)
+            merged[:, :, below] *= (weight[:, :, below] - total).exp_().unsqueeze(-1)
+            merged[:, :, below] += part * (part_weight - total).exp_().unsqueeze(-1)
+            weight[:, :, below] = total
+        result = merged.flatten(0, 1).unsqueeze(0).to(query.dtype)
+        context.save_for_backward(query, key, value, result, weight)
         context.nodes, context.scale = nodes, scale
         return result
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
-        *kept, result, weight = context.saved_tensors
-        dtype, exact = result.dtype, weight.dtype
-        query, key, value, result, gradient = (each.to(exact) for each in (*kept, result, gradient.contiguous()))
-        grads = [torch.zeros(tensor.shape, dtype=exact) for tensor in (query, key, value)]
+        query, key, value, result, weight = context.saved_tensors
+        shared, exact = key.shape[1], weight.dtype
+        upstream, queries, merged, *others = (
+            _by_shared(each.to(exact), shared) for each in (gradient.contiguous(), query, result, key, value)
+        )
+        keys, values = (each.expand(-1, queries.shape[1], -1, -1) for each in others)
+        grads = [torch.empty(each.shape, dtype=exact) for each in (queries, *others)]
+
+        def block(above: slice, below: slice, *, causal: bool) -> list[torch.Tensor]:
+            """Gradients of the queries at `below`, and of the keys and values at `above`."""
+            asking = (upstream, queries), (merged, weight)
+            first, last = ([each[:, :, below] for each in pair] for pair in asking)
+            made = _backward(*first, keys[:, :, above], values[:, :, above], *last, 0.0, causal, scale=context.scale)
+            return [made[0], *(each.sum(1, keepdim=True) for each in made[1:])]
+
         for node in context.nodes:
             own = slice(node.start, node.end)
-            for queries, causal in ((own, True), (slice(node.end, node.subtree_end), False)):
-                if queries.stop == queries.start:
-                    continue
-                parts = _backward(
-                    gradient[:, :, queries],
-                    query[:, :, queries],
-                    repeat_heads(query, key[:, :, own]),
-                    repeat_heads(query, value[:, :, own]),
-                    result[:, :, queries],
-                    weight[:, :, queries],
-                    0.0,
-                    causal,
-                    scale=context.scale,
-                )
-                for total, part, where in zip(grads, parts, (queries, own, own), strict=True):
-                    total[:, :, where] += part if part.shape[1] == total.shape[1] else _sum_heads(part, total.shape[1])
-        return (*(grad.to(dtype) for grad in grads), None, None)
+            for total, part in zip(grads, block(own, own, causal=True), strict=True):
+                total[:, :, own] = part
+        for below, own in _shared(context.nodes):
+            for total, part, where in zip(grads, block(own, below, causal=False), (below, own, own), strict=True):
+                total[:, :, where] += part
+        return (*(grad.flatten(0, 1).unsqueeze(0).to(query.dtype) for grad in grads), None, None)
 
 
-def _block(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: slice, keys: slice, scale: float, *, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of some queries to some keys, and the log-sum-exp of their scores."""
-    parts: tuple[torch.Tensor, torch.Tensor] = _forward(
-        query[:, :, queries],
-        repeat_heads(query, key[:, :, keys]),
-        repeat_heads(query, value[:, :, keys]),
-        0.0,
-        causal,
-        scale=scale,
-    )
-    return parts
+def _shared(nodes: Sequence[Node]) -> Iterator[tuple[slice, slice]]:
+    """For each node with descendants, from the root on: their places, and its own."""
+    for node in nodes:
+        if node.subtree_end > node.end:
+            yield slice(node.end, node.subtree_end), slice(node.start, node.end)
 
 
-def _sum_heads(repeated: torch.Tensor, heads: int) -> torch.Tensor:
-    """The reverse of `repeat_heads` for gradients: (B, H, T, D) summed to (B, `heads`, T, D)."""
-    summed: torch.Tensor = repeated.unflatten(1, (heads, -1)).sum(2)
-    return summed
+def _by_shared(tensor: torch.Tensor, shared: int) -> torch.Tensor:
+    """(1, H or H_kv, T, D) as (H_kv, H / H_kv or 1, T, D); `shared` is H_kv."""
+    apart: torch.Tensor = tensor[0].unflatten(0, (shared, -1))
+    return apart
 
 
 def repeat_heads(query: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
 from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
+from tunesmith.packing.products import linear
 
 #: Config entries of models that change their logits after the head; those go through the model's own forward.
 _LOGIT_CHANGES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -139,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss, slopes = _chunk(hidden[part], head, bias, targets[part], weights[part], cap, with_gradients)
             total += loss
             if into_hidden is not None:
-                into_hidden[part] = slopes @ head
+                into_hidden[part] = linear(slopes, head.T)
             if into_head is not None:
                 for some in range(0, len(head), HEAD_ROWS):  # the product is as large as the head
                     product = slopes[:, some : some + HEAD_ROWS].T @ hidden[part]

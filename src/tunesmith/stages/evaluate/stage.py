@@ -21,6 +21,7 @@ from tunesmith.methods.settings import MAX_TOKENS
 from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest, stop_ids
 from tunesmith.packing.batch import StepCollator, choose_collator, labelled_count, to_device
 from tunesmith.packing.loss import summed_loss, use_tree_attention
+from tunesmith.packing.products import use_products
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
 from tunesmith.stages.evaluate.documents import document_rows, score_documents
@@ -111,6 +112,7 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
     prompts = _prompts(template, rows)
     dtype = detect().compute_dtype
     model = load_model(model_folder, dtype=dtype)
+    use_products(model)
     begun = time.perf_counter()
 
     def report(done: int) -> None:
@@ -172,6 +174,7 @@ def _evaluate_documents(run: Run, model_folder: Path, digest: str, target: Path,
     tokenizer = load_tokenizer(model_folder)
     dtype = detect().compute_dtype
     model = load_model(model_folder, dtype=dtype)
+    use_products(model)
     summary, samples = score_documents(model, rows)
     write_jsonl(target / "samples.jsonl", samples)
     write_json(

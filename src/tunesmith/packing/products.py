@@ -1,0 +1,68 @@
+"""Products of activations with weights: by oneDNN where they are float32 on a CPU, else by torch's own choice.
+
+Torch takes MKL for float32; where both were measured in turn, on an AMD processor, oneDNN took less time for the shapes of a
+block (benchmarks/results/products.json). A head is faster by MKL: oneDNN sorts its large weight anew for each product.
+Shapes: T rows, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+@cache
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN computes the product; not where the user has turned it off, or autocast chooses the dtype."""
+    fitting = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+    return bool(fitting and _has_onednn() and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu"))
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product x W^T + bias for x (..., I) and W (O, I); without gradients, as autograd functions want it."""
+    if not _by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return made
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + bias for x (T, I); what is kept is what torch keeps, x and W."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        context.save_for_backward(x, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        x, weight = context.saved_tensors
+        for_x, for_weight, for_bias = context.needs_input_grad
+        into_x = linear(gradient, weight.T) if for_x else None
+        into_weight = gradient.T @ x if for_weight else None
+        return into_x, into_weight, gradient.sum(0) if for_bias else None
+
+
+def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    weight, bias = layer.weight, layer.bias
+    if not _by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return linear(x, weight, bias)
+    function: Any = _Linear  # torch leaves `apply` untyped
+    result: torch.Tensor = function.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return result.view(*x.shape[:-1], -1)
+
+
+def use_products(model: torch.nn.Module) -> None:
+    """Let the plain linear layers of a model compute as above; its parameters and their names stay."""
+    linears: list[Any] = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+    for layer in linears:
+        layer.forward = partial(_forward, layer)
