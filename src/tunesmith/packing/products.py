@@ -20,21 +20,39 @@ def _has_onednn() -> bool:
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN computes the product; not where the user has turned it off, or autocast chooses the dtype."""
-    fitting = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-    return bool(fitting and _has_onednn() and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu"))
+    """Whether oneDNN computes the product; not where the user has turned it off, or autocast chooses the dtype.
+
+    Nor of tensors that stand for others, as the plan's do for a GPU's.
+    """
+    fitting = type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return bool(
+        fitting and x.numel() > 0 and _has_onednn() and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The product x W^T + bias for x (..., I) and W (O, I); without gradients, as autograd functions want it."""
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
+    return _onednn(x, weight, bias)
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What torch.compile calls for linear layers on a CPU; here with a weight that is not packed for it.
+
+    A weight whose rows or columns do not follow one another would go through oneDNN's reference code, a thousand times slower.
+    """
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()
     made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + bias for x (T, I); what is kept is what torch keeps, x and W."""
+    """x W^T + bias for x (T, I); what is kept is what torch keeps, x and W.
+
+    With gradient checkpointing the last product of a block is made again too: torch's own ends the recomputation before it.
+    """
 
     @staticmethod
     def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -181,23 +181,17 @@ def _flash_backward_flops(_: Any, query: torch.Tensor, key: torch.Tensor, *__: A
     return 10 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
 
 
-def _onednn_flops(x: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Of oneDNN's product with a weight."""
-    return 2 * x.numel() * weight.shape[0]
-
-
 def _four_bit_flops(x: torch.Tensor, _: Any, shape: Sequence[int], *__: Any, **___: Any) -> int:
     """Of bitsandbytes' product with a 4-bit weight."""
     return 2 * x.numel() * shape[0]
 
 
-#: FLOPs of an operator by its arguments: torch's own counts, and those of flash attention on CPU, bitsandbytes and oneDNN.
+#: FLOPs of an operator by its arguments: torch's own counts, and those of flash attention on CPU.
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward_flops,
     torch.ops.bitsandbytes.gemm_4bit: _four_bit_flops,
-    **({torch.ops.mkldnn._linear_pointwise: _onednn_flops} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}),
 }
 
 
