@@ -38,7 +38,7 @@ ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_demo"
 
 ROWS = 16  # of an optimizer step
 MICRO = 8  # rows at once for TRL; more takes more memory and is no faster on a CPU
-TURNS = 2
+TURNS = 3
 FLOOR_TURNS = 12  # the machine's speed changes from one to the next
 PARITY_STEPS = 50
 R = 16

@@ -42,7 +42,7 @@ def test_the_same_product(asked: list[Any]) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_and_its_gradients(asked: list[Any], bias: bool) -> None:
     layer = torch.nn.Linear(24, 40, bias=bias)
-    x, upstream = torch.randn(2, 9, 24, requires_grad=True), torch.randn(2, 9, 40)
+    x, upstream = torch.randn(2, 150, 24, requires_grad=True), torch.randn(2, 150, 40)
     wanted = (x, *layer.parameters())
     expected = layer(x)
     slopes = torch.autograd.grad(expected, wanted, upstream)
@@ -51,7 +51,7 @@ def test_a_layer_and_its_gradients(asked: list[Any], bias: bool) -> None:
     made = layer(x)
     torch.testing.assert_close(made, expected)
     torch.testing.assert_close(torch.autograd.grad(made, wanted, upstream), slopes)
-    assert asked == [((18, 24), (40, 24)), ((18, 40), (24, 40))]
+    assert asked == [((300, 24), (40, 24)), ((300, 40), (24, 40))]
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected.detach())
     frozen = layer.requires_grad_(False)(x)
@@ -62,13 +62,17 @@ def test_a_layer_and_its_gradients(asked: list[Any], bias: bool) -> None:
 def test_where_torch_computes_itself(asked: list[Any]) -> None:
     layer = torch.nn.Linear(24, 40)
     use_products(layer)
-    x = torch.randn(3, 24)
+    x = torch.randn(300, 24)
     expected = F.linear(x, layer.weight, layer.bias)
+    layer(x[:200])  # a few rows do not pay for it
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(layer(x), expected)
     assert layer(x[:0]).shape == (0, 40)
+    large = torch.nn.Linear(2**10, 2**13 + 1)
+    use_products(large)
+    large(torch.ones(256, 2**10))
     assert layer.double()(x.double()).dtype == torch.float64
     assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     assert not asked

@@ -13,6 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+#: Layers compute by oneDNN from this many rows on, and where their weight is no larger than this: it sorts the weight for each
+#: product, which a few rows (as when a model generates) or a weight beyond the processor's cache (a head's) do not pay for.
+_ROWS = 256
+_NUMBERS = 2**23
+
 
 @cache
 def _has_onednn() -> bool:
@@ -70,7 +75,7 @@ class _Linear(torch.autograd.Function):
 
 def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     weight, bias = layer.weight, layer.bias
-    if not _by_onednn(x, weight):
+    if x.numel() < _ROWS * x.shape[-1] or weight.numel() > _NUMBERS or not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return linear(x, weight, bias)
