@@ -1,8 +1,7 @@
 """Products of activations with weights: by oneDNN where they are float32 on a CPU, else by torch's own choice.
 
-Torch takes MKL for float32; where both were measured in turn, on an AMD processor, oneDNN took less time for the shapes of a
-block (benchmarks/results/products.json). A head is faster by MKL: oneDNN sorts its large weight anew for each product.
-Shapes: T rows, I in_features, O out_features.
+Torch takes MKL for float32; where both were measured in turn, on an AMD processor, oneDNN took less time for each shape of a
+block (benchmarks/results/products.json). Shapes: T rows, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-#: Layers compute by oneDNN from this many rows on, and where their weight is no larger than this: it sorts the weight for each
-#: product, which a few rows (as when a model generates) or a weight beyond the processor's cache (a head's) do not pay for.
+#: Layers compute by oneDNN from this many rows on, and where their weight is no larger than this. Fewer rows, as when a model
+#: generates, were not measured; a head's logits were faster call by call, but slower in the profiles of whole steps.
 _ROWS = 256
 _NUMBERS = 2**23
 
