@@ -25,10 +25,12 @@ Turn = Callable[[int, int | None], list[float]]
 def own_side(subject: Subject) -> Turn:
     """Tokenisation and scoring as `evaluate` does them."""
     from tunesmith.models.load import load_model, load_tokenizer
+    from tunesmith.packing.products import use_products
     from tunesmith.packing.scoring import log_likelihoods
 
     folder = builtin.ensure()
     model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)
+    use_products(model)
 
     def turn(max_tokens: int, questions: int | None) -> list[float]:
         requests, _ = encode_choices(tokenizer, prompts(subject)[:questions], model.config.max_position_embeddings)
