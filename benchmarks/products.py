@@ -1,6 +1,6 @@
 """Products of a block and of a head in float32: by the library that torch takes, and by oneDNN, call by call in turn.
 
-    python benchmarks/products.py --json benchmarks/results/products.json      # two minutes on two cores
+    python benchmarks/products.py --json benchmarks/results/products.json      # half a minute on two cores
 
 What counts is the median of the ratios of calls that follow each other; above 1 oneDNN is the faster one. Shapes are those of
 the built-in model, forward (x W^T), backward by the input (g W) and, as they are not taken from oneDNN, a head's logits.

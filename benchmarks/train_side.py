@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, set_seed
 from turns import Turns
 
 from tunesmith.hardware import detect
-from tunesmith.hardware.freed import keep_few_products, keep_freed_memory
+from tunesmith.hardware.freed import steady_memory
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.methods import make_method
 from tunesmith.methods.settings import settle
@@ -120,8 +120,7 @@ def our_side(asked: argparse.Namespace) -> None:
     }
     values = {"model": builtin.NAME, "method": asked.method, "seed": asked.seed, "data": {"train": "rows"}, "train": train}
     recipe = Recipe.model_validate(values)
-    keep_freed_memory()
-    keep_few_products()
+    steady_memory()
     meter = PeakMemory()
     settings = settle(recipe, len(rows), LEARNING_RATE[asked.method], detect())
     method = make_method(recipe, builtin.ensure(), compute_dtype=asked.dtype, r=asked.r, lora_alpha=2 * asked.r)

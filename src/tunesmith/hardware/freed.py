@@ -44,6 +44,12 @@ def keep_few_products() -> None:
         os.environ.setdefault(name, "64")
 
 
+def steady_memory() -> None:
+    """Tell the libraries what training on a CPU wants: freed memory stays, compiled products do not pile up."""
+    keep_freed_memory()
+    keep_few_products()
+
+
 def grow_segments() -> None:
     """Let torch's allocator for GPUs grow its segments instead of making new ones, unless the user has told it what to do.
 

@@ -78,14 +78,15 @@ class _TreeAttention(torch.autograd.Function):
         queries, *others = (_by_shared(each.to(exact), shared) for each in (query, key, value))
         keys, values = (each.expand(-1, queries.shape[1], -1, -1) for each in others)
         # In memory (T, H, D), as the output projection reads it; the log-sum-exps of each query's scores so far likewise.
-        merged = torch.empty_like(queries.permute(2, 0, 1, 3), memory_format=torch.contiguous_format).permute(1, 2, 0, 3)
-        weight = torch.empty(merged.permute(2, 0, 1, 3).shape[:3], dtype=exact).permute(1, 2, 0)
+        by_token = (queries.shape[2], *queries.shape[:2])
+        merged = torch.empty((*by_token, queries.shape[3]), dtype=exact).permute(1, 2, 0, 3)
+        weight = torch.empty(by_token, dtype=exact).permute(1, 2, 0)
         for node in nodes:
             own = slice(node.start, node.end)
-            block = (each[:, :, own] for each in (queries, keys, values))
+            block = (queries[:, :, own], keys[:, :, own], values[:, :, own])
             merged[:, :, own], weight[:, :, own] = _forward(*block, 0.0, True, scale=scale)
         for below, own in _shared(nodes):
-            block = (each[:, :, places] for each, places in ((queries, below), (keys, own), (values, own)))
+            block = (queries[:, :, below], keys[:, :, own], values[:, :, own])
             part, part_weight = _forward(*block, 0.0, False, scale=scale)
             total = torch.logaddexp(weight[:, :, below], part_weight)
             merged[:, :, below] *= (weight[:, :, below] - total).exp_().unsqueeze(-1)
@@ -108,9 +109,17 @@ class _TreeAttention(torch.autograd.Function):
 
         def block(above: slice, below: slice, *, causal: bool) -> list[torch.Tensor]:
             """Gradients of the queries at `below`, and of the keys and values at `above`."""
-            asking = (upstream, queries), (merged, weight)
-            first, last = ([each[:, :, below] for each in pair] for pair in asking)
-            made = _backward(*first, keys[:, :, above], values[:, :, above], *last, 0.0, causal, scale=context.scale)
+            made = _backward(
+                upstream[:, :, below],
+                queries[:, :, below],
+                keys[:, :, above],
+                values[:, :, above],
+                merged[:, :, below],
+                weight[:, :, below],
+                0.0,
+                causal,
+                scale=context.scale,
+            )
             return [made[0], *(each.sum(1, keepdim=True) for each in made[1:])]
 
         for node in context.nodes:

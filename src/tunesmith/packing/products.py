@@ -61,7 +61,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         context.save_for_backward(x, weight)
-        return linear(x, weight, bias)
+        return _onednn(x, weight, bias)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
@@ -76,8 +76,6 @@ def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     weight, bias = layer.weight, layer.bias
     if x.numel() < _ROWS * x.shape[-1] or weight.numel() > _NUMBERS or not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return linear(x, weight, bias)
     function: Any = _Linear  # torch leaves `apply` untyped
     result: torch.Tensor = function.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return result.view(*x.shape[:-1], -1)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tunesmith.hardware.calibration import Entry, add_entries, today
 from tunesmith.hardware.catalogue import Device
-from tunesmith.hardware.freed import keep_few_products, keep_freed_memory
+from tunesmith.hardware.freed import steady_memory
 from tunesmith.methods.optimizers import gradient_norm
 from tunesmith.models.architecture import read_architecture
 from tunesmith.models.catalogue import find_config
@@ -46,8 +46,7 @@ def calibrate(
     """
     quiet()
     if device.kind == "cpu":
-        keep_freed_memory()
-        keep_few_products()
+        steady_memory()
     values, source = find_config(recipe.model, recipe.revision)
     architecture = read_architecture(values, source)
     planner = Planner(architecture, recipe, facts, device, [])

@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from tunesmith.errors import DataError, Problem, RecipeError, TrainError
 from tunesmith.hardware import Hardware, detect
-from tunesmith.hardware.freed import keep_few_products, keep_freed_memory
+from tunesmith.hardware.freed import steady_memory
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import append_jsonl, commit_folder, sha256_file, write_json
 from tunesmith.methods import METHODS, Method, make_method
@@ -143,8 +143,7 @@ def train_beside(run: Run, model_folder: Path, folder: Path, console: Console) -
         reason = f"objective: {recipe.objective} does not run on prefix trees"
         run.event(folder, "packing-off", f"rows are padded: {reason}", reason=reason)
     if hardware.device == "cpu":
-        keep_freed_memory()
-        keep_few_products()
+        steady_memory()
     meter = PeakMemory()
     set_seed(recipe.seed)
     dtype, rank, alpha = settings.compute_dtype, settings.r, settings.lora_alpha

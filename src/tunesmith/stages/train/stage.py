@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from tunesmith.errors import DataError, Problem, RecipeError
 from tunesmith.hardware import detect
-from tunesmith.hardware.freed import keep_few_products, keep_freed_memory
+from tunesmith.hardware.freed import steady_memory
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import commit_folder, read_json, write_json
 from tunesmith.methods import METHODS, Method, make_method
@@ -103,8 +103,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
     tell_settings(run, settings, hardware, folder)
     earlier.look(made_of(recipe, (*SECTIONS, *own_sections(recipe)), inputs, settings) | {"processes": ranks.world})
     if hardware.device == "cpu":
-        keep_freed_memory()
-        keep_few_products()
+        steady_memory()
     meter = PeakMemory()
     set_seed(recipe.seed)
     dtype, rank, alpha = settings.compute_dtype, settings.r, settings.lora_alpha
