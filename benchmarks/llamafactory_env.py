@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import tunesmith
-from tunesmith.models.cache import cache_folder
+from tunesmith.io.cache import cache_folder
 
 VERSION = "0.9.5"
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from tunesmith.errors import ModelError, Problem
 from tunesmith.io.atomic import commit_folder, sha256_file
-from tunesmith.models.cache import cache_folder
+from tunesmith.io.cache import cache_folder
 
 NAME = "smollm2-135m-instruct"
 LICENSE = "Apache-2.0"

@@ -10,8 +10,8 @@ from typing import Any
 from tunesmith.errors import ModelError, Problem, first_line
 from tunesmith.io import safe
 from tunesmith.io.atomic import sha256_file, sha256_json, write_json
+from tunesmith.io.cache import cache_folder
 from tunesmith.models import builtin
-from tunesmith.models.cache import cache_folder
 from tunesmith.models.rope import scale
 from tunesmith.recipe import RopeScalingSection
 

@@ -3,15 +3,17 @@
 Shapes: B batch (1), H heads, T tokens of the sequence, D head size. On CPU no mask is ever made: a node's own tokens are one
 causal block, and the keys of a node with children are one full block for the queries of all its descendants, which follow
 it directly. The blocks' results are merged by their log-sum-exp, as flash attention merges its tiles (Dao et al. 2022, arXiv
-2205.14135, section 3.1); the backward pass gives each block the merged result and log-sum-exp, which makes its
-gradients exact. On GPUs a sequence that branches goes through flex attention (flex.py), one that does not through SDPA's causal
-kernels; where flex attention cannot run, a dense mask gives the same.
+2205.14135, section 3.1): by one kernel of ours (native/tree_attention.cpp), or block by block through PyTorch's
+(attention_blocks.py)
+where it cannot be compiled. On GPUs a sequence that branches goes through flex attention (flex.py), one that does not through
+SDPA's causal kernels; where flex attention cannot run, a dense mask gives the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,13 +21,12 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tunesmith.native import tree_attention as tree_kernel
+from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
 from tunesmith.packing.flex import block_mask, flex, reason_against
 from tunesmith.packing.tree import Node
 
 NAME = "tunesmith_tree"
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 @dataclass
@@ -36,6 +37,11 @@ class Layout:
     length: int
     _bias: torch.Tensor | None = field(default=None, repr=False)
     _blocks: BlockMask | None = field(default=None, repr=False)
+
+    @cached_property
+    def table(self) -> tree_kernel.Table:
+        """The nodes as the kernel for CPUs reads them."""
+        return tree_kernel.table([(node.start, node.end, node.subtree_end) for node in self.nodes])
 
     def mask(self, device: torch.device) -> torch.Tensor:
         """(T, T) booleans: whether the query of a row sees the key of a column."""
@@ -65,84 +71,39 @@ class Layout:
 class _TreeAttention(torch.autograd.Function):
     """softmax(q k^T scale) v over the blocks of a tree; q and the result are (1, H, T, D), k and v (1, H_kv, T, D).
 
-    Heads stand as (H_kv, H / H_kv), so that keys and values are read in place by all query heads that share them. The blocks
-    are computed in float32 where the model is bf16: the kernel's bf16 backward pass is several times slower on short blocks.
+    In float32 where the model is bf16: bf16 backward passes are several times slower on short blocks.
     """
 
     @staticmethod
     def forward(
-        context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Sequence[Node], scale: float
+        context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
     ) -> torch.Tensor:
         exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-        shared = key.shape[1]
-        queries, *others = (_by_shared(each.to(exact), shared) for each in (query, key, value))
-        keys, values = (each.expand(-1, queries.shape[1], -1, -1) for each in others)
-        # In memory (T, H, D), as the output projection reads it; the log-sum-exps of each query's scores so far likewise.
-        by_token = (queries.shape[2], *queries.shape[:2])
-        merged = torch.empty((*by_token, queries.shape[3]), dtype=exact).permute(1, 2, 0, 3)
-        weight = torch.empty(by_token, dtype=exact).permute(1, 2, 0)
-        for node in nodes:
-            own = slice(node.start, node.end)
-            block = (queries[:, :, own], keys[:, :, own], values[:, :, own])
-            merged[:, :, own], weight[:, :, own] = _forward(*block, 0.0, True, scale=scale)
-        for below, own in _shared(nodes):
-            block = (queries[:, :, below], keys[:, :, own], values[:, :, own])
-            part, part_weight = _forward(*block, 0.0, False, scale=scale)
-            total = torch.logaddexp(weight[:, :, below], part_weight)
-            merged[:, :, below] *= (weight[:, :, below] - total).exp_().unsqueeze(-1)
-            merged[:, :, below] += part * (part_weight - total).exp_().unsqueeze(-1)
-            weight[:, :, below] = total
-        result = merged.flatten(0, 1).unsqueeze(0).to(query.dtype)
+        q, k, v = (each[0].to(exact) for each in (query, key, value))
+        if has_own_kernel(query):
+            by_token, weight = tree_kernel.forward(q, k, v, layout.table, scale)
+        else:
+            by_token, weight = blocks_forward(q, k, v, layout.nodes, scale)
+        result: torch.Tensor = by_token.transpose(0, 1).unsqueeze(0).to(query.dtype)
         context.save_for_backward(query, key, value, result, weight)
-        context.nodes, context.scale = nodes, scale
+        context.layout, context.scale = layout, scale
         return result
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
-        query, key, value, result, weight = context.saved_tensors
-        shared, exact = key.shape[1], weight.dtype
-        upstream, queries, merged, *others = (
-            _by_shared(each.to(exact), shared) for each in (gradient.contiguous(), query, result, key, value)
-        )
-        keys, values = (each.expand(-1, queries.shape[1], -1, -1) for each in others)
-        grads = [torch.empty(each.shape, dtype=exact) for each in (queries, *others)]
-
-        def block(above: slice, below: slice, *, causal: bool) -> list[torch.Tensor]:
-            """Gradients of the queries at `below`, and of the keys and values at `above`."""
-            made = _backward(
-                upstream[:, :, below],
-                queries[:, :, below],
-                keys[:, :, above],
-                values[:, :, above],
-                merged[:, :, below],
-                weight[:, :, below],
-                0.0,
-                causal,
-                scale=context.scale,
-            )
-            return [made[0], *(each.sum(1, keepdim=True) for each in made[1:])]
-
-        for node in context.nodes:
-            own = slice(node.start, node.end)
-            for total, part in zip(grads, block(own, own, causal=True), strict=True):
-                total[:, :, own] = part
-        for below, own in _shared(context.nodes):
-            for total, part, where in zip(grads, block(own, below, causal=False), (below, own, own), strict=True):
-                total[:, :, where] += part
-        return (*(grad.flatten(0, 1).unsqueeze(0).to(query.dtype) for grad in grads), None, None)
+        *saved, weight = context.saved_tensors
+        q, k, v, result, upstream = (each[0].to(weight.dtype) for each in (*saved, gradient))
+        by_token, layout = result.transpose(0, 1), context.layout
+        if has_own_kernel(gradient):
+            grads = tree_kernel.backward(q, k, v, upstream, by_token, weight, layout.table, context.scale)
+        else:
+            grads = blocks_backward(q, k, v, upstream, by_token, weight, layout.nodes, context.scale)
+        return (*(grad.transpose(0, 1).unsqueeze(0).to(gradient.dtype) for grad in grads), None, None)
 
 
-def _shared(nodes: Sequence[Node]) -> Iterator[tuple[slice, slice]]:
-    """For each node with descendants, from the root on: their places, and its own."""
-    for node in nodes:
-        if node.subtree_end > node.end:
-            yield slice(node.end, node.subtree_end), slice(node.start, node.end)
-
-
-def _by_shared(tensor: torch.Tensor, shared: int) -> torch.Tensor:
-    """(1, H or H_kv, T, D) as (H_kv, H / H_kv or 1, T, D); `shared` is H_kv."""
-    apart: torch.Tensor = tensor[0].unflatten(0, (shared, -1))
-    return apart
+def has_own_kernel(tensor: torch.Tensor) -> bool:
+    """Whether the kernel of ours computes attention on a CPU; not for tensors that stand for others, as the plan's do."""
+    return type(tensor) is torch.Tensor and tree_kernel.reason_against() is None
 
 
 def repeat_heads(query: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
@@ -173,7 +134,7 @@ def tree_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if device == "cpu":
         along: Any = _TreeAttention  # torch leaves `apply` untyped
-        result: torch.Tensor = along.apply(query, key, value, tree_layout.nodes, scale)
+        result: torch.Tensor = along.apply(query, key, value, tree_layout, scale)
     elif len(tree_layout.nodes) == 1:
         result = _causal(query, key, value, scale)
     elif reason_against(query.device, query.dtype) is None:

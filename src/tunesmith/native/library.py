@@ -1,0 +1,98 @@
+"""A C++ source of this folder as a library: compiled once for a processor and a compiler, and loaded.
+
+The library is kept in the cache folder under a name made of all that it depends on. It asks for no OpenMP library of its own:
+the symbols come from the one that PyTorch has loaded, so that both use the same threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from tunesmith.io.cache import cache_folder
+
+#: Turned off by this variable set to 0.
+SWITCH = "TUNESMITH_NATIVE"
+
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-exceptions", "-fno-rtti")
+_SECONDS = 300  # more than any compiler needs; one that waits for something is not waited for
+
+
+class NoKernelError(RuntimeError):
+    """A kernel cannot be had on this machine; the message is the reason."""
+
+
+@cache
+def library(name: str) -> ctypes.CDLL:
+    """The library of `name`.cpp. Raises NoKernelError where it cannot be had, each time with the same reason."""
+    reason_or_library = _tried(name)
+    if isinstance(reason_or_library, str):
+        raise NoKernelError(reason_or_library)
+    return reason_or_library
+
+
+@cache
+def _tried(name: str) -> ctypes.CDLL | str:
+    try:
+        return ctypes.CDLL(str(_compiled(Path(__file__).with_name(f"{name}.cpp"))))
+    except NoKernelError as error:
+        return str(error)
+    except OSError as error:  # the cache folder, the compiler, or a library without the symbols it needs
+        return f"{type(error).__name__}: {error}"
+
+
+def _compiled(source: Path) -> Path:
+    """The library's file, made where it is not there yet; whole or not at all."""
+    if os.environ.get(SWITCH) == "0":
+        raise NoKernelError(f"{SWITCH} is 0")
+    if sys.platform != "linux":
+        raise NoKernelError(f"kernels are compiled on Linux alone, and this is {sys.platform}")
+    compiler = _compiler()
+    text = source.read_bytes()
+    version = _run([compiler, "--version"])
+    digest = hashlib.sha256(b"\0".join([text, version.encode(), " ".join(_FLAGS).encode(), _processor()])).hexdigest()
+    folder = cache_folder() / "native"
+    target = folder / f"{source.stem}-{digest[:16]}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
+            _run([compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)])
+            _run([compiler, "-shared", str(compiled), "-o", str(linked)])
+            linked.replace(target)
+    return target
+
+
+def _compiler() -> str:
+    """`$CXX`, else g++ or c++, as torch.compile looks for it."""
+    for name in (os.environ.get("CXX"), "g++", "c++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise NoKernelError("there is no C++ compiler (g++)")
+
+
+def _processor() -> bytes:
+    """What `-march=native` looks at: the processor's model and its instruction sets."""
+    lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+    told = (b"model", b"cpu family", b"stepping", b"flags", b"features", b"cpu implementer", b"cpu part")
+    return b"\n".join(line for line in lines if line.lower().startswith(told))
+
+
+def _run(command: list[str]) -> str:
+    """What a command prints. Raises NoKernelError where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
+    except subprocess.TimeoutExpired:
+        raise NoKernelError(f"{command[0]} did not end within {_SECONDS} seconds") from None
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr or "").strip().splitlines()
+        raise NoKernelError(f"{command[0]} failed: {last[0] if last else f'exit code {error.returncode}'}") from None
+    return done.stdout

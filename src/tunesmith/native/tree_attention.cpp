@@ -1,0 +1,482 @@
+// Attention along a prefix tree, for CPUs: softmax(q k^T scale) v, forward and backward, in float and double.
+//
+// A block is a stretch of a node's tokens with all query heads that share one head of keys: its rows are (token, head). Its keys
+// are those of the node's ancestors and the node's own up to each token, taken in chunks that fit the second-level cache; chunks
+// are merged as flash attention merges its tiles (Dao et al. 2022, arXiv 2205.14135, section 3.1). Products are register tiles
+// over vectors of the compiler's own (GCC and Clang's vector extensions), so that one source serves each instruction set.
+//
+// Shapes: H heads, H_kv heads of keys and values, G = H / H_kv, T tokens, D head size. All results are the same for each run
+// with the same number of threads: what is summed, is summed in one order.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <omp.h>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, COLUMNS = 4;  // 32 registers: 24 sums, 4 columns, 1 row
+#elif defined(__AVX__)
+constexpr int BYTES = 32, COLUMNS = 2;  // 16 registers: 12 sums, 2 columns, 1 row
+#else
+constexpr int BYTES = 16, COLUMNS = 2;
+#endif
+constexpr int64_t TILE = 6;     // rows of a register tile
+constexpr int64_t ROWS = 48;    // rows of a block, about
+constexpr int64_t CHUNK = 256;  // keys of a chunk
+
+template <class T> struct Wide {};
+template <> struct Wide<float> {
+    typedef float V __attribute__((vector_size(BYTES)));
+    typedef float Loose __attribute__((vector_size(BYTES), aligned(4), may_alias));
+    typedef int32_t I __attribute__((vector_size(BYTES)));
+};
+template <> struct Wide<double> {
+    typedef double V __attribute__((vector_size(BYTES)));
+    typedef double Loose __attribute__((vector_size(BYTES), aligned(8), may_alias));
+    typedef int64_t I __attribute__((vector_size(BYTES)));
+};
+template <class T> using V = typename Wide<T>::V;
+template <class T> constexpr int64_t WIDTH = BYTES / sizeof(T);
+
+template <class T> inline V<T> load(const T* at) { return *reinterpret_cast<const typename Wide<T>::Loose*>(at); }
+template <class T> inline void store(T* at, V<T> what) { *reinterpret_cast<typename Wide<T>::Loose*>(at) = what; }
+template <class T> inline V<T> all(T one) { return one - V<T>{}; }
+inline int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// A matrix whose columns come in vectors: rows lie `row` numbers apart, vectors of one row `vector`.
+template <class T> struct Right { const T* at; int64_t row, vector; };
+template <class T> struct Left { const T* at; int64_t row, column; };
+
+template <class T, int N, bool ADD>
+inline void tile(Left<T> a, Right<T> b, int64_t depth, T* c, int64_t c_row) {
+    V<T> sums[TILE][N] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+        V<T> right[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) right[n] = load(b.at + k * b.row + n * b.vector);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; ++i) {
+            const V<T> left = all(a.at[i * a.row + k * a.column]);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) sums[i][n] += left * right[n];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; ++i)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            T* at = c + i * c_row + n * WIDTH<T>;
+            store(at, ADD ? load(at) + sums[i][n] : sums[i][n]);
+        }
+}
+
+// c = or += a b; `rows` is filled up to a multiple of TILE, columns are counted in vectors.
+template <class T, bool ADD>
+void product(int64_t rows, int64_t vectors, int64_t depth, Left<T> a, Right<T> b, T* c, int64_t c_row) {
+    for (int64_t n = 0; n < vectors; n += COLUMNS) {
+        const Right<T> right{b.at + n * b.vector, b.row, b.vector};
+        const int64_t left = vectors - n < COLUMNS ? vectors - n : COLUMNS;
+        for (int64_t i = 0; i < rows; i += TILE) {
+            const Left<T> from{a.at + i * a.row, a.row, a.column};
+            T* to = c + i * c_row + n * WIDTH<T>;
+            switch (left) {
+                case 1: tile<T, 1, ADD>(from, right, depth, to, c_row); break;
+                case 2: tile<T, 2, ADD>(from, right, depth, to, c_row); break;
+                case 3: tile<T, (COLUMNS > 2 ? 3 : 1), ADD>(from, right, depth, to, c_row); break;
+                default: tile<T, COLUMNS, ADD>(from, right, depth, to, c_row);
+            }
+        }
+    }
+}
+
+// 2^x to the last bit or two; 0 below 2^-126.
+inline V<float> power(V<float> x) {
+    typedef Wide<float>::I I;
+    const V<float> low = all(-127.0f);
+    x = x > low ? x : low;
+    const V<float> magic = all(12582912.0f);  // 1.5 x 2^23: adding it rounds to a whole number
+    const V<float> whole = (x + magic) - magic;
+    const V<float> f = x - whole;
+    V<float> p = all(1.525273380405984e-5f);
+    p = p * f + 1.540353039338161e-4f;
+    p = p * f + 1.333355814642844e-3f;
+    p = p * f + 9.618129107628477e-3f;
+    p = p * f + 5.550410866482158e-2f;
+    p = p * f + 2.402265069591007e-1f;
+    p = p * f + 6.931471805599453e-1f;
+    p = p * f + 1.0f;
+    const I exponent = __builtin_convertvector(whole, I) << 23;
+    const I keep = x > all(-126.0f);
+    return (V<float>)(((I)p + exponent) & keep);
+}
+inline V<double> power(V<double> x) {
+    for (int i = 0; i < WIDTH<double>; ++i) x[i] = std::exp2(x[i]);
+    return x;
+}
+
+struct Node { int64_t start, end, subtree_end; };
+struct Block { int64_t node, first, last; };       // tokens [first, last)
+struct Panel { int64_t first, count; };            // tokens that one vector of packed keys holds
+
+template <class T> struct Problem {
+    int64_t heads, shared, tokens, size, nodes;
+    const Node* node;
+    T scale;
+    const T *query, *key, *value;
+    int64_t query_head, query_token, key_head, key_token, value_head, value_token;  // strides
+    int threads;
+
+    // Made by prepare():
+    int64_t group = 0, padded = 0, rows = 0, blocks = 0, panels = 0, ancestors = 0;
+    Block* block = nullptr;
+    Panel* panel = nullptr;
+    int64_t *first_panel = nullptr, *parent = nullptr;
+    T *key_panels = nullptr, *value_panels = nullptr, *key_rows = nullptr, *value_rows = nullptr;
+
+    ~Problem() {
+        std::free(block), std::free(panel), std::free(first_panel), std::free(parent);
+        std::free(key_panels), std::free(value_panels), std::free(key_rows), std::free(value_rows);
+    }
+};
+
+template <class T> T* take(int64_t count) {
+    return static_cast<T*>(std::aligned_alloc(64, up((count > 0 ? count : 1) * sizeof(T), 64)));
+}
+
+template <class T> bool prepare(Problem<T>& p, bool backward) {
+    p.group = p.heads / p.shared;
+    p.padded = up(p.size, WIDTH<T>);
+    const int64_t tokens_of_block = p.group < ROWS ? ROWS / p.group : 1;
+    p.rows = up(tokens_of_block * p.group, TILE);
+    p.first_panel = take<int64_t>(p.nodes);
+    p.parent = take<int64_t>(p.nodes);
+    if (!p.first_panel || !p.parent) return false;
+    for (int64_t n = 0; n < p.nodes; ++n) {
+        const int64_t length = p.node[n].end - p.node[n].start;
+        p.first_panel[n] = p.panels;
+        p.panels += up(length, WIDTH<T>) / WIDTH<T>;
+        p.blocks += up(length, tokens_of_block) / tokens_of_block;
+        int64_t above = n - 1;  // depth-first order: the parent is the last one whose subtree goes on
+        while (above >= 0 && p.node[above].subtree_end <= p.node[n].start) above = p.parent[above];
+        p.parent[n] = above;
+    }
+    p.block = take<Block>(p.blocks);
+    p.panel = take<Panel>(p.panels);
+    if (!p.block || !p.panel) return false;
+    int64_t block = 0, panel = 0;
+    for (int64_t n = 0; n < p.nodes; ++n) {
+        const Node& node = p.node[n];
+        for (int64_t t = node.start; t < node.end; t += tokens_of_block)
+            p.block[block++] = {n, t, t + tokens_of_block < node.end ? t + tokens_of_block : node.end};
+        for (int64_t t = node.start; t < node.end; t += WIDTH<T>)
+            p.panel[panel++] = {t, node.end - t < WIDTH<T> ? node.end - t : WIDTH<T>};
+    }
+    const int64_t packed = p.shared * p.panels * WIDTH<T> * p.size;
+    p.key_panels = take<T>(packed);
+    if (!p.key_panels) return false;
+    if (backward && !(p.value_panels = take<T>(packed))) return false;
+    if (p.padded != p.size) {
+        p.value_rows = take<T>(p.shared * p.tokens * p.padded);
+        if (!p.value_rows) return false;
+        if (backward && !(p.key_rows = take<T>(p.shared * p.tokens * p.padded))) return false;
+    }
+    return true;
+}
+
+// Keys or values transposed: WIDTH tokens of one number of the head after one another, zeros behind a node's last token.
+template <class T> void pack(const Problem<T>& p, const T* from, int64_t head, int64_t token, T* to) {
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t h = 0; h < p.shared; ++h)
+        for (int64_t n = 0; n < p.panels; ++n) {
+            const Panel& panel = p.panel[n];
+            T* at = to + (h * p.panels + n) * WIDTH<T> * p.size;
+            for (int64_t j = 0; j < WIDTH<T>; ++j) {
+                const T* row = from + h * head + (panel.first + j) * token;
+                if (j < panel.count)
+                    for (int64_t d = 0; d < p.size; ++d) at[d * WIDTH<T> + j] = row[d];
+                else
+                    for (int64_t d = 0; d < p.size; ++d) at[d * WIDTH<T> + j] = 0;
+            }
+        }
+}
+
+// Rows filled up to whole vectors, where the head size is none.
+template <class T> void fill(const Problem<T>& p, const T* from, int64_t head, int64_t token, T* to) {
+    if (!to) return;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t h = 0; h < p.shared; ++h)
+        for (int64_t t = 0; t < p.tokens; ++t) {
+            T* at = to + (h * p.tokens + t) * p.padded;
+            std::memcpy(at, from + h * head + t * token, p.size * sizeof(T));
+            std::memset(at + p.size, 0, (p.padded - p.size) * sizeof(T));
+        }
+}
+
+template <class T> Right<T> rows_of(const Problem<T>& p, const T* filled, const T* plain, int64_t head, int64_t token, int64_t h, int64_t t) {
+    if (filled) return {filled + (h * p.tokens + t) * p.padded, p.padded, WIDTH<T>};
+    return {plain + h * head + t * token, token, WIDTH<T>};
+}
+
+// A block's rows (token, head) of one tensor, times a number.
+template <class T>
+void gather(const Problem<T>& p, const T* from, int64_t head, int64_t token, int64_t h, const Block& b, T times, T* to) {
+    int64_t row = 0;
+    for (int64_t t = b.first; t < b.last; ++t)
+        for (int64_t g = 0; g < p.group; ++g, ++row) {
+            const T* at = from + (h * p.group + g) * head + t * token;
+            T* into = to + row * p.padded;
+            for (int64_t d = 0; d < p.size; ++d) into[d] = at[d] * times;
+            for (int64_t d = p.size; d < p.padded; ++d) into[d] = 0;
+        }
+    std::memset(to + row * p.padded, 0, (p.rows - row) * p.padded * sizeof(T));
+}
+
+// Calls what(first token, keys, first panel, whether they are the block's own node's) for each chunk, from the root on.
+template <class T, class F> void for_chunks(const Problem<T>& p, const Block& b, F what) {
+    int64_t path[64], depth = 0, node = b.node;
+    // Deep trees are walked from the node up in stretches of 64; the order of chunks does not matter to the result.
+    for (; node >= 0; node = p.parent[node]) {
+        path[depth++] = node;
+        if (depth == 64 || p.parent[node] < 0) {
+            while (depth > 0) {
+                const int64_t n = path[--depth];
+                const bool own = n == b.node;
+                const int64_t start = p.node[n].start, end = own ? b.last : p.node[n].end;
+                for (int64_t t = start; t < end; t += CHUNK)
+                    what(t, end - t < CHUNK ? end - t : CHUNK, p.first_panel[n] + (t - start) / WIDTH<T>, own);
+            }
+        }
+    }
+}
+
+constexpr int64_t SPARE = 16;  // columns behind a chunk: rows of a transposed product are filled up to a multiple of TILE
+template <class T> constexpr int64_t LINE = CHUNK + (WIDTH<T> > SPARE ? WIDTH<T> : SPARE);
+
+template <class T> void forward_block(const Problem<T>& p, int64_t h, const Block& b, T* scratch, T* out, T* weight) {
+    const T log2e = T(1.4426950408889634), ln2 = T(0.6931471805599453);
+    T* query = scratch;
+    T* sums = query + p.rows * p.padded;
+    T* scores = sums + p.rows * p.padded;
+    T* highest = scores + p.rows * LINE<T>;
+    T* total = highest + p.rows;
+    const int64_t rows = up((b.last - b.first) * p.group, TILE);
+    gather(p, p.query, p.query_head, p.query_token, h, b, p.scale * log2e, query);
+    std::memset(sums, 0, rows * p.padded * sizeof(T));
+    for (int64_t r = 0; r < rows; ++r) highest[r] = -INFINITY, total[r] = 0;
+    for_chunks(p, b, [&](int64_t first, int64_t keys, int64_t panel, bool own) {
+        const int64_t vectors = up(keys, WIDTH<T>) / WIDTH<T>, step = WIDTH<T> * p.size;
+        product<T, false>(rows, vectors, p.size, {query, p.padded, 1},
+                          {p.key_panels + (h * p.panels + panel) * step, WIDTH<T>, step}, scores, LINE<T>);
+        for (int64_t r = 0; r < rows; ++r) {
+            T* line = scores + r * LINE<T>;
+            const int64_t token = b.first + r / p.group;
+            int64_t seen = own && token - first + 1 < keys ? token - first + 1 : keys;
+            if (seen < 0) seen = 0;
+            for (int64_t k = seen; k < vectors * WIDTH<T>; ++k) line[k] = -INFINITY;
+            if (seen == 0) {
+                for (int64_t k = 0; k < vectors * WIDTH<T>; ++k) line[k] = 0;
+                continue;
+            }
+            const int64_t upto = up(seen, WIDTH<T>);
+            V<T> most = load(line);
+            for (int64_t k = WIDTH<T>; k < upto; k += WIDTH<T>) {
+                const V<T> next = load(line + k);
+                most = next > most ? next : most;
+            }
+            T high = highest[r];
+            for (int i = 0; i < WIDTH<T>; ++i) high = most[i] > high ? most[i] : high;
+            V<T> sum = {};
+            for (int64_t k = 0; k < upto; k += WIDTH<T>) {
+                const V<T> each = power(load(line + k) - high);
+                store(line + k, each);
+                sum += each;
+            }
+            for (int64_t k = upto; k < vectors * WIDTH<T>; ++k) line[k] = 0;
+            T added = 0;
+            for (int i = 0; i < WIDTH<T>; ++i) added += sum[i];
+            if (highest[r] == -INFINITY) {
+                total[r] = added;
+            } else {
+                const T less = std::exp2(highest[r] - high);
+                total[r] = total[r] * less + added;
+                if (less != 1)
+                    for (int64_t d = 0; d < p.padded; d += WIDTH<T>) store(sums + r * p.padded + d, load(sums + r * p.padded + d) * less);
+            }
+            highest[r] = high;
+        }
+        product<T, true>(rows, p.padded / WIDTH<T>, keys, {scores, LINE<T>, 1},
+                         rows_of(p, p.value_rows, p.value, p.value_head, p.value_token, h, first), sums, p.padded);
+    });
+    int64_t row = 0;
+    for (int64_t t = b.first; t < b.last; ++t)
+        for (int64_t g = 0; g < p.group; ++g, ++row) {
+            const int64_t place = t * p.heads + h * p.group + g;
+            const T one = 1 / total[row];
+            for (int64_t d = 0; d < p.size; ++d) out[place * p.size + d] = sums[row * p.padded + d] * one;
+            weight[place] = highest[row] * ln2 + std::log(total[row]);
+        }
+}
+
+template <class T> int forward(Problem<T>& p, T* out, T* weight) {
+    if (!prepare(p, false)) return 1;
+    const int64_t each = up(p.rows * (2 * p.padded + LINE<T> + 2), 64);
+    T* scratch = take<T>(each * p.threads);
+    if (!scratch) return 1;
+#pragma omp parallel num_threads(p.threads)
+    {
+        pack(p, p.key, p.key_head, p.key_token, p.key_panels);
+        fill(p, p.value, p.value_head, p.value_token, p.value_rows);
+        T* own = scratch + each * omp_get_thread_num();
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t h = 0; h < p.shared; ++h)
+            for (int64_t b = p.blocks - 1; b >= 0; --b) forward_block(p, h, p.block[b], own, out, weight);
+    }
+    std::free(scratch);
+    return 0;
+}
+
+template <class T> struct Upstream {
+    const T* gradient;
+    int64_t head, token;
+    const T *out, *weight;  // (T, H, D), (T, H)
+    T* into_query;          // (T, H, D)
+};
+
+template <class T>
+void backward_block(const Problem<T>& p, const Upstream<T>& u, int64_t h, const Block& b, T* scratch, T* into_key, T* into_value) {
+    const T log2e = T(1.4426950408889634);
+    T* query = scratch;
+    T* gradient = query + p.rows * p.padded;
+    T* sums = gradient + p.rows * p.padded;
+    T* scores = sums + p.rows * p.padded;
+    T* slopes = scores + p.rows * LINE<T>;
+    T* weight = slopes + p.rows * LINE<T>;
+    T* delta = weight + p.rows;
+    const int64_t rows = up((b.last - b.first) * p.group, TILE);
+    gather(p, p.query, p.query_head, p.query_token, h, b, p.scale * log2e, query);
+    gather(p, u.gradient, u.head, u.token, h, b, T(1), gradient);
+    std::memset(sums, 0, rows * p.padded * sizeof(T));
+    for (int64_t r = 0; r < rows; ++r) {
+        weight[r] = delta[r] = 0;
+        if (r >= (b.last - b.first) * p.group) continue;
+        const int64_t place = (b.first + r / p.group) * p.heads + h * p.group + r % p.group;
+        weight[r] = u.weight[place] * log2e;
+        for (int64_t d = 0; d < p.size; ++d) delta[r] += gradient[r * p.padded + d] * u.out[place * p.size + d];
+    }
+    for_chunks(p, b, [&](int64_t first, int64_t keys, int64_t panel, bool own) {
+        const int64_t vectors = up(keys, WIDTH<T>) / WIDTH<T>, step = WIDTH<T> * p.size, from = (h * p.panels + panel) * step;
+        product<T, false>(rows, vectors, p.size, {query, p.padded, 1}, {p.key_panels + from, WIDTH<T>, step}, scores, LINE<T>);
+        product<T, false>(rows, vectors, p.size, {gradient, p.padded, 1}, {p.value_panels + from, WIDTH<T>, step}, slopes, LINE<T>);
+        for (int64_t r = 0; r < rows; ++r) {
+            T *line = scores + r * LINE<T>, *slope = slopes + r * LINE<T>;
+            const int64_t token = b.first + r / p.group;
+            int64_t seen = own && token - first + 1 < keys ? token - first + 1 : keys;
+            if (seen < 0) seen = 0;
+            const int64_t upto = up(seen, WIDTH<T>);
+            for (int64_t k = 0; k < upto; k += WIDTH<T>) {
+                const V<T> chance = power(load(line + k) - weight[r]);
+                store(line + k, chance);
+                store(slope + k, chance * (load(slope + k) - delta[r]));
+            }
+            for (int64_t k = seen; k < up(keys, TILE); ++k) line[k] = slope[k] = 0;
+        }
+        const int64_t wide = p.padded / WIDTH<T>;
+        product<T, true>(rows, wide, keys, {slopes, LINE<T>, 1}, rows_of(p, p.key_rows, p.key, p.key_head, p.key_token, h, first),
+                         sums, p.padded);
+        product<T, true>(up(keys, TILE), wide, rows, {slopes, 1, LINE<T>}, {query, p.padded, WIDTH<T>},
+                         into_key + first * p.padded, p.padded);
+        product<T, true>(up(keys, TILE), wide, rows, {scores, 1, LINE<T>}, {gradient, p.padded, WIDTH<T>},
+                         into_value + first * p.padded, p.padded);
+    });
+    int64_t row = 0;
+    for (int64_t t = b.first; t < b.last; ++t)
+        for (int64_t g = 0; g < p.group; ++g, ++row) {
+            T* at = u.into_query + (t * p.heads + h * p.group + g) * p.size;
+            for (int64_t d = 0; d < p.size; ++d) at[d] = sums[row * p.padded + d] * p.scale;
+        }
+}
+
+template <class T> int backward(Problem<T>& p, const Upstream<T>& u, T* into_key, T* into_value) {
+    if (!prepare(p, true)) return 1;
+    // A head's blocks are cut into runs of like cost, each with sums of its own for keys and values.
+    int64_t runs = 1;
+    while (runs < 8 && runs < p.blocks && p.shared * runs % p.threads != 0) ++runs;
+    const int64_t of_run = (p.tokens + TILE) * p.padded;
+    const int64_t each = up(p.rows * (3 * p.padded + 2 * LINE<T> + 2), 64);
+    T* scratch = take<T>(each * p.threads);
+    T* sums = take<T>(2 * p.shared * runs * of_run);
+    int64_t* cuts = take<int64_t>(runs + 1);
+    if (!scratch || !sums || !cuts) {
+        std::free(scratch), std::free(sums), std::free(cuts);
+        return 1;
+    }
+    double cost = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+        double so_far = 0;
+        int64_t run = 0;
+        for (int64_t b = 0; b < p.blocks; ++b) {
+            if (pass == 1)
+                while (run < runs && so_far >= cost * run / runs) cuts[run++] = b;
+            int64_t keys = p.block[b].last - p.node[p.block[b].node].start;
+            for (int64_t n = p.parent[p.block[b].node]; n >= 0; n = p.parent[n]) keys += p.node[n].end - p.node[n].start;
+            so_far += double(keys) * (p.block[b].last - p.block[b].first);
+        }
+        if (pass == 1)
+            while (run <= runs) cuts[run++] = p.blocks;
+        cost = so_far;
+    }
+#pragma omp parallel num_threads(p.threads)
+    {
+        pack(p, p.key, p.key_head, p.key_token, p.key_panels);
+        pack(p, p.value, p.value_head, p.value_token, p.value_panels);
+        fill(p, p.key, p.key_head, p.key_token, p.key_rows);
+        T* own = scratch + each * omp_get_thread_num();
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < p.shared * runs; ++unit) {
+            T* to = sums + 2 * unit * of_run;
+            std::memset(to, 0, 2 * of_run * sizeof(T));
+            for (int64_t b = cuts[unit % runs]; b < cuts[unit % runs + 1]; ++b)
+                backward_block(p, u, unit / runs, p.block[b], own, to, to + of_run);
+        }
+        const T ln2 = T(0.6931471805599453);  // queries were taken times scale log2(e)
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t t = 0; t < p.tokens; ++t)
+            for (int64_t h = 0; h < p.shared; ++h) {
+                T *key = into_key + (t * p.shared + h) * p.size, *value = into_value + (t * p.shared + h) * p.size;
+                for (int64_t run = 0; run < runs; ++run) {
+                    const T* from = sums + 2 * (h * runs + run) * of_run + t * p.padded;
+                    for (int64_t d = 0; d < p.size; ++d) {
+                        key[d] = run ? key[d] + from[d] * ln2 : from[d] * ln2;
+                        value[d] = run ? value[d] + from[of_run + d] : from[of_run + d];
+                    }
+                }
+            }
+    }
+    std::free(scratch), std::free(sums), std::free(cuts);
+    return 0;
+}
+
+}  // namespace
+
+// Pointers and strides in numbers; nodes is (count, 3): start, end, subtree_end. Return 0, or 1 where memory is short.
+#define EXPORT(NAME, T)                                                                                                         \
+    extern "C" int tree_forward_##NAME(const int64_t* sizes, const int64_t* strides, const int64_t* nodes, double scale,          \
+                                       const T* query, const T* key, const T* value, T* out, T* weight) {                        \
+        Problem<T> p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], reinterpret_cast<const Node*>(nodes), T(scale), query,    \
+                     key, value, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], int(sizes[5])};          \
+        return forward(p, out, weight);                                                                                          \
+    }                                                                                                                            \
+    extern "C" int tree_backward_##NAME(const int64_t* sizes, const int64_t* strides, const int64_t* nodes, double scale,         \
+                                        const T* query, const T* key, const T* value, const T* gradient, const T* out,           \
+                                        const T* weight, T* into_query, T* into_key, T* into_value) {                            \
+        Problem<T> p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], reinterpret_cast<const Node*>(nodes), T(scale), query,    \
+                     key, value, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], int(sizes[5])};          \
+        return backward(p, Upstream<T>{gradient, strides[6], strides[7], out, weight, into_query}, into_key, into_value);        \
+    }
+
+EXPORT(float, float)
+EXPORT(double, double)

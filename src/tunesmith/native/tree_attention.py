@@ -1,0 +1,119 @@
+"""Attention along a prefix tree by the kernel of tree_attention.cpp.
+
+Shapes: H heads, H_kv heads of keys and values, T tokens, D head size. All tensors are float32, or all float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from tunesmith.native.library import NoKernelError, library
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+#: (start, end, subtree_end) of each node after the other, in depth-first order.
+Table = ctypes.Array[ctypes.c_int64]
+
+_DTYPES = {torch.float32: "float", torch.float64: "double"}
+
+
+def table(nodes: Sequence[tuple[int, int, int]]) -> Table:
+    """What the kernel reads of a tree."""
+    return (ctypes.c_int64 * (3 * len(nodes)))(*(number for node in nodes for number in node))
+
+
+@cache
+def reason_against() -> str | None:
+    """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
+    try:
+        library("tree_attention")
+    except NoKernelError as error:
+        return str(error)
+    return None if _gives_what_it_should() else "the compiled kernel's results are not those of the formula"
+
+
+def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Table, scale: float) -> tuple[Any, Any]:
+    """softmax(q k^T scale) v as (T, H, D), and each query's log-sum-exp (T, H).
+
+    `query` is (H, T, D), `key` and `value` are (H_kv, T, D), of any strides. Raises MemoryError where there is too little.
+    """
+    query, key, value = (_by_numbers(each) for each in (query, key, value))
+    heads, tokens, size = query.shape
+    out, weight = query.new_empty((tokens, heads, size)), query.new_empty((tokens, heads))
+    strides = _strides(query, key, value)
+    _call("forward", query, key, strides, nodes, scale, [query, key, value, out, weight])
+    return out, weight
+
+
+def backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gradient: torch.Tensor,
+    out: torch.Tensor,
+    weight: torch.Tensor,
+    nodes: Table,
+    scale: float,
+) -> Triple:
+    """Gradients of query (T, H, D), key and value (T, H_kv, D); `gradient` is (H, T, D), `out` and `weight` as made."""
+    query, key, value, gradient = (_by_numbers(each) for each in (query, key, value, gradient))
+    out, weight = out.contiguous(), weight.contiguous()
+    heads, tokens, size = query.shape
+    into_query = query.new_empty((tokens, heads, size))
+    into_key, into_value = (query.new_empty((tokens, key.shape[0], size)) for _ in range(2))
+    tensors = [query, key, value, gradient, out, weight, into_query, into_key, into_value]
+    _call("backward", query, key, _strides(query, key, value, gradient), nodes, scale, tensors)
+    return into_query, into_key, into_value
+
+
+def _by_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the numbers of a head after one another, as the kernel reads them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _strides(*tensors: torch.Tensor) -> Table:
+    found = [tensor.stride(dim) for tensor in tensors for dim in (0, 1)]
+    return (ctypes.c_int64 * 8)(*found)
+
+
+def _call(
+    name: str, query: torch.Tensor, key: torch.Tensor, strides: Table, nodes: Table, scale: float, tensors: list[torch.Tensor]
+) -> None:
+    heads, tokens, size = query.shape
+    sizes = (ctypes.c_int64 * 6)(heads, key.shape[0], tokens, size, len(nodes) // 3, torch.get_num_threads())
+    function: Callable[..., int] = getattr(library("tree_attention"), f"tree_{name}_{_DTYPES[query.dtype]}")
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    if function(sizes, strides, nodes, ctypes.c_double(scale), *pointers) != 0:
+        raise MemoryError("too little memory for attention")
+
+
+def _gives_what_it_should() -> bool:
+    """Whether a small tree's attention and gradients are those of the formula, in both dtypes."""
+    spans = [(0, 5, 40), (5, 22, 30), (22, 30, 30), (30, 40, 40)]
+    mask = torch.zeros((40, 40), dtype=torch.bool)
+    for start, end, subtree_end in spans:
+        mask[start:subtree_end, start:end] = True
+    mask.tril_()
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        draw = torch.Generator().manual_seed(0)
+        query, key, value, gradient = (
+            torch.randn((heads, 40, 24), generator=draw, dtype=dtype, requires_grad=index < 3)
+            for index, heads in enumerate((4, 2, 2, 4))
+        )
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            keys, values = (each.repeat_interleave(2, 0) for each in (key, value))
+            scores = (query @ keys.transpose(1, 2) * 0.2).masked_fill(~mask, float("-inf"))
+            expected = scores.softmax(-1) @ values
+            slopes = torch.autograd.grad(expected, (query, key, value), gradient)
+        nodes = table(spans)
+        with torch.no_grad():
+            out, weight = forward(query, key, value, nodes, 0.2)
+            found = backward(query, key, value, gradient, out, weight, nodes, 0.2)
+        pairs = zip((out, *found), (expected, *slopes), strict=True)
+        if not all(torch.allclose(one.transpose(0, 1), two, rtol=tolerance, atol=tolerance) for one, two in pairs):
+            return False
+    return True
