@@ -15,7 +15,7 @@ from tests.invariant.test_packing import CONFIGS, exact_model
 from tests.shapes import SHAPE
 from tunesmith.methods.adapter import fuse_adapters
 from tunesmith.methods.blocks import fuse_blocks, fusible
-from tunesmith.methods.elementwise import EAGER, Kernels, compiled
+from tunesmith.methods.elementwise import EAGER, OWN, Kernels, compiled
 
 ROWS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 1], [3, 4, 9, 9, 2, 1, 1, 5]])
 
@@ -36,7 +36,7 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("make_kernels", [lambda: EAGER, compiled], ids=["eager", "compiled"])
+@pytest.mark.parametrize("make_kernels", [lambda: EAGER, lambda: OWN, compiled], ids=["eager", "own", "compiled"])
 def test_a_fused_model_equals_transformers_in_float64(name: str, adapted: bool, make_kernels: Callable[[], Kernels]) -> None:
     theirs = exact_model(name).train()
     if adapted:

@@ -17,7 +17,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora.layer import LoraLayer
 
-from tunesmith.packing.products import linear
+from tunesmith.packing.products import add_linear, linear
 
 Weight = Callable[[], torch.Tensor]
 
@@ -75,9 +75,9 @@ class _LoraLinears(torch.autograd.Function):
         into_x, into_dropped = None, list[Any]()
         if context.needs_input_grad[1]:
             for gradient, weight in zip(gradients, group.weights, strict=True):
-                into_x = linear(gradient, weight().T) if into_x is None else into_x.addmm_(gradient, weight())
+                into_x = linear(gradient, weight().T) if into_x is None else add_linear(into_x, gradient, weight().T)
             if not context.apart and into_x is not None:
-                into_x.addmm_(into_low, _joint(downs, dtype))
+                add_linear(into_x, into_low, _joint(downs, dtype).T)
         if context.apart:
             into_dropped = [linear(into_low[:, part], a.to(dtype).T) for part, a in zip(parts, downs, strict=True)]
         return None, into_x, *into_downs, *into_ups, *into_dropped

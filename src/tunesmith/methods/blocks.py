@@ -20,7 +20,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.methods.adapter import linears
-from tunesmith.methods.elementwise import ACTIVATIONS, EAGER, Kernels
+from tunesmith.methods.elementwise import ACTIVATIONS, OWN, Kernels
 from tunesmith.packing.products import use_products
 from tunesmith.packing.tree import TREE_ARCHITECTURES
 
@@ -139,7 +139,7 @@ def fusible(config: Any) -> bool:
     return config.model_type in TREE_ARCHITECTURES and config.hidden_act in ACTIVATIONS
 
 
-def fuse_blocks(model: Any, kernels: Kernels = EAGER) -> None:
+def fuse_blocks(model: Any, kernels: Kernels = OWN) -> None:
     """Let norms, MLPs and attention of `model` compute as above where they can; parameters and their names stay.
 
     Its linear layers compute as `packing/products.py` has them, whatever its architecture.

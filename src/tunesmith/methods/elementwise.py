@@ -1,7 +1,8 @@
 """What a block computes number by number (norms, the gated activation, rotations), as plain functions without gradients.
 
-`EAGER` runs them operator by operator, in place where it can; `compiled` gives the same formulas to torch.compile, which makes
-one pass over memory of each. Shapes and formulas are those of `blocks.py`.
+`EAGER` runs them operator by operator, in place where it can; `OWN` makes one pass over memory of each by kernels of ours where
+they can (native/blocks.cpp: float32 on a CPU); `compiled` gives the same formulas to torch.compile. Shapes and formulas are
+those of `blocks.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.errors import first_line
+from tunesmith.native import blocks as native
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -98,6 +100,43 @@ def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bo
 
 
 EAGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, _rotary)
+
+
+def has_own_kernel(*tensors: torch.Tensor) -> bool:
+    """Whether kernels of ours compute with these; not with tensors that stand for others, as the plan's do."""
+    kinds = {torch.Tensor, torch.nn.Parameter}
+    fitting = all(type(each) in kinds and each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
+    return fitting and native.reason_against() is None
+
+
+def _own_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
+    return (native.norm if has_own_kernel(x, weight) else _norm)(x, weight, epsilon, offset)
+
+
+def _own_norm_slopes(
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float
+) -> torch.Tensor:
+    kernel = native.norm_slopes if has_own_kernel(gradient, x, root, weight) else _norm_slopes
+    return kernel(gradient, x, root, weight, offset)
+
+
+def _own_gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "silu" and has_own_kernel(gate, up):
+        return native.gated(gate, up)
+    return _gated(gate, up, activation)
+
+
+def _own_gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
+    if activation == "silu" and has_own_kernel(gradient, gate, up):
+        return native.gated_slopes(gradient, gate, up)
+    return _gated_slopes(gradient, gate, up, activation)
+
+
+def _own_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bool) -> torch.Tensor:
+    return (native.rotary if has_own_kernel(x, cos, sin) else _rotary)(x, cos, sin, backwards)
+
+
+OWN = Kernels(_own_norm, _own_norm_slopes, _own_gated, _own_gated_slopes, _own_rotary)
 
 
 def _plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:

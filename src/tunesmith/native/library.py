@@ -55,7 +55,7 @@ def _compiled(source: Path) -> Path:
     if sys.platform != "linux":
         raise NoKernelError(f"kernels are compiled on Linux alone, and this is {sys.platform}")
     compiler = _compiler()
-    text = source.read_bytes()
+    text = b"".join(each.read_bytes() for each in (source, *sorted(source.parent.glob("*.h"))))
     version = _run([compiler, "--version"])
     digest = hashlib.sha256(b"\0".join([text, version.encode(), " ".join(_FLAGS).encode(), _processor()])).hexdigest()
     folder = cache_folder() / "native"

@@ -8,44 +8,12 @@
 // Shapes: H heads, H_kv heads of keys and values, G = H / H_kv, T tokens, D head size. All results are the same for each run
 // with the same number of threads: what is summed, is summed in one order.
 
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <omp.h>
+#include "vectors.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int BYTES = 64, COLUMNS = 4;  // 32 registers: 24 sums, 4 columns, 1 row
-#elif defined(__AVX__)
-constexpr int BYTES = 32, COLUMNS = 2;  // 16 registers: 12 sums, 2 columns, 1 row
-#else
-constexpr int BYTES = 16, COLUMNS = 2;
-#endif
-constexpr int64_t TILE = 6;     // rows of a register tile
 constexpr int64_t ROWS = 48;    // rows of a block, about
 constexpr int64_t CHUNK = 256;  // keys of a chunk
-
-template <class T> struct Wide {};
-template <> struct Wide<float> {
-    typedef float V __attribute__((vector_size(BYTES)));
-    typedef float Loose __attribute__((vector_size(BYTES), aligned(4), may_alias));
-    typedef int32_t I __attribute__((vector_size(BYTES)));
-};
-template <> struct Wide<double> {
-    typedef double V __attribute__((vector_size(BYTES)));
-    typedef double Loose __attribute__((vector_size(BYTES), aligned(8), may_alias));
-    typedef int64_t I __attribute__((vector_size(BYTES)));
-};
-template <class T> using V = typename Wide<T>::V;
-template <class T> constexpr int64_t WIDTH = BYTES / sizeof(T);
-
-template <class T> inline V<T> load(const T* at) { return *reinterpret_cast<const typename Wide<T>::Loose*>(at); }
-template <class T> inline void store(T* at, V<T> what) { *reinterpret_cast<typename Wide<T>::Loose*>(at) = what; }
-template <class T> inline V<T> all(T one) { return one - V<T>{}; }
-inline int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
 // A matrix whose columns come in vectors: rows lie `row` numbers apart, vectors of one row `vector`.
 template <class T> struct Right { const T* at; int64_t row, vector; };
@@ -74,48 +42,27 @@ inline void tile(Left<T> a, Right<T> b, int64_t depth, T* c, int64_t c_row) {
         }
 }
 
-// c = or += a b; `rows` is filled up to a multiple of TILE, columns are counted in vectors.
-template <class T, bool ADD>
-void product(int64_t rows, int64_t vectors, int64_t depth, Left<T> a, Right<T> b, T* c, int64_t c_row) {
-    for (int64_t n = 0; n < vectors; n += COLUMNS) {
-        const Right<T> right{b.at + n * b.vector, b.row, b.vector};
-        const int64_t left = vectors - n < COLUMNS ? vectors - n : COLUMNS;
+// What a tile of rows needs of a product: its columns (in vectors), and the depth from one number to another.
+struct Extent { int64_t vectors, from, to; };
+
+// c = or += a b; `rows` is filled up to a multiple of TILE, and extent(row) is what the tile that begins there needs.
+template <class T, bool ADD, class E>
+void product(int64_t rows, int64_t vectors, Left<T> a, Right<T> b, T* c, int64_t c_row, E extent) {
+    for (int64_t n = 0; n < vectors; n += COLUMNS)
         for (int64_t i = 0; i < rows; i += TILE) {
-            const Left<T> from{a.at + i * a.row, a.row, a.column};
+            const Extent needed = extent(i);
+            const int64_t left = needed.vectors - n, depth = needed.to - needed.from;
+            if (left <= 0 || depth <= 0) continue;
+            const Left<T> from{a.at + i * a.row + needed.from * a.column, a.row, a.column};
+            const Right<T> right{b.at + n * b.vector + needed.from * b.row, b.row, b.vector};
             T* to = c + i * c_row + n * WIDTH<T>;
             switch (left) {
                 case 1: tile<T, 1, ADD>(from, right, depth, to, c_row); break;
                 case 2: tile<T, 2, ADD>(from, right, depth, to, c_row); break;
-                case 3: tile<T, (COLUMNS > 2 ? 3 : 1), ADD>(from, right, depth, to, c_row); break;
+                case 3: tile<T, (COLUMNS > 2 ? 3 : 2), ADD>(from, right, depth, to, c_row); break;
                 default: tile<T, COLUMNS, ADD>(from, right, depth, to, c_row);
             }
         }
-    }
-}
-
-// 2^x to the last bit or two; 0 below 2^-126.
-inline V<float> power(V<float> x) {
-    typedef Wide<float>::I I;
-    const V<float> low = all(-127.0f);
-    x = x > low ? x : low;
-    const V<float> magic = all(12582912.0f);  // 1.5 x 2^23: adding it rounds to a whole number
-    const V<float> whole = (x + magic) - magic;
-    const V<float> f = x - whole;
-    V<float> p = all(1.525273380405984e-5f);
-    p = p * f + 1.540353039338161e-4f;
-    p = p * f + 1.333355814642844e-3f;
-    p = p * f + 9.618129107628477e-3f;
-    p = p * f + 5.550410866482158e-2f;
-    p = p * f + 2.402265069591007e-1f;
-    p = p * f + 6.931471805599453e-1f;
-    p = p * f + 1.0f;
-    const I exponent = __builtin_convertvector(whole, I) << 23;
-    const I keep = x > all(-126.0f);
-    return (V<float>)(((I)p + exponent) & keep);
-}
-inline V<double> power(V<double> x) {
-    for (int i = 0; i < WIDTH<double>; ++i) x[i] = std::exp2(x[i]);
-    return x;
 }
 
 struct Node { int64_t start, end, subtree_end; };
@@ -142,10 +89,6 @@ template <class T> struct Problem {
         std::free(key_panels), std::free(value_panels), std::free(key_rows), std::free(value_rows);
     }
 };
-
-template <class T> T* take(int64_t count) {
-    return static_cast<T*>(std::aligned_alloc(64, up((count > 0 ? count : 1) * sizeof(T), 64)));
-}
 
 template <class T> bool prepare(Problem<T>& p, bool backward) {
     p.group = p.heads / p.shared;
@@ -253,6 +196,13 @@ template <class T, class F> void for_chunks(const Problem<T>& p, const Block& b,
     }
 }
 
+// How many of a chunk's `keys`, the first of which is token `first`, a block's row sees.
+template <class T> int64_t seen_by(const Problem<T>& p, const Block& b, int64_t row, int64_t first, int64_t keys, bool own) {
+    const int64_t before = b.first + row / p.group - first + 1;
+    if (!own || before > keys) return keys;
+    return before > 0 ? before : 0;
+}
+
 constexpr int64_t SPARE = 16;  // columns behind a chunk: rows of a transposed product are filled up to a multiple of TILE
 template <class T> constexpr int64_t LINE = CHUNK + (WIDTH<T> > SPARE ? WIDTH<T> : SPARE);
 
@@ -269,13 +219,12 @@ template <class T> void forward_block(const Problem<T>& p, int64_t h, const Bloc
     for (int64_t r = 0; r < rows; ++r) highest[r] = -INFINITY, total[r] = 0;
     for_chunks(p, b, [&](int64_t first, int64_t keys, int64_t panel, bool own) {
         const int64_t vectors = up(keys, WIDTH<T>) / WIDTH<T>, step = WIDTH<T> * p.size;
-        product<T, false>(rows, vectors, p.size, {query, p.padded, 1},
-                          {p.key_panels + (h * p.panels + panel) * step, WIDTH<T>, step}, scores, LINE<T>);
+        const auto seen_of_tile = [&](int64_t row) { return seen_by(p, b, row + TILE - 1, first, keys, own); };
+        product<T, false>(rows, vectors, {query, p.padded, 1}, {p.key_panels + (h * p.panels + panel) * step, WIDTH<T>, step}, scores,
+                          LINE<T>, [&](int64_t row) { return Extent{up(seen_of_tile(row), WIDTH<T>) / WIDTH<T>, 0, p.size}; });
         for (int64_t r = 0; r < rows; ++r) {
             T* line = scores + r * LINE<T>;
-            const int64_t token = b.first + r / p.group;
-            int64_t seen = own && token - first + 1 < keys ? token - first + 1 : keys;
-            if (seen < 0) seen = 0;
+            const int64_t seen = seen_by(p, b, r, first, keys, own);
             for (int64_t k = seen; k < vectors * WIDTH<T>; ++k) line[k] = -INFINITY;
             if (seen == 0) {
                 for (int64_t k = 0; k < vectors * WIDTH<T>; ++k) line[k] = 0;
@@ -308,8 +257,9 @@ template <class T> void forward_block(const Problem<T>& p, int64_t h, const Bloc
             }
             highest[r] = high;
         }
-        product<T, true>(rows, p.padded / WIDTH<T>, keys, {scores, LINE<T>, 1},
-                         rows_of(p, p.value_rows, p.value, p.value_head, p.value_token, h, first), sums, p.padded);
+        product<T, true>(rows, p.padded / WIDTH<T>, {scores, LINE<T>, 1},
+                         rows_of(p, p.value_rows, p.value, p.value_head, p.value_token, h, first), sums, p.padded,
+                         [&](int64_t row) { return Extent{p.padded / WIDTH<T>, 0, seen_of_tile(row)}; });
     });
     int64_t row = 0;
     for (int64_t t = b.first; t < b.last; ++t)
@@ -369,13 +319,13 @@ void backward_block(const Problem<T>& p, const Upstream<T>& u, int64_t h, const 
     }
     for_chunks(p, b, [&](int64_t first, int64_t keys, int64_t panel, bool own) {
         const int64_t vectors = up(keys, WIDTH<T>) / WIDTH<T>, step = WIDTH<T> * p.size, from = (h * p.panels + panel) * step;
-        product<T, false>(rows, vectors, p.size, {query, p.padded, 1}, {p.key_panels + from, WIDTH<T>, step}, scores, LINE<T>);
-        product<T, false>(rows, vectors, p.size, {gradient, p.padded, 1}, {p.value_panels + from, WIDTH<T>, step}, slopes, LINE<T>);
+        const auto seen_of_tile = [&](int64_t row) { return seen_by(p, b, row + TILE - 1, first, keys, own); };
+        const auto to_keys = [&](int64_t row) { return Extent{up(seen_of_tile(row), WIDTH<T>) / WIDTH<T>, 0, p.size}; };
+        product<T, false>(rows, vectors, {query, p.padded, 1}, {p.key_panels + from, WIDTH<T>, step}, scores, LINE<T>, to_keys);
+        product<T, false>(rows, vectors, {gradient, p.padded, 1}, {p.value_panels + from, WIDTH<T>, step}, slopes, LINE<T>, to_keys);
         for (int64_t r = 0; r < rows; ++r) {
             T *line = scores + r * LINE<T>, *slope = slopes + r * LINE<T>;
-            const int64_t token = b.first + r / p.group;
-            int64_t seen = own && token - first + 1 < keys ? token - first + 1 : keys;
-            if (seen < 0) seen = 0;
+            const int64_t seen = seen_by(p, b, r, first, keys, own);
             const int64_t upto = up(seen, WIDTH<T>);
             for (int64_t k = 0; k < upto; k += WIDTH<T>) {
                 const V<T> chance = power(load(line + k) - weight[r]);
@@ -385,12 +335,16 @@ void backward_block(const Problem<T>& p, const Upstream<T>& u, int64_t h, const 
             for (int64_t k = seen; k < up(keys, TILE); ++k) line[k] = slope[k] = 0;
         }
         const int64_t wide = p.padded / WIDTH<T>;
-        product<T, true>(rows, wide, keys, {slopes, LINE<T>, 1}, rows_of(p, p.key_rows, p.key, p.key_head, p.key_token, h, first),
-                         sums, p.padded);
-        product<T, true>(up(keys, TILE), wide, rows, {slopes, 1, LINE<T>}, {query, p.padded, WIDTH<T>},
-                         into_key + first * p.padded, p.padded);
-        product<T, true>(up(keys, TILE), wide, rows, {scores, 1, LINE<T>}, {gradient, p.padded, WIDTH<T>},
-                         into_value + first * p.padded, p.padded);
+        product<T, true>(rows, wide, {slopes, LINE<T>, 1}, rows_of(p, p.key_rows, p.key, p.key_head, p.key_token, h, first), sums,
+                         p.padded, [&](int64_t row) { return Extent{wide, 0, seen_of_tile(row)}; });
+        const auto from_rows = [&](int64_t key) {  // from the first row on that sees it
+            const int64_t before = own && first + key > b.first ? (first + key - b.first) * p.group : 0;
+            return Extent{wide, before, rows};
+        };
+        product<T, true>(up(keys, TILE), wide, {slopes, 1, LINE<T>}, {query, p.padded, WIDTH<T>}, into_key + first * p.padded,
+                         p.padded, from_rows);
+        product<T, true>(up(keys, TILE), wide, {scores, 1, LINE<T>}, {gradient, p.padded, WIDTH<T>},
+                         into_value + first * p.padded, p.padded, from_rows);
     });
     int64_t row = 0;
     for (int64_t t = b.first; t < b.last; ++t)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
 from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
-from tunesmith.packing.products import linear
+from tunesmith.packing.products import across_rows, has_own_kernel, linear
 
 #: Config entries of models that change their logits after the head; those go through the model's own forward.
 _LOGIT_CHANGES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -94,8 +94,16 @@ def _chunk(
     cap: float | None,
     with_slopes: bool,
 ) -> tuple[torch.Tensor, Any]:
-    """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of exact logits."""
-    logits = F.linear(hidden, head, bias).to(weights.dtype)
+    """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of exact logits.
+
+    With kernels of ours the logits stand in memory as (V, places): oneDNN arranges anew what it takes for a weight, which then
+    are the hidden states and not the head.
+    """
+    if has_own_kernel(hidden, head):
+        logits = linear(head, hidden).T
+        logits = logits if bias is None else logits.add_(bias)
+    else:
+        logits = linear(hidden, head, bias).to(weights.dtype)
     bent = None if cap is None else logits.div_(cap).tanh_()
     logits = logits if cap is None or bent is None else bent * cap
     picked = targets.unsqueeze(-1)
@@ -140,14 +148,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss, slopes = _chunk(hidden[part], head, bias, targets[part], weights[part], cap, with_gradients)
             total += loss
             if into_hidden is not None:
-                into_hidden[part] = linear(slopes, head.T)
+                into_hidden[part] = across_rows(slopes.T, head)
             if into_head is not None:
                 for some in range(0, len(head), HEAD_ROWS):  # the product is as large as the head
-                    product = slopes[:, some : some + HEAD_ROWS].T @ hidden[part]
-                    into_head[some : some + HEAD_ROWS] += product.to(exact)
+                    into_head[some : some + HEAD_ROWS] += across_rows(slopes[:, some : some + HEAD_ROWS], hidden[part]).to(
+                        exact
+                    )
             if into_bias is not None:
                 into_bias += slopes.sum(0, dtype=exact)
-            slopes = product = None  # else they live on while the next chunk is made
+            del loss, slopes  # else they live on while the next chunk is made
         context.made = (into_hidden, into_head, into_bias)
         context.dtypes = (head.dtype, None if bias is None else bias.dtype)
         return total

@@ -12,10 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tunesmith.native import products
+
 #: Layers compute by oneDNN from this many rows on, and where their weight is no larger than this. Fewer rows, as when a model
 #: generates, were not measured; a head's logits were faster call by call, but slower in the profiles of whole steps.
 _ROWS = 256
 _NUMBERS = 2**23
+
+#: Rows of a product from which on the kernel of ours took less time than oneDNN.
+_OWN_ROWS = 64
 
 
 @cache
@@ -28,7 +33,9 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
     Nor of tensors that stand for others, as the plan's do for a GPU's.
     """
-    fitting = type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    fitting = (
+        type(x) in {torch.Tensor, torch.nn.Parameter} and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    )
     return bool(
         fitting and x.numel() > 0 and _has_onednn() and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
     )
@@ -39,6 +46,28 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _onednn(x, weight, bias)
+
+
+def add_linear(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Add the product x W^T to `total`, in place; as above."""
+    if not _by_onednn(x, weight):
+        return total.addmm_(x, weight.T)
+    return total.add_(_onednn(x, weight, None))
+
+
+def across_rows(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The product g^T x (O, I) for g (T, O) and x (T, I), a weight's gradient; as above.
+
+    oneDNN would copy g transposed first, on one thread; the kernel of ours reads it in place.
+    """
+    if has_own_kernel(gradient, x) and gradient.shape[1] >= _OWN_ROWS and gradient.stride(1) == 1:
+        return products.across_rows(gradient, x)
+    return linear(gradient.T, x.T)
+
+
+def has_own_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `across_rows` of these has a kernel of ours."""
+    return _by_onednn(x, weight) and products.reason_against() is None
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -68,7 +97,7 @@ class _Linear(torch.autograd.Function):
         x, weight = context.saved_tensors
         for_x, for_weight, for_bias = context.needs_input_grad
         into_x = linear(gradient, weight.T) if for_x else None
-        into_weight = gradient.T @ x if for_weight else None
+        into_weight = across_rows(gradient, x) if for_weight else None
         return into_x, into_weight, gradient.sum(0) if for_bias else None
 
 

@@ -1,0 +1,118 @@
+"""What a decoder block computes number by number, by the kernels of blocks.cpp.
+
+Shapes: rows of H or F numbers, or (B, A, L, D) for rotations. All tensors are float32 on a CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tunesmith.native.library import NoKernelError, library
+
+_Strides = ctypes.c_int64 * 3
+
+
+@cache
+def reason_against() -> str | None:
+    """Why the kernels cannot be had here, or None; they are compiled, and tried on small tensors, the first time."""
+    try:
+        library("blocks")
+    except NoKernelError as error:
+        return str(error)
+    return None if _gives_what_it_should() else "the compiled kernels' results are not those of the formulas"
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and the reciprocal root (..., 1)."""
+    x = x.contiguous()
+    out, root = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
+    _call("norm", x, weight.contiguous(), epsilon, offset, out, root, *_rows(x))
+    return out, root
+
+
+def norm_slopes(
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float
+) -> torch.Tensor:
+    """The gradient of x."""
+    gradient, x, root = gradient.contiguous(), x.contiguous(), root.contiguous()
+    into_x = torch.empty_like(x)
+    _call("norm_slopes", gradient, x, root, weight.contiguous(), offset, into_x, *_rows(x))
+    return into_x
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The product silu(gate) up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _call("gated", gate, up, out, *_rows(gate))
+    return out
+
+
+def gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up."""
+    gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
+    into_gate, into_up = torch.empty_like(gate), torch.empty_like(up)
+    _call("gated_slopes", gradient, gate, up, into_gate, into_up, *_rows(gate))
+    return into_gate, into_up
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bool) -> torch.Tensor:
+    """The sum x cos + rotate_half(x) sin, or its gradient for x; x is (B, A, L, D), `cos` and `sin` (B or 1, 1, L, D)."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty_like(x)
+    batch, _, length, size = x.shape
+    cos, sin = (each.expand(batch, 1, length, size).contiguous() for each in (cos, sin))
+    _call("rotary", x, _Strides(*x.stride()[:3]), cos, sin, out, _Strides(*out.stride()[:3]), *x.shape, ctypes.c_int(backwards))
+    return out
+
+
+def _gives_what_it_should() -> bool:
+    """Whether all of them give what torch's operators give, at sizes that are no multiple of a vector's."""
+    draw = torch.Generator().manual_seed(0)
+    x, up, gradient = (3 * torch.randn((5, 37), generator=draw) for _ in range(3))
+    weight, x[0, 0] = torch.randn(37, generator=draw), -200
+    heads, cos, sin = (torch.randn(shape, generator=draw) for shape in ((2, 3, 5, 22), (1, 1, 5, 22), (2, 1, 5, 22)))
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        leaves = [each.clone().requires_grad_() for each in (x, up, heads)]
+        root = (leaves[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        normed, active = leaves[0] * root * (weight + 1), F.silu(leaves[0]) * leaves[1]
+        turned = leaves[2] * cos + torch.cat([-leaves[2][..., 11:], leaves[2][..., :11]], -1) * sin
+        along = torch.cos(heads)
+        expected = [
+            (normed, root, active, turned),
+            torch.autograd.grad(normed, leaves[0], gradient, retain_graph=True),
+            torch.autograd.grad(active, leaves[:2], gradient),
+            torch.autograd.grad(turned, leaves[2], along),
+        ]
+    with torch.no_grad():
+        made = norm(x, weight, 1e-5, 1.0)
+        found = [
+            (*made, gated(x, up), rotary(heads, cos, sin, backwards=False)),
+            (norm_slopes(gradient, x, made[1], weight, 1.0),),
+            gated_slopes(gradient, x, up),
+            (rotary(along, cos, sin, backwards=True),),
+        ]
+    pairs = zip(sum(found, ()), sum(map(tuple, expected), ()), strict=True)
+    return all(torch.allclose(one, two, rtol=1e-4, atol=1e-4) for one, two in pairs)
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int]:
+    return x.numel() // max(x.shape[-1], 1), x.shape[-1]
+
+
+def _call(name: str, *values: Any) -> None:
+    """Tensors go as pointers, floats as floats, whole numbers as 64 bits; the number of threads comes last."""
+    made: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            made.append(ctypes.c_void_p(value.data_ptr()))
+        elif isinstance(value, float):
+            made.append(ctypes.c_float(value))
+        else:
+            made.append(ctypes.c_int64(value) if isinstance(value, int) else value)
+    getattr(library("blocks"), name)(*made, ctypes.c_int(torch.get_num_threads()))

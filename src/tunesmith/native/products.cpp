@@ -1,0 +1,92 @@
+// A weight's gradient, g^T x, in float32: what oneDNN computes after a transposed copy of g is read in place here.
+//
+// Blocks of both are copied into panels that a register tile reads one after the other (Goto and van de Geijn 2008, "Anatomy of
+// high-performance matrix multiplication", section 4). The result is the same for each number of threads: depth is not divided.
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t WIDE = WIDTH<float> * COLUMNS;  // columns of a tile
+constexpr int64_t DEPTH = 256;  // of a block; 96 rows of it fill a tenth of a second-level cache
+constexpr int64_t ROWS = 96;    // of a block, at the most
+
+void tile(const float* a, const float* b, int64_t depth, V<float> (&sums)[TILE][COLUMNS]) {
+    for (int64_t k = 0; k < depth; ++k) {
+        V<float> right[COLUMNS];
+#pragma GCC unroll 8
+        for (int n = 0; n < COLUMNS; ++n) right[n] = load(b + k * WIDE + n * WIDTH<float>);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; ++i) {
+            const V<float> left = all(a[k * TILE + i]);
+#pragma GCC unroll 8
+            for (int n = 0; n < COLUMNS; ++n) sums[i][n] += left * right[n];
+        }
+    }
+}
+
+// Columns [first, first + count) of `depth` rows, `WIDE_` at a time and zeros behind the last one.
+template <int64_t WIDE_> void pack(const float* from, int64_t row, int64_t first, int64_t count, int64_t depth, float* to) {
+    if (count >= WIDE_) {
+        for (int64_t k = 0; k < depth; ++k) std::memcpy(to + k * WIDE_, from + k * row + first, WIDE_ * sizeof(float));
+        return;
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        std::memcpy(to + k * WIDE_, from + k * row + first, count * sizeof(float));
+        std::memset(to + k * WIDE_ + count, 0, (WIDE_ - count) * sizeof(float));
+    }
+}
+
+void put(const V<float> (&sums)[TILE][COLUMNS], int64_t rows, int64_t columns, bool add, float* out, int64_t row) {
+    if (rows == TILE && columns == WIDE) {
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; ++i)
+#pragma GCC unroll 8
+            for (int n = 0; n < COLUMNS; ++n) {
+                float* at = out + i * row + n * WIDTH<float>;
+                store(at, add ? load(at) + sums[i][n] : sums[i][n]);
+            }
+        return;
+    }
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+            const float sum = sums[i][j / WIDTH<float>][j % WIDTH<float>];
+            out[i * row + j] = add ? out[i * row + j] + sum : sum;
+        }
+}
+
+}  // namespace
+
+// out (O, I) = g^T x for g (T, O) and x (T, I), whose rows lie g_row and x_row numbers apart. Returns 0, or 1 where memory is short.
+extern "C" int across_rows(const float* g, int64_t g_row, const float* x, int64_t x_row, float* out, int64_t tokens, int64_t rows,
+                           int64_t columns, int threads) {
+    const int64_t wide = up(columns, WIDE), turns = up(rows, threads * ROWS) / ROWS;
+    const int64_t block = up((rows + turns - 1) / turns, TILE);  // the same number of blocks for each thread
+    float *right = take<float>(DEPTH * wide), *left = take<float>(threads * DEPTH * block);
+    if (!right || !left) {
+        std::free(right), std::free(left);
+        return 1;
+    }
+#pragma omp parallel num_threads(threads)
+    for (int64_t k = 0; k < tokens; k += DEPTH) {
+        const int64_t depth = tokens - k < DEPTH ? tokens - k : DEPTH;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < wide; n += WIDE)
+            pack<WIDE>(x + k * x_row, x_row, n, columns - n, depth, right + n * DEPTH);
+        float* own = left + omp_get_thread_num() * DEPTH * block;
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < rows; m += block) {
+            const int64_t end = m + block < rows ? m + block : rows;
+            for (int64_t i = m; i < end; i += TILE)
+                pack<TILE>(g + k * g_row, g_row, i, end - i, depth, own + (i - m) * DEPTH);
+            for (int64_t n = 0; n < wide; n += WIDE)
+                for (int64_t i = m; i < end; i += TILE) {
+                    V<float> sums[TILE][COLUMNS] = {};
+                    tile(own + (i - m) * DEPTH, right + n * DEPTH, depth, sums);
+                    put(sums, end - i < TILE ? end - i : TILE, columns - n < WIDE ? columns - n : WIDE, k > 0, out + i * columns + n, columns);
+                }
+        }
+    }
+    std::free(right), std::free(left);
+    return 0;
+}

@@ -1,0 +1,71 @@
+// Vectors of the compiler's own (GCC and Clang's vector extensions), as wide as the instruction set has them.
+
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <omp.h>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, COLUMNS = 4;  // 32 registers: 24 sums, 4 columns, 1 row
+#elif defined(__AVX__)
+constexpr int BYTES = 32, COLUMNS = 2;  // 16 registers: 12 sums, 2 columns, 1 row
+#else
+constexpr int BYTES = 16, COLUMNS = 2;
+#endif
+constexpr int64_t TILE = 6;     // rows of a register tile
+
+template <class T> struct Wide {};
+template <> struct Wide<float> {
+    typedef float V __attribute__((vector_size(BYTES)));
+    typedef float Loose __attribute__((vector_size(BYTES), aligned(4), may_alias));
+    typedef int32_t I __attribute__((vector_size(BYTES)));
+};
+template <> struct Wide<double> {
+    typedef double V __attribute__((vector_size(BYTES)));
+    typedef double Loose __attribute__((vector_size(BYTES), aligned(8), may_alias));
+    typedef int64_t I __attribute__((vector_size(BYTES)));
+};
+template <class T> using V = typename Wide<T>::V;
+template <class T> constexpr int64_t WIDTH = BYTES / sizeof(T);
+
+template <class T> inline V<T> load(const T* at) { return *reinterpret_cast<const typename Wide<T>::Loose*>(at); }
+template <class T> inline void store(T* at, V<T> what) { *reinterpret_cast<typename Wide<T>::Loose*>(at) = what; }
+template <class T> inline V<T> all(T one) { return one - V<T>{}; }
+inline int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// Uninitialised memory on a cache line's edge, or null; free() gives it back.
+template <class T> T* take(int64_t count) {
+    return static_cast<T*>(std::aligned_alloc(64, up((count > 0 ? count : 1) * sizeof(T), 64)));
+}
+
+// 2^(x times), `times` in two parts, to the last bit or two; 0 below 2^-126. The product is to stay below 128.
+inline V<float> power(V<float> x, float times = 1, float rest = 0) {
+    typedef Wide<float>::I I;
+    const V<float> low = all(-127.0f / times), magic = all(12582912.0f);  // 1.5 x 2^23: adding it rounds to a whole number
+    x = x > low ? x : low;
+    const V<float> whole = (x * times + magic) - magic;
+    const V<float> f = (x * times - whole) + x * rest;
+    V<float> p = all(1.525273380405984e-5f);
+    p = p * f + 1.540353039338161e-4f;
+    p = p * f + 1.333355814642844e-3f;
+    p = p * f + 9.618129107628477e-3f;
+    p = p * f + 5.550410866482158e-2f;
+    p = p * f + 2.402265069591007e-1f;
+    p = p * f + 6.931471805599453e-1f;
+    p = p * f + 1.0f;
+    const I exponent = __builtin_convertvector(whole, I) << 23;
+    const I keep = whole > all(-126.5f);
+    return (V<float>)(((I)p + exponent) & keep);
+}
+inline V<double> power(V<double> x) {
+    for (int i = 0; i < WIDTH<double>; ++i) x[i] = std::exp2(x[i]);
+    return x;
+}
+
+}  // namespace
