@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ def parser(description: str) -> argparse.ArgumentParser:
 def claim(name: str, value: float, unit: str) -> dict[str, Any]:
     """One number that a document may quote."""
     return {"name": name, "value": value, "unit": unit}
+
+
+def in_turn(theirs: Callable[[], Any], ours: Callable[[], Any], calls: int) -> list[tuple[float, float]]:
+    """Seconds of both for calls that follow each other, after two that do not count."""
+    taken: list[tuple[float, float]] = []
+    for _ in range(calls + 2):
+        begun = time.perf_counter()
+        theirs()
+        between = time.perf_counter()
+        ours()
+        taken.append((between - begun, time.perf_counter() - between))
+    return taken[2:]
 
 
 def merged(path: Path | None, claims: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -3,19 +3,18 @@
     python benchmarks/products.py --json benchmarks/results/products.json      # half a minute on two cores
 
 What counts is the median of the ratios of calls that follow each other; above 1 oneDNN is the faster one. Shapes are those of
-the built-in model, forward (x W^T), backward by the input (g W) and, as they are not taken from oneDNN, a head's logits.
+the built-in model, forward (x W^T), backward by the input (g W), and a head's logits. kernels.py has a weight's gradient.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import claim, parser, report
+from common import claim, in_turn, parser, report
 
 from tunesmith.packing.products import linear
 
@@ -29,15 +28,7 @@ Product = Callable[[], torch.Tensor]
 
 def compared(theirs: Product, ours: Product, flops: int, calls: int = CALLS) -> dict[str, float]:
     """Rates of both, and the median ratio of their times."""
-    for _ in range(2):
-        theirs(), ours()
-    taken: list[tuple[float, float]] = []
-    for _ in range(calls):
-        begun = time.perf_counter()
-        theirs()
-        between = time.perf_counter()
-        ours()
-        taken.append((between - begun, time.perf_counter() - between))
+    taken = in_turn(theirs, ours, calls)
     return {
         "torch_flops_per_second": flops / statistics.median(one for one, _ in taken),
         "onednn_flops_per_second": flops / statistics.median(other for _, other in taken),

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tunesmith.errors import RecipeError, RunError, TrainError
+from tunesmith.native import blocks, products, tree_attention
 from tunesmith.recipe import ResolvedRecipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
@@ -182,6 +183,22 @@ def test_compiling_is_asked_for_and_tells_where_it_cannot(
         "blocks are not compiled: torch.compile does not work here: no compiler"
     ]
     assert metrics(run, "loss") == metrics(plain, "loss")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_kernels_of_ours_training_is_the_same_and_tells(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    common = {"method": method, "train__max_steps": 4, "train__compute_dtype": "float32"}
+    own = trained(make_recipe, tmp_path / "own", **common)
+    for module in (tree_attention, products, blocks):
+        monkeypatch.setattr(module, "reason_against", lambda: "there is no C++ compiler (g++)")
+        monkeypatch.setattr(module, "library", lambda _: pytest.fail("a kernel was asked"))
+    plain = trained(make_recipe, tmp_path / "plain", **common)
+    told = [[e["message"] for e in run.events("train") if e["code"] == "kernels-off"] for run in (own, plain)]
+    assert told == [[], ["PyTorch's kernels in place of tunesmith's, which are faster: there is no C++ compiler (g++)"]]
+    for (one,), (other,) in zip(metrics(own, "loss"), metrics(plain, "loss"), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_attention_falls_back_and_tells(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -21,11 +21,6 @@ from tunesmith.native import blocks as native
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def exact(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that norms are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @dataclass(frozen=True)
 class Kernels:
     """The functions of a block."""
@@ -61,7 +56,7 @@ _DERIVATIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = 
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
-    wide = x.to(exact(x.dtype))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     root = root.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
     result: torch.Tensor = (wide * root).mul_(weight.to(wide.dtype) + offset)
@@ -140,7 +135,7 @@ OWN = Kernels(_own_norm, _own_norm_slopes, _own_gated, _own_gated_slopes, _own_r
 
 
 def _plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
-    wide = x.to(exact(x.dtype))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     root = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
     return (wide * root * (weight.to(wide.dtype) + offset)).to(x.dtype), root
 

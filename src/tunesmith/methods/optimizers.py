@@ -71,7 +71,7 @@ class _State:
 
     def __init__(self, parameter: torch.Tensor, bits: int, home: _Home, *, signed: bool) -> None:
         self.device, count = parameter.device, parameter.numel()
-        exact = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        exact = torch.promote_types(parameter.dtype, torch.float32)
         self.bits, self.home = bits, home
         dtype = {32: exact, 16: torch.bfloat16, 8: torch.uint8}[bits]
         self.values = home.zeros(count, dtype, self.device)

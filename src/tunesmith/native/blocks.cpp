@@ -36,7 +36,7 @@ inline float sum(V<float> of) {
 // e^x for x up to 88; what lies above counts as 88.
 inline V<float> exponential(V<float> x) {
     const V<float> high = all(88.0f);
-    x = x < high ? x : high;
+    x = x > high ? high : x;
     return power(x, 1.44269502162933349609375f, 1.92596299112661746887e-8f);  // log2(e) in two parts
 }
 

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -61,12 +62,16 @@ def _compiled(source: Path) -> Path:
     folder = cache_folder() / "native"
     target = folder / f"{source.stem}-{digest[:16]}.so"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
             _run([compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)])
             _run([compiler, "-shared", str(compiled), "-o", str(linked)])
             linked.replace(target)
+    for path in (folder, target):
+        found = path.stat()
+        if found.st_uid not in {os.getuid(), 0} or found.st_mode & stat.S_IWOTH:
+            raise NoKernelError(f"{path} can be written by others, and what is in it would be run")
     return target
 
 

@@ -78,7 +78,7 @@ template <class T> struct Problem {
     int threads;
 
     // Made by prepare():
-    int64_t group = 0, padded = 0, rows = 0, blocks = 0, panels = 0, ancestors = 0;
+    int64_t group = 0, padded = 0, rows = 0, blocks = 0, panels = 0;
     Block* block = nullptr;
     Panel* panel = nullptr;
     int64_t *first_panel = nullptr, *parent = nullptr;
@@ -181,7 +181,7 @@ void gather(const Problem<T>& p, const T* from, int64_t head, int64_t token, int
 // Calls what(first token, keys, first panel, whether they are the block's own node's) for each chunk, from the root on.
 template <class T, class F> void for_chunks(const Problem<T>& p, const Block& b, F what) {
     int64_t path[64], depth = 0, node = b.node;
-    // Deep trees are walked from the node up in stretches of 64; the order of chunks does not matter to the result.
+    // Deep trees are walked from the node up in stretches of 64; in which order chunks come changes rounding alone.
     for (; node >= 0; node = p.parent[node]) {
         path[depth++] = node;
         if (depth == 64 || p.parent[node] < 0) {

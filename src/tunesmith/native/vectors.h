@@ -44,11 +44,12 @@ template <class T> T* take(int64_t count) {
     return static_cast<T*>(std::aligned_alloc(64, up((count > 0 ? count : 1) * sizeof(T), 64)));
 }
 
-// 2^(x times), `times` in two parts, to the last bit or two; 0 below 2^-126. The product is to stay below 128.
+// 2^(x times), `times` in two parts, to the last bit or two; 0 below 2^-126, and what is no number stays none. The
+// product is to stay below 128.
 inline V<float> power(V<float> x, float times = 1, float rest = 0) {
     typedef Wide<float>::I I;
     const V<float> low = all(-127.0f / times), magic = all(12582912.0f);  // 1.5 x 2^23: adding it rounds to a whole number
-    x = x > low ? x : low;
+    x = x < low ? low : x;
     const V<float> whole = (x * times + magic) - magic;
     const V<float> f = (x * times - whole) + x * rest;
     V<float> p = all(1.525273380405984e-5f);
@@ -60,8 +61,8 @@ inline V<float> power(V<float> x, float times = 1, float rest = 0) {
     p = p * f + 6.931471805599453e-1f;
     p = p * f + 1.0f;
     const I exponent = __builtin_convertvector(whole, I) << 23;
-    const I keep = whole > all(-126.5f);
-    return (V<float>)(((I)p + exponent) & keep);
+    const I drop = whole < all(-126.5f);
+    return (V<float>)(((I)p + exponent) & ~drop);
 }
 inline V<double> power(V<double> x) {
     for (int i = 0; i < WIDTH<double>; ++i) x[i] = std::exp2(x[i]);

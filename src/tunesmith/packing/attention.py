@@ -78,7 +78,7 @@ class _TreeAttention(torch.autograd.Function):
     def forward(
         context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
     ) -> torch.Tensor:
-        exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+        exact = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (each[0].to(exact) for each in (query, key, value))
         if has_own_kernel(query):
             by_token, weight = tree_kernel.forward(q, k, v, layout.table, scale)

@@ -207,7 +207,7 @@ def _next(query: torch.Tensor, layer: _Layer, slots: torch.Tensor, scale: float)
     own = (grouped @ key.transpose(2, 3)).mul_(scale)  # (B, K, H / K, S)
     behind = torch.arange(length, device=slots.device) > slots  # (B, S)
     own.masked_fill_(behind[:, None, None], float("-inf"))
-    exact = torch.float64 if own.dtype == torch.float64 else torch.float32
+    exact = torch.promote_types(own.dtype, torch.float32)
     if layer.prefix is None:
         return (own.to(exact).softmax(-1).to(value.dtype) @ value).view(query.shape)
     prefix_key, prefix_value = layer.prefix

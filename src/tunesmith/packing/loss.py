@@ -137,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cap: float | None,
         with_gradients: bool,
     ) -> torch.Tensor:
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        exact = torch.promote_types(hidden.dtype, torch.float32)
         weights = weights.to(exact)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         into_hidden = torch.empty_like(hidden) if with_gradients else None
@@ -197,7 +197,7 @@ def summed_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     loss: torch.Tensor
     if own_logits(causal):
         logits = labelled_logits(model, batch)
-        exact = logits if logits.dtype == torch.float64 else logits.float()
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = (F.cross_entropy(exact, targets, reduction="none") * weights).sum()
     else:
         head = causal.get_output_embeddings()

@@ -83,7 +83,7 @@ class _LabelLogProbs(torch.autograd.Function):
         targets: torch.Tensor,
         cap: float | None,
     ) -> torch.Tensor:
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        exact = torch.promote_types(hidden.dtype, torch.float32)
         parts = [torch.empty(0, dtype=exact, device=hidden.device)]
         for begin in range(0, len(hidden), chunk_rows(len(head))):
             part = slice(begin, begin + chunk_rows(len(head)))
@@ -118,7 +118,7 @@ def label_logprobs(model: Any, batch: Batch) -> torch.Tensor:
     causal = causal_of(model)
     if own_logits(causal):
         logits = labelled_logits(model, batch)
-        exact = logits if logits.dtype == torch.float64 else logits.float()
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -F.cross_entropy(exact, batch["targets"], reduction="none")
     head, hidden = causal.get_output_embeddings(), labelled_hidden(causal, batch)
     fused: Any = _LabelLogProbs  # torch leaves `apply` untyped

@@ -187,7 +187,7 @@ def _tell(model: Any, batch: Batch, labels: list[_Label]) -> Iterator[tuple[_Lab
         some = labels[told:stop]
         where = torch.tensor([number[label.place] - first for label in some], device=logits.device)
         tokens = torch.tensor([label.token for label in some], device=logits.device)
-        exact = logits if logits.dtype == torch.float64 else logits.float()
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_p = exact[where, tokens] - exact.logsumexp(-1)[where]
         best = exact.argmax(-1)[where] == tokens
         yield from zip(some, log_p.tolist(), best.tolist(), strict=True)

@@ -31,7 +31,7 @@ class Efficiency:
 HOST_BANDWIDTH = 2.2e10
 
 #: Before anything was measured. GPU: large products reach 55 to 65 % of the dense peak (torchtitan's and NeMo's figures).
-EFFICIENCY = {"cuda": Efficiency(0.58, 0.35, 0.75, 6e-6), "cpu": Efficiency(0.8, 0.3, 0.5, 1.5e-5)}
+EFFICIENCY = {"cuda": Efficiency(0.58, 0.35, 0.75, 6e-6), "cpu": Efficiency(0.8, 0.5, 0.5, 1.5e-5)}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,147 @@
+"""Kernels of our own for CPUs against what PyTorch has for the same, call by call in turn, in float32.
+
+    python benchmarks/kernels.py --json benchmarks/results/kernels.json      # a minute on two cores
+
+Attention along a tree against PyTorch's flash kernel, block by block; a weight's gradient g^T x against torch's operator and
+oneDNN; norms, the gated activation and rotations against torch's operators. Shapes are those of the built-in model. What counts
+is the median of the ratios of calls that follow each other; above 1 the kernel of ours is the faster one.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import claim, in_turn, parser, report
+
+from tunesmith import native
+from tunesmith.hardware.freed import steady_memory
+from tunesmith.methods.elementwise import EAGER, OWN
+from tunesmith.native import products, tree_attention
+from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
+from tunesmith.packing.products import linear
+from tunesmith.packing.tree import Node
+
+HEADS, SHARED, SIZE, HIDDEN, WIDTH = 9, 3, 64, 576, 1536
+TOKENS = 2560
+CALLS = 25
+
+
+def tree(root: int, leaves: list[int]) -> list[Node]:
+    """Rows that share their first tokens and nothing else."""
+    nodes, at = [Node(0, root, root + sum(leaves))], root
+    for leaf in leaves:
+        nodes.append(Node(at, at + leaf, at + leaf))
+        at += leaf
+    return nodes
+
+
+#: Lengths as in the demo's data, alpaca_demo, and one long document.
+TREES = {
+    "long instruction": tree(211, [25 + 7 * n % 36 for n in range(16)]),
+    "system turn": tree(24, [40 + 53 * n % 260 for n in range(16)]),
+    "one document": [Node(0, 2048, 2048)],
+}
+
+
+def row_of(kernel: str, case: str, theirs: Callable[[], Any], ours: Callable[[], Any]) -> dict[str, Any]:
+    """The times of both, and the median ratio."""
+    taken = in_turn(theirs, ours, CALLS)
+    row = {
+        "kernel": kernel,
+        "case": case,
+        "torch_seconds": statistics.median(one for one, _ in taken),
+        "own_seconds": statistics.median(other for _, other in taken),
+        "time_ratio": statistics.median(one / other for one, other in taken),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def attention() -> list[dict[str, Any]]:
+    """Forward and backward along each tree."""
+    rows = []
+    for name, nodes in TREES.items():
+        tokens = max(node.end for node in nodes)
+        query, key, value, gradient = (
+            torch.randn(tokens, heads, SIZE).transpose(0, 1) for heads in (HEADS, SHARED, SHARED, HEADS)
+        )
+        inputs, scale = (query, key, value), SIZE**-0.5
+        table = tree_attention.table([(node.start, node.end, node.subtree_end) for node in nodes])
+        made = tree_attention.forward(*inputs, table, scale)
+        rows.append(
+            row_of(
+                "attention",
+                name,
+                lambda i=inputs, n=nodes, s=scale: blocks_forward(*i, n, s),
+                lambda i=inputs, t=table, s=scale: tree_attention.forward(*i, t, s),
+            )
+        )
+        rows.append(
+            row_of(
+                "attention backward",
+                name,
+                lambda i=inputs, g=gradient, m=made, n=nodes, s=scale: blocks_backward(*i, g, *m, n, s),
+                lambda i=inputs, g=gradient, m=made, t=table, s=scale: tree_attention.backward(*i, g, *m, t, s),
+            )
+        )
+    return rows
+
+
+def weights() -> list[dict[str, Any]]:
+    """A weight's gradient for each shape of a block."""
+    rows = []
+    for out, into in ((WIDTH, HIDDEN), (HIDDEN, WIDTH), (HIDDEN, HIDDEN), (192, HIDDEN)):
+        gradient, x = torch.randn(TOKENS, out), torch.randn(TOKENS, into)
+        own = lambda g=gradient, x=x: products.across_rows(g, x)  # noqa: E731
+        rows.append(row_of("weight's gradient", f"{out} x {into}", lambda g=gradient, x=x: g.T @ x, own))
+        rows.append(row_of("weight's gradient, oneDNN", f"{out} x {into}", lambda g=gradient, x=x: linear(g.T, x.T), own))
+    return rows
+
+
+def numbers() -> list[dict[str, Any]]:
+    """What blocks compute number by number."""
+    x, gradient, weight = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, HIDDEN), torch.randn(HIDDEN)
+    gate, up, slope = (torch.randn(TOKENS, WIDTH) for _ in range(3))
+    query = torch.randn(1, TOKENS, HEADS, SIZE).transpose(1, 2)
+    cos, sin = (torch.randn(1, 1, TOKENS, SIZE) for _ in range(2))
+    root = EAGER.norm(x, weight, 1e-5, 0.0)[1]
+    cases: dict[str, Callable[[Any], Any]] = {
+        "norm": lambda k: k.norm(x, weight, 1e-5, 0.0),
+        "norm backward": lambda k: k.norm_slopes(gradient, x, root, weight, 0.0),
+        "gated": lambda k: k.gated(gate, up, "silu"),
+        "gated backward": lambda k: k.gated_slopes(slope, gate, up, "silu"),
+        "rotary": lambda k: k.rotary(query, cos, sin, False),
+    }
+    return [row_of(name, f"{TOKENS} tokens", lambda f=case: f(EAGER), lambda f=case: f(OWN)) for name, case in cases.items()]
+
+
+def main() -> None:
+    """Measure each kernel and write the ratios."""
+    asked = parser(__doc__ or "").parse_args()
+    reason = native.reason_against()
+    if reason is not None:
+        raise SystemExit(f"there are no kernels of our own here: {reason}")
+    steady_memory()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        rows = [*attention(), *weights(), *numbers()]
+
+    def median(*kernels: str) -> float:
+        return statistics.median(row["time_ratio"] for row in rows if row["kernel"] in kernels)
+
+    claims = [
+        claim("attention_time_ratio", median("attention"), "x"),
+        claim("attention_backward_time_ratio", median("attention backward"), "x"),
+        claim("weight_gradient_time_ratio", median("weight's gradient"), "x"),
+        claim("weight_gradient_time_ratio_to_onednn", median("weight's gradient, oneDNN"), "x"),
+        claim("number_by_number_time_ratio", median("norm", "norm backward", "gated", "gated backward", "rotary"), "x"),
+    ]
+    report(asked.json, claims, rows)
+
+
+if __name__ == "__main__":
+    main()

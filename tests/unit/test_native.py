@@ -1,0 +1,311 @@
+"""Kernels in C++: compiled once and whole, refused with a reason, and equal to the formulas at awkward sizes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tunesmith import native
+from tunesmith.methods.elementwise import EAGER, OWN
+from tunesmith.native import blocks, library, products, tree_attention
+from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
+from tunesmith.packing.tree import Node
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="kernels need Linux and a C++ compiler"
+)
+
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small kernel's source, and an empty cache."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(library.SWITCH, raising=False)
+    path = tmp_path / "small.cpp"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads, for the time of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def kept(tmp_path: Path) -> list[str]:
+    return [path.name for path in (tmp_path / "cache" / "native").iterdir()]
+
+
+def test_kernels_are_had_here() -> None:
+    assert native.reason_against() is None
+
+
+def test_a_library_is_compiled_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = library._compiled(source)
+    assert kept(tmp_path) == [first.name]
+    made = first.stat().st_mtime_ns
+    assert library._compiled(source) == first
+    assert first.stat().st_mtime_ns == made
+    (tmp_path / "more.h").write_text("// a header beside it\n")
+    second = library._compiled(source)
+    source.write_text(SOURCE.replace("42", "43"))
+    third = library._compiled(source)
+    monkeypatch.setattr(library, "_processor", lambda: b"another")
+    assert len({first, second, third, library._compiled(source)}) == 4
+
+
+def test_a_source_that_does_not_compile_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    source.write_text("no C++ at all")
+    with pytest.raises(library.NoKernelError, match=r"g\+\+ failed: .*small.cpp"):
+        library._compiled(source)
+    assert kept(tmp_path) == []
+
+
+def test_reasons(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as changed:
+        changed.setenv("PATH", str(tmp_path))
+        changed.delenv("CXX", raising=False)
+        with pytest.raises(library.NoKernelError, match="no C\\+\\+ compiler"):
+            library._compiled(source)
+    with monkeypatch.context() as changed:
+        changed.setattr(sys, "platform", "win32")
+        with pytest.raises(library.NoKernelError, match="win32"):
+            library._compiled(source)
+    with monkeypatch.context() as changed:
+        changed.setenv(library.SWITCH, "0")
+        with pytest.raises(library.NoKernelError, match="TUNESMITH_NATIVE is 0"):
+            library._compiled(source)
+    with monkeypatch.context() as changed:
+        changed.setenv("TUNESMITH_CACHE", str(source / "below-a-file"))
+        with pytest.raises(OSError, match=r"small\.cpp"):
+            library._compiled(source)
+
+
+def test_what_others_may_write_is_not_run(source: Path) -> None:
+    made = library._compiled(source)
+    for path in (made, made.parent):
+        before = path.stat().st_mode
+        path.chmod(before | 0o002)
+        with pytest.raises(library.NoKernelError, match="can be written by others"):
+            library._compiled(source)
+        path.chmod(before)
+    assert library._compiled(source) == made
+
+
+def test_a_reason_is_told_again_and_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library.library.cache_clear()
+    library._tried.cache_clear()
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(library.NoKernelError, match="no C\\+\\+ compiler"):
+            library.library("products")
+    library._tried.cache_clear()
+
+
+class _Wrong:
+    """A library whose functions change nothing, as a miscompiled one might."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        return lambda *_: 0
+
+
+@pytest.mark.parametrize("module", [tree_attention, products, blocks])
+def test_a_kernel_that_computes_nonsense_is_refused(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "library", lambda _: _Wrong())
+    reason = module.reason_against.__wrapped__()
+    assert "not those of the formula" in reason
+
+
+# --- attention ---
+
+
+def chain(*lengths: int) -> list[Node]:
+    """Each node the child of the one before."""
+    ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
+    return [Node(end - length, end, ends[-1]) for length, end in zip(lengths, ends, strict=True)]
+
+
+TREES = {
+    "one token": [Node(0, 1, 1)],
+    "several roots": [
+        Node(0, 5, 40),
+        Node(5, 22, 30),
+        Node(22, 30, 30),
+        Node(30, 40, 40),
+        Node(40, 41, 41),
+        Node(41, 100, 100),
+    ],
+    "longer than a chunk": [Node(0, 300, 620), Node(300, 301, 301), Node(301, 620, 620)],
+    "deeper than a stretch": chain(*[2] * 70, 9),
+}
+
+
+def inputs(nodes: list[Node], heads: int, shared: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Query, key, value and a gradient, as the model has them: (H, T, D) of a memory of (T, H, D)."""
+    draw = torch.Generator().manual_seed(0)
+    tokens = max(node.end for node in nodes)
+    return [
+        torch.randn((tokens, count, size), generator=draw, dtype=torch.float64).to(dtype).transpose(0, 1)
+        for count in (heads, shared, shared, heads)
+    ]
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize(("heads", "shared", "size"), [(1, 1, 8), (6, 2, 24), (7, 1, 64), (2, 2, 80), (50, 1, 5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_attention_is_that_of_torchs_kernel(
+    name: str, heads: int, shared: int, size: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    nodes, scale = TREES[name], size**-0.5
+    exact = inputs(nodes, heads, shared, size, torch.float64)
+    out, weight = blocks_forward(*exact[:3], nodes, scale)
+    grads = blocks_backward(*exact, out, weight, nodes, scale)
+    tensors = inputs(nodes, heads, shared, size, dtype)
+    table = tree_attention.table([(node.start, node.end, node.subtree_end) for node in nodes])
+    found, sums = tree_attention.forward(*tensors[:3], table, scale)
+    made = tree_attention.backward(*tensors, found, sums, table, scale)
+    for one, other in zip((found, sums, *made), (out, weight, *grads), strict=True):
+        assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
+    again = tree_attention.backward(*tensors, found, sums, table, scale)
+    assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_attention_with_other_numbers_of_threads(threads: Callable[[int], None], count: int) -> None:
+    nodes = TREES["longer than a chunk"]
+    tensors = inputs(nodes, 4, 2, 16, torch.float64)
+    table = tree_attention.table([(node.start, node.end, node.subtree_end) for node in nodes])
+    out, weight = blocks_forward(*tensors[:3], nodes, 0.3)
+    grads = blocks_backward(*tensors, out, weight, nodes, 0.3)
+    threads(count)
+    found, sums = tree_attention.forward(*tensors[:3], table, 0.3)
+    for one, other in zip(tree_attention.backward(*tensors, found, sums, table, 0.3), grads, strict=True):
+        assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_attention_reads_what_lies_otherwise_in_memory() -> None:
+    nodes = TREES["several roots"]
+    tensors = inputs(nodes, 4, 2, 16, torch.float32)
+    table = tree_attention.table([(node.start, node.end, node.subtree_end) for node in nodes])
+    out, weight = tree_attention.forward(*tensors[:3], table, 0.3)
+    grads = tree_attention.backward(*tensors, out, weight, table, 0.3)
+    for lie in (torch.Tensor.contiguous, lambda each: each.transpose(1, 2).contiguous().transpose(1, 2)):
+        others = [lie(each) for each in tensors]
+        assert torch.equal(tree_attention.forward(*others[:3], table, 0.3)[0], out)
+        made = tree_attention.backward(*others, out, weight, table, 0.3)
+        assert all(torch.equal(one, other) for one, other in zip(made, grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_attention_does_not_hide_what_is_no_number(dtype: torch.dtype, what: float) -> None:
+    """In a key, seen by its node's later tokens and its descendants and by no other."""
+    nodes = TREES["several roots"]
+    query, key, value, gradient = inputs(nodes, 2, 1, 16, dtype)
+    key[0, 7] = what
+    table = tree_attention.table([(node.start, node.end, node.subtree_end) for node in nodes])
+    out, weight = tree_attention.forward(query, key, value, table, 0.3)
+    seen = torch.zeros(len(out), dtype=torch.bool)
+    seen[7:30] = True
+    spoilt = out.isnan().all(-1).any(-1)
+    assert not spoilt[~seen].any()
+    assert spoilt[7:30].all() if math.isnan(what) else spoilt[7:30].any()
+    into_query = tree_attention.backward(query, key, value, gradient, out, weight, table, 0.3)[0]
+    assert into_query[7:30].isnan().any()
+    assert not into_query[40:].isnan().any()
+
+
+# --- products ---
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 255, 600])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (6, 64), (97, 65), (200, 193)])
+def test_a_weights_gradient(threads: Callable[[int], None], tokens: int, rows: int, columns: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    gradient, x = (
+        torch.randn((tokens, rows + 3), generator=draw)[:, 1 : rows + 1],
+        torch.randn((tokens, columns), generator=draw),
+    )
+    made = []
+    for count in (1, 2, 3):
+        threads(count)
+        made.append(products.across_rows(gradient, x))
+        assert_close(made[-1].double(), gradient.T.double() @ x.double(), rtol=1e-5, atol=2e-4)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+    assert_close(products.across_rows(gradient.T.contiguous().T, x), made[0])
+
+
+# --- what blocks compute number by number ---
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 16), (1, 7, 100), (3, 5, 577)])
+def test_norms_and_gates(shape: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, up, gradient = (5 * torch.randn(shape, generator=draw) for _ in range(3))
+    weight = torch.randn(shape[-1], generator=draw)
+    x.view(-1)[0] = -150.0
+    exact = [each.double() for each in (x, up, gradient, weight)]
+    out, root = EAGER.norm(exact[0], exact[3], 1e-5, 1.0)
+    found, own_root = OWN.norm(x, weight, 1e-5, 1.0)
+    pairs = [
+        (found, out),
+        (own_root, root),
+        (
+            OWN.norm_slopes(gradient, x, own_root, weight, 1.0),
+            EAGER.norm_slopes(exact[2], exact[0], root, exact[3], 1.0),
+        ),
+        (OWN.gated(x, up, "silu"), EAGER.gated(exact[0], exact[1], "silu")),
+        *zip(OWN.gated_slopes(gradient, x, up, "silu"), EAGER.gated_slopes(exact[2], exact[0], exact[1], "silu"), strict=True),
+    ]
+    for one, other in pairs:
+        assert_close(one.double(), other, rtol=2e-5, atol=2e-5)
+
+
+def test_gates_and_norms_do_not_hide_what_is_no_number() -> None:
+    x, one = torch.full((2, 40), 0.5), torch.ones(2, 40)
+    x[1, 3], x[1, 39] = float("nan"), float("nan")
+    wanted = x.isnan()
+    assert torch.equal(OWN.gated(x, one, "silu").isnan(), wanted)
+    assert torch.equal(OWN.gated_slopes(one, x, one, "silu")[0].isnan(), wanted)
+    assert torch.equal(OWN.norm(x, one[0], 1e-5, 0.0)[0].isnan().any(-1), wanted.any(-1))
+    assert not OWN.gated(torch.full((2, 40), float("-inf")), one, "silu").isfinite().any()
+
+
+@pytest.mark.parametrize("size", [2, 8, 34, 128])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_rotations(size: int, rows: int, backwards: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn((2, 5, 3, size), generator=draw).transpose(1, 2)
+    cos, sin = (torch.randn((rows, 1, 5, size), generator=draw) for _ in range(2))
+    found = OWN.rotary(x, cos, sin, backwards)
+    assert found.stride() == x.stride()
+    assert_close(found.double(), EAGER.rotary(x.double(), cos.double(), sin.double(), backwards), rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_kernel_goes_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another dtype, another activation, a tensor that stands for others: nothing is asked of the library."""
+    monkeypatch.setattr(blocks, "_call", lambda *_: pytest.fail("the kernel was asked"))
+    x = torch.randn(2, 3, 8)
+    assert_close(OWN.gated(x, x, "gelu"), EAGER.gated(x, x, "gelu"))
+    for dtype in (torch.bfloat16, torch.float64):
+        cast = x.to(dtype)
+        assert_close(OWN.norm(cast, cast[0, 0], 1e-5, 0.0), EAGER.norm(cast, cast[0, 0], 1e-5, 0.0))
+        assert_close(OWN.rotary(cast[None], cast, cast, False), EAGER.rotary(cast[None], cast, cast, False))
+    with torch._subclasses.FakeTensorMode():
+        fake = torch.ones(2, 3, 8)
+        assert OWN.gated_slopes(fake, fake, fake, "silu")[0].shape == fake.shape
