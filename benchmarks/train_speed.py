@@ -49,22 +49,31 @@ Claims = list[dict[str, Any]]
 
 
 @contextmanager
-def processes(names: Sequence[str], data: Path, method: str, *, rows: int, micro: int, dtype: str) -> Iterator[list[Side]]:
-    """Sides that have loaded the model and wait."""
+def processes(
+    names: Sequence[str],
+    data: Path,
+    method: str,
+    *,
+    rows: int,
+    micro: int,
+    dtype: str,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[list[Side]]:
+    """Sides that have loaded the model and wait; `environment` is added to their own."""
     arguments = ["--data", str(data), "--method", method, "--rows", str(rows), "--micro", str(micro), "--r", str(R)]
     with ExitStack() as stack:
         made = []
         for name in names:
-            made.append(side_of(name, [*arguments, "--dtype", dtype, "--scratch", str(data)]))
+            made.append(side_of(name, [*arguments, "--dtype", dtype, "--scratch", str(data)], environment))
             stack.callback(made[-1].end)
             made[-1].read()  # that it is ready
         yield made
 
 
-def side_of(name: str, arguments: Sequence[str]) -> Side:
+def side_of(name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Side:
     """The process of a side; LLaMA-Factory's has its own environment."""
     if name != "llamafactory":
-        return Side(name, "train_side.py", arguments)
+        return Side(name, "train_side.py", arguments, environment=environment)
     from llamafactory_env import ensure, paths
 
     model = ["--model", str(builtin.ensure())]
@@ -85,9 +94,19 @@ def prepared(name: str, folder: Path) -> Path:
     return run.path / "data"
 
 
-def compared(data: Path, name: str, method: str, others: Sequence[str], *, dtype: str = "float32", turns: int = TURNS) -> Row:
+def compared(
+    data: Path,
+    name: str,
+    method: str,
+    others: Sequence[str],
+    *,
+    dtype: str = "float32",
+    turns: int = TURNS,
+    environment: Mapping[str, str] | None = None,
+) -> Row:
     """Seconds and peaks of all sides over turns of one step, and for each peer the median ratio of its time to ours."""
-    with processes(["tunesmith", *others], data, method, rows=ROWS, micro=MICRO, dtype=dtype) as sides:
+    names = ["tunesmith", *others]
+    with processes(names, data, method, rows=ROWS, micro=MICRO, dtype=dtype, environment=environment) as sides:
         for side in sides:
             side.ask("1")  # what the first step allocates
         taken: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
@@ -144,6 +163,13 @@ def defaults(folder: Path) -> tuple[Claims, list[Row]]:
 
     row = compared(prepared("demo", folder), "defaults", "lora", ["trl_defaults"], dtype=detect().compute_dtype, turns=1)
     return [claim("rows_per_second_ratio_to_trl_defaults", row["trl_defaults"]["time_ratio"], "x")], [row]
+
+
+def defaults_without_bf16(folder: Path) -> tuple[Claims, list[Row]]:
+    """The same as on a processor without bfloat16 instructions, which oneDNN is told not to use: we take float32 there."""
+    told = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+    row = compared(prepared("demo", folder), "defaults-without-bf16", "lora", ["trl_defaults"], turns=1, environment=told)
+    return [claim("rows_per_second_ratio_to_trl_defaults_without_bf16", row["trl_defaults"]["time_ratio"], "x")], [row]
 
 
 def matrix_rate(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = linear) -> float:
@@ -243,6 +269,7 @@ PARTS: Mapping[str, Callable[[Path], tuple[Claims, list[Row]]]] = {
     "floor-lora": floor("lora"),
     "floor-full": floor("full"),
     "defaults": defaults,
+    "defaults-without-bf16": defaults_without_bf16,
     "llamafactory": llamafactory,
 }
 

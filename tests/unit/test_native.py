@@ -12,11 +12,17 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.shapes import SHAPE
 from tunesmith import native
+from tunesmith.methods.base import enable_checkpointing
+from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.methods.elementwise import EAGER, OWN
 from tunesmith.native import blocks, library, products, tree_attention
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
+from tunesmith.packing.batch import collate_tree
+from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.packing.tree import Node
 
 pytestmark = pytest.mark.skipif(
@@ -127,6 +133,19 @@ def test_a_kernel_that_computes_nonsense_is_refused(module: Any, monkeypatch: py
     monkeypatch.setattr(module, "library", lambda _: _Wrong())
     reason = module.reason_against.__wrapped__()
     assert "not those of the formula" in reason
+
+
+def test_the_first_call_may_come_from_a_block_that_is_recomputed() -> None:
+    """What is tried then must not be counted among the tensors that the block saves."""
+    for module in (tree_attention, products, blocks):
+        module.reason_against.cache_clear()
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
+    fuse_blocks(model)
+    enable_checkpointing(model)
+    use_tree_attention(model, on=True)
+    batch = collate_tree([{"input_ids": list(range(1, 90)), "trained": [True] * 89}])
+    summed_loss(model, batch).backward()
+    assert native.reason_against() is None
 
 
 # --- attention ---

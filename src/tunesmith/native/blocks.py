@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tunesmith.native.library import NoKernelError, library
+from tunesmith.native.library import NoKernelError, library, own_graph
 
 _Strides = ctypes.c_int64 * 3
 
@@ -77,7 +77,7 @@ def _gives_what_it_should() -> bool:
     x, up, gradient = (3 * torch.randn((5, 37), generator=draw) for _ in range(3))
     weight, x[0, 0] = torch.randn(37, generator=draw), -200
     heads, cos, sin = (torch.randn(shape, generator=draw) for shape in ((2, 3, 5, 22), (1, 1, 5, 22), (2, 1, 5, 22)))
-    with torch.inference_mode(mode=False), torch.enable_grad():
+    with own_graph():
         leaves = [each.clone().requires_grad_() for each in (x, up, heads)]
         root = (leaves[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
         normed, active = leaves[0] * root * (weight + 1), F.silu(leaves[0]) * leaves[1]

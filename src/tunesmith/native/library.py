@@ -14,8 +14,12 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from tunesmith.io.cache import cache_folder
 
@@ -47,6 +51,20 @@ def _tried(name: str) -> ctypes.CDLL | str:
         return str(error)
     except OSError as error:  # the cache folder, the compiler, or a library without the symbols it needs
         return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def own_graph() -> Iterator[None]:
+    """A place to take gradients wherever the first call comes from: in inference, or in a block that is recomputed.
+
+    Gradient checkpointing counts what is saved for the backward pass; what is tried in passing must not be counted.
+    """
+    with (
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved),
+    ):
+        yield
 
 
 def _compiled(source: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.native.library import NoKernelError, library
+from tunesmith.native.library import NoKernelError, library, own_graph
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 #: (start, end, subtree_end) of each node after the other, in depth-first order.
@@ -104,7 +104,7 @@ def _gives_what_it_should() -> bool:
             torch.randn((heads, 40, 24), generator=draw, dtype=dtype, requires_grad=index < 3)
             for index, heads in enumerate((4, 2, 2, 4))
         )
-        with torch.inference_mode(mode=False), torch.enable_grad():
+        with own_graph():
             keys, values = (each.repeat_interleave(2, 0) for each in (key, value))
             scores = (query @ keys.transpose(1, 2) * 0.2).masked_fill(~mask, float("-inf"))
             expected = scores.softmax(-1) @ values
