@@ -70,12 +70,15 @@ def test_trace_equals_real_allocation_of_other_ways(more: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_kernels_of_ours_take_no_more(name: str, checkpointing: bool) -> None:
-    """As trained on a CPU: at most what is traced, and hardly less."""
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_kernels_of_ours_take_no_more(name: str, checkpointing: bool, method: Any) -> None:
+    """As trained on a CPU: what is traced, byte for byte; a little less where the peak is in a norm's gradient."""
     native.reason_against()  # what is tried the first time is not the model's
-    scenario = replace(FULL, gradient_checkpointing=checkpointing)
-    traced, real = trace(CONFIGS[name], scenario), measure(CONFIGS[name], scenario)
-    assert 0.97 * traced.total_bytes <= real.total_bytes <= traced.total_bytes
+    dtype = "float32" if method == "full" else "bfloat16"
+    scenario = replace(FULL, method=method, dtype=dtype, gradient_checkpointing=checkpointing)
+    traced, real = trace(CONFIGS[name], scenario).total_bytes, measure(CONFIGS[name], scenario).total_bytes
+    least = 0.97 if method == "full" and not checkpointing else 1
+    assert least * traced <= real <= traced
 
 
 def test_what_was_alive_adds_up_to_the_peak() -> None:

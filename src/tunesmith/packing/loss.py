@@ -85,6 +85,18 @@ def logits_in_chunks(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int
         yield begin, logits if cap is None else (logits / cap).tanh() * cap
 
 
+def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(places, V) of hidden states (places, H), in float32 (float64 where they are); without gradients, and not kept elsewhere.
+
+    With kernels of ours they stand in memory as (V, places): oneDNN arranges anew what it takes for a weight, which then are
+    the hidden states and not the head.
+    """
+    if has_own_kernel(hidden, head):
+        logits = linear(head, hidden).T
+        return logits if bias is None else logits.add_(bias)
+    return linear(hidden, head, bias).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
 def _chunk(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -94,16 +106,8 @@ def _chunk(
     cap: float | None,
     with_slopes: bool,
 ) -> tuple[torch.Tensor, Any]:
-    """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of exact logits.
-
-    With kernels of ours the logits stand in memory as (V, places): oneDNN arranges anew what it takes for a weight, which then
-    are the hidden states and not the head.
-    """
-    if has_own_kernel(hidden, head):
-        logits = linear(head, hidden).T
-        logits = logits if bias is None else logits.add_(bias)
-    else:
-        logits = linear(hidden, head, bias).to(weights.dtype)
+    """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of exact logits."""
+    logits = exact_logits(hidden, head, bias)
     bent = None if cap is None else logits.div_(cap).tanh_()
     logits = logits if cap is None or bent is None else bent * cap
     picked = targets.unsqueeze(-1)
@@ -151,9 +155,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 into_hidden[part] = across_rows(slopes.T, head)
             if into_head is not None:
                 for some in range(0, len(head), HEAD_ROWS):  # the product is as large as the head
-                    into_head[some : some + HEAD_ROWS] += across_rows(slopes[:, some : some + HEAD_ROWS], hidden[part]).to(
-                        exact
-                    )
+                    rows = slice(some, some + HEAD_ROWS)
+                    into_head[rows] += across_rows(slopes[:, rows], hidden[part]).to(exact)
             if into_bias is not None:
                 into_bias += slopes.sum(0, dtype=exact)
             del loss, slopes  # else they live on while the next chunk is made

@@ -22,7 +22,15 @@ import torch.nn.functional as F
 
 from tunesmith.packing.batch import Batch, Collator, PaddedCollator, Rows, to_device, tree_with_owners
 from tunesmith.packing.chunks import chunk_rows
-from tunesmith.packing.loss import causal_of, labelled_hidden, labelled_logits, linear_cross_entropy, own_logits, soft_cap
+from tunesmith.packing.loss import (
+    causal_of,
+    exact_logits,
+    labelled_hidden,
+    labelled_logits,
+    linear_cross_entropy,
+    own_logits,
+    soft_cap,
+)
 from tunesmith.packing.tree import Limits, split_by_length, split_units_for_trees
 
 _WINDOW = 256  # pairs that are laid out together when all of them are gone through
@@ -87,7 +95,7 @@ class _LabelLogProbs(torch.autograd.Function):
         parts = [torch.empty(0, dtype=exact, device=hidden.device)]
         for begin in range(0, len(hidden), chunk_rows(len(head))):
             part = slice(begin, begin + chunk_rows(len(head)))
-            logits = F.linear(hidden[part], head, bias).to(exact)
+            logits = exact_logits(hidden[part], head, bias)
             if cap is not None:
                 logits = logits.div_(cap).tanh_().mul_(cap)
             right, top = logits.gather(-1, targets[part].unsqueeze(-1)), logits.amax(-1, keepdim=True)
