@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,16 +77,16 @@ def attention() -> list[dict[str, Any]]:
             row_of(
                 "attention",
                 name,
-                lambda i=inputs, n=nodes, s=scale: blocks_forward(*i, n, s),
-                lambda i=inputs, t=table, s=scale: tree_attention.forward(*i, t, s),
+                partial(blocks_forward, *inputs, nodes, scale),
+                partial(tree_attention.forward, *inputs, table, scale),
             )
         )
         rows.append(
             row_of(
                 "attention backward",
                 name,
-                lambda i=inputs, g=gradient, m=made, n=nodes, s=scale: blocks_backward(*i, g, *m, n, s),
-                lambda i=inputs, g=gradient, m=made, t=table, s=scale: tree_attention.backward(*i, g, *m, t, s),
+                partial(blocks_backward, *inputs, gradient, *made, nodes, scale),
+                partial(tree_attention.backward, *inputs, gradient, *made, table, scale),
             )
         )
     return rows
@@ -96,9 +97,9 @@ def weights() -> list[dict[str, Any]]:
     rows = []
     for out, into in ((WIDTH, HIDDEN), (HIDDEN, WIDTH), (HIDDEN, HIDDEN), (192, HIDDEN)):
         gradient, x = torch.randn(TOKENS, out), torch.randn(TOKENS, into)
-        own = lambda g=gradient, x=x: products.across_rows(g, x)  # noqa: E731
-        rows.append(row_of("weight's gradient", f"{out} x {into}", lambda g=gradient, x=x: g.T @ x, own))
-        rows.append(row_of("weight's gradient, oneDNN", f"{out} x {into}", lambda g=gradient, x=x: linear(g.T, x.T), own))
+        own = partial(products.across_rows, gradient, x)
+        rows.append(row_of("weight's gradient", f"{out} x {into}", partial(torch.matmul, gradient.T, x), own))
+        rows.append(row_of("weight's gradient, oneDNN", f"{out} x {into}", partial(linear, gradient.T, x.T), own))
     return rows
 
 
@@ -116,7 +117,7 @@ def numbers() -> list[dict[str, Any]]:
         "gated backward": lambda k: k.gated_slopes(slope, gate, up, "silu"),
         "rotary": lambda k: k.rotary(query, cos, sin, False),
     }
-    return [row_of(name, f"{TOKENS} tokens", lambda f=case: f(EAGER), lambda f=case: f(OWN)) for name, case in cases.items()]
+    return [row_of(name, f"{TOKENS} tokens", partial(case, EAGER), partial(case, OWN)) for name, case in cases.items()]
 
 
 def main() -> None:

@@ -196,7 +196,7 @@ def test_without_kernels_of_ours_training_is_the_same_and_tells(
     own = trained(make_recipe, tmp_path / "own", **common)
     for module in (tree_attention, products, blocks):
         monkeypatch.setattr(module, "reason_against", lambda: "there is no C++ compiler (g++)")
-        monkeypatch.setattr(module, "library", lambda _: pytest.fail("a kernel was asked"))
+        monkeypatch.setattr(module, "call", lambda *_: pytest.fail("a kernel was asked"))
     plain = trained(make_recipe, tmp_path / "plain", **common)
     told = [[e["message"] for e in run.events("train") if e["code"] == "kernels-off"] for run in (own, plain)]
     assert told == [[], ["PyTorch's kernels in place of tunesmith's, which are faster: there is no C++ compiler (g++)"]]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from tunesmith.errors import first_line
 from tunesmith.native import blocks as native
+from tunesmith.native.library import plain
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -99,9 +100,7 @@ EAGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, _rotary)
 
 def has_own_kernel(*tensors: torch.Tensor) -> bool:
     """Whether kernels of ours compute with these; not with tensors that stand for others, as the plan's do."""
-    kinds = {torch.Tensor, torch.nn.Parameter}
-    fitting = all(type(each) in kinds and each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
-    return fitting and native.reason_against() is None
+    return plain(*tensors) and all(each.dtype == torch.float32 for each in tensors) and native.reason_against() is None
 
 
 def _own_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:

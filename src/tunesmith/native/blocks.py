@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from tunesmith.native.library import NoKernelError, library, own_graph
+from tunesmith.native import library
+from tunesmith.native.library import call, dense_rows, own_graph
 
 _Strides = ctypes.c_int64 * 3
 
@@ -20,18 +20,14 @@ _Strides = ctypes.c_int64 * 3
 @cache
 def reason_against() -> str | None:
     """Why the kernels cannot be had here, or None; they are compiled, and tried on small tensors, the first time."""
-    try:
-        library("blocks")
-    except NoKernelError as error:
-        return str(error)
-    return None if _gives_what_it_should() else "the compiled kernels' results are not those of the formulas"
+    return library.reason_against("blocks", _gives_what_it_should)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and the reciprocal root (..., 1)."""
     x = x.contiguous()
     out, root = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
-    _call("norm", x, weight.contiguous(), epsilon, offset, out, root, *_rows(x))
+    call("blocks", "norm", x, weight.contiguous(), epsilon, offset, out, root, *_rows(x))
     return out, root
 
 
@@ -41,7 +37,7 @@ def norm_slopes(
     """The gradient of x."""
     gradient, x, root = gradient.contiguous(), x.contiguous(), root.contiguous()
     into_x = torch.empty_like(x)
-    _call("norm_slopes", gradient, x, root, weight.contiguous(), offset, into_x, *_rows(x))
+    call("blocks", "norm_slopes", gradient, x, root, weight.contiguous(), offset, into_x, *_rows(x))
     return into_x
 
 
@@ -49,7 +45,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """The product silu(gate) up."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _call("gated", gate, up, out, *_rows(gate))
+    call("blocks", "gated", gate, up, out, *_rows(gate))
     return out
 
 
@@ -57,17 +53,18 @@ def gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
     """The gradients of gate and up."""
     gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
     into_gate, into_up = torch.empty_like(gate), torch.empty_like(up)
-    _call("gated_slopes", gradient, gate, up, into_gate, into_up, *_rows(gate))
+    call("blocks", "gated_slopes", gradient, gate, up, into_gate, into_up, *_rows(gate))
     return into_gate, into_up
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bool) -> torch.Tensor:
     """The sum x cos + rotate_half(x) sin, or its gradient for x; x is (B, A, L, D), `cos` and `sin` (B or 1, 1, L, D)."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = dense_rows(x)
     out = torch.empty_like(x)
     batch, _, length, size = x.shape
     cos, sin = (each.expand(batch, 1, length, size).contiguous() for each in (cos, sin))
-    _call("rotary", x, _Strides(*x.stride()[:3]), cos, sin, out, _Strides(*out.stride()[:3]), *x.shape, ctypes.c_int(backwards))
+    given, made = (_Strides(*each.stride()[:3]) for each in (x, out))
+    call("blocks", "rotary", x, given, cos, sin, out, made, *x.shape, ctypes.c_int(backwards))
     return out
 
 
@@ -103,16 +100,3 @@ def _gives_what_it_should() -> bool:
 
 def _rows(x: torch.Tensor) -> tuple[int, int]:
     return x.numel() // max(x.shape[-1], 1), x.shape[-1]
-
-
-def _call(name: str, *values: Any) -> None:
-    """Tensors go as pointers, floats as floats, whole numbers as 64 bits; the number of threads comes last."""
-    made: list[Any] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            made.append(ctypes.c_void_p(value.data_ptr()))
-        elif isinstance(value, float):
-            made.append(ctypes.c_float(value))
-        else:
-            made.append(ctypes.c_int64(value) if isinstance(value, int) else value)
-    getattr(library("blocks"), name)(*made, ctypes.c_int(torch.get_num_threads()))

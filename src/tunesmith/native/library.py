@@ -14,10 +14,11 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,21 +37,48 @@ class NoKernelError(RuntimeError):
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """The library of `name`.cpp. Raises NoKernelError where it cannot be had, each time with the same reason."""
-    reason_or_library = _tried(name)
-    if isinstance(reason_or_library, str):
-        raise NoKernelError(reason_or_library)
-    return reason_or_library
-
-
-@cache
-def _tried(name: str) -> ctypes.CDLL | str:
+    """The library of `name`.cpp. Raises NoKernelError where it cannot be had."""
     try:
         return ctypes.CDLL(str(_compiled(Path(__file__).with_name(f"{name}.cpp"))))
+    except OSError as error:  # the cache folder, the compiler, or a library without the symbols it needs
+        raise NoKernelError(f"{type(error).__name__}: {error}") from error
+
+
+def reason_against(name: str, gives_what_it_should: Callable[[], bool]) -> str | None:
+    """Why the kernels of `name`.cpp cannot be had here, or None; they are compiled and tried."""
+    try:
+        library(name)
     except NoKernelError as error:
         return str(error)
-    except OSError as error:  # the cache folder, the compiler, or a library without the symbols it needs
-        return f"{type(error).__name__}: {error}"
+    return None if gives_what_it_should() else "the compiled kernels' results are not those of the formulas"
+
+
+def call(name: str, function: str, *values: Any) -> int:
+    """What a function of `name`.cpp returns.
+
+    Tensors go as pointers, whole numbers as 64 bits, floats as single ones, anything else as it is; the number of threads
+    comes last.
+    """
+    made: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            made.append(ctypes.c_void_p(value.data_ptr()))
+        elif isinstance(value, float):
+            made.append(ctypes.c_float(value))
+        else:
+            made.append(ctypes.c_int64(value) if isinstance(value, int) else value)
+    returned: int = getattr(library(name), function)(*made, ctypes.c_int(torch.get_num_threads()))
+    return returned
+
+
+def plain(*tensors: torch.Tensor) -> bool:
+    """Whether these are in a CPU's memory themselves, and do not stand for others, as the plan's do."""
+    return all(type(each) in {torch.Tensor, torch.nn.Parameter} and each.device.type == "cpu" for each in tensors)
+
+
+def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the numbers of its last dimension after one another, as kernels read them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @contextmanager
@@ -75,8 +103,9 @@ def _compiled(source: Path) -> Path:
         raise NoKernelError(f"kernels are compiled on Linux alone, and this is {sys.platform}")
     compiler = _compiler()
     text = b"".join(each.read_bytes() for each in (source, *sorted(source.parent.glob("*.h"))))
-    version = _run([compiler, "--version"])
-    digest = hashlib.sha256(b"\0".join([text, version.encode(), " ".join(_FLAGS).encode(), _processor()])).hexdigest()
+    digest = hashlib.sha256(
+        b"\0".join([text, _version(compiler).encode(), " ".join(_FLAGS).encode(), _processor()])
+    ).hexdigest()
     folder = cache_folder() / "native"
     target = folder / f"{source.stem}-{digest[:16]}.so"
     if not target.exists():
@@ -100,6 +129,11 @@ def _compiler() -> str:
         if found:
             return found
     raise NoKernelError("there is no C++ compiler (g++)")
+
+
+@cache
+def _version(compiler: str) -> str:
+    return _run([compiler, "--version"])
 
 
 def _processor() -> bytes:

@@ -11,20 +11,6 @@ constexpr int64_t WIDE = WIDTH<float> * COLUMNS;  // columns of a tile
 constexpr int64_t DEPTH = 256;  // of a block; 96 rows of it fill a tenth of a second-level cache
 constexpr int64_t ROWS = 96;    // of a block, at the most
 
-void tile(const float* a, const float* b, int64_t depth, V<float> (&sums)[TILE][COLUMNS]) {
-    for (int64_t k = 0; k < depth; ++k) {
-        V<float> right[COLUMNS];
-#pragma GCC unroll 8
-        for (int n = 0; n < COLUMNS; ++n) right[n] = load(b + k * WIDE + n * WIDTH<float>);
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE; ++i) {
-            const V<float> left = all(a[k * TILE + i]);
-#pragma GCC unroll 8
-            for (int n = 0; n < COLUMNS; ++n) sums[i][n] += left * right[n];
-        }
-    }
-}
-
 // Columns [first, first + count) of `depth` rows, `WIDE_` at a time and zeros behind the last one.
 template <int64_t WIDE_> void pack(const float* from, int64_t row, int64_t first, int64_t count, int64_t depth, float* to) {
     if (count >= WIDE_) {
@@ -37,21 +23,12 @@ template <int64_t WIDE_> void pack(const float* from, int64_t row, int64_t first
     }
 }
 
-void put(const V<float> (&sums)[TILE][COLUMNS], int64_t rows, int64_t columns, bool add, float* out, int64_t row) {
-    if (rows == TILE && columns == WIDE) {
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE; ++i)
-#pragma GCC unroll 8
-            for (int n = 0; n < COLUMNS; ++n) {
-                float* at = out + i * row + n * WIDTH<float>;
-                store(at, add ? load(at) + sums[i][n] : sums[i][n]);
-            }
-        return;
-    }
+// A tile at the edges of c, where it is not whole: as put().
+void put_part(const V<float> (&sums)[TILE][COLUMNS], int64_t rows, int64_t columns, bool add, float* c, int64_t row) {
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j) {
             const float sum = sums[i][j / WIDTH<float>][j % WIDTH<float>];
-            out[i * row + j] = add ? out[i * row + j] + sum : sum;
+            c[i * row + j] = add ? c[i * row + j] + sum : sum;
         }
 }
 
@@ -82,8 +59,12 @@ extern "C" int across_rows(const float* g, int64_t g_row, const float* x, int64_
             for (int64_t n = 0; n < wide; n += WIDE)
                 for (int64_t i = m; i < end; i += TILE) {
                     V<float> sums[TILE][COLUMNS] = {};
-                    tile(own + (i - m) * DEPTH, right + n * DEPTH, depth, sums);
-                    put(sums, end - i < TILE ? end - i : TILE, columns - n < WIDE ? columns - n : WIDE, k > 0, out + i * columns + n, columns);
+                    multiply<float, COLUMNS>({own + (i - m) * DEPTH, 1, TILE}, {right + n * DEPTH, WIDE, WIDTH<float>}, depth, sums);
+                    float* to = out + i * columns + n;
+                    if (end - i >= TILE && columns - n >= WIDE)
+                        put<float, COLUMNS>(sums, k > 0, to, columns);
+                    else
+                        put_part(sums, end - i < TILE ? end - i : TILE, columns - n < WIDE ? columns - n : WIDE, k > 0, to, columns);
                 }
         }
     }

@@ -15,31 +15,11 @@ namespace {
 constexpr int64_t ROWS = 48;    // rows of a block, about
 constexpr int64_t CHUNK = 256;  // keys of a chunk
 
-// A matrix whose columns come in vectors: rows lie `row` numbers apart, vectors of one row `vector`.
-template <class T> struct Right { const T* at; int64_t row, vector; };
-template <class T> struct Left { const T* at; int64_t row, column; };
-
 template <class T, int N, bool ADD>
 inline void tile(Left<T> a, Right<T> b, int64_t depth, T* c, int64_t c_row) {
     V<T> sums[TILE][N] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-        V<T> right[N];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) right[n] = load(b.at + k * b.row + n * b.vector);
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE; ++i) {
-            const V<T> left = all(a.at[i * a.row + k * a.column]);
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) sums[i][n] += left * right[n];
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE; ++i)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-            T* at = c + i * c_row + n * WIDTH<T>;
-            store(at, ADD ? load(at) + sums[i][n] : sums[i][n]);
-        }
+    multiply<T, N>(a, b, depth, sums);
+    put<T, N>(sums, ADD, c, c_row);
 }
 
 // What a tile of rows needs of a product: its columns (in vectors), and the depth from one number to another.
@@ -66,7 +46,7 @@ void product(int64_t rows, int64_t vectors, Left<T> a, Right<T> b, T* c, int64_t
 }
 
 struct Node { int64_t start, end, subtree_end; };
-struct Block { int64_t node, first, last; };       // tokens [first, last)
+struct Block { int64_t node, first, last, before; };  // tokens [first, last), and what all blocks before it cost
 struct Panel { int64_t first, count; };            // tokens that one vector of packed keys holds
 
 template <class T> struct Problem {
@@ -78,7 +58,7 @@ template <class T> struct Problem {
     int threads;
 
     // Made by prepare():
-    int64_t group = 0, padded = 0, rows = 0, blocks = 0, panels = 0;
+    int64_t group = 0, padded = 0, rows = 0, blocks = 0, panels = 0, cost = 0;
     Block* block = nullptr;
     Panel* panel = nullptr;
     int64_t *first_panel = nullptr, *parent = nullptr;
@@ -113,8 +93,13 @@ template <class T> bool prepare(Problem<T>& p, bool backward) {
     int64_t block = 0, panel = 0;
     for (int64_t n = 0; n < p.nodes; ++n) {
         const Node& node = p.node[n];
-        for (int64_t t = node.start; t < node.end; t += tokens_of_block)
-            p.block[block++] = {n, t, t + tokens_of_block < node.end ? t + tokens_of_block : node.end};
+        int64_t above = 0;  // keys of all ancestors
+        for (int64_t each = p.parent[n]; each >= 0; each = p.parent[each]) above += p.node[each].end - p.node[each].start;
+        for (int64_t t = node.start; t < node.end; t += tokens_of_block) {
+            const int64_t last = t + tokens_of_block < node.end ? t + tokens_of_block : node.end;
+            p.block[block++] = {n, t, last, p.cost};
+            p.cost += (above + last - node.start) * (last - t);  // keys times tokens
+        }
         for (int64_t t = node.start; t < node.end; t += WIDTH<T>)
             p.panel[panel++] = {t, node.end - t < WIDTH<T> ? node.end - t : WIDTH<T>};
     }
@@ -368,21 +353,10 @@ template <class T> int backward(Problem<T>& p, const Upstream<T>& u, T* into_key
         std::free(scratch), std::free(sums), std::free(cuts);
         return 1;
     }
-    double cost = 0;
-    for (int pass = 0; pass < 2; ++pass) {
-        double so_far = 0;
-        int64_t run = 0;
-        for (int64_t b = 0; b < p.blocks; ++b) {
-            if (pass == 1)
-                while (run < runs && so_far >= cost * run / runs) cuts[run++] = b;
-            int64_t keys = p.block[b].last - p.node[p.block[b].node].start;
-            for (int64_t n = p.parent[p.block[b].node]; n >= 0; n = p.parent[n]) keys += p.node[n].end - p.node[n].start;
-            so_far += double(keys) * (p.block[b].last - p.block[b].first);
-        }
-        if (pass == 1)
-            while (run <= runs) cuts[run++] = p.blocks;
-        cost = so_far;
-    }
+    int64_t run = 0;
+    for (int64_t b = 0; b < p.blocks; ++b)
+        while (run < runs && p.block[b].before * runs >= p.cost * run) cuts[run++] = b;
+    while (run <= runs) cuts[run++] = p.blocks;
 #pragma omp parallel num_threads(p.threads)
     {
         pack(p, p.key, p.key_head, p.key_token, p.key_panels);
@@ -417,20 +391,23 @@ template <class T> int backward(Problem<T>& p, const Upstream<T>& u, T* into_key
 }  // namespace
 
 // Pointers and strides in numbers; nodes is (count, 3): start, end, subtree_end. Return 0, or 1 where memory is short.
-#define EXPORT(NAME, T)                                                                                                         \
-    extern "C" int tree_forward_##NAME(const int64_t* sizes, const int64_t* strides, const int64_t* nodes, double scale,          \
-                                       const T* query, const T* key, const T* value, T* out, T* weight) {                        \
-        Problem<T> p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], reinterpret_cast<const Node*>(nodes), T(scale), query,    \
-                     key, value, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], int(sizes[5])};          \
+#define GIVEN(T)                                                                                                                 \
+    const int64_t *sizes, const int64_t *strides, const int64_t *nodes, double scale, const T *query, const T *key, const T *value
+#define PROBLEM(T)                                                                                                               \
+    Problem<T> p {                                                                                                               \
+        sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], reinterpret_cast<const Node*>(nodes), T(scale), query, key, value,     \
+            strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], threads                                      \
+    }
+#define EXPORT(T)                                                                                                                \
+    extern "C" int tree_forward_##T(GIVEN(T), T* out, T* weight, int threads) {                                                  \
+        PROBLEM(T);                                                                                                              \
         return forward(p, out, weight);                                                                                          \
     }                                                                                                                            \
-    extern "C" int tree_backward_##NAME(const int64_t* sizes, const int64_t* strides, const int64_t* nodes, double scale,         \
-                                        const T* query, const T* key, const T* value, const T* gradient, const T* out,           \
-                                        const T* weight, T* into_query, T* into_key, T* into_value) {                            \
-        Problem<T> p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], reinterpret_cast<const Node*>(nodes), T(scale), query,    \
-                     key, value, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], int(sizes[5])};          \
+    extern "C" int tree_backward_##T(GIVEN(T), const T* gradient, const T* out, const T* weight, T* into_query, T* into_key,     \
+                                     T* into_value, int threads) {                                                               \
+        PROBLEM(T);                                                                                                              \
         return backward(p, Upstream<T>{gradient, strides[6], strides[7], out, weight, into_query}, into_key, into_value);        \
     }
 
-EXPORT(float, float)
-EXPORT(double, double)
+EXPORT(float)
+EXPORT(double)

@@ -6,14 +6,15 @@ Shapes: H heads, H_kv heads of keys and values, T tokens, D head size. All tenso
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 
-from tunesmith.native.library import NoKernelError, library, own_graph
+from tunesmith.native import library
+from tunesmith.native.library import call, dense_rows, own_graph
 
+Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 #: (start, end, subtree_end) of each node after the other, in depth-first order.
 Table = ctypes.Array[ctypes.c_int64]
@@ -29,19 +30,15 @@ def table(nodes: Sequence[tuple[int, int, int]]) -> Table:
 @cache
 def reason_against() -> str | None:
     """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
-    try:
-        library("tree_attention")
-    except NoKernelError as error:
-        return str(error)
-    return None if _gives_what_it_should() else "the compiled kernel's results are not those of the formula"
+    return library.reason_against("tree_attention", _gives_what_it_should)
 
 
-def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Table, scale: float) -> tuple[Any, Any]:
+def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Table, scale: float) -> Pair:
     """softmax(q k^T scale) v as (T, H, D), and each query's log-sum-exp (T, H).
 
     `query` is (H, T, D), `key` and `value` are (H_kv, T, D), of any strides. Raises MemoryError where there is too little.
     """
-    query, key, value = (_by_numbers(each) for each in (query, key, value))
+    query, key, value = (dense_rows(each) for each in (query, key, value))
     heads, tokens, size = query.shape
     out, weight = query.new_empty((tokens, heads, size)), query.new_empty((tokens, heads))
     strides = _strides(query, key, value)
@@ -60,7 +57,7 @@ def backward(
     scale: float,
 ) -> Triple:
     """Gradients of query (T, H, D), key and value (T, H_kv, D); `gradient` is (H, T, D), `out` and `weight` as made."""
-    query, key, value, gradient = (_by_numbers(each) for each in (query, key, value, gradient))
+    query, key, value, gradient = (dense_rows(each) for each in (query, key, value, gradient))
     out, weight = out.contiguous(), weight.contiguous()
     heads, tokens, size = query.shape
     into_query = query.new_empty((tokens, heads, size))
@@ -68,11 +65,6 @@ def backward(
     tensors = [query, key, value, gradient, out, weight, into_query, into_key, into_value]
     _call("backward", query, key, _strides(query, key, value, gradient), nodes, scale, tensors)
     return into_query, into_key, into_value
-
-
-def _by_numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with the numbers of a head after one another, as the kernel reads them."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _strides(*tensors: torch.Tensor) -> Table:
@@ -84,10 +76,9 @@ def _call(
     name: str, query: torch.Tensor, key: torch.Tensor, strides: Table, nodes: Table, scale: float, tensors: list[torch.Tensor]
 ) -> None:
     heads, tokens, size = query.shape
-    sizes = (ctypes.c_int64 * 6)(heads, key.shape[0], tokens, size, len(nodes) // 3, torch.get_num_threads())
-    function: Callable[..., int] = getattr(library("tree_attention"), f"tree_{name}_{_DTYPES[query.dtype]}")
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    if function(sizes, strides, nodes, ctypes.c_double(scale), *pointers) != 0:
+    sizes = (ctypes.c_int64 * 5)(heads, key.shape[0], tokens, size, len(nodes) // 3)
+    function = f"tree_{name}_{_DTYPES[query.dtype]}"
+    if call("tree_attention", function, sizes, strides, nodes, ctypes.c_double(scale), *tensors) != 0:
         raise MemoryError("too little memory for attention")
 
 

@@ -18,7 +18,7 @@ constexpr int BYTES = 32, COLUMNS = 2;  // 16 registers: 12 sums, 2 columns, 1 r
 #else
 constexpr int BYTES = 16, COLUMNS = 2;
 #endif
-constexpr int64_t TILE = 6;     // rows of a register tile
+constexpr int64_t TILE = 6;  // rows of a register tile
 
 template <class T> struct Wide {};
 template <> struct Wide<float> {
@@ -38,6 +38,36 @@ template <class T> inline V<T> load(const T* at) { return *reinterpret_cast<cons
 template <class T> inline void store(T* at, V<T> what) { *reinterpret_cast<typename Wide<T>::Loose*>(at) = what; }
 template <class T> inline V<T> all(T one) { return one - V<T>{}; }
 inline int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// A matrix whose columns come in vectors: rows lie `row` numbers apart, vectors of one row `vector`.
+template <class T> struct Right { const T* at; int64_t row, vector; };
+template <class T> struct Left { const T* at; int64_t row, column; };
+
+// Adds to sums the product of TILE rows of a with N vectors of columns of b; sums are to stay in registers.
+template <class T, int N> inline void multiply(Left<T> a, Right<T> b, int64_t depth, V<T> (&sums)[TILE][N]) {
+    for (int64_t k = 0; k < depth; ++k) {
+        V<T> right[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) right[n] = load(b.at + k * b.row + n * b.vector);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; ++i) {
+            const V<T> left = all(a.at[i * a.row + k * a.column]);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) sums[i][n] += left * right[n];
+        }
+    }
+}
+
+// c = or += sums; its rows lie `row` numbers apart.
+template <class T, int N> inline void put(const V<T> (&sums)[TILE][N], bool add, T* c, int64_t row) {
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; ++i)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            T* at = c + i * row + n * WIDTH<T>;
+            store(at, add ? load(at) + sums[i][n] : sums[i][n]);
+        }
+}
 
 // Uninitialised memory on a cache line's edge, or null; free() gives it back.
 template <class T> T* take(int64_t count) {

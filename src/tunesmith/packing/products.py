@@ -1,4 +1,4 @@
-"""Products of activations with weights: by oneDNN where they are float32 on a CPU, else by torch's own choice.
+"""Products of activations with weights: by oneDNN or a kernel of ours where they are float32 on a CPU, else by torch's choice.
 
 Torch takes MKL for float32; where both were measured in turn, on an AMD processor, oneDNN took less time for each shape of a
 block (benchmarks/results/products.json). Shapes: T rows, I in_features, O out_features.
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.native import products
+from tunesmith.native.library import plain
 
 #: Layers compute by oneDNN from this many rows on, and where their weight is no larger than this. Fewer rows, as when a model
 #: generates, were not measured; a head's logits were faster call by call, but slower in the profiles of whole steps.
@@ -33,9 +34,7 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
     Nor of tensors that stand for others, as the plan's do for a GPU's.
     """
-    fitting = (
-        type(x) in {torch.Tensor, torch.nn.Parameter} and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    )
+    fitting = plain(x) and x.dtype == weight.dtype == torch.float32
     return bool(
         fitting and x.numel() > 0 and _has_onednn() and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
     )
