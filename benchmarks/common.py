@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.hardware import detect
+from tunesmith.hardware import cpu_name, detect
 from tunesmith.runs import installed_versions
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with the option that all benchmarks have."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
+    made.add_argument("--json", type=result_file, metavar="FILE", help="write the result to this file")
     return made
+
+
+def processor() -> str:
+    """The processor's name with what tells its generation, as names on rented machines do not."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    found = (re.search(rf"^{label}\s*:\s*(\d+)", text, re.MULTILINE) for label in ("cpu family", "model"))
+    told = [f"{label} {match[1]}" for label, match in zip(("family", "model"), found, strict=True) if match]
+    return ", ".join([cpu_name(), *told])
+
+
+def result_file(text: str) -> Path:
+    """A path whose earlier result, if there is one, is of this processor: parts of two do not go into one file."""
+    path = Path(text)
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))["hardware"].get("processor")
+        if earlier is not None and not processor().startswith(earlier):
+            raise argparse.ArgumentTypeError(f"{path} was measured on {earlier}, and this is {processor()}: name another file")
+    return path
 
 
 def claim(name: str, value: float, unit: str) -> dict[str, Any]:
@@ -52,7 +71,8 @@ def write_result(
 ) -> None:
     """Write everything to `path` if one is given; `more` are other keys of the file."""
     if path is not None:
-        result = {"hardware": detect().as_dict(), "versions": installed_versions(), "claims": claims, "rows": rows, **more}
+        hardware = {**detect().as_dict(), "processor": processor()}
+        result = {"hardware": hardware, "versions": installed_versions(), "claims": claims, "rows": rows, **more}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ It takes the torch of this environment by its version, so that no other build is
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,8 +32,18 @@ def ensure() -> Path:
             constraints.write(own_torch + "\n")
             constraints.flush()
             subprocess.run([*pip, "--constraint", constraints.name, f"llamafactory=={VERSION}"], check=True)
+        _leave_text_alone(folder, python)
         (folder / "complete").touch()
     return python
+
+
+def _leave_text_alone(folder: Path, python: Path) -> None:
+    """Take out what images and sound are decoded with: it is compiled for CUDA, and beside a CPU's torch no import gets past it."""
+    if torch.version.cuda is not None:
+        return
+    subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
+    for compiled in folder.glob("lib/python*/site-packages/torchaudio/lib"):
+        shutil.rmtree(compiled)
 
 
 def paths() -> dict[str, str]:

@@ -32,6 +32,7 @@ from tunesmith.models import builtin
 from tunesmith.models.architecture import read_architecture
 from tunesmith.models.builtin import NAME
 from tunesmith.models.catalogue import find_config
+from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.packing.products import linear
 from tunesmith.recipe import ResolvedRecipe, load_recipe, parse_recipe
 
@@ -76,8 +77,11 @@ def side_of(name: str, arguments: Sequence[str], environment: Mapping[str, str] 
         return Side(name, "train_side.py", arguments, environment=environment)
     from llamafactory_env import ensure, paths
 
-    model = ["--model", str(builtin.ensure())]
-    return Side(name, "llamafactory_side.py", [*model, *arguments], python=ensure(), environment=paths())
+    model = Path(arguments[arguments.index("--scratch") + 1]) / "model-float32"
+    if not model.is_dir():  # it takes the dtype that the weights were saved in
+        load_model(builtin.ensure(), dtype="float32").save_pretrained(model)
+        load_tokenizer(builtin.ensure()).save_pretrained(model)
+    return Side(name, "llamafactory_side.py", ["--model", str(model), *arguments], python=ensure(), environment=paths())
 
 
 def prepared(name: str, folder: Path) -> Path:

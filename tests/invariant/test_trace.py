@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 from tests.invariant.test_packing import CONFIGS
 from tunesmith import native
 from tunesmith.models.architecture import read_architecture
-from tunesmith.native import blocks, products, tree_attention
 from tunesmith.stages.plan.memory import sharded_bytes
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.sharded import trace_sharded
@@ -24,7 +23,7 @@ from tunesmith.stages.plan.traced import multiplied
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Torch's own products and operators in place of oneDNN's and ours."""
-    for module in (tree_attention, products, blocks):
+    for module in native.KERNELS:
         monkeypatch.setattr(module, "reason_against", lambda: "as on a GPU")
     with torch.backends.mkldnn.flags(enabled=False):
         yield

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from tunesmith import native
 from tunesmith.errors import RecipeError, RunError, TrainError
-from tunesmith.native import blocks, products, tree_attention
 from tunesmith.recipe import ResolvedRecipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
@@ -194,7 +193,7 @@ def test_without_kernels_of_ours_training_is_the_same_and_tells(
         pytest.skip(f"no kernels of ours here: {native.reason_against()}")
     common = {"method": method, "train__max_steps": 4, "train__compute_dtype": "float32"}
     own = trained(make_recipe, tmp_path / "own", **common)
-    for module in (tree_attention, products, blocks):
+    for module in native.KERNELS:
         monkeypatch.setattr(module, "reason_against", lambda: "there is no C++ compiler (g++)")
         monkeypatch.setattr(module, "call", lambda *_: pytest.fail("a kernel was asked"))
     plain = trained(make_recipe, tmp_path / "plain", **common)

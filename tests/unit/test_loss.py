@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.shapes import SHAPE
-from tunesmith.native import products
+from tunesmith import native
 from tunesmith.packing import chunks, loss
 from tunesmith.packing.batch import PaddedCollator, collate_tree, labelled_count
 from tunesmith.packing.loss import summed_loss
@@ -78,34 +78,38 @@ def test_equal_to_the_models_own_loss_and_gradients(config: Any, lengths: tuple[
 
 
 @pytest.mark.parametrize("trained", [("head", "bias"), ("bias",), ()], ids=["head", "bias", "frozen"])
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("kernels", [True, False], ids=["own", "torch"])
 def test_loss_in_chunks_equals_cross_entropy(
-    trained: tuple[str, ...], cap: float | None, kernels: bool, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[str, ...], biased: bool, cap: float | None, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """150 places in chunks of 64, weighted; value and gradients to the last digits, in float64 and, by kernels, float32."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     if not kernels:
-        monkeypatch.setattr(products, "reason_against", lambda: "not here")
+        for module in native.KERNELS:
+            monkeypatch.setattr(module, "reason_against", lambda: "not here")
     torch.manual_seed(0)
     hidden = torch.randn(150, 16, dtype=torch.float64, requires_grad=True)
     head = torch.randn(40, 16, dtype=torch.float64, requires_grad="head" in trained)
-    bias = torch.randn(40, dtype=torch.float64, requires_grad="bias" in trained)
+    bias = torch.randn(40, dtype=torch.float64, requires_grad="bias" in trained) if biased else None
     targets, weights = torch.randint(40, (150,)), torch.randint(1, 4, (150,)).float()
     mine = loss._LinearCrossEntropy.apply(hidden, head, bias, targets, weights, cap, True)
-    logits = hidden @ head.T + bias
+    logits = hidden @ head.T if bias is None else hidden @ head.T + bias
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     whole = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     theirs = (whole * weights).sum()
     torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=0)
-    leaves = [leaf for leaf in (hidden, head, bias) if leaf.requires_grad]
+    leaves = [leaf for leaf in (hidden, head, bias) if leaf is not None and leaf.requires_grad]
     expected = torch.autograd.grad(theirs / 7, leaves)
     for one, other in zip(torch.autograd.grad(mine / 7, leaves), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
-    narrow = [each.detach().float().requires_grad_(each.requires_grad) for each in (hidden, head, bias)]
+    narrow = [
+        None if each is None else each.detach().float().requires_grad_(each.requires_grad) for each in (hidden, head, bias)
+    ]
     mine = loss._LinearCrossEntropy.apply(*narrow, targets, weights, cap, True)
     torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=0)
-    found = torch.autograd.grad(mine / 7, [leaf for leaf in narrow if leaf.requires_grad])
+    found = torch.autograd.grad(mine / 7, [leaf for leaf in narrow if leaf is not None and leaf.requires_grad])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 

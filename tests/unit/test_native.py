@@ -19,7 +19,7 @@ from tunesmith import native
 from tunesmith.methods.base import enable_checkpointing
 from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.methods.elementwise import EAGER, OWN
-from tunesmith.native import blocks, library, products, tree_attention
+from tunesmith.native import adapters, blocks, cross_entropy, library, products, tree_attention
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
 from tunesmith.packing.batch import collate_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
@@ -119,7 +119,7 @@ def test_a_reason_is_told_again_and_again(monkeypatch: pytest.MonkeyPatch, tmp_p
             library.library("products")
 
 
-@pytest.mark.parametrize("module", [tree_attention, products, blocks])
+@pytest.mark.parametrize("module", native.KERNELS, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_a_kernel_that_computes_nonsense_is_refused(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose functions change nothing, as a miscompiled one might."""
     monkeypatch.setattr(module, "call", lambda *_: 0)
@@ -129,7 +129,7 @@ def test_a_kernel_that_computes_nonsense_is_refused(module: Any, monkeypatch: py
 
 def test_the_first_call_may_come_from_a_block_that_is_recomputed() -> None:
     """What is tried then must not be counted among the tensors that the block saves."""
-    for module in (tree_attention, products, blocks):
+    for module in native.KERNELS:
         module.reason_against.cache_clear()
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
     fuse_blocks(model)
@@ -258,6 +258,109 @@ def test_a_weights_gradient(threads: Callable[[int], None], tokens: int, rows: i
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])
     assert_close(products.across_rows(gradient.T.contiguous().T, x), made[0])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 255, 600])
+@pytest.mark.parametrize(("rank", "columns"), [(1, 1), (6, 64), (16, 577), (48, 192), (50, 20)])
+def test_a_thin_weights_gradient(threads: Callable[[int], None], tokens: int, rank: int, columns: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn((tokens, rank + 3), generator=draw)[:, 2 : rank + 2],
+        torch.randn((tokens, columns + 5), generator=draw)[:, 3 : columns + 3],
+    )
+    made = []
+    for count in (1, 2, 3):
+        threads(count)
+        made.append(products.thin_across_rows(left, right))
+        assert_close(made[-1].double(), left.T.double() @ right.double(), rtol=1e-5, atol=2e-4)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 50, 203])
+@pytest.mark.parametrize("columns", [1, 40, 193])
+@pytest.mark.parametrize("numbers", [1, 37, 3300])  # the last more than are multiplied before sums go to memory
+@pytest.mark.parametrize("rank", [1, 16, 70])
+def test_a_layer_with_its_adapter(threads: Callable[[int], None], tokens: int, columns: int, numbers: int, rank: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn((tokens, numbers + 3), generator=draw)[:, 1 : numbers + 1]
+    m = torch.randn((columns, numbers), generator=draw).T
+    p, q = torch.randn((rank, numbers), generator=draw).T, torch.randn((rank, columns), generator=draw)
+    before = torch.randn((tokens, columns), generator=draw)
+    low = 0.5 * x.double() @ p.double()
+    expected = x.double() @ m.double() + 3 * low @ q.double()
+    near = {"rtol": 1e-5, "atol": 1e-5 * max(expected.abs().max().item(), 1) if tokens else 0}
+    made = []
+    for count in (1, 2, 3):
+        threads(count)
+        made.append(adapters.adapted(x, m, p, q, p_scale=0.5, q_scale=3))
+        assert_close(made[-1][0].double(), low, **near)
+        assert_close(made[-1][1].double(), expected, **near)
+        assert torch.equal(made[-1][1], made[0][1])
+    added = adapters.adapted(x, m.contiguous(), p.contiguous(), q, p_scale=0.5, q_scale=3, total=before.clone())
+    assert torch.equal(added[0], made[0][0])
+    assert_close(added[1].double(), before + expected, **near)
+
+
+def test_panels_that_do_not_fit_the_cache_at_once() -> None:
+    """A weight of more numbers than are copied at once, added to what is there block by block."""
+    x, weight, down, up = torch.randn(30, 1500), torch.randn(1601, 1500), torch.randn(4, 1500), torch.randn(1601, 4)
+    exact = [each.double() for each in (x, weight, down, up)]
+    _, out = adapters.adapted(x, weight.T, down.T, up.T)
+    assert_close(out.double(), exact[0] @ exact[1].T + exact[0] @ exact[2].T @ exact[3].T, rtol=1e-4, atol=1e-2)
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize(("places", "size", "vocabulary"), [(0, 8, 9), (1, 1, 1), (7, 37, 300), (205, 64, 513), (50, 70, 256)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_cross_entropy(
+    threads: Callable[[int], None], places: int, size: int, vocabulary: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Scores that grow with the token, so that each block of the vocabulary has a new maximum."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn((places, size + 2), generator=draw, dtype=torch.float64)
+    head = torch.randn((vocabulary, size), generator=draw, dtype=torch.float64) * torch.linspace(0.1, 2, vocabulary).unsqueeze(-1)
+    targets = torch.randint(vocabulary, (places,), generator=draw)
+    weights = torch.rand(places, generator=draw, dtype=torch.float64)
+    leaf = hidden[:, 1 : size + 1].clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf @ head.T, targets, reduction="none")
+    (slopes,) = torch.autograd.grad((expected * weights).sum(), leaf)
+    given = (hidden.to(dtype)[:, 1 : size + 1], head.to(dtype), targets)
+    made = []
+    for count in (1, 2, 3):
+        threads(count)
+        made.append(cross_entropy.with_gradient(*given, weights.to(dtype)))
+        near = {"rtol": tolerance, "atol": tolerance * max(1.0, head.abs().max().item())}
+        assert_close(made[-1][0].double(), expected.detach(), **near)
+        assert_close(made[-1][1].double(), slopes, **near)
+        assert all(torch.equal(one, other) for one, other in zip(made[-1], made[0], strict=True))
+    assert torch.equal(cross_entropy.cross_entropy(*given), made[0][0])
+
+
+def test_more_places_than_pass_over_the_head_at_once() -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn((9000, 3), generator=draw), torch.randn((20, 3), generator=draw)
+    targets = torch.randint(20, (9000,), generator=draw)
+    found = cross_entropy.cross_entropy(hidden, head, targets)
+    assert_close(found, torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [-1, 5])
+def test_a_target_that_is_no_token_is_refused(target: int) -> None:
+    with pytest.raises(IndexError, match="vocabulary of 5"):
+        cross_entropy.cross_entropy(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, target]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_the_loss_does_not_hide_what_is_no_number(dtype: torch.dtype, what: float) -> None:
+    hidden, head = torch.ones((3, 4), dtype=dtype), torch.ones((300, 4), dtype=dtype)
+    hidden[1, 2] = what
+    losses, slopes = cross_entropy.with_gradient(hidden, head, torch.tensor([0, 1, 299]), torch.ones(3, dtype=dtype))
+    assert losses.isnan().tolist() == [False, True, False]
+    assert slopes.isnan().any(-1).tolist() == [False, True, False]
 
 
 # --- what blocks compute number by number ---

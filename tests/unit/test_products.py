@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tunesmith.native import products as kernel
 from tunesmith.packing import products
 from tunesmith.packing.products import linear, use_products
 
@@ -52,7 +53,8 @@ def test_a_layer_and_its_gradients(asked: list[Any], bias: bool) -> None:
     made = layer(x)
     torch.testing.assert_close(made, expected)
     torch.testing.assert_close(torch.autograd.grad(made, wanted, upstream), slopes, rtol=1e-5, atol=5e-5)
-    assert asked == [((300, 24), (40, 24)), ((300, 40), (24, 40)), ((40, 300), (24, 300))]
+    for_weight = [] if kernel.reason_against() is None else [((40, 300), (24, 300))]
+    assert asked == [((300, 24), (40, 24)), ((300, 40), (24, 40)), *for_weight]
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected.detach())
     frozen = layer.requires_grad_(False)(x)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,7 +16,10 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora.layer import LoraLayer
 
-from tunesmith.packing.products import add_linear, linear
+from tunesmith.native import adapters
+from tunesmith.native.adapters import adapted
+from tunesmith.native.library import plain
+from tunesmith.packing.products import across_rows, add_linear, linear
 
 Weight = Callable[[], torch.Tensor]
 
@@ -34,52 +36,62 @@ def base_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
 class _LoraLinears(torch.autograd.Function):
     """Several linear layers of one input, each x W^T + bias + scale (d A^T) B^T; W is frozen and made when needed.
 
-    d is x, or with dropout one tensor for each layer. Layers without dropout share one product with all their A, and their
-    gradients of x are added up inside the products. Saved for the backward pass: x or each d (T, I), which the frozen product
-    needs no copy of, and all d A^T (T, sum of r).
+    d is x, or with dropout one tensor for each layer. Without dropout, a kernel of ours adds up each layer's two products in
+    registers (native/adapters.cpp); where there is none, the layers share one product with all their A, and their gradients of x
+    are added up inside the products. Saved for the backward pass: x or each d (T, I), which the frozen product needs no copy
+    of, and each d A^T (T, r).
     """
 
     @staticmethod
     def forward(context: Any, group: _Group, x: torch.Tensor, *tensors: torch.Tensor) -> Any:
         count = len(group.weights)
         downs, ups, dropped = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        if dropped:
-            low = torch.cat([linear(d, a.to(d.dtype)) for d, a in zip(dropped, downs, strict=True)], 1)
+        layers = list(zip(group.weights, group.biases, group.scales, downs, ups, strict=True))
+        if has_own_kernel(x, *downs, *ups, *dropped) and not dropped:
+            made = [adapted(x, weight().T, a.T, b.T, q_scale=scale) for weight, _, scale, a, b in layers]
+            lows, results = zip(*made, strict=True)
+            for result, bias in zip(results, group.biases, strict=True):
+                if bias is not None:
+                    result.add_(bias)
         else:
-            low = linear(x, _joint(downs, x.dtype))  # (T, sum of r)
-        results = []
-        for weight, bias, scale, up, part in zip(group.weights, group.biases, group.scales, ups, group.parts(ups), strict=True):
-            result = linear(x, weight(), bias)
-            results.append(result.addmm_(low[:, part], up.to(x.dtype).T, alpha=scale))
-        context.save_for_backward(*(dropped or (x,)), low, *downs, *ups)
+            lows = _lows(x, downs, dropped)
+            results = tuple(
+                linear(x, weight(), bias).addmm_(low, b.to(x.dtype).T, alpha=scale)
+                for low, (weight, bias, scale, _, b) in zip(lows, layers, strict=True)
+            )
+        context.save_for_backward(*(dropped or (x,)), *lows, *downs, *ups)
         context.group, context.apart = group, bool(dropped)
-        return results[0] if count == 1 else tuple(results)
+        return results[0] if count == 1 else results
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> Any:
         group: _Group = context.group
         count, saved = len(group.weights), context.saved_tensors
-        sources, low, downs, ups = saved[: -2 * count - 1], saved[-2 * count - 1], saved[-2 * count : -count], saved[-count:]
-        dtype = low.dtype
-        into_low = torch.cat([linear(g, (b * s).to(dtype).T) for g, b, s in zip(gradients, ups, group.scales, strict=True)], 1)
-        parts = group.parts(ups)
-        pairs = zip(gradients, ups, group.scales, parts, strict=True)
-        into_ups = [linear(low[:, part].T, g.T).T.mul(scale).to(up.dtype) for g, up, scale, part in pairs]
-        if context.apart:
-            into_downs = [
-                linear(into_low[:, part].T, source.T).to(a.dtype) for part, source, a in zip(parts, sources, downs, strict=True)
-            ]
+        sources, lows, downs, ups = saved[: -3 * count], saved[-3 * count : -2 * count], saved[-2 * count : -count], saved[-count:]
+        dtype, layers = lows[0].dtype, list(zip(gradients, group.weights, group.scales, downs, ups, strict=True))
+        into_x: torch.Tensor | None = None
+        wanted, own = context.needs_input_grad[1], has_own_kernel(*gradients, *downs, *ups, *sources)
+        if own and wanted and not context.apart:
+            into_lows = []
+            for gradient, weight, scale, a, b in layers:
+                into_low, into_x = adapted(gradient, weight(), b, a, p_scale=scale, total=into_x)
+                into_lows.append(into_low)
         else:
-            into_down = linear(into_low.T, sources[0].T)
-            into_downs = [into_down[part].to(a.dtype) for part, a in zip(parts, downs, strict=True)]
-        into_x, into_dropped = None, list[Any]()
-        if context.needs_input_grad[1]:
-            for gradient, weight in zip(gradients, group.weights, strict=True):
+            into_lows = [linear(gradient, (b * scale).to(dtype).T) for gradient, _, scale, _, b in layers]
+            for gradient, weight, _, _, _ in layers if wanted else []:
                 into_x = linear(gradient, weight().T) if into_x is None else add_linear(into_x, gradient, weight().T)
-            if not context.apart and into_x is not None:
-                add_linear(into_x, into_low, _joint(downs, dtype).T)
+        joint = torch.cat(into_lows, 1)  # (T, sum of r)
+        if into_x is not None and not own and not context.apart:
+            add_linear(into_x, joint, _joint(downs, dtype).T)
+        pairs = zip(lows, layers, strict=True)
+        into_ups = [across_rows(low, g).T.mul(scale).to(b.dtype) for low, (g, _, scale, _, b) in pairs]
         if context.apart:
-            into_dropped = [linear(into_low[:, part], a.to(dtype).T) for part, a in zip(parts, downs, strict=True)]
+            into_downs = [across_rows(low, d) for low, d in zip(into_lows, sources, strict=True)]
+            into_dropped = [linear(low, a.to(dtype).T) for low, a in zip(into_lows, downs, strict=True)]
+        else:
+            into_downs = list(across_rows(joint, sources[0]).split([len(a) for a in downs]))
+            into_dropped = []
+        into_downs = [slope.to(a.dtype) for slope, a in zip(into_downs, downs, strict=True)]
         return None, into_x, *into_downs, *into_ups, *into_dropped
 
 
@@ -91,10 +103,18 @@ class _Group:
     biases: list[torch.Tensor | None]
     scales: list[float]
 
-    def parts(self, ups: Sequence[torch.Tensor]) -> list[slice]:
-        """Which columns of the joint low-rank product are each layer's."""
-        edges = [0, *accumulate(up.shape[1] for up in ups)]
-        return [slice(low, high) for low, high in pairwise(edges)]
+
+def _lows(x: torch.Tensor, downs: Sequence[torch.Tensor], dropped: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Each d A^T (T, r)."""
+    if dropped:
+        return [linear(d, a.to(d.dtype)) for d, a in zip(dropped, downs, strict=True)]
+    return linear(x, _joint(downs, x.dtype)).split([len(a) for a in downs], 1)
+
+
+def has_own_kernel(*tensors: torch.Tensor) -> bool:
+    """Whether a kernel of ours computes with these; not with tensors that stand for others, as the plan's do."""
+    fitting = plain(*tensors) and all(each.dtype == torch.float32 for each in tensors)
+    return fitting and not torch.is_autocast_enabled("cpu") and adapters.reason_against() is None
 
 
 def _joint(downs: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -7,10 +7,13 @@ rounding, more time. `reason_against` tells which.
 
 from __future__ import annotations
 
-from tunesmith.native import blocks, products, tree_attention
+from tunesmith.native import adapters, blocks, cross_entropy, products, tree_attention
+
+#: Each with a `reason_against` of its own.
+KERNELS = (tree_attention, products, adapters, blocks, cross_entropy)
 
 
 def reason_against() -> str | None:
     """Why a kernel cannot be had on this machine (the first one that cannot), or None."""
-    reasons = (module.reason_against() for module in (tree_attention, products, blocks))
+    reasons = (module.reason_against() for module in KERNELS)
     return next((reason for reason in reasons if reason is not None), None)

@@ -33,13 +33,6 @@ inline float sum(V<float> of) {
     return total;
 }
 
-// e^x for x up to 88; what lies above counts as 88.
-inline V<float> exponential(V<float> x) {
-    const V<float> high = all(88.0f);
-    x = x > high ? high : x;
-    return power(x, 1.44269502162933349609375f, 1.92596299112661746887e-8f);  // log2(e) in two parts
-}
-
 // 1 / (1 + e^-x)
 inline V<float> logistic(V<float> x) { return 1.0f / (1.0f + exponential(-x)); }
 

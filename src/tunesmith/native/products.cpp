@@ -32,7 +32,58 @@ void put_part(const V<float> (&sums)[TILE][COLUMNS], int64_t rows, int64_t colum
         }
 }
 
+// Columns [first, last) of out (R, N) = left^T right; `packed` is left, TILE columns of DEPTH rows after one another.
+void thin_part(const float* packed, int64_t rank, const float* right, int64_t right_row, int64_t tokens, int64_t first, int64_t last,
+               float* spare, float* out, int64_t columns) {
+    const int64_t filled = up(rank, TILE);
+    for (int64_t k = 0; k < tokens; k += DEPTH) {
+        const int64_t depth = tokens - k < DEPTH ? tokens - k : DEPTH;
+        for (int64_t n = first; n < last; n += WIDE) {
+            Right<float> from{right + k * right_row + n, right_row, WIDTH<float>};
+            if (last - n < WIDE) {
+                pack<WIDE>(right + k * right_row, right_row, n, last - n, depth, spare);
+                from = {spare, WIDE, WIDTH<float>};
+            }
+            for (int64_t i = 0; i < rank; i += TILE) {
+                V<float> sums[TILE][COLUMNS] = {};
+                multiply<float, COLUMNS>({packed + k * filled + i * depth, 1, TILE}, from, depth, sums);
+                float* to = out + i * columns + n;
+                if (rank - i >= TILE && last - n >= WIDE)
+                    put<float, COLUMNS>(sums, k > 0, to, columns);
+                else
+                    put_part(sums, rank - i < TILE ? rank - i : TILE, last - n < WIDE ? last - n : WIDE, k > 0, to, columns);
+            }
+        }
+    }
+}
+
 }  // namespace
+
+// out (R, N) = left^T right for left (T, R) and right (T, N), whose rows lie so many numbers apart; for a small R, as right is
+// read once and in place. Returns 0, or 1 where memory is short.
+extern "C" int thin_across_rows(const float* left, int64_t left_row, const float* right, int64_t right_row, float* out,
+                                int64_t tokens, int64_t rank, int64_t columns, int threads) {
+    const int64_t filled = up(rank, TILE);
+    float *packed = take<float>(tokens * filled), *spare = take<float>(threads * DEPTH * WIDE);
+    if (!packed || !spare) {
+        std::free(packed), std::free(spare);
+        return 1;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < tokens; k += DEPTH) {
+            const int64_t depth = tokens - k < DEPTH ? tokens - k : DEPTH;
+            for (int64_t i = 0; i < rank; i += TILE)
+                pack<TILE>(left + k * left_row, left_row, i, rank - i, depth, packed + k * filled + i * depth);
+        }
+        const int64_t panels = up(columns, WIDE) / WIDE, me = omp_get_thread_num(), all_of_us = omp_get_num_threads();
+        const int64_t first = panels * me / all_of_us * WIDE, last = panels * (me + 1) / all_of_us * WIDE;
+        thin_part(packed, rank, right, right_row, tokens, first, last < columns ? last : columns, spare + me * DEPTH * WIDE, out, columns);
+    }
+    std::free(packed), std::free(spare);
+    return 0;
+}
 
 // out (O, I) = g^T x for g (T, O) and x (T, I), whose rows lie g_row and x_row numbers apart. Returns 0, or 1 where memory is short.
 extern "C" int across_rows(const float* g, int64_t g_row, const float* x, int64_t x_row, float* out, int64_t tokens, int64_t rows,

@@ -30,9 +30,22 @@ def across_rows(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def thin_across_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The same (R, N) for left (T, R) and right (T, N), where R is small: `right` is read once. Raises MemoryError as above."""
+    left, right = dense_rows(left), dense_rows(right)
+    if len(right) == 0:
+        return right.new_zeros((left.shape[1], right.shape[1]))
+    out = right.new_empty((left.shape[1], right.shape[1]))
+    sizes = (len(right), *out.shape)
+    if call("products", "thin_across_rows", left, left.stride(0), right, right.stride(0), out, *sizes) != 0:
+        raise MemoryError("too little memory for a weight's gradient")
+    return out
+
+
 def _gives_what_it_should() -> bool:
     """Whether a small product is the one of torch's operator."""
     draw = torch.Generator().manual_seed(0)
     gradient, x = (torch.randn((390, size), generator=draw) for size in (100, 70))
     with torch.no_grad():
-        return torch.allclose(across_rows(gradient, x), gradient.T @ x, rtol=1e-4, atol=1e-3)
+        made = (across_rows(gradient, x), thin_across_rows(gradient, x))
+        return all(torch.allclose(each, gradient.T @ x, rtol=1e-4, atol=1e-3) for each in made)

@@ -99,4 +99,15 @@ inline V<double> power(V<double> x) {
     return x;
 }
 
+// e^x; in float what lies above 88 counts as 88.
+inline V<float> exponential(V<float> x) {
+    const V<float> high = all(88.0f);
+    x = x > high ? high : x;
+    return power(x, 1.44269502162933349609375f, 1.92596299112661746887e-8f);  // log2(e) in two parts
+}
+inline V<double> exponential(V<double> x) {
+    for (int i = 0; i < WIDTH<double>; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
 }  // namespace

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tunesmith.native import cross_entropy as kernel
+from tunesmith.native.library import plain
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
 from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
 from tunesmith.packing.products import across_rows, has_own_kernel, linear
@@ -97,6 +99,12 @@ def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | 
     return linear(hidden, head, bias).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
+def one_pass(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, cap: float | None) -> bool:
+    """Whether the loss of a head that is not trained has a kernel of ours (native/cross_entropy.cpp): no logits are kept at all."""
+    fitting = plain(hidden, head) and hidden.dtype == head.dtype and hidden.dtype in {torch.float32, torch.float64}
+    return fitting and bias is None and cap is None and kernel.reason_against() is None
+
+
 def _chunk(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -126,6 +134,8 @@ def _chunk(
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over i of -weights_i log softmax(cap(h_i W^T + bias))[target_i], with the gradients made on the way, chunk by chunk.
 
+    Where the head is not trained, in one pass over it by a kernel of ours, if there is one.
+
     Kept for the backward pass: the gradient of the hidden states (N, H), and of W (V, H, float32) and bias where they are
     trained; never logits (as in Liger's and torch's fused losses, but with a weight for each place).
     """
@@ -143,6 +153,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         weights = weights.to(exact)
+        context.made, context.dtypes = (None, None, None), (head.dtype, None if bias is None else bias.dtype)
+        if not context.needs_input_grad[1] and one_pass(hidden, head, bias, cap):
+            if not with_gradients:
+                return kernel.cross_entropy(hidden, head, targets) @ weights
+            losses, into = kernel.with_gradient(hidden, head, targets, weights)
+            context.made = (into, None, None)
+            return losses @ weights
         total = torch.zeros((), dtype=exact, device=hidden.device)
         into_hidden = torch.empty_like(hidden) if with_gradients else None
         into_head = torch.zeros_like(head, dtype=exact) if with_gradients and context.needs_input_grad[1] else None
@@ -161,7 +178,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 into_bias += slopes.sum(0, dtype=exact)
             del loss, slopes  # else they live on while the next chunk is made
         context.made = (into_hidden, into_head, into_bias)
-        context.dtypes = (head.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod

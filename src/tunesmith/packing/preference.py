@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from tunesmith.native import cross_entropy as kernel
 from tunesmith.packing.batch import Batch, Collator, PaddedCollator, Rows, to_device, tree_with_owners
 from tunesmith.packing.chunks import chunk_rows
 from tunesmith.packing.loss import (
@@ -28,6 +29,7 @@ from tunesmith.packing.loss import (
     labelled_hidden,
     labelled_logits,
     linear_cross_entropy,
+    one_pass,
     own_logits,
     soft_cap,
 )
@@ -79,7 +81,8 @@ class _LabelLogProbs(torch.autograd.Function):
 
     Logits are made chunk by chunk, and made again in the backward pass, which needs the slopes of the loss by each
     log-probability: they follow from the sums over whole rows, known only when the last chunk is done. That pass is the
-    cross-entropy with the slopes as weights. Kept between the two: the hidden states (N, H).
+    cross-entropy with the slopes as weights. Kept between the two: the hidden states (N, H). Where a kernel of ours can, neither
+    pass makes logits that are kept.
     """
 
     @staticmethod
@@ -91,6 +94,10 @@ class _LabelLogProbs(torch.autograd.Function):
         targets: torch.Tensor,
         cap: float | None,
     ) -> torch.Tensor:
+        context.save_for_backward(hidden, head, bias, targets)
+        context.cap = cap
+        if one_pass(hidden, head, bias, cap):
+            return kernel.cross_entropy(hidden, head, targets).neg_()
         exact = torch.promote_types(hidden.dtype, torch.float32)
         parts = [torch.empty(0, dtype=exact, device=hidden.device)]
         for begin in range(0, len(hidden), chunk_rows(len(head))):
@@ -102,8 +109,6 @@ class _LabelLogProbs(torch.autograd.Function):
             sums = logits.sub_(top).exp_().sum(-1, keepdim=True)
             parts.append((right - top - sums.log()).squeeze(-1))
             del logits  # else it lives on while the next chunk is made
-        context.save_for_backward(hidden, head, bias, targets)
-        context.cap = cap
         return torch.cat(parts)
 
     @staticmethod

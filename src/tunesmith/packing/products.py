@@ -20,7 +20,7 @@ from tunesmith.native.library import plain
 _ROWS = 256
 _NUMBERS = 2**23
 
-#: Rows of a product from which on the kernel of ours took less time than oneDNN.
+#: Rows of a product from which on both of its sides are copied into panels; below, one of them is read in place.
 _OWN_ROWS = 64
 
 
@@ -59,8 +59,8 @@ def across_rows(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
     oneDNN would copy g transposed first, on one thread; the kernel of ours reads it in place.
     """
-    if has_own_kernel(gradient, x) and gradient.shape[1] >= _OWN_ROWS and gradient.stride(1) == 1:
-        return products.across_rows(gradient, x)
+    if has_own_kernel(gradient, x) and gradient.stride(1) == 1:
+        return (products.across_rows if gradient.shape[1] >= _OWN_ROWS else products.thin_across_rows)(gradient, x)
     return linear(gradient.T, x.T)
 
 

@@ -1,6 +1,6 @@
 """Kernels of our own for CPUs against what PyTorch has for the same, call by call in turn, in float32.
 
-    python benchmarks/kernels.py --json benchmarks/results/kernels.json      # a minute on two cores
+    python benchmarks/native_kernels.py --json benchmarks/results/kernels.json      # a minute on two cores
 
 Attention along a tree against PyTorch's flash kernel, block by block; a weight's gradient g^T x against torch's operator and
 oneDNN; norms, the gated activation and rotations against torch's operators. Shapes are those of the built-in model. What counts

@@ -1,0 +1,193 @@
+// Cross-entropy of a frozen head, in float and double: -log softmax(h W^T)[target] of each place and its gradient for h, with no
+// logits kept.
+//
+// The gradient is softmax(h W^T) W - W[target]: attention over the vocabulary, so blocks of it are merged as flash attention
+// merges its tiles (Dao et al. 2022, arXiv 2205.14135, section 3.1). A block of the head is copied into panels for both products,
+// and all places pass over it while it is in the caches; each thread has places of its own, so that results are the same for each
+// number of threads.
+//
+// Shapes: N places, H hidden size, V vocabulary.
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 256;     // of the vocabulary
+constexpr int64_t ROWS = 96;       // places whose scores are made at once, at the most
+constexpr int64_t PLACES = 4096;   // that pass over the head at once; what is taken for them is as large as their gradient
+
+template <class T> constexpr int64_t WIDE = WIDTH<T> * COLUMNS;
+template <class T> constexpr int64_t LINE = BLOCK + WIDTH<T>;  // of scores; rows a power of two apart would share cache sets
+
+// Columns of the head's block as the first product reads them, WIDE tokens of one number after one another.
+template <class T> void pack_columns(const T* from, int64_t tokens, int64_t size, int64_t first, T* to) {
+    constexpr int64_t STEP = 16;  // a piece of all tokens that stays in the first-level cache
+    for (int64_t k = 0; k < size; k += STEP) {
+        const int64_t end = k + STEP < size ? k + STEP : size;
+        for (int64_t j = 0; j < WIDE<T>; ++j) {
+            const bool there = first + j < tokens;
+            const T* row = from + (first + j) * size;
+            for (int64_t each = k; each < end; ++each) to[each * WIDE<T> + j] = there ? row[each] : T(0);
+        }
+    }
+}
+
+// Rows of the head's block as the second product reads them, WIDE numbers of each token after one another.
+template <class T> void pack_rows(const T* from, int64_t tokens, int64_t size, int64_t first, T* to) {
+    const int64_t count = size - first < WIDE<T> ? size - first : WIDE<T>;
+    for (int64_t v = 0; v < BLOCK; ++v) {
+        const int64_t kept = v < tokens ? count : 0;
+        if (kept > 0) std::memcpy(to + v * WIDE<T>, from + v * size + first, kept * sizeof(T));
+        std::memset(to + v * WIDE<T> + kept, 0, (WIDE<T> - kept) * sizeof(T));
+    }
+}
+
+// The first product's left side: TILE places of one number after one another.
+template <class T> void pack_places(const T* from, int64_t row, int64_t places, int64_t size, T* to) {
+    for (int64_t k = 0; k < size; ++k)
+        for (int64_t i = 0; i < TILE; ++i) to[k * TILE + i] = i < places ? from[i * row + k] : T(0);
+}
+
+template <class T> struct Place {
+    T highest, total, right;  // of its scores so far, of their exponentials, and the target's score
+};
+
+// One row of scores: its place's maximum and sum go on, the scores become exponentials. Returns what sums made so far are to be
+// multiplied by.
+template <class T> T turn(T* line, int64_t tokens, int64_t target, Place<T>& place) {
+    for (int64_t v = tokens; v < BLOCK; ++v) line[v] = -INFINITY;
+    if (target >= 0 && target < tokens) place.right = line[target];
+    V<T> most = load(line), sum = {};
+    for (int64_t v = WIDTH<T>; v < BLOCK; v += WIDTH<T>) {
+        const V<T> next = load(line + v);
+        most = next > most ? next : most;
+    }
+    T high = place.highest;
+    for (int i = 0; i < WIDTH<T>; ++i) high = most[i] > high ? most[i] : high;
+    for (int64_t v = 0; v < BLOCK; v += WIDTH<T>) {
+        const V<T> each = exponential(load(line + v) - high);
+        store(line + v, each);
+        sum += each;
+    }
+    T added = 0;
+    for (int i = 0; i < WIDTH<T>; ++i) added += sum[i];
+    const T less = place.highest == -INFINITY ? T(0) : std::exp(place.highest - high);
+    place.total = place.total * less + added;
+    place.highest = high;
+    return less;
+}
+
+template <class T> struct Problem {
+    const T* hidden;
+    int64_t row;  // of hidden, in numbers
+    const T* head;
+    const int64_t* targets;
+    const T* weights;
+    T *losses, *into_hidden;
+    int64_t places, size, vocabulary;
+    int threads;
+};
+
+template <class T> struct Scratch {
+    T *left = nullptr, *sums = nullptr, *columns = nullptr, *rows = nullptr, *scores = nullptr;
+    Place<T>* place = nullptr;
+    ~Scratch() { std::free(left), std::free(sums), std::free(columns), std::free(rows), std::free(scores), std::free(place); }
+};
+
+// Scores of `count` places (a multiple of TILE) from place `first` on over one block, and their part of the sums.
+template <class T>
+void block_of_places(const Problem<T>& p, const Scratch<T>& s, const T* columns, const T* rows, T* scores, int64_t first, int64_t count,
+                     int64_t from, int64_t padded, const int64_t* targets, int64_t known) {
+    const int64_t tokens = p.vocabulary - from < BLOCK ? p.vocabulary - from : BLOCK;
+    for (int64_t n = 0; n < up(tokens, WIDE<T>); n += WIDE<T>)
+        for (int64_t i = 0; i < count; i += TILE) {
+            V<T> made[TILE][COLUMNS] = {};
+            multiply<T, COLUMNS>({s.left + (first + i) * p.size, 1, TILE}, {columns + n * p.size, WIDE<T>, WIDTH<T>}, p.size, made);
+            put<T, COLUMNS>(made, false, scores + i * LINE<T> + n, LINE<T>);
+        }
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t place = first + i;
+        const T less = turn(scores + i * LINE<T>, tokens, place < known ? targets[place] - from : -1, s.place[place]);
+        T* sums = s.sums ? s.sums + place * padded : nullptr;
+        if (sums && from > 0 && less != 1)
+            for (int64_t d = 0; d < padded; d += WIDTH<T>) store(sums + d, load(sums + d) * less);
+    }
+    if (!s.sums) return;
+    for (int64_t n = 0; n < padded; n += WIDE<T>)
+        for (int64_t i = 0; i < count; i += TILE) {
+            V<T> made[TILE][COLUMNS] = {};
+            multiply<T, COLUMNS>({scores + i * LINE<T>, LINE<T>, 1}, {rows + n * BLOCK, WIDE<T>, WIDTH<T>}, tokens, made);
+            put<T, COLUMNS>(made, from > 0, s.sums + (first + i) * padded + n, padded);
+        }
+}
+
+// Places [begin, end): fewer than PLACES.
+template <class T> int some_places(const Problem<T>& p, int64_t begin, int64_t end) {
+    const int64_t known = end - begin, places = up(known, TILE), padded = up(p.size, WIDE<T>);
+    const int64_t *targets = p.targets + begin, of_columns = BLOCK * p.size, of_rows = BLOCK * padded, of_scores = ROWS * LINE<T>;
+    Scratch<T> s;
+    s.left = take<T>(places * p.size);
+    s.columns = take<T>(2 * of_columns);
+    s.scores = take<T>(p.threads * of_scores);
+    s.place = take<Place<T>>(places);
+    if (!s.left || !s.columns || !s.scores || !s.place) return 1;
+    if (p.into_hidden && (!(s.sums = take<T>(places * padded)) || !(s.rows = take<T>(2 * of_rows)))) return 1;
+#pragma omp parallel num_threads(p.threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < places; i += TILE) {
+            const int64_t count = known - i < TILE ? known - i : TILE;
+            pack_places(p.hidden + (begin + i) * p.row, p.row, count, p.size, s.left + i * p.size);
+            for (int64_t j = i; j < i + TILE; ++j) s.place[j] = {-INFINITY, 0, 0};
+        }
+        T* scores = s.scores + omp_get_thread_num() * of_scores;
+        for (int64_t from = 0; from < p.vocabulary; from += BLOCK) {
+            // Two blocks take turns, so that none is overwritten while another thread reads it.
+            const int64_t odd = from / BLOCK % 2, tokens = p.vocabulary - from < BLOCK ? p.vocabulary - from : BLOCK;
+            const int64_t columns_of = BLOCK / WIDE<T>, rows_of = s.sums ? padded / WIDE<T> : 0;
+            T *columns = s.columns + odd * of_columns, *rows = s.sums ? s.rows + odd * of_rows : nullptr;
+            const T* block = p.head + from * p.size;
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < columns_of + rows_of; ++n)
+                if (n < columns_of)
+                    pack_columns(block, tokens, p.size, n * WIDE<T>, columns + n * WIDE<T> * p.size);
+                else
+                    pack_rows(block, tokens, p.size, (n - columns_of) * WIDE<T>, rows + (n - columns_of) * WIDE<T> * BLOCK);
+            const int64_t tiles = places / TILE, me = omp_get_thread_num(), all_of_us = omp_get_num_threads();
+            const int64_t first = tiles * me / all_of_us * TILE, last = tiles * (me + 1) / all_of_us * TILE;
+            for (int64_t i = first; i < last; i += ROWS)
+                block_of_places(p, s, columns, rows, scores, i, last - i < ROWS ? last - i : ROWS, from, padded, targets, known);
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < known; ++i) {
+            const Place<T>& place = s.place[i];
+            p.losses[begin + i] = place.highest + std::log(place.total) - place.right;
+            if (!s.sums) continue;
+            const T *of_target = p.head + targets[i] * p.size, *sums = s.sums + i * padded, weight = p.weights[begin + i];
+            const T share = weight / place.total;
+            for (int64_t d = 0; d < p.size; ++d) p.into_hidden[(begin + i) * p.size + d] = sums[d] * share - of_target[d] * weight;
+        }
+    }
+    return 0;
+}
+
+template <class T> int cross_entropy(const Problem<T>& p) {
+    const int64_t turns = (p.places + PLACES - 1) / PLACES;
+    for (int64_t n = 0; n < turns; ++n)
+        if (some_places(p, p.places * n / turns, p.places * (n + 1) / turns)) return 1;
+    return 0;
+}
+
+}  // namespace
+
+// losses (N) of hidden (N, H), whose rows lie `row` numbers apart, head (V, H) and targets (N), each in [0, V); and, where
+// into_hidden (N, H) is not null, its gradient of the losses' sum weighted with weights (N). Returns 0, or 1 where memory is short.
+#define EXPORT(T)                                                                                                                \
+    extern "C" int cross_entropy_##T(const T* hidden, int64_t row, const T* head, const int64_t* targets, const T* weights,      \
+                                     T* losses, T* into_hidden, int64_t places, int64_t size, int64_t vocabulary, int threads) { \
+        return cross_entropy(Problem<T>{hidden, row, head, targets, weights, losses, into_hidden, places, size, vocabulary, threads}); \
+    }
+
+EXPORT(float)
+EXPORT(double)

@@ -1,0 +1,76 @@
+"""Cross-entropy of a frozen head by the kernel of cross_entropy.cpp.
+
+Shapes: N places, H hidden size, V vocabulary. All tensors but the targets are float32, or all float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from tunesmith.native import library
+from tunesmith.native.library import call, dense_rows, own_graph
+
+_DTYPES = {torch.float32: "float", torch.float64: "double"}
+
+
+@cache
+def reason_against() -> str | None:
+    """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
+    return library.reason_against("cross_entropy", _gives_what_it_should)
+
+
+def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log softmax(h W^T)[target] of each place (N), for hidden (N, H), head (V, H) and targets (N).
+
+    Raises IndexError for a target that is no token, MemoryError where there is too little.
+    """
+    return _call(hidden, head, targets, None)[0]
+
+
+def with_gradient(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, and the gradient (N, H) for `hidden` of their sum weighted with `weights` (N)."""
+    losses, into_hidden = _call(hidden, head, targets, weights)
+    if into_hidden is None:
+        raise AssertionError("weights were given")
+    return losses, into_hidden
+
+
+def _call(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    hidden, head, targets = dense_rows(hidden), head.contiguous(), targets.contiguous()
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(head):
+        raise IndexError(f"a target is no token of a vocabulary of {len(head)}")
+    losses = hidden.new_empty(len(hidden))
+    into_hidden, none = None, ctypes.c_void_p(None)
+    if weights is not None:
+        weights, into_hidden = weights.contiguous(), hidden.new_empty(hidden.shape)
+    tensors = (losses, none if into_hidden is None else into_hidden)
+    sizes = (*hidden.shape, len(head))
+    given = (hidden, hidden.stride(0), head, targets, none if weights is None else weights)
+    if call("cross_entropy", f"cross_entropy_{_DTYPES[hidden.dtype]}", *given, *tensors, *sizes) != 0:
+        raise MemoryError("too little memory for the loss")
+    return losses, into_hidden
+
+
+def _gives_what_it_should() -> bool:
+    """Whether small losses and gradients are those of torch's operators, in both dtypes."""
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        draw = torch.Generator().manual_seed(0)
+        hidden, head = (torch.randn((count, 37), generator=draw, dtype=dtype) for count in (20, 300))
+        targets, weights = torch.arange(0, 300, 15), torch.linspace(0, 2, 20, dtype=dtype)
+        with own_graph():
+            leaf = hidden.clone().requires_grad_()
+            expected = F.cross_entropy(leaf @ head.T, targets, reduction="none")
+            (slopes,) = torch.autograd.grad((expected * weights).sum(), leaf)
+        with torch.no_grad():
+            found = with_gradient(hidden, head, targets, weights)
+        if not all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(found, (expected, slopes), strict=True)):
+            return False
+    return True
