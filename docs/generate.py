@@ -158,6 +158,18 @@ SPEED_CLAIMS = (
         "rows_per_second_ratio_to_trl_defaults_without_bf16",
         _TIMES,
     ),
+    (
+        "train_speed",
+        "LoRA, one long instruction: against LLaMA-Factory, float32",
+        "rows_per_second_ratio_to_llamafactory_demo_lora",
+        _TIMES,
+    ),
+    (
+        "train_speed",
+        "LoRA, alpaca_demo: against LLaMA-Factory, float32",
+        "rows_per_second_ratio_to_llamafactory_alpaca_lora",
+        _TIMES,
+    ),
     ("train_speed", "LoRA, one long instruction: peak memory, share of tuned TRL's", "peak_memory_ratio_demo_lora", "{:.2f}"),
     ("train_speed", "LoRA, alpaca_demo: peak memory, share of tuned TRL's", "peak_memory_ratio_alpaca_lora", "{:.2f}"),
     ("train_speed", "full: share of the FLOP floor, at oneDNN's rate", "flop_floor_fraction_full", "{:.0%}"),
@@ -187,12 +199,16 @@ README_CLAIMS = (
 
 
 def _speed(*, short: bool) -> list[str]:
-    rows = []
+    """The README's few rows, or all with what another processor gave."""
+    rows, another = [], _values("train_speed_zen5")
     for result, what, name, form in SPEED_CLAIMS:
         asked = not short or any(part in name for part in README_CLAIMS if not name.startswith("peak"))
         if asked and name in _values(result):
-            rows.append(f"| {what} | {form.format(_values(result)[name])} |")
-    return ["| what | measured |", "|---|---|", *rows]
+            row = f"| {what} | {form.format(_values(result)[name])} |"
+            there = form.format(another[name]) if result == "train_speed" and name in another else ""
+            rows.append(row if short else f"{row} {there} |")
+    head = ["| what | measured |", "|---|---|"] if short else ["| what | Zen 4 | Zen 5, earlier |", "|---|---|---|"]
+    return [*head, *rows]
 
 
 def speed_page() -> str:

@@ -1,7 +1,7 @@
 """What a block computes number by number (norms, the gated activation, rotations), as plain functions without gradients.
 
 `EAGER` runs them operator by operator, in place where it can; `OWN` makes one pass over memory of each by kernels of ours where
-they can (native/blocks.cpp: float32 on a CPU); `compiled` gives the same formulas to torch.compile. Shapes and formulas are
+they can (native/blocks.cpp: float32 and bfloat16 on a CPU); `compiled` gives the same formulas to torch.compile. Shapes and formulas are
 those of `blocks.py`.
 """
 
@@ -100,7 +100,7 @@ EAGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, _rotary)
 
 def has_own_kernel(*tensors: torch.Tensor) -> bool:
     """Whether kernels of ours compute with these; not with tensors that stand for others, as the plan's do."""
-    return plain(*tensors) and all(each.dtype == torch.float32 for each in tensors) and native.reason_against() is None
+    return plain(*tensors) and native.takes(*tensors) and native.reason_against() is None
 
 
 def _own_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
@@ -110,7 +110,7 @@ def _own_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: flo
 def _own_norm_slopes(
     gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float
 ) -> torch.Tensor:
-    kernel = native.norm_slopes if has_own_kernel(gradient, x, root, weight) else _norm_slopes
+    kernel = native.norm_slopes if has_own_kernel(gradient, x, weight) else _norm_slopes
     return kernel(gradient, x, root, weight, offset)
 
 

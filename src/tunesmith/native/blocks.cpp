@@ -1,5 +1,6 @@
-// What a decoder block computes number by number, one pass over memory each, in float32: norms, the gated activation, rotations.
+// What a decoder block computes number by number, one pass over memory each: norms, the gated activation, rotations.
 //
+// In float32; what is read and written may be bfloat16, rounded once at the end.
 // Formulas are those of methods/elementwise.py. N rows of H numbers; all are contiguous but for the rotations'.
 
 #include "vectors.h"
@@ -15,16 +16,18 @@ template <class F> inline void for_vectors(int64_t size, F what) {
     if (at < size) what(at, size - at);
 }
 
-inline V<float> read(const float* at, int64_t count) {
+template <class S> inline V<float> read(const S* at, int64_t count) {
     if (count == WIDE) return load(at);
-    V<float> made = {};
-    for (int64_t i = 0; i < count; ++i) made[i] = at[i];
-    return made;
+    S some[WIDE] = {};
+    std::memcpy(some, at, count * sizeof(S));
+    return load(some);
 }
 
-inline void write(float* at, V<float> what, int64_t count) {
+template <class S> inline void write(S* at, V<float> what, int64_t count) {
     if (count == WIDE) return store(at, what);
-    for (int64_t i = 0; i < count; ++i) at[i] = what[i];
+    S some[WIDE];
+    store(some, what);
+    std::memcpy(at, some, count * sizeof(S));
 }
 
 inline float sum(V<float> of) {
@@ -36,13 +39,12 @@ inline float sum(V<float> of) {
 // 1 / (1 + e^-x)
 inline V<float> logistic(V<float> x) { return 1.0f / (1.0f + exponential(-x)); }
 
-}  // namespace
 
-extern "C" void norm(const float* x, const float* weight, float epsilon, float offset, float* out, float* root, int64_t rows,
-                     int64_t size, int threads) {
+template <class S>
+void norm(const S* x, const S* weight, float epsilon, float offset, S* out, float* root, int64_t rows, int64_t size, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; ++r) {
-        const float* from = x + r * size;
+        const S* from = x + r * size;
         V<float> squares = {};
         for_vectors(size, [&](int64_t at, int64_t count) {
             const V<float> each = read(from + at, count);
@@ -55,11 +57,12 @@ extern "C" void norm(const float* x, const float* weight, float epsilon, float o
     }
 }
 
-extern "C" void norm_slopes(const float* gradient, const float* x, const float* root, const float* weight, float offset,
-                            float* into_x, int64_t rows, int64_t size, int threads) {
+template <class S>
+void norm_slopes(const S* gradient, const S* x, const float* root, const S* weight, float offset, S* into_x, int64_t rows,
+                 int64_t size, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; ++r) {
-        const float *from = x + r * size, *slopes = gradient + r * size;
+        const S *from = x + r * size, *slopes = gradient + r * size;
         V<float> products = {};
         for_vectors(size, [&](int64_t at, int64_t count) {
             products += read(slopes + at, count) * (read(weight + at, count) + offset) * read(from + at, count);
@@ -73,7 +76,7 @@ extern "C" void norm_slopes(const float* gradient, const float* x, const float* 
 }
 
 // The activation is SiLU: gate / (1 + e^-gate).
-extern "C" void gated(const float* gate, const float* up, float* out, int64_t rows, int64_t size, int threads) {
+template <class S> void gated(const S* gate, const S* up, S* out, int64_t rows, int64_t size, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; ++r)
         for_vectors(size, [&](int64_t column, int64_t count) {
@@ -83,8 +86,8 @@ extern "C" void gated(const float* gate, const float* up, float* out, int64_t ro
         });
 }
 
-extern "C" void gated_slopes(const float* gradient, const float* gate, const float* up, float* into_gate, float* into_up,
-                             int64_t rows, int64_t size, int threads) {
+template <class S>
+void gated_slopes(const S* gradient, const S* gate, const S* up, S* into_gate, S* into_up, int64_t rows, int64_t size, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; ++r)
         for_vectors(size, [&](int64_t column, int64_t count) {
@@ -97,16 +100,17 @@ extern "C" void gated_slopes(const float* gradient, const float* gate, const flo
 
 // x cos + rotate_half(x) sin for x (B, A, L, D), whose strides and the result's are given for the first three; cos and sin are
 // (B, L, D). Backwards, what a gradient of it comes to for x.
-extern "C" void rotary(const float* x, const int64_t* from, const float* cosines, const float* sines, float* out, const int64_t* to,
-                       int64_t batch, int64_t heads, int64_t length, int64_t size, int backwards, int threads) {
+template <class S>
+void rotary(const S* x, const int64_t* from, const S* cosines, const S* sines, S* out, const int64_t* to, int64_t batch, int64_t heads,
+            int64_t length, int64_t size, int backwards, int threads) {
     const int64_t half = size / 2;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
     for (int64_t b = 0; b < batch; ++b)
         for (int64_t l = 0; l < length; ++l) {
-            const float *cosine = cosines + (b * length + l) * size, *sine = sines + (b * length + l) * size;
+            const S *cosine = cosines + (b * length + l) * size, *sine = sines + (b * length + l) * size;
             for (int64_t a = 0; a < heads; ++a) {
-                const float* left = x + b * from[0] + a * from[1] + l * from[2];
-                float* into = out + b * to[0] + a * to[1] + l * to[2];
+                const S* left = x + b * from[0] + a * from[1] + l * from[2];
+                S* into = out + b * to[0] + a * to[1] + l * to[2];
                 for_vectors(half, [&](int64_t at, int64_t count) {
                     const V<float> one = read(left + at, count), two = read(left + half + at, count);
                     const V<float> low = read(sine + at, count), high = read(sine + half + at, count);
@@ -117,3 +121,29 @@ extern "C" void rotary(const float* x, const int64_t* from, const float* cosines
             }
         }
 }
+
+}  // namespace
+
+#define EXPORT(S)                                                                                                                \
+    extern "C" void norm_##S(const S* x, const S* weight, float epsilon, float offset, S* out, float* root, int64_t rows,        \
+                             int64_t size, int threads) {                                                                       \
+        norm(x, weight, epsilon, offset, out, root, rows, size, threads);                                                        \
+    }                                                                                                                            \
+    extern "C" void norm_slopes_##S(const S* gradient, const S* x, const float* root, const S* weight, float offset, S* into_x,  \
+                                    int64_t rows, int64_t size, int threads) {                                                   \
+        norm_slopes(gradient, x, root, weight, offset, into_x, rows, size, threads);                                             \
+    }                                                                                                                            \
+    extern "C" void gated_##S(const S* gate, const S* up, S* out, int64_t rows, int64_t size, int threads) {                     \
+        gated(gate, up, out, rows, size, threads);                                                                               \
+    }                                                                                                                            \
+    extern "C" void gated_slopes_##S(const S* gradient, const S* gate, const S* up, S* into_gate, S* into_up, int64_t rows,      \
+                                     int64_t size, int threads) {                                                                \
+        gated_slopes(gradient, gate, up, into_gate, into_up, rows, size, threads);                                               \
+    }                                                                                                                            \
+    extern "C" void rotary_##S(const S* x, const int64_t* from, const S* cosines, const S* sines, S* out, const int64_t* to,     \
+                               int64_t batch, int64_t heads, int64_t length, int64_t size, int backwards, int threads) {         \
+        rotary(x, from, cosines, sines, out, to, batch, heads, length, size, backwards, threads);                                \
+    }
+
+EXPORT(float)
+EXPORT(bf16)

@@ -1,12 +1,15 @@
 """What a decoder block computes number by number, by the kernels of blocks.cpp.
 
-Shapes: rows of H or F numbers, or (B, A, L, D) for rotations. All tensors are float32 on a CPU.
+Shapes: rows of H or F numbers, or (B, A, L, D) for rotations. All tensors are float32, or all bfloat16, on a CPU;
+roots are float32.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from tunesmith.native import library
 from tunesmith.native.library import call, dense_rows, own_graph
 
 _Strides = ctypes.c_int64 * 3
+_DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 @cache
@@ -26,8 +30,8 @@ def reason_against() -> str | None:
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and the reciprocal root (..., 1)."""
     x = x.contiguous()
-    out, root = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
-    call("blocks", "norm", x, weight.contiguous(), epsilon, offset, out, root, *_rows(x))
+    out, root = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    _call("norm", x, weight.contiguous(), epsilon, offset, out, root, *_rows(x))
     return out, root
 
 
@@ -37,7 +41,7 @@ def norm_slopes(
     """The gradient of x."""
     gradient, x, root = gradient.contiguous(), x.contiguous(), root.contiguous()
     into_x = torch.empty_like(x)
-    call("blocks", "norm_slopes", gradient, x, root, weight.contiguous(), offset, into_x, *_rows(x))
+    _call("norm_slopes", gradient, x, root, weight.contiguous(), offset, into_x, *_rows(x))
     return into_x
 
 
@@ -45,7 +49,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """The product silu(gate) up."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    call("blocks", "gated", gate, up, out, *_rows(gate))
+    _call("gated", gate, up, out, *_rows(gate))
     return out
 
 
@@ -53,7 +57,7 @@ def gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
     """The gradients of gate and up."""
     gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
     into_gate, into_up = torch.empty_like(gate), torch.empty_like(up)
-    call("blocks", "gated_slopes", gradient, gate, up, into_gate, into_up, *_rows(gate))
+    _call("gated_slopes", gradient, gate, up, into_gate, into_up, *_rows(gate))
     return into_gate, into_up
 
 
@@ -64,8 +68,17 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: boo
     batch, _, length, size = x.shape
     cos, sin = (each.expand(batch, 1, length, size).contiguous() for each in (cos, sin))
     given, made = (_Strides(*each.stride()[:3]) for each in (x, out))
-    call("blocks", "rotary", x, given, cos, sin, out, made, *x.shape, ctypes.c_int(backwards))
+    _call("rotary", x, given, cos, sin, out, made, *x.shape, ctypes.c_int(backwards))
     return out
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels compute with tensors of these dtypes."""
+    return len({each.dtype for each in tensors}) == 1 and tensors[0].dtype in _DTYPES
+
+
+def _call(name: str, first: torch.Tensor, *others: Any) -> None:
+    call("blocks", f"{name}_{_DTYPES[first.dtype]}", first, *others)
 
 
 def _gives_what_it_should() -> bool:
@@ -74,28 +87,34 @@ def _gives_what_it_should() -> bool:
     x, up, gradient = (3 * torch.randn((5, 37), generator=draw) for _ in range(3))
     weight, x[0, 0] = torch.randn(37, generator=draw), -200
     heads, cos, sin = (torch.randn(shape, generator=draw) for shape in ((2, 3, 5, 22), (1, 1, 5, 22), (2, 1, 5, 22)))
+    given = (x, up, gradient, weight, heads, cos, sin)
+    return _near(given, 1e-4) and _near([each.bfloat16() for each in given], 0.02)
+
+
+def _near(given: Sequence[torch.Tensor], tolerance: float) -> bool:
+    x, up, gradient, weight, heads, cos, sin = (each.float() for each in given)
     with own_graph():
         leaves = [each.clone().requires_grad_() for each in (x, up, heads)]
         root = (leaves[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
         normed, active = leaves[0] * root * (weight + 1), F.silu(leaves[0]) * leaves[1]
         turned = leaves[2] * cos + torch.cat([-leaves[2][..., 11:], leaves[2][..., :11]], -1) * sin
-        along = torch.cos(heads)
         expected = [
             (normed, root, active, turned),
             torch.autograd.grad(normed, leaves[0], gradient, retain_graph=True),
             torch.autograd.grad(active, leaves[:2], gradient),
-            torch.autograd.grad(turned, leaves[2], along),
+            torch.autograd.grad(turned, leaves[2], heads),
         ]
+    x, up, gradient, weight, heads, cos, sin = given
     with torch.no_grad():
         made = norm(x, weight, 1e-5, 1.0)
         found = [
             (*made, gated(x, up), rotary(heads, cos, sin, backwards=False)),
             (norm_slopes(gradient, x, made[1], weight, 1.0),),
             gated_slopes(gradient, x, up),
-            (rotary(along, cos, sin, backwards=True),),
+            (rotary(heads, cos, sin, backwards=True),),
         ]
     pairs = zip(sum(found, ()), sum(map(tuple, expected), ()), strict=True)
-    return all(torch.allclose(one, two, rtol=1e-4, atol=1e-4) for one, two in pairs)
+    return all(torch.allclose(one.float(), two, rtol=tolerance, atol=tolerance) for one, two in pairs)
 
 
 def _rows(x: torch.Tensor) -> tuple[int, int]:

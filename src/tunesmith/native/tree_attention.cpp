@@ -1,4 +1,5 @@
-// Attention along a prefix tree, for CPUs: softmax(q k^T scale) v, forward and backward, in float and double.
+// Attention along a prefix tree, for CPUs: softmax(q k^T scale) v, forward and backward, in float and double;
+// what is read and written may be bfloat16 where it computes in float.
 //
 // A block is a stretch of a node's tokens with all query heads that share one head of keys: its rows are (token, head). Its keys
 // are those of the node's ancestors and the node's own up to each token, taken in chunks that fit the second-level cache; chunks
@@ -49,11 +50,11 @@ struct Node { int64_t start, end, subtree_end; };
 struct Block { int64_t node, first, last, before; };  // tokens [first, last), and what all blocks before it cost
 struct Panel { int64_t first, count; };            // tokens that one vector of packed keys holds
 
-template <class T> struct Problem {
+template <class T, class S> struct Problem {  // computed with as T, stored as S
     int64_t heads, shared, tokens, size, nodes;
     const Node* node;
     T scale;
-    const T *query, *key, *value;
+    const S *query, *key, *value;
     int64_t query_head, query_token, key_head, key_token, value_head, value_token;  // strides
     int threads;
 
@@ -70,7 +71,7 @@ template <class T> struct Problem {
     }
 };
 
-template <class T> bool prepare(Problem<T>& p, bool backward) {
+template <class T, class S> bool prepare(Problem<T, S>& p, bool backward) {
     p.group = p.heads / p.shared;
     p.padded = up(p.size, WIDTH<T>);
     const int64_t tokens_of_block = p.group < ROWS ? ROWS / p.group : 1;
@@ -107,7 +108,7 @@ template <class T> bool prepare(Problem<T>& p, bool backward) {
     p.key_panels = take<T>(packed);
     if (!p.key_panels) return false;
     if (backward && !(p.value_panels = take<T>(packed))) return false;
-    if (p.padded != p.size) {
+    if (p.padded != p.size || !std::is_same<T, S>::value) {
         p.value_rows = take<T>(p.shared * p.tokens * p.padded);
         if (!p.value_rows) return false;
         if (backward && !(p.key_rows = take<T>(p.shared * p.tokens * p.padded))) return false;
@@ -116,55 +117,57 @@ template <class T> bool prepare(Problem<T>& p, bool backward) {
 }
 
 // Keys or values transposed: WIDTH tokens of one number of the head after one another, zeros behind a node's last token.
-template <class T> void pack(const Problem<T>& p, const T* from, int64_t head, int64_t token, T* to) {
+template <class T, class S> void pack(const Problem<T, S>& p, const S* from, int64_t head, int64_t token, T* to) {
 #pragma omp for collapse(2) schedule(static)
     for (int64_t h = 0; h < p.shared; ++h)
         for (int64_t n = 0; n < p.panels; ++n) {
             const Panel& panel = p.panel[n];
             T* at = to + (h * p.panels + n) * WIDTH<T> * p.size;
             for (int64_t j = 0; j < WIDTH<T>; ++j) {
-                const T* row = from + h * head + (panel.first + j) * token;
+                const S* row = from + h * head + (panel.first + j) * token;
                 if (j < panel.count)
-                    for (int64_t d = 0; d < p.size; ++d) at[d * WIDTH<T> + j] = row[d];
+                    for (int64_t d = 0; d < p.size; ++d) at[d * WIDTH<T> + j] = widened(row[d]);
                 else
                     for (int64_t d = 0; d < p.size; ++d) at[d * WIDTH<T> + j] = 0;
             }
         }
 }
 
-// Rows filled up to whole vectors, where the head size is none.
-template <class T> void fill(const Problem<T>& p, const T* from, int64_t head, int64_t token, T* to) {
+// Rows filled up to whole vectors, where the head size is none, or numbers that are stored otherwise.
+template <class T, class S> void fill(const Problem<T, S>& p, const S* from, int64_t head, int64_t token, T* to) {
     if (!to) return;
 #pragma omp for collapse(2) schedule(static)
     for (int64_t h = 0; h < p.shared; ++h)
         for (int64_t t = 0; t < p.tokens; ++t) {
             T* at = to + (h * p.tokens + t) * p.padded;
-            std::memcpy(at, from + h * head + t * token, p.size * sizeof(T));
+            for (int64_t d = 0; d < p.size; ++d) at[d] = widened(from[h * head + t * token + d]);
             std::memset(at + p.size, 0, (p.padded - p.size) * sizeof(T));
         }
 }
 
-template <class T> Right<T> rows_of(const Problem<T>& p, const T* filled, const T* plain, int64_t head, int64_t token, int64_t h, int64_t t) {
-    if (filled) return {filled + (h * p.tokens + t) * p.padded, p.padded, WIDTH<T>};
-    return {plain + h * head + t * token, token, WIDTH<T>};
+template <class T, class S>
+Right<T> rows_of(const Problem<T, S>& p, const T* filled, const S* plain, int64_t head, int64_t token, int64_t h, int64_t t) {
+    if constexpr (std::is_same<T, S>::value)
+        if (!filled) return {plain + h * head + t * token, token, WIDTH<T>};
+    return {filled + (h * p.tokens + t) * p.padded, p.padded, WIDTH<T>};
 }
 
 // A block's rows (token, head) of one tensor, times a number.
-template <class T>
-void gather(const Problem<T>& p, const T* from, int64_t head, int64_t token, int64_t h, const Block& b, T times, T* to) {
+template <class T, class S>
+void gather(const Problem<T, S>& p, const S* from, int64_t head, int64_t token, int64_t h, const Block& b, T times, T* to) {
     int64_t row = 0;
     for (int64_t t = b.first; t < b.last; ++t)
         for (int64_t g = 0; g < p.group; ++g, ++row) {
-            const T* at = from + (h * p.group + g) * head + t * token;
+            const S* at = from + (h * p.group + g) * head + t * token;
             T* into = to + row * p.padded;
-            for (int64_t d = 0; d < p.size; ++d) into[d] = at[d] * times;
+            for (int64_t d = 0; d < p.size; ++d) into[d] = widened(at[d]) * times;
             for (int64_t d = p.size; d < p.padded; ++d) into[d] = 0;
         }
     std::memset(to + row * p.padded, 0, (p.rows - row) * p.padded * sizeof(T));
 }
 
 // Calls what(first token, keys, first panel, whether they are the block's own node's) for each chunk, from the root on.
-template <class T, class F> void for_chunks(const Problem<T>& p, const Block& b, F what) {
+template <class T, class S, class F> void for_chunks(const Problem<T, S>& p, const Block& b, F what) {
     int64_t path[64], depth = 0, node = b.node;
     // Deep trees are walked from the node up in stretches of 64; in which order chunks come changes rounding alone.
     for (; node >= 0; node = p.parent[node]) {
@@ -182,7 +185,7 @@ template <class T, class F> void for_chunks(const Problem<T>& p, const Block& b,
 }
 
 // How many of a chunk's `keys`, the first of which is token `first`, a block's row sees.
-template <class T> int64_t seen_by(const Problem<T>& p, const Block& b, int64_t row, int64_t first, int64_t keys, bool own) {
+template <class T, class S> int64_t seen_by(const Problem<T, S>& p, const Block& b, int64_t row, int64_t first, int64_t keys, bool own) {
     const int64_t before = b.first + row / p.group - first + 1;
     if (!own || before > keys) return keys;
     return before > 0 ? before : 0;
@@ -191,7 +194,8 @@ template <class T> int64_t seen_by(const Problem<T>& p, const Block& b, int64_t 
 constexpr int64_t SPARE = 16;  // columns behind a chunk: rows of a transposed product are filled up to a multiple of TILE
 template <class T> constexpr int64_t LINE = CHUNK + (WIDTH<T> > SPARE ? WIDTH<T> : SPARE);
 
-template <class T> void forward_block(const Problem<T>& p, int64_t h, const Block& b, T* scratch, T* out, T* weight) {
+template <class T, class S>
+void forward_block(const Problem<T, S>& p, int64_t h, const Block& b, T* scratch, S* out, T* weight) {
     const T log2e = T(1.4426950408889634), ln2 = T(0.6931471805599453);
     T* query = scratch;
     T* sums = query + p.rows * p.padded;
@@ -251,12 +255,12 @@ template <class T> void forward_block(const Problem<T>& p, int64_t h, const Bloc
         for (int64_t g = 0; g < p.group; ++g, ++row) {
             const int64_t place = t * p.heads + h * p.group + g;
             const T one = 1 / total[row];
-            for (int64_t d = 0; d < p.size; ++d) out[place * p.size + d] = sums[row * p.padded + d] * one;
+            for (int64_t d = 0; d < p.size; ++d) keep(out + place * p.size + d, sums[row * p.padded + d] * one);
             weight[place] = highest[row] * ln2 + std::log(total[row]);
         }
 }
 
-template <class T> int forward(Problem<T>& p, T* out, T* weight) {
+template <class T, class S> int forward(Problem<T, S>& p, S* out, T* weight) {
     if (!prepare(p, false)) return 1;
     const int64_t each = up(p.rows * (2 * p.padded + LINE<T> + 2), 64);
     T* scratch = take<T>(each * p.threads);
@@ -274,15 +278,16 @@ template <class T> int forward(Problem<T>& p, T* out, T* weight) {
     return 0;
 }
 
-template <class T> struct Upstream {
-    const T* gradient;
+template <class T, class S> struct Upstream {
+    const S* gradient;
     int64_t head, token;
-    const T *out, *weight;  // (T, H, D), (T, H)
-    T* into_query;          // (T, H, D)
+    const S* out;     // (T, H, D)
+    const T* weight;  // (T, H)
+    S* into_query;    // (T, H, D)
 };
 
-template <class T>
-void backward_block(const Problem<T>& p, const Upstream<T>& u, int64_t h, const Block& b, T* scratch, T* into_key, T* into_value) {
+template <class T, class S>
+void backward_block(const Problem<T, S>& p, const Upstream<T, S>& u, int64_t h, const Block& b, T* scratch, T* into_key, T* into_value) {
     const T log2e = T(1.4426950408889634);
     T* query = scratch;
     T* gradient = query + p.rows * p.padded;
@@ -300,7 +305,7 @@ void backward_block(const Problem<T>& p, const Upstream<T>& u, int64_t h, const 
         if (r >= (b.last - b.first) * p.group) continue;
         const int64_t place = (b.first + r / p.group) * p.heads + h * p.group + r % p.group;
         weight[r] = u.weight[place] * log2e;
-        for (int64_t d = 0; d < p.size; ++d) delta[r] += gradient[r * p.padded + d] * u.out[place * p.size + d];
+        for (int64_t d = 0; d < p.size; ++d) delta[r] += gradient[r * p.padded + d] * widened(u.out[place * p.size + d]);
     }
     for_chunks(p, b, [&](int64_t first, int64_t keys, int64_t panel, bool own) {
         const int64_t vectors = up(keys, WIDTH<T>) / WIDTH<T>, step = WIDTH<T> * p.size, from = (h * p.panels + panel) * step;
@@ -334,12 +339,12 @@ void backward_block(const Problem<T>& p, const Upstream<T>& u, int64_t h, const 
     int64_t row = 0;
     for (int64_t t = b.first; t < b.last; ++t)
         for (int64_t g = 0; g < p.group; ++g, ++row) {
-            T* at = u.into_query + (t * p.heads + h * p.group + g) * p.size;
-            for (int64_t d = 0; d < p.size; ++d) at[d] = sums[row * p.padded + d] * p.scale;
+            S* at = u.into_query + (t * p.heads + h * p.group + g) * p.size;
+            for (int64_t d = 0; d < p.size; ++d) keep(at + d, sums[row * p.padded + d] * p.scale);
         }
 }
 
-template <class T> int backward(Problem<T>& p, const Upstream<T>& u, T* into_key, T* into_value) {
+template <class T, class S> int backward(Problem<T, S>& p, const Upstream<T, S>& u, S* into_key, S* into_value) {
     if (!prepare(p, true)) return 1;
     // A head's blocks are cut into runs of like cost, each with sums of its own for keys and values.
     int64_t runs = 1;
@@ -374,12 +379,17 @@ template <class T> int backward(Problem<T>& p, const Upstream<T>& u, T* into_key
 #pragma omp for collapse(2) schedule(static)
         for (int64_t t = 0; t < p.tokens; ++t)
             for (int64_t h = 0; h < p.shared; ++h) {
-                T *key = into_key + (t * p.shared + h) * p.size, *value = into_value + (t * p.shared + h) * p.size;
-                for (int64_t run = 0; run < runs; ++run) {
-                    const T* from = sums + 2 * (h * runs + run) * of_run + t * p.padded;
-                    for (int64_t d = 0; d < p.size; ++d) {
-                        key[d] = run ? key[d] + from[d] * ln2 : from[d] * ln2;
-                        value[d] = run ? value[d] + from[of_run + d] : from[of_run + d];
+                const int64_t to = (t * p.shared + h) * p.size;
+                for (int64_t d = 0; d < p.size; d += WIDTH<T>) {
+                    V<T> key = {}, value = {};
+                    for (int64_t run = 0; run < runs; ++run) {
+                        const T* from = sums + 2 * (h * runs + run) * of_run + t * p.padded + d;
+                        key += load(from), value += load(from + of_run);
+                    }
+                    key *= ln2;
+                    for (int64_t i = 0; i < WIDTH<T> && d + i < p.size; ++i) {
+                        keep(into_key + to + d + i, key[i]);
+                        keep(into_value + to + d + i, value[i]);
                     }
                 }
             }
@@ -391,23 +401,24 @@ template <class T> int backward(Problem<T>& p, const Upstream<T>& u, T* into_key
 }  // namespace
 
 // Pointers and strides in numbers; nodes is (count, 3): start, end, subtree_end. Return 0, or 1 where memory is short.
-#define GIVEN(T)                                                                                                                 \
-    const int64_t *sizes, const int64_t *strides, const int64_t *nodes, double scale, const T *query, const T *key, const T *value
-#define PROBLEM(T)                                                                                                               \
-    Problem<T> p {                                                                                                               \
+#define GIVEN(S)                                                                                                                 \
+    const int64_t *sizes, const int64_t *strides, const int64_t *nodes, double scale, const S *query, const S *key, const S *value
+#define PROBLEM(T, S)                                                                                                            \
+    Problem<T, S> p {                                                                                                            \
         sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], reinterpret_cast<const Node*>(nodes), T(scale), query, key, value,     \
             strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], threads                                      \
     }
-#define EXPORT(T)                                                                                                                \
-    extern "C" int tree_forward_##T(GIVEN(T), T* out, T* weight, int threads) {                                                  \
-        PROBLEM(T);                                                                                                              \
+#define EXPORT(T, S)                                                                                                             \
+    extern "C" int tree_forward_##S(GIVEN(S), S* out, T* weight, int threads) {                                                  \
+        PROBLEM(T, S);                                                                                                           \
         return forward(p, out, weight);                                                                                          \
     }                                                                                                                            \
-    extern "C" int tree_backward_##T(GIVEN(T), const T* gradient, const T* out, const T* weight, T* into_query, T* into_key,     \
-                                     T* into_value, int threads) {                                                               \
-        PROBLEM(T);                                                                                                              \
-        return backward(p, Upstream<T>{gradient, strides[6], strides[7], out, weight, into_query}, into_key, into_value);        \
+    extern "C" int tree_backward_##S(GIVEN(S), const S* gradient, const S* out, const T* weight, S* into_query, S* into_key,     \
+                                     S* into_value, int threads) {                                                               \
+        PROBLEM(T, S);                                                                                                           \
+        return backward(p, Upstream<T, S>{gradient, strides[6], strides[7], out, weight, into_query}, into_key, into_value);     \
     }
 
-EXPORT(float)
-EXPORT(double)
+EXPORT(float, float)
+EXPORT(double, double)
+EXPORT(float, bf16)

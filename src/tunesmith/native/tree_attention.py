@@ -1,6 +1,7 @@
 """Attention along a prefix tree by the kernel of tree_attention.cpp.
 
-Shapes: H heads, H_kv heads of keys and values, T tokens, D head size. All tensors are float32, or all float64.
+Shapes: H heads, H_kv heads of keys and values, T tokens, D head size. All tensors are float32, or all float64, or all bfloat16,
+which it computes with in float32, as log-sum-exps are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 #: (start, end, subtree_end) of each node after the other, in depth-first order.
 Table = ctypes.Array[ctypes.c_int64]
 
-_DTYPES = {torch.float32: "float", torch.float64: "double"}
+_DTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
 
 
 def table(nodes: Sequence[tuple[int, int, int]]) -> Table:
@@ -33,6 +34,16 @@ def reason_against() -> str | None:
     return library.reason_against("tree_attention", _gives_what_it_should)
 
 
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of this dtype are computed with in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def takes(tensor: torch.Tensor) -> bool:
+    """Whether the kernel reads tensors of this dtype."""
+    return tensor.dtype in _DTYPES
+
+
 def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Table, scale: float) -> Pair:
     """softmax(q k^T scale) v as (T, H, D), and each query's log-sum-exp (T, H).
 
@@ -40,7 +51,7 @@ def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: 
     """
     query, key, value = (dense_rows(each) for each in (query, key, value))
     heads, tokens, size = query.shape
-    out, weight = query.new_empty((tokens, heads, size)), query.new_empty((tokens, heads))
+    out, weight = query.new_empty((tokens, heads, size)), query.new_empty((tokens, heads), dtype=exact(query.dtype))
     strides = _strides(query, key, value)
     _call("forward", query, key, strides, nodes, scale, [query, key, value, out, weight])
     return out, weight
@@ -83,28 +94,28 @@ def _call(
 
 
 def _gives_what_it_should() -> bool:
-    """Whether a small tree's attention and gradients are those of the formula, in both dtypes."""
+    """Whether a small tree's attention and gradients are those of the formula, in each dtype."""
     spans = [(0, 5, 40), (5, 22, 30), (22, 30, 30), (30, 40, 40)]
     mask = torch.zeros((40, 40), dtype=torch.bool)
     for start, end, subtree_end in spans:
         mask[start:subtree_end, start:end] = True
     mask.tril_()
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9), (torch.bfloat16, 0.05)):
         draw = torch.Generator().manual_seed(0)
         query, key, value, gradient = (
-            torch.randn((heads, 40, 24), generator=draw, dtype=dtype, requires_grad=index < 3)
-            for index, heads in enumerate((4, 2, 2, 4))
+            torch.randn((heads, 40, 24), generator=draw, dtype=torch.float64).to(dtype) for heads in (4, 2, 2, 4)
         )
         with own_graph():
-            keys, values = (each.repeat_interleave(2, 0) for each in (key, value))
-            scores = (query @ keys.transpose(1, 2) * 0.2).masked_fill(~mask, float("-inf"))
+            leaves = [each.to(exact(dtype)).requires_grad_() for each in (query, key, value)]
+            keys, values = (each.repeat_interleave(2, 0) for each in leaves[1:])
+            scores = (leaves[0] @ keys.transpose(1, 2) * 0.2).masked_fill(~mask, float("-inf"))
             expected = scores.softmax(-1) @ values
-            slopes = torch.autograd.grad(expected, (query, key, value), gradient)
+            slopes = torch.autograd.grad(expected, leaves, gradient.to(exact(dtype)))
         nodes = table(spans)
         with torch.no_grad():
             out, weight = forward(query, key, value, nodes, 0.2)
             found = backward(query, key, value, gradient, out, weight, nodes, 0.2)
         pairs = zip((out, *found), (expected, *slopes), strict=True)
-        if not all(torch.allclose(one.transpose(0, 1), two, rtol=tolerance, atol=tolerance) for one, two in pairs):
+        if not all(torch.allclose(a.transpose(0, 1).to(b.dtype), b, rtol=tolerance, atol=tolerance) for a, b in pairs):
             return False
     return True

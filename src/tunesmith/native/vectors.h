@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <omp.h>
+#include <type_traits>
 
 namespace {
 
@@ -34,6 +35,38 @@ template <> struct Wide<double> {
 template <class T> using V = typename Wide<T>::V;
 template <class T> constexpr int64_t WIDTH = BYTES / sizeof(T);
 
+// A number that is stored as bfloat16 and computed with as float: the upper half of one.
+struct bf16 {
+    uint16_t bits;
+};
+typedef uint32_t Bits __attribute__((vector_size(BYTES)));
+typedef uint16_t Upper __attribute__((vector_size(BYTES / 2)));
+typedef uint16_t LooseUpper __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+
+inline V<float> widened(Upper bits) { return (V<float>)(__builtin_convertvector(bits, Bits) << 16); }
+inline float widened(bf16 one) {
+    const uint32_t bits = static_cast<uint32_t>(one.bits) << 16;
+    float made;
+    std::memcpy(&made, &bits, sizeof made);
+    return made;
+}
+template <class T> inline T widened(T one) { return one; }
+
+// Rounded to the nearest, to the even one of two; what is no number stays none.
+inline Upper narrowed(V<float> what) {
+    const Bits bits = (Bits)what, odd = bits >> 16 & 1, none = (Bits)(what != what);
+    return __builtin_convertvector(((bits + 0x7fff + odd) >> 16 & ~none) | (none & 0x7fc0), Upper);
+}
+
+inline void keep(bf16* at, float what) {
+    uint32_t bits;
+    std::memcpy(&bits, &what, sizeof bits);
+    at->bits = what == what ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+template <class T> inline void keep(T* at, T what) { *at = what; }
+
+inline V<float> load(const bf16* at) { return widened((Upper)(*reinterpret_cast<const LooseUpper*>(at))); }
+inline void store(bf16* at, V<float> what) { *reinterpret_cast<LooseUpper*>(at) = narrowed(what); }
 template <class T> inline V<T> load(const T* at) { return *reinterpret_cast<const typename Wide<T>::Loose*>(at); }
 template <class T> inline void store(T* at, V<T> what) { *reinterpret_cast<typename Wide<T>::Loose*>(at) = what; }
 template <class T> inline V<T> all(T one) { return one - V<T>{}; }

@@ -72,19 +72,19 @@ class Layout:
 class _TreeAttention(torch.autograd.Function):
     """softmax(q k^T scale) v over the blocks of a tree; q and the result are (1, H, T, D), k and v (1, H_kv, T, D).
 
-    In float32 where the model is bf16: bf16 backward passes are several times slower on short blocks.
+    It computes in float32 where the model is bf16: bf16 backward passes are several times slower on short blocks.
     """
 
     @staticmethod
     def forward(
         context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
     ) -> torch.Tensor:
-        exact = torch.promote_types(query.dtype, torch.float32)
-        q, k, v = (each[0].to(exact) for each in (query, key, value))
+        q, k, v = (each[0] for each in (query, key, value))
         if has_own_kernel(query):
             by_token, weight = tree_kernel.forward(q, k, v, layout.table, scale)
         else:
-            by_token, weight = blocks_forward(q, k, v, layout.nodes, scale)
+            exact = tree_kernel.exact(query.dtype)
+            by_token, weight = blocks_forward(q.to(exact), k.to(exact), v.to(exact), layout.nodes, scale)
         result: torch.Tensor = by_token.transpose(0, 1).unsqueeze(0).to(query.dtype)
         context.save_for_backward(query, key, value, result, weight)
         context.layout, context.scale = layout, scale
@@ -93,9 +93,11 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
         *saved, weight = context.saved_tensors
-        q, k, v, result, upstream = (each[0].to(weight.dtype) for each in (*saved, gradient))
-        by_token, layout = result.transpose(0, 1), context.layout
-        if has_own_kernel(gradient):
+        given, layout = [each[0] for each in (*saved, gradient)], context.layout
+        own = has_own_kernel(gradient)
+        q, k, v, result, upstream = given if own else [each.to(weight.dtype) for each in given]
+        by_token = result.transpose(0, 1)
+        if own:
             grads = tree_kernel.backward(q, k, v, upstream, by_token, weight, layout.table, context.scale)
         else:
             grads = blocks_backward(q, k, v, upstream, by_token, weight, layout.nodes, context.scale)
@@ -104,7 +106,7 @@ class _TreeAttention(torch.autograd.Function):
 
 def has_own_kernel(tensor: torch.Tensor) -> bool:
     """Whether the kernel of ours computes attention on a CPU; not for tensors that stand for others, as the plan's do."""
-    return plain(tensor) and tree_kernel.reason_against() is None
+    return plain(tensor) and tree_kernel.takes(tensor) and tree_kernel.reason_against() is None
 
 
 def repeat_heads(query: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
