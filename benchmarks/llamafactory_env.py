@@ -38,7 +38,7 @@ def ensure() -> Path:
 
 
 def _leave_text_alone(folder: Path, python: Path) -> None:
-    """Take out what images and sound are decoded with: it is compiled for CUDA, and beside a CPU's torch no import gets past it."""
+    """Take out what decodes images and sound: it is compiled for CUDA, and beside a CPU's torch no import gets past it."""
     if torch.version.cuda is not None:
         return
     subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)

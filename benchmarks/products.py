@@ -3,7 +3,7 @@
     python benchmarks/products.py --json benchmarks/results/products.json      # half a minute on two cores
 
 What counts is the median of the ratios of calls that follow each other; above 1 oneDNN is the faster one. Shapes are those of
-the built-in model, forward (x W^T), backward by the input (g W), and a head's logits. native_kernels.py has a weight's gradient.
+the built-in model, forward (x W^T), backward by the input (g W), and a head's logits. A weight's gradient: native_kernels.py.
 """
 
 from __future__ import annotations

@@ -198,17 +198,28 @@ README_CLAIMS = (
 )
 
 
+#: How the processors of the results are called, by what tells them apart.
+_GENERATIONS = {"family 25, model 17": "AMD Zen 4", "family 26": "AMD Zen 5"}
+
+
+def _generation(result: str) -> str:
+    processor = _result(result)["hardware"]["processor"]
+    return next((name for told, name in _GENERATIONS.items() if told in processor), processor)
+
+
 def _speed(*, short: bool) -> list[str]:
-    """The README's few rows, or all with what another processor gave."""
-    rows, another = [], _values("train_speed_zen5")
+    """The README's few rows, or all of them, with what other processors gave."""
+    folder = FOLDER.parent / "benchmarks" / "results"
+    others = [] if short else sorted(path.stem for path in folder.glob("train_speed_*.json"))
+    head = ["what", "measured", *(f"on {_generation(other)}" for other in others)]
+    rows = []
     for result, what, name, form in SPEED_CLAIMS:
         asked = not short or any(part in name for part in README_CLAIMS if not name.startswith("peak"))
         if asked and name in _values(result):
-            row = f"| {what} | {form.format(_values(result)[name])} |"
-            there = form.format(another[name]) if result == "train_speed" and name in another else ""
-            rows.append(row if short else f"{row} {there} |")
-    head = ["| what | measured |", "|---|---|"] if short else ["| what | Zen 4 | Zen 5, earlier |", "|---|---|---|"]
-    return [*head, *rows]
+            values = [_values(each) if result == "train_speed" else {} for each in others]
+            cells = [form.format(found[name]) if name in found else "" for found in (_values(result), *values)]
+            rows.append(f"| {' | '.join([what, *cells])} |")
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows]
 
 
 def speed_page() -> str:

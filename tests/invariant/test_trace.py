@@ -71,12 +71,12 @@ def test_trace_equals_real_allocation_of_other_ways(more: dict[str, Any]) -> Non
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_kernels_of_ours_take_no_more(name: str, checkpointing: bool, method: Any) -> None:
-    """As trained on a CPU: what is traced, byte for byte; a little less where the peak is in a norm's gradient."""
+    """As trained on a CPU: what is traced, byte for byte; less where the peak is in a norm's gradient or a bf16 block."""
     native.reason_against()  # what is tried the first time is not the model's
     dtype = "float32" if method == "full" else "bfloat16"
     scenario = replace(FULL, method=method, dtype=dtype, gradient_checkpointing=checkpointing)
     traced, real = trace(CONFIGS[name], scenario).total_bytes, measure(CONFIGS[name], scenario).total_bytes
-    least = 0.97 if method == "full" and not checkpointing else 1
+    least = 1 if checkpointing else 0.97 if method == "full" else 0.9
     assert least * traced <= real <= traced
 
 

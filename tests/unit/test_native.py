@@ -321,7 +321,8 @@ def test_cross_entropy(
     """Scores that grow with the token, so that each block of the vocabulary has a new maximum."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn((places, size + 2), generator=draw, dtype=torch.float64)
-    head = torch.randn((vocabulary, size), generator=draw, dtype=torch.float64) * torch.linspace(0.1, 2, vocabulary).unsqueeze(-1)
+    head = torch.randn((vocabulary, size), generator=draw, dtype=torch.float64)
+    head *= torch.linspace(0.1, 2, vocabulary).unsqueeze(-1)
     targets = torch.randint(vocabulary, (places,), generator=draw)
     weights = torch.rand(places, generator=draw, dtype=torch.float64)
     leaf = hidden[:, 1 : size + 1].clone().requires_grad_()
@@ -424,7 +425,8 @@ def test_rotations(size: int, rows: int, backwards: bool, dtype: torch.dtype, to
     cos, sin = (torch.randn((rows, 1, 5, size), generator=draw).to(dtype) for _ in range(2))
     found = OWN.rotary(x, cos, sin, backwards)
     assert found.stride() == x.stride()
-    assert_close(found.double(), EAGER.rotary(x.double(), cos.double(), sin.double(), backwards), rtol=tolerance, atol=tolerance)
+    expected = EAGER.rotary(x.double(), cos.double(), sin.double(), backwards)
+    assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_what_has_no_kernel_goes_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,18 +37,20 @@ class _LoraLinears(torch.autograd.Function):
     """Several linear layers of one input, each x W^T + bias + scale (d A^T) B^T; W is frozen and made when needed.
 
     d is x, or with dropout one tensor for each layer. Without dropout, a kernel of ours adds up each layer's two products in
-    registers (native/adapters.cpp); where there is none, the layers share one product with all their A, and their gradients of x
-    are added up inside the products. Saved for the backward pass: x or each d (T, I), which the frozen product needs no copy
-    of, and each d A^T (T, r).
+    registers (native/adapters.cpp); where there is none, the layers share one product with all their A, and their gradients
+    of x are added up inside the products. Saved for the backward pass: x or each d (T, I), which the frozen product needs no
+    copy of, and each d A^T (T, r).
     """
 
     @staticmethod
     def forward(context: Any, group: _Group, x: torch.Tensor, *tensors: torch.Tensor) -> Any:
         count = len(group.weights)
         downs, ups, dropped = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        layers = list(zip(group.weights, group.biases, group.scales, downs, ups, strict=True))
-        if has_own_kernel(x, *downs, *ups, *dropped) and not dropped:
-            made = [adapted(x, weight().T, a.T, b.T, q_scale=scale) for weight, _, scale, a, b in layers]
+        layers = list(zip(group.weights, group.biases, group.scales, ups, strict=True))
+        lows: Sequence[torch.Tensor]
+        if not dropped and has_own_kernel(x, *downs, *ups):
+            pairs = zip(layers, downs, strict=True)
+            made = [adapted(x, weight().T, a.T, b.T, q_scale=scale) for (weight, _, scale, b), a in pairs]
             lows, results = zip(*made, strict=True)
             for result, bias in zip(results, group.biases, strict=True):
                 if bias is not None:
@@ -57,7 +59,7 @@ class _LoraLinears(torch.autograd.Function):
             lows = _lows(x, downs, dropped)
             results = tuple(
                 linear(x, weight(), bias).addmm_(low, b.to(x.dtype).T, alpha=scale)
-                for low, (weight, bias, scale, _, b) in zip(lows, layers, strict=True)
+                for low, (weight, bias, scale, b) in zip(lows, layers, strict=True)
             )
         context.save_for_backward(*(dropped or (x,)), *lows, *downs, *ups)
         context.group, context.apart = group, bool(dropped)
@@ -67,32 +69,19 @@ class _LoraLinears(torch.autograd.Function):
     def backward(context: Any, *gradients: torch.Tensor) -> Any:
         group: _Group = context.group
         count, saved = len(group.weights), context.saved_tensors
-        sources, lows, downs, ups = saved[: -3 * count], saved[-3 * count : -2 * count], saved[-2 * count : -count], saved[-count:]
-        dtype, layers = lows[0].dtype, list(zip(gradients, group.weights, group.scales, downs, ups, strict=True))
-        into_x: torch.Tensor | None = None
-        wanted, own = context.needs_input_grad[1], has_own_kernel(*gradients, *downs, *ups, *sources)
-        if own and wanted and not context.apart:
-            into_lows = []
-            for gradient, weight, scale, a, b in layers:
-                into_low, into_x = adapted(gradient, weight(), b, a, p_scale=scale, total=into_x)
-                into_lows.append(into_low)
-        else:
-            into_lows = [linear(gradient, (b * scale).to(dtype).T) for gradient, _, scale, _, b in layers]
-            for gradient, weight, _, _, _ in layers if wanted else []:
-                into_x = linear(gradient, weight().T) if into_x is None else add_linear(into_x, gradient, weight().T)
-        joint = torch.cat(into_lows, 1)  # (T, sum of r)
-        if into_x is not None and not own and not context.apart:
-            add_linear(into_x, joint, _joint(downs, dtype).T)
-        pairs = zip(lows, layers, strict=True)
-        into_ups = [across_rows(low, g).T.mul(scale).to(b.dtype) for low, (g, _, scale, _, b) in pairs]
+        lows, downs, ups = (saved[-part * count :][:count] for part in (3, 2, 1))
+        sources: Sequence[torch.Tensor] = saved[: -3 * count]
+        into_x, into_lows = _into_inputs(group, gradients, downs, ups, for_x=context.needs_input_grad[1], apart=context.apart)
+        sides = zip(lows, gradients, group.scales, ups, strict=True)
+        into_ups = [across_rows(low, gradient).T.mul(scale).to(b.dtype) for low, gradient, scale, b in sides]
         if context.apart:
-            into_downs = [across_rows(low, d) for low, d in zip(into_lows, sources, strict=True)]
-            into_dropped = [linear(low, a.to(dtype).T) for low, a in zip(into_lows, downs, strict=True)]
-        else:
-            into_downs = list(across_rows(joint, sources[0]).split([len(a) for a in downs]))
-            into_dropped = []
-        into_downs = [slope.to(a.dtype) for slope, a in zip(into_downs, downs, strict=True)]
-        return None, into_x, *into_downs, *into_ups, *into_dropped
+            pairs = list(zip(into_lows, downs, strict=True))
+            into_dropped = [linear(low, a.to(low.dtype).T) for low, a in pairs]
+            into_downs = [across_rows(low, d).to(a.dtype) for (low, a), d in zip(pairs, sources, strict=True)]
+            return None, into_x, *into_downs, *into_ups, *into_dropped
+        slopes = across_rows(torch.cat(into_lows, 1), sources[0]).split([len(a) for a in downs])
+        into_downs = [slope.to(a.dtype) for slope, a in zip(slopes, downs, strict=True)]
+        return None, into_x, *into_downs, *into_ups
 
 
 @dataclass(frozen=True)
@@ -104,11 +93,37 @@ class _Group:
     scales: list[float]
 
 
-def _lows(x: torch.Tensor, downs: Sequence[torch.Tensor], dropped: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def _lows(x: torch.Tensor, downs: Sequence[torch.Tensor], dropped: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Each d A^T (T, r)."""
     if dropped:
         return [linear(d, a.to(d.dtype)) for d, a in zip(dropped, downs, strict=True)]
-    return linear(x, _joint(downs, x.dtype)).split([len(a) for a in downs], 1)
+    return list(linear(x, _joint(downs, x.dtype)).split([len(a) for a in downs], 1))
+
+
+def _into_inputs(
+    group: _Group,
+    gradients: Sequence[torch.Tensor],
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    *,
+    for_x: bool,
+    apart: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """The gradient of x (T, I) if it is wanted, without the adapters' part where that is apart; and of each d A^T (T, r)."""
+    layers = list(zip(gradients, group.weights, group.scales, downs, ups, strict=True))
+    into_x: torch.Tensor | None = None
+    into_lows = []
+    if for_x and not apart and has_own_kernel(*gradients, *downs, *ups):
+        for gradient, weight, scale, a, b in layers:
+            into_low, into_x = adapted(gradient, weight(), b, a, p_scale=scale, total=into_x)
+            into_lows.append(into_low)
+        return into_x, into_lows
+    into_lows = [linear(gradient, (b * scale).to(gradient.dtype).T) for gradient, _, scale, _, b in layers]
+    for gradient, weight, _, _, _ in layers if for_x else []:
+        into_x = linear(gradient, weight().T) if into_x is None else add_linear(into_x, gradient, weight().T)
+    if into_x is not None and not apart:
+        add_linear(into_x, torch.cat(into_lows, 1), _joint(downs, into_x.dtype).T)
+    return into_x, into_lows
 
 
 def has_own_kernel(*tensors: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
 """What a block computes number by number (norms, the gated activation, rotations), as plain functions without gradients.
 
 `EAGER` runs them operator by operator, in place where it can; `OWN` makes one pass over memory of each by kernels of ours where
-they can (native/blocks.cpp: float32 and bfloat16 on a CPU); `compiled` gives the same formulas to torch.compile. Shapes and formulas are
-those of `blocks.py`.
+they can (native/blocks.cpp: float32 and bfloat16 on a CPU); `compiled` gives the same formulas to torch.compile. Shapes and
+formulas are those of `blocks.py`.
 """
 
 from __future__ import annotations

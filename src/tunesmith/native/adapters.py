@@ -32,7 +32,7 @@ def adapted(
     q_scale: float = 1.0,
     total: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The low-rank product `low` = p_scale x P (T, R), and x M + q_scale low Q (T, N), which is added to `total` where there is one.
+    """The low-rank product `low` = p_scale x P (T, R), and x M + q_scale low Q (T, N), added to `total` where there is one.
 
     For x (T, K), M (K, N), P (K, R) and Q (R, N), all but x of any strides. Raises MemoryError where there is too little.
     """

@@ -71,6 +71,8 @@ def _gives_what_it_should() -> bool:
             (slopes,) = torch.autograd.grad((expected * weights).sum(), leaf)
         with torch.no_grad():
             found = with_gradient(hidden, head, targets, weights)
-        if not all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(found, (expected, slopes), strict=True)):
+        if not all(
+            torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(found, (expected, slopes), strict=True)
+        ):
             return False
     return True

@@ -100,7 +100,7 @@ def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | 
 
 
 def one_pass(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, cap: float | None) -> bool:
-    """Whether the loss of a head that is not trained has a kernel of ours (native/cross_entropy.cpp): no logits are kept at all."""
+    """Whether the loss of a head that is not trained has a kernel of ours (native/cross_entropy.cpp): no logits are kept."""
     fitting = plain(hidden, head) and hidden.dtype == head.dtype and hidden.dtype in {torch.float32, torch.float64}
     return fitting and bias is None and cap is None and kernel.reason_against() is None
 

@@ -81,8 +81,8 @@ class _LabelLogProbs(torch.autograd.Function):
 
     Logits are made chunk by chunk, and made again in the backward pass, which needs the slopes of the loss by each
     log-probability: they follow from the sums over whole rows, known only when the last chunk is done. That pass is the
-    cross-entropy with the slopes as weights. Kept between the two: the hidden states (N, H). Where a kernel of ours can, neither
-    pass makes logits that are kept.
+    cross-entropy with the slopes as weights. Kept between the two: the hidden states (N, H). Where a kernel of ours can,
+    neither pass keeps logits.
     """
 
     @staticmethod
