@@ -71,15 +71,16 @@ class _LoraLinears(torch.autograd.Function):
         count, saved = len(group.weights), context.saved_tensors
         lows, downs, ups = (saved[-part * count :][:count] for part in (3, 2, 1))
         sources: Sequence[torch.Tensor] = saved[: -3 * count]
-        into_x, into_lows = _into_inputs(group, gradients, downs, ups, for_x=context.needs_input_grad[1], apart=context.apart)
         sides = zip(lows, gradients, group.scales, ups, strict=True)
         into_ups = [across_rows(low, gradient).T.mul(scale).to(b.dtype) for low, gradient, scale, b in sides]
+        into_x, joint = _into_inputs(group, gradients, downs, ups, for_x=context.needs_input_grad[1], apart=context.apart)
+        ranks = [len(a) for a in downs]
         if context.apart:
-            pairs = list(zip(into_lows, downs, strict=True))
+            pairs = list(zip(joint.split(ranks, 1), downs, strict=True))
             into_dropped = [linear(low, a.to(low.dtype).T) for low, a in pairs]
             into_downs = [across_rows(low, d).to(a.dtype) for (low, a), d in zip(pairs, sources, strict=True)]
             return None, into_x, *into_downs, *into_ups, *into_dropped
-        slopes = across_rows(torch.cat(into_lows, 1), sources[0]).split([len(a) for a in downs])
+        slopes = across_rows(joint, sources[0]).split(ranks)
         into_downs = [slope.to(a.dtype) for slope, a in zip(slopes, downs, strict=True)]
         return None, into_x, *into_downs, *into_ups
 
@@ -108,22 +109,22 @@ def _into_inputs(
     *,
     for_x: bool,
     apart: bool,
-) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """The gradient of x (T, I) if it is wanted, without the adapters' part where that is apart; and of each d A^T (T, r)."""
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The gradient of x (T, I) if it is wanted, without the adapters' part where that is apart; of all d A^T (T, sum of r)."""
     layers = list(zip(gradients, group.weights, group.scales, downs, ups, strict=True))
     into_x: torch.Tensor | None = None
-    into_lows = []
     if for_x and not apart and has_own_kernel(*gradients, *downs, *ups):
+        into_lows = []
         for gradient, weight, scale, a, b in layers:
             into_low, into_x = adapted(gradient, weight(), b, a, p_scale=scale, total=into_x)
             into_lows.append(into_low)
-        return into_x, into_lows
-    into_lows = [linear(gradient, (b * scale).to(gradient.dtype).T) for gradient, _, scale, _, b in layers]
+        return into_x, torch.cat(into_lows, 1)
+    joint = torch.cat([linear(gradient, (b * scale).to(gradient.dtype).T) for gradient, _, scale, _, b in layers], 1)
     for gradient, weight, _, _, _ in layers if for_x else []:
         into_x = linear(gradient, weight().T) if into_x is None else add_linear(into_x, gradient, weight().T)
     if into_x is not None and not apart:
-        add_linear(into_x, torch.cat(into_lows, 1), _joint(downs, into_x.dtype).T)
-    return into_x, into_lows
+        add_linear(into_x, joint, _joint(downs, into_x.dtype).T)
+    return into_x, joint
 
 
 def has_own_kernel(*tensors: torch.Tensor) -> bool:

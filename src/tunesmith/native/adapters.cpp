@@ -2,60 +2,26 @@
 //
 // A linear layer with an adapter is M = W^T, P = A^T, Q = scale B^T; the gradient of its input is M = W, P = scale B, Q = A for the
 // gradient of its output. So the thin products cost what their FLOPs cost, and no pass over memory. Blocks of M and Q are copied
-// into panels that a register tile reads one after the other (Goto and van de Geijn 2008, "Anatomy of high-performance matrix
-// multiplication", section 4). Each thread has rows of its own: results are the same for each number of threads.
+// into panels. Each thread has rows of its own: results are the same for each number of threads.
 //
 // Shapes: T tokens, K numbers of x, N columns of M, R rank.
 
-#include "vectors.h"
+#include "panels.h"
 
 namespace {
 
-constexpr int64_t WIDE = WIDTH<float> * COLUMNS;  // columns of a panel
 constexpr int64_t DEPTH = 1600;                   // numbers of x that are multiplied before sums go to memory, at the most
 constexpr int64_t OF_ROWS = 1 << 16;              // numbers of x that stay in the second-level cache
 constexpr int64_t OF_PANELS = 1 << 20;            // numbers of all panels, about: a part of the last cache
-
-struct Matrix {
-    const float* at;
-    int64_t row, column;  // strides
-    float times;
-};
-
-// Rows [from, from + depth) and columns [first, first + WIDE) of m, zeros behind the last of `columns`.
-void pack(const Matrix& m, int64_t from, int64_t depth, int64_t first, int64_t columns, float* to) {
-    const int64_t count = columns - first < WIDE ? columns - first : WIDE;
-    const float* at = m.at + from * m.row + first * m.column;
-    if (m.column == 1) {
-        for (int64_t k = 0; k < depth; ++k) {
-            float* row = to + k * WIDE;
-            for (int64_t j = 0; j < count; ++j) row[j] = at[k * m.row + j] * m.times;
-            for (int64_t j = count; j < WIDE; ++j) row[j] = 0;
-        }
-        return;
-    }
-    constexpr int64_t STEP = 16;  // a piece of all columns that stays in the first-level cache
-    for (int64_t k = 0; k < depth; k += STEP) {
-        const int64_t end = k + STEP < depth ? k + STEP : depth;
-        for (int64_t j = 0; j < WIDE; ++j)
-            for (int64_t each = k; each < end; ++each)
-                to[each * WIDE + j] = j < count ? at[each * m.row + j * m.column] * m.times : 0.0f;
-    }
-}
 
 // One tile of c = or += a b + low q, for `vectors` vectors of columns; b and q are panels.
 template <int N>
 inline void tile(Left<float> a, const float* b, int64_t depth, Left<float> low, const float* q, int64_t rank, bool add, int64_t rows,
                  int64_t columns, float* c, int64_t row) {
     V<float> sums[TILE][N] = {};
-    multiply<float, N>(a, {b, WIDE, WIDTH<float>}, depth, sums);
-    if (rank > 0) multiply<float, N>(low, {q, WIDE, WIDTH<float>}, rank, sums);
-    if (rows == TILE && columns == N * WIDTH<float>) return put<float, N>(sums, add, c, row);
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) {
-            const float sum = sums[i][j / WIDTH<float>][j % WIDTH<float>];
-            c[i * row + j] = add ? c[i * row + j] + sum : sum;
-        }
+    multiply<float, N>(a, {b, WIDE<float>, WIDTH<float>}, depth, sums);
+    if (rank > 0) multiply<float, N>(low, {q, WIDE<float>, WIDTH<float>}, rank, sums);
+    put_part(sums, rows, columns, add, c, row);
 }
 
 inline void any_tile(Left<float> a, const float* b, int64_t depth, Left<float> low, const float* q, int64_t rank, bool add,
@@ -71,7 +37,7 @@ inline void any_tile(Left<float> a, const float* b, int64_t depth, Left<float> l
 struct Problem {
     const float* x;
     int64_t x_row, tokens, numbers;
-    Matrix m, p, q;
+    Matrix<float> m, p, q;
     int64_t columns, rank;
     float *low, *out;
     bool add;
@@ -88,14 +54,14 @@ Left<float> rows_of(const float* from, int64_t stride, int64_t row, int64_t rows
 
 int product(const Problem& p) {
     const int64_t turns = (p.numbers + DEPTH - 1) / DEPTH, depth = (p.numbers + turns - 1) / turns;
-    const int64_t low_panels = up(p.rank, WIDE) / WIDE, all_panels = up(p.columns, WIDE) / WIDE;
-    const int64_t of_panel = (depth + p.rank) * WIDE;
+    const int64_t low_panels = up(p.rank, WIDE<float>) / WIDE<float>, all_panels = up(p.columns, WIDE<float>) / WIDE<float>;
+    const int64_t of_panel = (depth + p.rank) * WIDE<float>;
     int64_t at_once = OF_PANELS / of_panel;
     at_once = at_once < 1 ? 1 : at_once > all_panels ? all_panels : at_once;
     int64_t block = OF_ROWS / depth / TILE * TILE;
     block = block < 2 * TILE ? 2 * TILE : block;
     const int64_t of_spare = TILE * (depth + p.rank);
-    float *panels = take<float>(at_once * of_panel), *low_of = take<float>(low_panels * depth * WIDE);
+    float *panels = take<float>(at_once * of_panel), *low_of = take<float>(low_panels * depth * WIDE<float>);
     float* spare = take<float>(p.threads * of_spare);
     if (!panels || !low_of || !spare) {
         std::free(panels), std::free(low_of), std::free(spare);
@@ -116,27 +82,27 @@ int product(const Problem& p) {
 #pragma omp for schedule(static)
                 for (int64_t j = 0; j < some + lows; ++j) {
                     if (j >= some) {
-                        pack(p.p, k, deep, (j - some) * WIDE, p.rank, low_of + (j - some) * depth * WIDE);
+                        pack(p.p, k, deep, (j - some) * WIDE<float>, p.rank, low_of + (j - some) * depth * WIDE<float>);
                         continue;
                     }
-                    pack(p.m, k, deep, (n + j) * WIDE, p.columns, panels + j * of_panel);
-                    if (last) pack(p.q, 0, p.rank, (n + j) * WIDE, p.columns, panels + j * of_panel + depth * WIDE);
+                    pack(p.m, k, deep, (n + j) * WIDE<float>, p.columns, panels + j * of_panel);
+                    if (last) pack(p.q, 0, p.rank, (n + j) * WIDE<float>, p.columns, panels + j * of_panel + depth * WIDE<float>);
                 }
                 for (int64_t i = begin; i < end; i += block) {
                     const int64_t until = i + block < end ? i + block : end;
                     for (int64_t j = 0; j < lows; ++j)
                         for (int64_t t = i; t < until; t += TILE) {
-                            const int64_t rows = until - t < TILE ? until - t : TILE, wide = p.rank - j * WIDE;
-                            any_tile(rows_of(p.x, p.x_row, t, rows, k, deep, own), low_of + j * depth * WIDE, deep, {}, nullptr, 0,
-                                     k > 0, rows, wide < WIDE ? wide : WIDE, p.low + t * p.rank + j * WIDE, p.rank);
+                            const int64_t rows = until - t < TILE ? until - t : TILE, wide = p.rank - j * WIDE<float>;
+                            any_tile(rows_of(p.x, p.x_row, t, rows, k, deep, own), low_of + j * depth * WIDE<float>, deep, {}, nullptr, 0,
+                                     k > 0, rows, wide < WIDE<float> ? wide : WIDE<float>, p.low + t * p.rank + j * WIDE<float>, p.rank);
                         }
                     for (int64_t j = 0; j < some; ++j)
                         for (int64_t t = i; t < until; t += TILE) {
-                            const int64_t rows = until - t < TILE ? until - t : TILE, wide = p.columns - (n + j) * WIDE;
+                            const int64_t rows = until - t < TILE ? until - t : TILE, wide = p.columns - (n + j) * WIDE<float>;
                             const float* panel = panels + j * of_panel;
                             any_tile(rows_of(p.x, p.x_row, t, rows, k, deep, own), panel, deep,
-                                     rows_of(p.low, p.rank, t, rows, 0, p.rank, own_low), panel + depth * WIDE, last ? p.rank : 0,
-                                     p.add || k > 0, rows, wide < WIDE ? wide : WIDE, p.out + t * p.columns + (n + j) * WIDE,
+                                     rows_of(p.low, p.rank, t, rows, 0, p.rank, own_low), panel + depth * WIDE<float>, last ? p.rank : 0,
+                                     p.add || k > 0, rows, wide < WIDE<float> ? wide : WIDE<float>, p.out + t * p.columns + (n + j) * WIDE<float>,
                                      p.columns);
                         }
                 }

@@ -8,7 +8,7 @@
 //
 // Shapes: N places, H hidden size, V vocabulary.
 
-#include "vectors.h"
+#include "panels.h"
 
 namespace {
 
@@ -16,31 +16,7 @@ constexpr int64_t BLOCK = 256;     // of the vocabulary
 constexpr int64_t ROWS = 96;       // places whose scores are made at once, at the most
 constexpr int64_t PLACES = 4096;   // that pass over the head at once; what is taken for them is as large as their gradient
 
-template <class T> constexpr int64_t WIDE = WIDTH<T> * COLUMNS;
 template <class T> constexpr int64_t LINE = BLOCK + WIDTH<T>;  // of scores; rows a power of two apart would share cache sets
-
-// Columns of the head's block as the first product reads them, WIDE tokens of one number after one another.
-template <class T> void pack_columns(const T* from, int64_t tokens, int64_t size, int64_t first, T* to) {
-    constexpr int64_t STEP = 16;  // a piece of all tokens that stays in the first-level cache
-    for (int64_t k = 0; k < size; k += STEP) {
-        const int64_t end = k + STEP < size ? k + STEP : size;
-        for (int64_t j = 0; j < WIDE<T>; ++j) {
-            const bool there = first + j < tokens;
-            const T* row = from + (first + j) * size;
-            for (int64_t each = k; each < end; ++each) to[each * WIDE<T> + j] = there ? row[each] : T(0);
-        }
-    }
-}
-
-// Rows of the head's block as the second product reads them, WIDE numbers of each token after one another.
-template <class T> void pack_rows(const T* from, int64_t tokens, int64_t size, int64_t first, T* to) {
-    const int64_t count = size - first < WIDE<T> ? size - first : WIDE<T>;
-    for (int64_t v = 0; v < BLOCK; ++v) {
-        const int64_t kept = v < tokens ? count : 0;
-        if (kept > 0) std::memcpy(to + v * WIDE<T>, from + v * size + first, kept * sizeof(T));
-        std::memset(to + v * WIDE<T> + kept, 0, (WIDE<T> - kept) * sizeof(T));
-    }
-}
 
 // The first product's left side: TILE places of one number after one another.
 template <class T> void pack_places(const T* from, int64_t row, int64_t places, int64_t size, T* to) {
@@ -149,10 +125,10 @@ template <class T> int some_places(const Problem<T>& p, int64_t begin, int64_t e
             const T* block = p.head + from * p.size;
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < columns_of + rows_of; ++n)
-                if (n < columns_of)
-                    pack_columns(block, tokens, p.size, n * WIDE<T>, columns + n * WIDE<T> * p.size);
+                if (n < columns_of)  // of h W^T, then of the exponentials times W
+                    pack<T>({block, 1, p.size, 1}, 0, p.size, n * WIDE<T>, tokens, columns + n * WIDE<T> * p.size);
                 else
-                    pack_rows(block, tokens, p.size, (n - columns_of) * WIDE<T>, rows + (n - columns_of) * WIDE<T> * BLOCK);
+                    pack<T>({block, p.size, 1, 1}, 0, tokens, (n - columns_of) * WIDE<T>, p.size, rows + (n - columns_of) * WIDE<T> * BLOCK);
             const int64_t tiles = places / TILE, me = omp_get_thread_num(), all_of_us = omp_get_num_threads();
             const int64_t first = tiles * me / all_of_us * TILE, last = tiles * (me + 1) / all_of_us * TILE;
             for (int64_t i = first; i < last; i += ROWS)
