@@ -215,9 +215,9 @@ def _speed(*, short: bool) -> list[str]:
     rows = []
     for result, what, name, form in SPEED_CLAIMS:
         asked = not short or any(part in name for part in README_CLAIMS if not name.startswith("peak"))
-        if asked and name in _values(result):
-            values = [_values(each) if result == "train_speed" else {} for each in others]
-            cells = [form.format(found[name]) if name in found else "" for found in (_values(result), *values)]
+        values = [_values(result), *(_values(each) if result == "train_speed" else {} for each in others)]
+        if asked and any(name in found for found in values):
+            cells = [form.format(found[name]) if name in found else "" for found in values]
             rows.append(f"| {' | '.join([what, *cells])} |")
     return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows]
 
