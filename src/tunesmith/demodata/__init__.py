@@ -28,7 +28,7 @@ evaluate:
   max_new_tokens: 48
   batch_size: 50
 """
-MAX_ROWS = 448
+MAX_ROWS = 384
 
 
 def write_input(folder: Path, *, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, max_rows: int = MAX_ROWS) -> Path:
