@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from tunesmith.native import adapters
 from tunesmith.native.adapters import adapted
-from tunesmith.native.library import plain
+from tunesmith.native.library import computes
 from tunesmith.packing.products import across_rows, add_linear, linear
 
 Weight = Callable[[], torch.Tensor]
@@ -129,8 +129,7 @@ def _into_inputs(
 
 def has_own_kernel(*tensors: torch.Tensor) -> bool:
     """Whether a kernel of ours computes with these; not with tensors that stand for others, as the plan's do."""
-    fitting = plain(*tensors) and all(each.dtype == torch.float32 for each in tensors)
-    return fitting and not torch.is_autocast_enabled("cpu") and adapters.reason_against() is None
+    return not torch.is_autocast_enabled("cpu") and computes(adapters, *tensors)
 
 
 def _joint(downs: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

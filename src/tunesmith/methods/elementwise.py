@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from tunesmith.errors import first_line
 from tunesmith.native import blocks as native
-from tunesmith.native.library import plain
+from tunesmith.native.library import computes
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -100,7 +100,7 @@ EAGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, _rotary)
 
 def has_own_kernel(*tensors: torch.Tensor) -> bool:
     """Whether kernels of ours compute with these; not with tensors that stand for others, as the plan's do."""
-    return plain(*tensors) and native.takes(*tensors) and native.reason_against() is None
+    return computes(native, *tensors)
 
 
 def _own_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:

@@ -14,7 +14,7 @@ constexpr int64_t DEPTH = 1600;                   // numbers of x that are multi
 constexpr int64_t OF_ROWS = 1 << 16;              // numbers of x that stay in the second-level cache
 constexpr int64_t OF_PANELS = 1 << 20;            // numbers of all panels, about: a part of the last cache
 
-// One tile of c = or += a b + low q, for `vectors` vectors of columns; b and q are panels.
+// One tile of c = or += a b + low q, N vectors of columns wide; b and q are panels.
 template <int N>
 inline void tile(Left<float> a, const float* b, int64_t depth, Left<float> low, const float* q, int64_t rank, bool add, int64_t rows,
                  int64_t columns, float* c, int64_t row) {

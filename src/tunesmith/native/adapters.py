@@ -14,6 +14,7 @@ from tunesmith.native import library
 from tunesmith.native.library import call, dense_rows
 
 _Strides = ctypes.c_int64 * 6
+DTYPES = frozenset({torch.float32})
 
 
 @cache

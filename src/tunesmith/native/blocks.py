@@ -18,7 +18,7 @@ from tunesmith.native import library
 from tunesmith.native.library import call, dense_rows, own_graph
 
 _Strides = ctypes.c_int64 * 3
-_DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 @cache
@@ -72,13 +72,8 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: boo
     return out
 
 
-def takes(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels compute with tensors of these dtypes."""
-    return len({each.dtype for each in tensors}) == 1 and tensors[0].dtype in _DTYPES
-
-
 def _call(name: str, first: torch.Tensor, *others: Any) -> None:
-    call("blocks", f"{name}_{_DTYPES[first.dtype]}", first, *others)
+    call("blocks", f"{name}_{DTYPES[first.dtype]}", first, *others)
 
 
 def _gives_what_it_should() -> bool:

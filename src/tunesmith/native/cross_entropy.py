@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tunesmith.native import library
 from tunesmith.native.library import call, dense_rows, own_graph
 
-_DTYPES = {torch.float32: "float", torch.float64: "double"}
+DTYPES = {torch.float32: "float", torch.float64: "double"}
 
 
 @cache
@@ -28,35 +28,33 @@ def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tenso
 
     Raises IndexError for a target that is no token, MemoryError where there is too little.
     """
-    return _call(hidden, head, targets, None)[0]
+    return _losses(hidden, head, targets, None, None)
 
 
 def with_gradient(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, and the gradient (N, H) for `hidden` of their sum weighted with `weights` (N)."""
-    losses, into_hidden = _call(hidden, head, targets, weights)
-    if into_hidden is None:
-        raise AssertionError("weights were given")
-    return losses, into_hidden
+    into_hidden = hidden.new_empty(hidden.shape)
+    return _losses(hidden, head, targets, weights.contiguous(), into_hidden), into_hidden
 
 
-def _call(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _losses(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None,
+    into_hidden: torch.Tensor | None,
+) -> torch.Tensor:
     hidden, head, targets = dense_rows(hidden), head.contiguous(), targets.contiguous()
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(head):
         raise IndexError(f"a target is no token of a vocabulary of {len(head)}")
-    losses = hidden.new_empty(len(hidden))
-    into_hidden, none = None, ctypes.c_void_p(None)
-    if weights is not None:
-        weights, into_hidden = weights.contiguous(), hidden.new_empty(hidden.shape)
-    tensors = (losses, none if into_hidden is None else into_hidden)
-    sizes = (*hidden.shape, len(head))
+    losses, none = hidden.new_empty(len(hidden)), ctypes.c_void_p(None)
     given = (hidden, hidden.stride(0), head, targets, none if weights is None else weights)
-    if call("cross_entropy", f"cross_entropy_{_DTYPES[hidden.dtype]}", *given, *tensors, *sizes) != 0:
+    made = (losses, none if into_hidden is None else into_hidden)
+    if call("cross_entropy", f"cross_entropy_{DTYPES[hidden.dtype]}", *given, *made, *hidden.shape, len(head)) != 0:
         raise MemoryError("too little memory for the loss")
-    return losses, into_hidden
+    return losses
 
 
 def _gives_what_it_should() -> bool:

@@ -76,6 +76,12 @@ def plain(*tensors: torch.Tensor) -> bool:
     return all(type(each) in {torch.Tensor, torch.nn.Parameter} and each.device.type == "cpu" for each in tensors)
 
 
+def computes(kernel: Any, *tensors: torch.Tensor) -> bool:
+    """Whether a module's kernels compute with these here: plain tensors of one dtype, which is among its DTYPES."""
+    dtypes = {each.dtype for each in tensors}
+    return plain(*tensors) and len(dtypes) == 1 and dtypes <= set(kernel.DTYPES) and kernel.reason_against() is None
+
+
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with the numbers of its last dimension after one another, as kernels read them."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -20,7 +20,7 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 #: (start, end, subtree_end) of each node after the other, in depth-first order.
 Table = ctypes.Array[ctypes.c_int64]
 
-_DTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
+DTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
 
 
 def table(nodes: Sequence[tuple[int, int, int]]) -> Table:
@@ -37,11 +37,6 @@ def reason_against() -> str | None:
 def exact(dtype: torch.dtype) -> torch.dtype:
     """What tensors of this dtype are computed with in."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def takes(tensor: torch.Tensor) -> bool:
-    """Whether the kernel reads tensors of this dtype."""
-    return tensor.dtype in _DTYPES
 
 
 def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Table, scale: float) -> Pair:
@@ -88,7 +83,7 @@ def _call(
 ) -> None:
     heads, tokens, size = query.shape
     sizes = (ctypes.c_int64 * 5)(heads, key.shape[0], tokens, size, len(nodes) // 3)
-    function = f"tree_{name}_{_DTYPES[query.dtype]}"
+    function = f"tree_{name}_{DTYPES[query.dtype]}"
     if call("tree_attention", function, sizes, strides, nodes, ctypes.c_double(scale), *tensors) != 0:
         raise MemoryError("too little memory for attention")
 

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.native import tree_attention as tree_kernel
-from tunesmith.native.library import plain
+from tunesmith.native.library import computes
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
 from tunesmith.packing.flex import block_mask, flex, reason_against
 from tunesmith.packing.tree import Node
@@ -106,7 +106,7 @@ class _TreeAttention(torch.autograd.Function):
 
 def has_own_kernel(tensor: torch.Tensor) -> bool:
     """Whether the kernel of ours computes attention on a CPU; not for tensors that stand for others, as the plan's do."""
-    return plain(tensor) and tree_kernel.takes(tensor) and tree_kernel.reason_against() is None
+    return computes(tree_kernel, tensor)
 
 
 def repeat_heads(query: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.native import cross_entropy as kernel
-from tunesmith.native.library import plain
+from tunesmith.native.library import computes
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
 from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
 from tunesmith.packing.products import across_rows, has_own_kernel, linear
@@ -101,8 +101,7 @@ def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | 
 
 def one_pass(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, cap: float | None) -> bool:
     """Whether the loss of a head that is not trained has a kernel of ours (native/cross_entropy.cpp): no logits are kept."""
-    fitting = plain(hidden, head) and hidden.dtype == head.dtype and hidden.dtype in {torch.float32, torch.float64}
-    return fitting and bias is None and cap is None and kernel.reason_against() is None
+    return bias is None and cap is None and computes(kernel, hidden, head)
 
 
 def _chunk(
