@@ -24,7 +24,7 @@ from tunesmith.methods.elementwise import EAGER, OWN
 from tunesmith.native import products, tree_attention
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
 from tunesmith.packing.products import linear
-from tunesmith.packing.tree import Node
+from tunesmith.packing.tree import Node, as_numbers
 
 HEADS, SHARED, SIZE, HIDDEN, WIDTH = 9, 3, 64, 576, 1536
 TOKENS = 2560
@@ -71,7 +71,7 @@ def attention() -> list[dict[str, Any]]:
             torch.randn(tokens, heads, SIZE).transpose(0, 1) for heads in (HEADS, SHARED, SHARED, HEADS)
         )
         inputs, scale = (query, key, value), SIZE**-0.5
-        table = tree_attention.table([(node.start, node.end, node.subtree_end) for node in nodes])
+        table = tree_attention.table(as_numbers(nodes))
         made = tree_attention.forward(*inputs, table, scale)
         rows.append(
             row_of(

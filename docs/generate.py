@@ -43,7 +43,8 @@ def _field_row(name: str, field: FieldInfo) -> str:
     default = "**required**" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
     if field.default is None:
         default = "none"
-    return f"| `{name}` | {_type_name(field.annotation)} | {default} | {field.description} |"
+    described = " ".join((field.description or "").split())  # a table's row is one line
+    return f"| `{name}` | {_type_name(field.annotation)} | {default} | {described} |"
 
 
 def _sections() -> dict[str, type[Section]]:

@@ -37,6 +37,7 @@ Objective = Literal["sft", "dpo", "pretrain", "kto", "orpo", "reward", "grpo", "
 Origin = Literal["default", "file", "override", "plan"]
 
 Rate = Annotated[float, Field(gt=0, le=1)]
+Checkpointing = bool | Literal["keep_attention"]
 
 
 class LoraSection(Section):
@@ -97,8 +98,9 @@ class TrainSection(Section):
     optimizer_offloading: bool = False
     """Keep the optimizer's states and masters in the machine's memory and move them over slice by slice in each step, to the
     same bits (GPU only): what paged optimizers do when memory is short, at a cost that is known before."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Checkpointing = False
+    """Recompute activations in the backward pass: less memory, about a third more time. `keep_attention` keeps what attention
+    gave and recomputes all else: a little more memory, and the longer the rows the more time saved."""
     activation_offloading: bool = False
     """Keep activations in the machine's memory between forward and backward pass (GPU only)."""
     attn_implementation: Literal["auto", "flash_attention_3", "flash_attention_2", "xformers", "sdpa", "eager"] = "auto"

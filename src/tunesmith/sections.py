@@ -161,6 +161,10 @@ def ignored_problems(values: Mapping[str, Any], source: str) -> Iterator[Problem
         if name != objective and values[name] != section().model_dump(mode="json"):
             fix = f"remove the section, or set objective: {name}"
             yield Problem("TS003", f"{name}: it is for objective: {name}, not {objective}", source, why, fix)
+    train = values["train"]
+    if train["gradient_checkpointing"] == "keep_attention" and train["attn_implementation"] == "eager":
+        what = "gradient_checkpointing: keep_attention with attn_implementation: eager, which has no one result to keep"
+        yield Problem("TS003", what, source, why, "set train.gradient_checkpointing: true, or another attn_implementation")
     if objective == "reward" and values["rope_scaling"] is not None:
         yield Problem(
             "TS003", "rope_scaling with objective: reward", source, why, "scale the positions when the policy is trained"

@@ -25,6 +25,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def test_every_row_of_a_table_is_one_line() -> None:
+    """A line of a table that does not end it has all cells, or the page shows the rest of the row as text."""
+    for page in (REPO / "docs").glob("*.md"):
+        lines = page.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            assert not line.startswith("| ") or line.rstrip().endswith("|"), f"{page.name}:{number}"
+
+
 def test_readme_recipe_is_valid() -> None:
     (text,) = blocks("yaml")
     assert len(text.splitlines()) <= 10

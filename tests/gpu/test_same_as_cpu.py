@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.invariant.test_packing import CONFIGS, VOCABULARY, loss_and_gradients
 from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.methods.checkpointing import enable_checkpointing
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.methods.sizes import STATE_BITS
 from tunesmith.packing import flex
@@ -129,6 +130,16 @@ def test_states_in_the_machines_memory_give_the_same_bits(device: torch.device, 
         assert kept == {device.type if store is None else "cpu"}
         results.append(parameter.detach().clone())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("rows", [branching_rows(), branching_rows()[:1]], ids=["tree", "one row"])
+def test_gradients_with_attention_kept(device: torch.device, rows: Rows) -> None:
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).train()
+    batch = collate_tree(rows)
+    _, expected = on(device, model, batch)
+    enable_checkpointing(model, "keep_attention")
+    _, found = on(device, model, batch)
+    close(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

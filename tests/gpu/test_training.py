@@ -17,7 +17,7 @@ from tunesmith.errors import StageFailedError
 from tunesmith.methods import METHODS
 from tunesmith.models.load import make_config
 from tunesmith.packing.batch import Batch, to_device
-from tunesmith.recipe import Method, parse_recipe
+from tunesmith.recipe import Checkpointing, Method, parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.plan.building import build_model
 from tunesmith.stages.plan.scenario import Scenario
@@ -92,9 +92,9 @@ def test_a_step_that_does_not_fit_is_computed_in_smaller_parts(tmp_path: Path, w
     assert losses_of(little) == pytest.approx(losses_of(plenty), rel=1e-3)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "keep_attention"])
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_asked_for_are_those_of_the_trace(gpu: torch.device, method: Method, checkpointing: bool) -> None:
+def test_bytes_asked_for_are_those_of_the_trace(gpu: torch.device, method: Method, checkpointing: Checkpointing) -> None:
     """A real step of a model of some size, against the same step on fake tensors: within 2 %."""
     shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8}
     config = make_config({"model_type": "qwen2", "vocab_size": 8192, "num_key_value_heads": 2, **shape})

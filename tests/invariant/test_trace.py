@@ -54,6 +54,8 @@ def test_trace_equals_real_allocation(name: str, checkpointing: bool, method: An
         {"dtype": "bfloat16", "optim": "adamw_kahan"},
         {"accumulating": True},
         {"attention": "tree", "rows": 1},
+        {"gradient_checkpointing": "keep_attention"},
+        {"method": "lora", "dtype": "bfloat16", "attention": "tree", "rows": 1, "gradient_checkpointing": "keep_attention"},
         {"method": "lora", "stock": True, "dtype": "bfloat16", "optim": "adamw_torch_fused"},
         {"method": "qlora", "stock": True, "dtype": "bfloat16", "optim": "adamw_torch_foreach"},
     ],

@@ -16,14 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.shapes import SHAPE
 from tunesmith import native
-from tunesmith.methods.base import enable_checkpointing
 from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.methods.checkpointing import enable_checkpointing
 from tunesmith.methods.elementwise import EAGER, OWN
 from tunesmith.native import adapters, blocks, cross_entropy, library, products, tree_attention
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
 from tunesmith.packing.batch import collate_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
-from tunesmith.packing.tree import Node
+from tunesmith.packing.tree import Node, as_numbers
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="kernels need Linux and a C++ compiler"
@@ -133,7 +133,7 @@ def test_the_first_call_may_come_from_a_block_that_is_recomputed() -> None:
         module.reason_against.cache_clear()
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
     fuse_blocks(model)
-    enable_checkpointing(model)
+    enable_checkpointing(model, True)
     use_tree_attention(model, on=True)
     batch = collate_tree([{"input_ids": list(range(1, 90)), "trained": [True] * 89}])
     summed_loss(model, batch).backward()
@@ -185,7 +185,7 @@ def test_attention_is_that_of_torchs_kernel(
     exact = [each.double() for each in tensors]
     out, weight = blocks_forward(*exact[:3], nodes, scale)
     grads = blocks_backward(*exact, out, weight, nodes, scale)
-    table = tree_attention.table([(node.start, node.end, node.subtree_end) for node in nodes])
+    table = tree_attention.table(as_numbers(nodes))
     found, sums = tree_attention.forward(*tensors[:3], table, scale)
     made = tree_attention.backward(*tensors, found, sums, table, scale)
     for one, other in zip((found, sums, *made), (out, weight, *grads), strict=True):
@@ -198,7 +198,7 @@ def test_attention_is_that_of_torchs_kernel(
 def test_attention_with_other_numbers_of_threads(threads: Callable[[int], None], count: int) -> None:
     nodes = TREES["longer than a chunk"]
     tensors = inputs(nodes, 4, 2, 16, torch.float64)
-    table = tree_attention.table([(node.start, node.end, node.subtree_end) for node in nodes])
+    table = tree_attention.table(as_numbers(nodes))
     out, weight = blocks_forward(*tensors[:3], nodes, 0.3)
     grads = blocks_backward(*tensors, out, weight, nodes, 0.3)
     threads(count)
@@ -210,7 +210,7 @@ def test_attention_with_other_numbers_of_threads(threads: Callable[[int], None],
 def test_attention_reads_what_lies_otherwise_in_memory() -> None:
     nodes = TREES["several roots"]
     tensors = inputs(nodes, 4, 2, 16, torch.float32)
-    table = tree_attention.table([(node.start, node.end, node.subtree_end) for node in nodes])
+    table = tree_attention.table(as_numbers(nodes))
     out, weight = tree_attention.forward(*tensors[:3], table, 0.3)
     grads = tree_attention.backward(*tensors, out, weight, table, 0.3)
     for lie in (torch.Tensor.contiguous, lambda each: each.transpose(1, 2).contiguous().transpose(1, 2)):
@@ -227,7 +227,7 @@ def test_attention_does_not_hide_what_is_no_number(dtype: torch.dtype, what: flo
     nodes = TREES["several roots"]
     query, key, value, gradient = inputs(nodes, 2, 1, 16, dtype)
     key[0, 7] = what
-    table = tree_attention.table([(node.start, node.end, node.subtree_end) for node in nodes])
+    table = tree_attention.table(as_numbers(nodes))
     out, weight = tree_attention.forward(query, key, value, table, 0.3)
     seen = torch.zeros(len(out), dtype=torch.bool)
     seen[7:30] = True

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 from tests.invariant.test_packing import CONFIGS
 from tests.unit.test_settings import CPU, recipe
 from tunesmith.errors import RecipeError
-from tunesmith.methods.base import enable_checkpointing
 from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.methods.checkpointing import enable_checkpointing
 from tunesmith.methods.offload import ActivationOffload
 from tunesmith.methods.settings import settle
 from tunesmith.packing.batch import collate_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
+from tunesmith.recipe import Checkpointing
 
 ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9, last], "trained": [False] * 4 + [True] * 6} for last in (10, 11)]
 
@@ -34,14 +35,13 @@ def gradients(model: Any, offload: ActivationOffload | None) -> dict[str, torch.
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_the_same_bits(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, "keep_attention"])
+def test_gradients_are_the_same_bits(checkpointing: Checkpointing) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).train()
     fuse_blocks(model)
     use_tree_attention(model, on=True)
-    if checkpointing:
-        enable_checkpointing(model)
+    enable_checkpointing(model, checkpointing)
     offload = ActivationOffload(model, smallest=1, always=True)
     wanted, found = gradients(model, None), gradients(model, offload)
     assert found.keys() == wanted.keys()

@@ -56,6 +56,7 @@ def test_the_next_lever_is_named_with_bytes(model: Any) -> None:
     assert (
         first == f"train.gradient_checkpointing: true (keeps {3 * 50 * 8 * 2:,} bytes of the row, and computes the rest again)"
     )
+    assert next_lever(recipe_of("method: full\ntrain: {gradient_checkpointing: keep_attention}"), model, 50) == first
     checkpointing = "train: {gradient_checkpointing: true}"
     second = next_lever(recipe_of(f"method: full\n{checkpointing}"), model, 50)
     assert second is not None

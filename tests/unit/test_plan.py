@@ -193,6 +193,16 @@ def test_resolved_recipe_is_what_was_planned() -> None:
     assert again.options["lora"].seconds_per_step == option.seconds_per_step
 
 
+@pytest.mark.parametrize("attention", ["auto", "eager"])
+def test_attention_is_kept_where_it_fits_and_there_is_one_result_to_keep(attention: str) -> None:
+    """Long rows on a small card: what is computed again is chosen between memory and time."""
+    resolved = recipe("Qwen/Qwen2-7B", f"train.attn_implementation={attention}", "train.per_device_train_batch_size=1")
+    plan = plan_for(resolved.recipe, assumed(10_000, 8192), find_device("24GB", GPUS), GPUS, methods=["qlora"], entries=[])
+    lever = plan.options["qlora"].lever
+    assert lever.gradient_checkpointing == ("keep_attention" if attention == "auto" else True)
+    assert ("but for attention" in settings_line(plan.options["qlora"])) == (attention == "auto")
+
+
 def test_what_the_user_set_is_left_as_it_is() -> None:
     resolved = recipe("Qwen/Qwen2-7B", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=4")
     fixed = {"train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.gradient_checkpointing"}
@@ -299,6 +309,9 @@ def test_time_follows_what_is_computed(architecture: Architecture) -> None:
     full, lora, again = work(architecture, method="full"), work(architecture), work(architecture, gradient_checkpointing=True)
     assert full.product_flops > again.product_flops > lora.product_flops
     assert again.product_flops / lora.product_flops == pytest.approx(1.5, abs=0.05)
+    assert again.attention_flops / lora.attention_flops == pytest.approx(4.5 / 3.5)
+    kept = work(architecture, gradient_checkpointing="keep_attention")
+    assert (kept.product_flops, kept.attention_flops) == (again.product_flops, lora.attention_flops)
     assert work(architecture, method="qlora").moved_bytes > lora.moved_bytes
     assert work(architecture, length=4096).attention_flops == 2 * lora.attention_flops
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tunesmith.recipe import RopeScalingSection
+from tunesmith.recipe import Checkpointing, RopeScalingSection
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Method(ABC):
     folder: Path
     compute_dtype: str
     adapter: AdapterSettings
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
     rope_scaling: RopeScalingSection | None = None
 
     name: ClassVar[str]
@@ -71,9 +71,3 @@ class Method(ABC):
     def trainable_parameters(self, model: Any) -> int:
         """Number of parameters that training changes."""
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass (non-reentrant, which works with frozen inputs)."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()

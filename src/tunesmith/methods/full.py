@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tunesmith.methods.base import Method, enable_checkpointing
+from tunesmith.methods.base import Method
 from tunesmith.models.load import load_model
 
 
@@ -17,11 +17,11 @@ class Full(Method):
 
     def build(self) -> Any:
         from tunesmith.methods.blocks import fuse_blocks
+        from tunesmith.methods.checkpointing import enable_checkpointing
 
         model = load_model(self.folder, **self.as_loaded)
         fuse_blocks(model)
-        if self.gradient_checkpointing:
-            enable_checkpointing(model)
+        enable_checkpointing(model, self.gradient_checkpointing)
         return model
 
     def reference(self) -> Any:

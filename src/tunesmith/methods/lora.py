@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.io.atomic import read_json, write_json
-from tunesmith.methods.base import AdapterSettings, Method, enable_checkpointing
+from tunesmith.methods.base import AdapterSettings, Method
 from tunesmith.models.load import load_model
 
 
@@ -95,11 +95,11 @@ class Lora(Method):
 
         from tunesmith.methods.adapter import fuse_adapters
         from tunesmith.methods.blocks import fuse_blocks
+        from tunesmith.methods.checkpointing import enable_checkpointing
 
         base = self.load_base()
         fuse_blocks(base)
-        if self.gradient_checkpointing:
-            enable_checkpointing(base)
+        enable_checkpointing(base, self.gradient_checkpointing)
         config = adapter_config(base, self.adapter, task_type="CAUSAL_LM")
         torch.manual_seed(self.adapter.seed)
         model = get_peft_model(base, config)  # makes the adapters float32

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tunesmith.methods.base import Method, enable_checkpointing
+from tunesmith.methods.base import Method
 from tunesmith.methods.lora import adapter_config
 from tunesmith.methods.qlora import QLora
 from tunesmith.models.load import load_scorer
@@ -21,12 +21,13 @@ def build_scorer(method: Method, pad_token_id: int) -> Any:
     import torch
     from peft import get_peft_model
 
+    from tunesmith.methods.checkpointing import enable_checkpointing
+
     torch.manual_seed(method.adapter.seed)
     quantised = method.quantization(skip=[HEAD]) if isinstance(method, QLora) else None
     base = load_scorer(method.folder, dtype=method.compute_dtype, quantization_config=quantised)
     base.config.pad_token_id = pad_token_id
-    if method.gradient_checkpointing:
-        enable_checkpointing(base)
+    enable_checkpointing(base, method.gradient_checkpointing)
     if method.name == "full":
         return base
     return get_peft_model(base, adapter_config(base, method.adapter, task_type="SEQ_CLS", heads=[HEAD]))

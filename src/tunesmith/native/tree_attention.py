@@ -23,9 +23,9 @@ Table = ctypes.Array[ctypes.c_int64]
 DTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
 
 
-def table(nodes: Sequence[tuple[int, int, int]]) -> Table:
-    """What the kernel reads of a tree."""
-    return (ctypes.c_int64 * (3 * len(nodes)))(*(number for node in nodes for number in node))
+def table(nodes: Sequence[int]) -> Table:
+    """What the kernel reads of a tree; `nodes` has the same numbers."""
+    return (ctypes.c_int64 * len(nodes))(*nodes)
 
 
 @cache
@@ -106,7 +106,7 @@ def _gives_what_it_should() -> bool:
             scores = (leaves[0] @ keys.transpose(1, 2) * 0.2).masked_fill(~mask, float("-inf"))
             expected = scores.softmax(-1) @ values
             slopes = torch.autograd.grad(expected, leaves, gradient.to(exact(dtype)))
-        nodes = table(spans)
+        nodes = table([number for span in spans for number in span])
         with torch.no_grad():
             out, weight = forward(query, key, value, nodes, 0.2)
             found = backward(query, key, value, gradient, out, weight, nodes, 0.2)

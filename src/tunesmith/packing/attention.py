@@ -25,7 +25,7 @@ from tunesmith.native import tree_attention as tree_kernel
 from tunesmith.native.library import computes
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
 from tunesmith.packing.flex import block_mask, flex, reason_against
-from tunesmith.packing.tree import Node
+from tunesmith.packing.tree import Node, as_numbers
 
 NAME = "tunesmith_tree"
 
@@ -40,9 +40,9 @@ class Layout:
     _blocks: BlockMask | None = field(default=None, repr=False)
 
     @cached_property
-    def table(self) -> tree_kernel.Table:
-        """The nodes as the kernel for CPUs reads them."""
-        return tree_kernel.table([(node.start, node.end, node.subtree_end) for node in self.nodes])
+    def numbers(self) -> list[int]:
+        """The nodes as an operator's argument."""
+        return as_numbers(self.nodes)
 
     def mask(self, device: torch.device) -> torch.Tensor:
         """(T, T) booleans: whether the query of a row sees the key of a column."""
@@ -69,6 +69,32 @@ class Layout:
         return self._blocks
 
 
+def _along(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Sequence[int], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T scale) v as (T, H, D), and each query's log-sum-exp (T, H); q is (H, T, D), k and v (H_kv, T, D)."""
+    if has_own_kernel(query):
+        return tree_kernel.forward(query, key, value, tree_kernel.table(nodes), scale)
+    exact = tree_kernel.exact(query.dtype)
+    tree = [Node(*each) for each in zip(*(nodes[part::3] for part in range(3)), strict=True)]
+    out, weight = blocks_forward(query.to(exact), key.to(exact), value.to(exact), tree, scale)
+    return out.to(query.dtype), weight
+
+
+def _shapes(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_along` makes, without contents."""
+    heads, tokens, size = query.shape
+    return query.new_empty((tokens, heads, size)), query.new_empty((tokens, heads), dtype=tree_kernel.exact(query.dtype))
+
+
+# An operator of torch's, so that checkpointing can keep what it gives (methods/checkpointing.py) and a trace counts it.
+_LIBRARY = torch.library.Library("tunesmith", "DEF")
+_LIBRARY.define("tree_attention(Tensor query, Tensor key, Tensor value, int[] nodes, float scale) -> (Tensor, Tensor)")
+_LIBRARY.impl("tree_attention", _along, "CPU")
+torch.library.register_fake("tunesmith::tree_attention", _shapes, lib=_LIBRARY)
+TREE_OPERATOR = torch.ops.tunesmith.tree_attention
+
+
 class _TreeAttention(torch.autograd.Function):
     """softmax(q k^T scale) v over the blocks of a tree; q and the result are (1, H, T, D), k and v (1, H_kv, T, D).
 
@@ -79,13 +105,8 @@ class _TreeAttention(torch.autograd.Function):
     def forward(
         context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
     ) -> torch.Tensor:
-        q, k, v = (each[0] for each in (query, key, value))
-        if has_own_kernel(query):
-            by_token, weight = tree_kernel.forward(q, k, v, layout.table, scale)
-        else:
-            exact = tree_kernel.exact(query.dtype)
-            by_token, weight = blocks_forward(q.to(exact), k.to(exact), v.to(exact), layout.nodes, scale)
-        result: torch.Tensor = by_token.transpose(0, 1).unsqueeze(0).to(query.dtype)
+        by_token, weight = TREE_OPERATOR(query[0], key[0], value[0], layout.numbers, scale)
+        result: torch.Tensor = by_token.transpose(0, 1).unsqueeze(0)
         context.save_for_backward(query, key, value, result, weight)
         context.layout, context.scale = layout, scale
         return result
@@ -98,7 +119,7 @@ class _TreeAttention(torch.autograd.Function):
         q, k, v, result, upstream = given if own else [each.to(weight.dtype) for each in given]
         by_token = result.transpose(0, 1)
         if own:
-            grads = tree_kernel.backward(q, k, v, upstream, by_token, weight, layout.table, context.scale)
+            grads = tree_kernel.backward(q, k, v, upstream, by_token, weight, tree_kernel.table(layout.numbers), context.scale)
         else:
             grads = blocks_backward(q, k, v, upstream, by_token, weight, layout.nodes, context.scale)
         return (*(grad.transpose(0, 1).unsqueeze(0).to(gradient.dtype) for grad in grads), None, None)

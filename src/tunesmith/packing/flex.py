@@ -19,6 +19,9 @@ from tunesmith.packing.tree import Node
 #: Queries, and keys, of a block that is computed as a whole or not at all.
 BLOCK = 128
 
+#: Any length, and one operator in the eyes of checkpointing, which can keep it (methods/checkpointing.py).
+COMPILED: dict[str, Any] = {"dynamic": True, "options": {"wrap_inductor_compiled_regions": True}}
+
 #: What the kernels multiply; they have no float64.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -59,7 +62,7 @@ def _ordered(which: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, t
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, **COMPILED)
 
 
 def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scale: float) -> torch.Tensor:

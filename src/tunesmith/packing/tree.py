@@ -37,6 +37,11 @@ class Node:
     subtree_end: int
 
 
+def as_numbers(nodes: Sequence[Node]) -> list[int]:
+    """(start, end, subtree_end) of each node after the other: a tree as an operator's argument."""
+    return [number for node in nodes for number in (node.start, node.end, node.subtree_end)]
+
+
 @dataclass(frozen=True)
 class Tree:
     """Rows laid out: `ids` and `positions` (length T), nodes in depth-first order, and where each row's tokens stand.

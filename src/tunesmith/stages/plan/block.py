@@ -64,6 +64,8 @@ class Modules:
         self.t = scenario.tokens
         # PEFT's k-bit preparation turns norms and embeddings to float32, and with them everything between 4-bit products.
         self.e = 4 if scenario.stock and scenario.method == "qlora" else scenario.element
+        #: What the block's attention gave, kept for the backward pass though the block is not (methods/checkpointing.py).
+        self.kept: list[Buffer] = []
         #: methods/blocks.py
         self.fused = not scenario.stock and architecture.model_type in TREE_ARCHITECTURES
 
@@ -261,6 +263,8 @@ class Modules:
             out = tape.apply(e * q_width * t, [q, k, v], saves=saves, gives=gives, scratch=moment, back_scratch=2 * moment)
             tape.drop(repeated, softmax)
             return out
+        tape.drop(*self.kept)  # of the forward pass, where the block is recomputed: made again below, as it is still there
+        self.kept.clear()
         sums = tape.make("activations", 4 * heads * t)
         moment, back = 0, 0
         if self.s.attention == "tree":
@@ -274,6 +278,11 @@ class Modules:
         out = tape.apply(
             e * q_width * t, [q, k, v], saves=saves, gives=gives, scratch=moment, back_scratch=back, saves_result=True
         )
+        if self.s.gradient_checkpointing == "keep_attention" and not tape.recording:
+            given = [each.buffer for each in (q, k, v)] if self.s.attention == "flex" else []
+            self.kept += [out.buffer, sums, *given]
+            for buffer in self.kept:
+                buffer.holders += 1
         tape.drop(sums)
         return out
 

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.methods.adapter import fuse_adapters
-from tunesmith.methods.base import AdapterSettings, enable_checkpointing
+from tunesmith.methods.base import AdapterSettings
 from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.methods.checkpointing import enable_checkpointing
 from tunesmith.methods.lora import adapter_config
 from tunesmith.methods.optimizers import AdamW, InBackward, store_of
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
@@ -48,7 +49,7 @@ def _plain_causal(
 
 
 ALL_ATTENTION_FUNCTIONS.register(PLAIN_ATTENTION, _plain_causal)
-ATTENTION = {"sdpa": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "eager": "eager"}
+ATTENTION = {"sdpa": PLAIN_ATTENTION, "flex": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "eager": "eager"}
 
 
 def quantise(model: Any, dtype: torch.dtype, device: str) -> None:
@@ -139,8 +140,7 @@ def build_model(config: Any, scenario: Scenario, device: str) -> Any:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         if not scenario.stock:
             fuse_blocks(model)
-        if scenario.gradient_checkpointing:
-            enable_checkpointing(model)
+        enable_checkpointing(model, scenario.gradient_checkpointing)
         if adapted:
             # On meta PEFT would cast nothing, so it is done here.
             settings = AdapterSettings(scenario.r, 2 * scenario.r, 0.0, "all-linear", False, 0, scenario.modules_to_save)

@@ -140,7 +140,8 @@ def _of_settings(option: Option, facts: DataFacts) -> list[Reason]:
     rising = f"the learning rate rises over the first {chosen.warmup_steps:,}"
     reasons.append(Reason("epochs", "article", f"{chosen.num_train_epochs:g} epochs are {chosen.max_steps:,} steps; {rising}"))
     if option.lever.gradient_checkpointing:
-        text = "activations are computed again in the backward pass: memory demands it, or it buys a larger micro-batch"
+        what = "activations" if option.lever.gradient_checkpointing is True else "activations, but not attention,"
+        text = f"{what} are computed again in the backward pass: memory demands it, or it buys a larger micro-batch"
         reasons.append(Reason("checkpointing", "tunesmith", text))
     if option.lever.optim != "adamw":
         exact = option.lever.optim in COMPENSATED

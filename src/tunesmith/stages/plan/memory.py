@@ -14,7 +14,7 @@ from tunesmith.methods.sizes import NF4_BYTES, OPTIMIZER_SLICE, master_bytes, st
 from tunesmith.models.architecture import Architecture
 from tunesmith.stages.plan.block import Modules
 from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.tape import Kind, Tape, Value
+from tunesmith.stages.plan.tape import Buffer, Kind, Tape, Value
 
 _SHOWN = 4  # blocks that are computed one by one
 
@@ -173,12 +173,13 @@ class _Step:
         kinds = 2 if self.a.model_type == "gemma3_text" else 1  # rotary embeddings: of local and global blocks
         rotary = tape.make("activations", kinds * 2 * element * self.a.head_dim * self.s.tokens)
         first = hidden = self._embedding()
-        starts: list[tuple[int, Value]] = []  # of each block: nodes before it, its input
+        starts: list[tuple[int, Value, list[Buffer]]] = []  # of each block: nodes before it, input, attention
         ballast = tape.make("activations", 0)
         for number in range(shown):
             before = tape.total
             written, operators = tape.written, tape.operators
-            starts.append((len(tape.nodes), hidden))
+            self.modules.kept = []
+            starts.append((len(tape.nodes), hidden, self.modules.kept))
             hidden = self._block_forward(hidden)
             if number == 1:
                 # The input of a block has become its output, so what is more now is what the block keeps.
@@ -195,7 +196,7 @@ class _Step:
                 tape.drop(ballast)
                 tape.make("gradients", self._kept_gradients() * (layers - shown), moved=False)
             written, operators = tape.written, tape.operators
-            since, start = starts[number]
+            since, start, self.modules.kept = starts[number]
             if recompute:
                 self._recompute(start, hidden)
             tape.backward(since)
@@ -217,13 +218,14 @@ class _Step:
     def _embedding(self) -> Value:
         """Its result; gradients flow to it where it is trained, or where blocks are recomputed."""
         size = self.s.element * self.a.hidden_size * self.s.tokens
-        value = Value(self.tape.make("activations", size), self.s.trains("embed_tokens") or self.s.gradient_checkpointing)
+        needs = self.s.trains("embed_tokens") or bool(self.s.gradient_checkpointing)
+        value = Value(self.tape.make("activations", size), needs)
         if self.modules.style.scaled_embedding:
             self.tape.scratch(size)
         return value
 
     def _block_forward(self, x: Value) -> Value:
-        """A block; with checkpointing nothing is kept but x (Chen et al. 2016, arXiv 1604.06174)."""
+        """A block; with checkpointing nothing is kept but x (Chen et al. 2016, arXiv 1604.06174), and attention where asked."""
         if not self.s.gradient_checkpointing:
             out = self.modules.block(x)
             self.tape.free(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from tunesmith.hardware.calibration import Correction, Entry, bytes_beside, time_correction
 from tunesmith.hardware.catalogue import GIB, Device
@@ -13,11 +13,11 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.architecture import Architecture
 from tunesmith.packing.tree import TREE_ARCHITECTURES
-from tunesmith.recipe import Method, Recipe
+from tunesmith.recipe import Checkpointing, Method, Recipe
 from tunesmith.sections import Auto
 from tunesmith.stages.plan.memory import Estimate, estimate, offloaded_bytes
 from tunesmith.stages.plan.rows import Batch, DataFacts
-from tunesmith.stages.plan.scenario import Optim, Scenario
+from tunesmith.stages.plan.scenario import Attention, Optim, Scenario
 from tunesmith.stages.plan.speed import (
     HOST_BANDWIDTH,
     forward_work,
@@ -61,17 +61,21 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 class Lever:
     """One way to run a method, as recipe keys."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
     optim: Optim = "adamw"
     optimizer_in_backward: bool = False
 
 
-_EXACT_LEVERS = (Lever(), Lever(gradient_checkpointing=True))
-_SMALL_STATE_LEVERS = (
-    Lever(True, "adamw_kahan"),
-    Lever(True, "adamw_bf16"),
-    Lever(True, "adamw_8bit"),
-    Lever(True, "adamw_8bit", True),
+_SMALL_STATES: tuple[tuple[Optim, bool], ...] = (
+    ("adamw_kahan", False),
+    ("adamw_bf16", False),
+    ("adamw_8bit", False),
+    ("adamw_8bit", True),
+)
+_RECOMPUTING: tuple[Checkpointing, ...] = ("keep_attention", True)
+_EXACT_LEVERS = (Lever(), *(Lever(again) for again in _RECOMPUTING))
+_SMALL_STATE_LEVERS = tuple(
+    tuple(Lever(again, optim, in_backward) for again in _RECOMPUTING) for optim, in_backward in _SMALL_STATES
 )
 
 
@@ -197,7 +201,7 @@ class Planner:
             return
         # Smaller states are for bf16 weights that are trained themselves.
         small = () if method != "full" or self.device.compute_dtype == "float32" else _SMALL_STATE_LEVERS
-        groups = [_EXACT_LEVERS, *((lever,) for lever in small)]
+        groups = [_EXACT_LEVERS, *small]
         allowed = [tuple(lever for lever in group if self._allowed(lever, own)) for group in groups]
         yield from [group for group in allowed if group] or [(own,)]
 
@@ -206,6 +210,8 @@ class Planner:
         asked = self.recipe.train
         one_micro_batch = asked.gradient_accumulation_steps in {"auto", 1} and asked.effective_batch_size == "auto"
         if lever.optimizer_in_backward and not one_micro_batch:
+            return False
+        if lever.gradient_checkpointing == "keep_attention" and self._attention() == "eager":
             return False
         return all(getattr(lever, name) == getattr(own, name) for name in _LEVER_KEYS if f"train.{name}" in self.fixed)
 
@@ -291,10 +297,10 @@ class Planner:
             optimizer_offloading=self.recipe.train.optimizer_offloading,
         )
 
-    def _attention(self) -> Literal["sdpa", "tree", "eager"]:
-        """The attention that the engine will run; flash kernels and flex attention keep what sdpa's keeps."""
+    def _attention(self) -> Attention:
+        """The attention that the engine will run; flash kernels keep what sdpa's keeps."""
         if self.packing:
-            return "tree" if self.device.kind == "cpu" else "sdpa"
+            return "tree" if self.device.kind == "cpu" else "flex"
         return "eager" if self.recipe.train.attn_implementation == "eager" else "sdpa"
 
     def _step_seconds(

@@ -7,12 +7,14 @@ from typing import Literal
 
 from tunesmith.hardware import DtypeName
 from tunesmith.models.architecture import Architecture
-from tunesmith.recipe import Method
+from tunesmith.recipe import Checkpointing, Method
 
 #: Bytes of one number.
 BYTES = {"float32": 4, "bfloat16": 2}
 
 Optim = Literal["adamw", "adamw_kahan", "adamw_bf16", "adamw_8bit", "adamw_torch_fused", "adamw_torch_foreach"]
+
+Attention = Literal["sdpa", "flex", "tree", "eager"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Scenario:
     """A training step over `rows` rows of `length` tokens (or one sequence into which rows were laid out as a tree).
 
     `labelled` places carry loss, of all rows together. `optim` is one of the engine's, or torch's own, whose states follow the
-    weights' dtype. `accumulating` tells that gradients of earlier micro-batches are there. `attention` is `sdpa` (flash, or
-    flex attention along a tree, which keep the same), the engine's tree on CPU (`tree`), or `eager` with its table of scores.
+    weights' dtype. `accumulating` tells that gradients of earlier micro-batches are there. `attention` is `sdpa` (flash),
+    `flex` along a tree (the same, but keep_attention keeps its inputs too), `tree` (ours on a CPU), or `eager` with its scores.
     `stock` is transformers' and PEFT's way instead of the engine's: adapters that compute in float32, k-bit preparation, logits
     of all places at once. `logits_twice` tells that the backward pass makes logits again, as the loss of pairs does.
     `modules_to_save` names what is trained whole beside an adapter; with `optimizer_offloading` states are not on the device.
@@ -33,11 +35,11 @@ class Scenario:
     labelled: int
     dtype: DtypeName = "bfloat16"
     r: int = 16
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
     optim: Optim = "adamw"
     optimizer_in_backward: bool = False
     accumulating: bool = False
-    attention: Literal["sdpa", "tree", "eager"] = "sdpa"
+    attention: Attention = "sdpa"
     stock: bool = False
     logits_twice: bool = False
     modules_to_save: tuple[str, ...] = ()

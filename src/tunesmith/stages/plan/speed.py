@@ -1,9 +1,10 @@
 """A step's time from what it computes and moves: a roofline with efficiencies, corrected by what was measured.
 
 FLOPs for each token (N weights of linear layers that it goes through, N_A of adapters): forward 2 N; backward 4 N where
-weights are trained, 2 N where they are frozen; adapters 6 N_A; recomputing 2 N more. Head: 4 h V for each labelled place,
-6 where it is trained. Attention: 2 S q for each token forward (causal, S tokens of context, q query width), 2.5 times that
-backward (Dao 2023, arXiv 2307.08691, section 3.1). Bytes: what operators write (the tape's count), read twice.
+weights are trained, 2 N where they are frozen; adapters 6 N_A; recomputing 2 N more. Head: 4 h V for each labelled place, 6
+where it is trained. Attention: 2 S q for each token forward (causal, S tokens of context, q query width), 2.5 times that
+backward (Dao 2023, arXiv 2307.08691, section 3.1), and forward once more where it is computed again. Bytes: what operators
+write (the tape's count), read twice.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def micro_batch_work(a: Architecture, s: Scenario, estimate: Estimate, context: 
     places = s.tokens if s.stock else s.labelled
     head = a.hidden_size * a.vocab_size * places * ((6 if s.trains_head(a) else 4) + (2 if s.logits_twice else 0))
     query = a.num_attention_heads * a.head_dim
-    attention = 2 * context * query * a.num_hidden_layers * s.tokens * (3.5 + again / 2)
+    scores_again = again / 2 if s.gradient_checkpointing is True else 0
+    attention = 2 * context * query * a.num_hidden_layers * s.tokens * (3.5 + scores_again)
     moved = 3.0 * estimate.written_bytes + s.element * weights * (2 + again / 2)
     if s.method == "qlora":
         moved += a.linear_weights * (NF4_BYTES + 2 * s.element) * (2 + again / 2)

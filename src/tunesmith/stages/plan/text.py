@@ -88,7 +88,8 @@ def settings_line(option: Option) -> str:
     chosen = option.settings
     words = [f"{chosen.per_device_train_batch_size} x {chosen.gradient_accumulation_steps} rows a step"]
     if option.lever.gradient_checkpointing:
-        words.append("checkpointing")
+        kept = " but for attention" if option.lever.gradient_checkpointing == "keep_attention" else ""
+        words.append(f"checkpointing{kept}")
     if option.method == "full":
         words.append(option.lever.optim + (" in backward" if option.lever.optimizer_in_backward else ""))
     else:

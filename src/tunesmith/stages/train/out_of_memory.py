@@ -56,7 +56,7 @@ def next_lever(recipe: Recipe, model: Any, longest: int) -> str | None:
     parameters = list(model.parameters())
     trained = [each for each in parameters if each.requires_grad]
     count, weights = sum(each.numel() for each in trained), sum(each.numel() * each.element_size() for each in parameters)
-    if longest and not recipe.train.gradient_checkpointing:
+    if longest and recipe.train.gradient_checkpointing is not True:
         kept = model.config.num_hidden_layers * longest * model.config.hidden_size * trained[0].element_size()
         return f"train.gradient_checkpointing: true (keeps {kept:,} bytes of the row, and computes the rest again)"
     rounded = sum(each.numel() for each in trained if each.dtype == torch.bfloat16)
