@@ -112,7 +112,8 @@ def numbers() -> list[dict[str, Any]]:
     root = EAGER.norm(x, weight, 1e-5, 0.0)[1]
     cases: dict[str, Callable[[Any], Any]] = {
         "norm": lambda k: k.norm(x, weight, 1e-5, 0.0),
-        "norm backward": lambda k: k.norm_slopes(gradient, x, root, weight, 0.0),
+        "norm backward": lambda k: k.norm_slopes(gradient, x, root, weight, 0.0, False),
+        "norm backward with weight": lambda k: k.norm_slopes(gradient, x, root, weight, 0.0, True),
         "gated": lambda k: k.gated(gate, up, "silu"),
         "gated backward": lambda k: k.gated_slopes(slope, gate, up, "silu"),
         "rotary": lambda k: k.rotary(query, cos, sin, False),

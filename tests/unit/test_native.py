@@ -381,15 +381,29 @@ def test_norms_and_gates(shape: tuple[int, ...], dtype: torch.dtype, tolerance: 
     pairs = [
         (found, out),
         (own_root, root),
-        (
-            OWN.norm_slopes(gradient, x, own_root, weight, 1.0),
-            EAGER.norm_slopes(exact[2], exact[0], root, exact[3], 1.0),
+        *zip(
+            OWN.norm_slopes(gradient, x, own_root, weight, 1.0, True),
+            EAGER.norm_slopes(exact[2], exact[0], root, exact[3], 1.0, True),
+            strict=True,
         ),
         (OWN.gated(x, up, "silu"), EAGER.gated(exact[0], exact[1], "silu")),
         *zip(OWN.gated_slopes(gradient, x, up, "silu"), EAGER.gated_slopes(exact[2], exact[0], exact[1], "silu"), strict=True),
     ]
     for one, other in pairs:
         assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_a_norms_weight_with_other_numbers_of_threads(threads: Callable[[int], None], count: int) -> None:
+    x, gradient, weight = torch.randn(40, 21), torch.randn(40, 21), torch.randn(21)
+    threads(count)
+    root = OWN.norm(x, weight, 1e-5, 0.0)[1]
+    alone, nothing = OWN.norm_slopes(gradient, x, root, weight, 0.0, False)
+    into_x, into_weight = OWN.norm_slopes(gradient, x, root, weight, 0.0, True)
+    assert nothing is None
+    assert torch.equal(into_x, alone)
+    assert into_weight is not None
+    assert_close(into_weight, (gradient * x * root).sum(0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

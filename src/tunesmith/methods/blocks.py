@@ -46,13 +46,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
         x, root, weight = context.saved_tensors
-        into_weight = into_x = None
-        if context.needs_input_grad[1]:
-            products = (gradient.to(root.dtype) * x.to(root.dtype)).reshape(-1, x.shape[-1])
-            into_weight = (root.view(1, -1) @ products).view(-1).to(weight.dtype)
-        if context.needs_input_grad[0]:
-            into_x = context.kernels.norm_slopes(gradient, x, root, weight, context.offset)
-        return into_x, into_weight, None, None, None
+        of_weight = context.needs_input_grad[1]
+        into_x, into_weight = context.kernels.norm_slopes(gradient, x, root, weight, context.offset, of_weight)
+        return into_x, None if into_weight is None else into_weight.to(weight.dtype), None, None, None
 
 
 class _Gated(torch.autograd.Function):

@@ -28,8 +28,10 @@ class Kernels:
 
     norm: Callable[[torch.Tensor, torch.Tensor, float, float], Pair]
     """(x, weight, epsilon, offset) to the normed x and the reciprocal root."""
-    norm_slopes: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-    """(gradient, x, root, weight, offset) to the gradient of x."""
+    norm_slopes: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, bool], tuple[torch.Tensor, torch.Tensor | None]
+    ]
+    """(gradient, x, root, weight, offset, of_weight) to the gradients of x and, where `of_weight`, of weight."""
     gated: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
     """(gate, up, activation)."""
     gated_slopes: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], Pair]
@@ -65,13 +67,18 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) 
 
 
 def _norm_slopes(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float
-) -> torch.Tensor:
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    into_weight = None
+    if of_weight:
+        products = (gradient.to(root.dtype) * x.to(root.dtype)).reshape(-1, x.shape[-1])
+        into_weight = (root.view(1, -1) @ products).view(-1)
+        del products
     wide = x.to(root.dtype)
     into_x = gradient * (weight.to(root.dtype) + offset)  # in float32 by promotion
     along = torch.linalg.vecdot(into_x, wide).unsqueeze(-1)
     into_x.addcmul_(wide, along.mul_(root).mul_(root).div_(-x.shape[-1])).mul_(root)
-    return into_x.to(x.dtype)
+    return into_x.to(x.dtype), into_weight
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -108,10 +115,10 @@ def _own_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: flo
 
 
 def _own_norm_slopes(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float
-) -> torch.Tensor:
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     kernel = native.norm_slopes if has_own_kernel(gradient, x, weight) else _norm_slopes
-    return kernel(gradient, x, root, weight, offset)
+    return kernel(gradient, x, root, weight, offset, of_weight)
 
 
 def _own_gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -140,12 +147,13 @@ def _plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: f
 
 
 def _plain_norm_slopes(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float
-) -> torch.Tensor:
-    wide = x.to(root.dtype)
-    into_x = gradient.to(root.dtype) * (weight.to(root.dtype) + offset)
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    wide, upstream = x.to(root.dtype), gradient.to(root.dtype)
+    into_x = upstream * (weight.to(root.dtype) + offset)
     along = (into_x * wide).sum(-1, keepdim=True)
-    return ((into_x - wide * (along * root * root / x.shape[-1])) * root).to(x.dtype)
+    into_x = ((into_x - wide * (along * root * root / x.shape[-1])) * root).to(x.dtype)
+    return into_x, (upstream * wide * root).flatten(0, -2).sum(0) if of_weight else None
 
 
 def _plain_gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:

@@ -57,22 +57,39 @@ void norm(const S* x, const S* weight, float epsilon, float offset, S* out, floa
     }
 }
 
+// Gradients of x, and of weight where into_weight (H) is not null: each thread's rows are added up, then the threads' sums.
 template <class S>
-void norm_slopes(const S* gradient, const S* x, const float* root, const S* weight, float offset, S* into_x, int64_t rows,
-                 int64_t size, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t r = 0; r < rows; ++r) {
-        const S *from = x + r * size, *slopes = gradient + r * size;
-        V<float> products = {};
-        for_vectors(size, [&](int64_t at, int64_t count) {
-            products += read(slopes + at, count) * (read(weight + at, count) + offset) * read(from + at, count);
-        });
-        const float along = -sum(products) * root[r] * root[r] / size;
-        for_vectors(size, [&](int64_t at, int64_t count) {
-            const V<float> straight = read(slopes + at, count) * (read(weight + at, count) + offset);
-            write(into_x + r * size + at, (straight + read(from + at, count) * along) * root[r], count);
-        });
+int norm_slopes(const S* gradient, const S* x, const float* root, const S* weight, float offset, S* into_x, float* into_weight,
+                int64_t rows, int64_t size, int threads) {
+    const int64_t padded = up(size, WIDE);
+    float* parts = into_weight ? take<float>(threads * padded) : nullptr;
+    if (into_weight && !parts) return 1;
+    if (parts) std::memset(parts, 0, threads * padded * sizeof(float));
+#pragma omp parallel num_threads(threads)
+    {
+        float* part = parts ? parts + omp_get_thread_num() * padded : nullptr;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r) {
+            const S *from = x + r * size, *slopes = gradient + r * size;
+            V<float> products = {};
+            for_vectors(size, [&](int64_t at, int64_t count) {
+                const V<float> each = read(slopes + at, count) * read(from + at, count);
+                products += each * (read(weight + at, count) + offset);
+                if (part) store(part + at, load(part + at) + each * root[r]);
+            });
+            const float along = -sum(products) * root[r] * root[r] / size;
+            for_vectors(size, [&](int64_t at, int64_t count) {
+                const V<float> straight = read(slopes + at, count) * (read(weight + at, count) + offset);
+                write(into_x + r * size + at, (straight + read(from + at, count) * along) * root[r], count);
+            });
+        }
     }
+    for (int64_t at = 0; parts && at < size; ++at) {
+        into_weight[at] = 0;
+        for (int t = 0; t < threads; ++t) into_weight[at] += parts[t * padded + at];
+    }
+    std::free(parts);
+    return 0;
 }
 
 // The activation is SiLU: gate / (1 + e^-gate).
@@ -129,9 +146,9 @@ void rotary(const S* x, const int64_t* from, const S* cosines, const S* sines, S
                              int64_t size, int threads) {                                                                       \
         norm(x, weight, epsilon, offset, out, root, rows, size, threads);                                                        \
     }                                                                                                                            \
-    extern "C" void norm_slopes_##S(const S* gradient, const S* x, const float* root, const S* weight, float offset, S* into_x,  \
-                                    int64_t rows, int64_t size, int threads) {                                                   \
-        norm_slopes(gradient, x, root, weight, offset, into_x, rows, size, threads);                                             \
+    extern "C" int norm_slopes_##S(const S* gradient, const S* x, const float* root, const S* weight, float offset, S* into_x,   \
+                                   float* into_weight, int64_t rows, int64_t size, int threads) {                                \
+        return norm_slopes(gradient, x, root, weight, offset, into_x, into_weight, rows, size, threads);                         \
     }                                                                                                                            \
     extern "C" void gated_##S(const S* gate, const S* up, S* out, int64_t rows, int64_t size, int threads) {                     \
         gated(gate, up, out, rows, size, threads);                                                                               \

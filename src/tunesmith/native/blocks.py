@@ -36,13 +36,15 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -
 
 
 def norm_slopes(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float
-) -> torch.Tensor:
-    """The gradient of x."""
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of x, and of weight in float32 where that is asked for. Raises MemoryError where there is too little."""
     gradient, x, root = gradient.contiguous(), x.contiguous(), root.contiguous()
-    into_x = torch.empty_like(x)
-    _call("norm_slopes", gradient, x, root, weight.contiguous(), offset, into_x, *_rows(x))
-    return into_x
+    into_x, into_weight = torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32) if of_weight else None
+    last = ctypes.c_void_p(None) if into_weight is None else into_weight
+    if _call("norm_slopes", gradient, x, root, weight.contiguous(), offset, into_x, last, *_rows(x)) != 0:
+        raise MemoryError("too little memory for a norm's gradient")
+    return into_x, into_weight
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -72,8 +74,8 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: boo
     return out
 
 
-def _call(name: str, first: torch.Tensor, *others: Any) -> None:
-    call("blocks", f"{name}_{DTYPES[first.dtype]}", first, *others)
+def _call(name: str, first: torch.Tensor, *others: Any) -> int:
+    return call("blocks", f"{name}_{DTYPES[first.dtype]}", first, *others)
 
 
 def _gives_what_it_should() -> bool:
@@ -89,13 +91,13 @@ def _gives_what_it_should() -> bool:
 def _near(given: Sequence[torch.Tensor], tolerance: float) -> bool:
     x, up, gradient, weight, heads, cos, sin = (each.float() for each in given)
     with own_graph():
-        leaves = [each.clone().requires_grad_() for each in (x, up, heads)]
+        leaves = [each.clone().requires_grad_() for each in (x, up, heads, weight)]
         root = (leaves[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-        normed, active = leaves[0] * root * (weight + 1), F.silu(leaves[0]) * leaves[1]
+        normed, active = leaves[0] * root * (leaves[3] + 1), F.silu(leaves[0]) * leaves[1]
         turned = leaves[2] * cos + torch.cat([-leaves[2][..., 11:], leaves[2][..., :11]], -1) * sin
         expected = [
             (normed, root, active, turned),
-            torch.autograd.grad(normed, leaves[0], gradient, retain_graph=True),
+            torch.autograd.grad(normed, (leaves[0], leaves[3]), gradient, retain_graph=True),
             torch.autograd.grad(active, leaves[:2], gradient),
             torch.autograd.grad(turned, leaves[2], heads),
         ]
@@ -104,7 +106,7 @@ def _near(given: Sequence[torch.Tensor], tolerance: float) -> bool:
         made = norm(x, weight, 1e-5, 1.0)
         found = [
             (*made, gated(x, up), rotary(heads, cos, sin, backwards=False)),
-            (norm_slopes(gradient, x, made[1], weight, 1.0),),
+            tuple(each for each in norm_slopes(gradient, x, made[1], weight, 1.0, of_weight=True) if each is not None),
             gated_slopes(gradient, x, up),
             (rotary(heads, cos, sin, backwards=True),),
         ]
