@@ -303,6 +303,7 @@ _GPU_WAYS = {
     "optimizer_in_backward": "update in backward",
     "optimizer_offloading": "states offloaded",
     "torch_compile": "compiled",
+    "use_liger_kernel": "Liger",
 }
 
 

@@ -57,6 +57,7 @@ LEAN = {"gradient_checkpointing": True}
 LEAN_FULL = {"gradient_checkpointing": True, "optim": "adamw_8bit", "optimizer_in_backward": True}
 FAST = {"gradient_checkpointing": False}
 COMPILED = {"gradient_checkpointing": False, "torch_compile": True}
+LIGER = {"gradient_checkpointing": False, "use_liger_kernel": True}
 QWEN, LLAMA = "Qwen/Qwen2-7B", "meta-llama/Llama-3.1-70B"
 SHARING: dict[str, Any] = {"tables": (4,), "rows": 32, "own": 128, "shared": 512}
 
@@ -80,6 +81,7 @@ CASES = (
     Case("qlora_70b", LLAMA, "qlora", seconds=90, steps=3, train=LEAN),
     Case("full_7b_offloaded", QWEN, "full", train={**LEAN_FULL, "optimizer_offloading": True}),
     Case("lora_7b_compiled", QWEN, "lora", rows=2, own=4096, seconds=60, train=COMPILED),
+    Case("lora_7b_liger", QWEN, "lora", rows=2, own=4096, train=LIGER),
     Case("qlora_32b", "Qwen/Qwen2.5-32B", "qlora", seconds=60, steps=3, train=LEAN),
     Case("lora_14b", "Qwen/Qwen2.5-14B", "lora", train=LEAN),
     Case("full_1.5b", "Qwen/Qwen2-1.5B", "full", rows=4, train=FAST),

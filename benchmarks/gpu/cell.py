@@ -45,7 +45,7 @@ from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.stage import Plan, calibration_file, plan_for
 from tunesmith.stages.plan.trace import trace
 from tunesmith.stages.plan.traced import trace_peak
-from tunesmith.stages.train.compiling import fuse_compiled
+from tunesmith.stages.train.compiling import fuse_asked
 from tunesmith.stages.train.engine import Engine
 from tunesmith.stages.train.objective import Sft
 from tunesmith.stages.train.setup import training_arguments
@@ -159,8 +159,8 @@ def train_ours(
     meter = Meter()
     model = build_model(make_config(values), scenario, on_device())
     use_tree_attention(model, on=True)
-    if recipe.train.torch_compile:
-        fuse_compiled(causal_of(model))
+    if on_device() != "cpu":  # a dry run has no Triton
+        fuse_asked(recipe.train, causal_of(model))
     from datasets import Dataset
 
     settings = plan.options[case.method].settings

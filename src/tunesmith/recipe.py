@@ -108,6 +108,8 @@ class TrainSection(Section):
     rows, and falls back (flash, sdpa, eager) where it cannot be had, with an event."""
     torch_compile: bool = False
     """Let torch.compile make one pass each of norms and gated activations; needs a C++ compiler, and half a minute at first."""
+    use_liger_kernel: bool = False
+    """Take Liger's Triton kernels for the same (GPU only, `pip install tunesmith[liger]`); an event where they cannot be."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     """NEFTune: noise on the embeddings while training, up to alpha / sqrt(row length x hidden size); 5 to 15 in the paper."""
     eval_steps: PositiveInt | None = None

@@ -162,6 +162,9 @@ def ignored_problems(values: Mapping[str, Any], source: str) -> Iterator[Problem
             fix = f"remove the section, or set objective: {name}"
             yield Problem("TS003", f"{name}: it is for objective: {name}, not {objective}", source, why, fix)
     train = values["train"]
+    if train["torch_compile"] and train["use_liger_kernel"]:
+        what, only = "torch_compile with use_liger_kernel", "both make the same operators, and one of them would not be used"
+        yield Problem("TS003", what, source, only, "leave one of them out")
     if train["gradient_checkpointing"] == "keep_attention" and train["attn_implementation"] == "eager":
         what = "gradient_checkpointing: keep_attention with attn_implementation: eager, which has no one result to keep"
         yield Problem("TS003", what, source, why, "set train.gradient_checkpointing: true, or another attn_implementation")

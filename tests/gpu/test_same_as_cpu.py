@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.invariant.test_packing import CONFIGS, VOCABULARY, loss_and_gradients
 from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.methods.checkpointing import enable_checkpointing
+from tunesmith.methods.liger import liger
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.methods.sizes import STATE_BITS
 from tunesmith.packing import flex
@@ -130,6 +132,19 @@ def test_states_in_the_machines_memory_give_the_same_bits(device: torch.device, 
         assert kept == {device.type if store is None else "cpu"}
         results.append(parameter.detach().clone())
     assert torch.equal(*results)
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_with_kernels_of_liger(gpu: torch.device, name: str) -> None:
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).train()
+    batch = collate_tree(branching_rows())
+    fuse_blocks(model)
+    loss, expected = on(gpu, model, batch)
+    fuse_blocks(model, liger(gpu))
+    again, found = on(gpu, model, batch)
+    assert again == pytest.approx(loss, rel=1e-5)
+    close(found, expected, 1e-4)
 
 
 @pytest.mark.parametrize("rows", [branching_rows(), branching_rows()[:1]], ids=["tree", "one row"])

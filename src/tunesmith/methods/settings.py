@@ -32,9 +32,19 @@ ROWS_IN_BACKWARD = 8
 BATCHES: tuple[tuple[int, int], ...] = ((128, 2_000), (64, 500), (32, 100), (16, 50), (8, 0))
 
 
-_OFFLOADING = (
-    ("activation_offloading", "activations", "train.gradient_checkpointing: true to hold fewer of them"),
-    ("optimizer_offloading", "the optimizer's states", "train.optim: adamw_8bit for smaller ones"),
+#: What is for GPUs alone: the key, why, and what there is instead.
+_FOR_GPUS = (
+    (
+        "activation_offloading",
+        "on a CPU activations are in the machine's memory already",
+        ", or use train.gradient_checkpointing: true to hold fewer of them",
+    ),
+    (
+        "optimizer_offloading",
+        "on a CPU the optimizer's states are in the machine's memory already",
+        ", or use train.optim: adamw_8bit for smaller ones",
+    ),
+    ("use_liger_kernel", "Triton compiles for GPUs", ": on a CPU tunesmith's own kernels do the same"),
 )
 
 
@@ -73,10 +83,9 @@ def auto_batch(rows_seen: float) -> int:
 def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Hardware) -> Settings:
     """All settings of a run over `rows` train rows on one device."""
     asked, reasons = recipe.train, dict[str, str]()
-    for name, what, instead in _OFFLOADING:
+    for name, why, instead in _FOR_GPUS:
         if getattr(asked, name) and hardware.device == "cpu":
-            why = f"on a CPU {what} are in the machine's memory already"
-            raise RecipeError(Problem("TS003", f"{name} without a GPU", "train", why, f"leave it out, or use {instead}"))
+            raise RecipeError(Problem("TS003", f"{name} without a GPU", "train", why, f"leave it out{instead}"))
 
     def settled(name: str, value: Any, auto: Any, reason: str) -> Any:
         if value == "auto":

@@ -8,12 +8,14 @@ from typing import Any
 from tunesmith import native
 from tunesmith.methods.blocks import fuse_blocks, fusible
 from tunesmith.methods.elementwise import compiled
+from tunesmith.methods.liger import liger
 from tunesmith.packing.loss import causal_of
+from tunesmith.recipe import TrainSection
 from tunesmith.runs import Run
 
 
 def compile_blocks(run: Run, model: Any, folder: Path) -> None:
-    """Have torch.compile make the block's small operators where `train.torch_compile` is set; an event where it cannot be.
+    """Have torch.compile, or Liger, make the block's small operators where the recipe asks for it; an event where it cannot be.
 
     On a CPU an event also where kernels of ours cannot be compiled, and training takes longer for it.
     """
@@ -23,16 +25,21 @@ def compile_blocks(run: Run, model: Any, folder: Path) -> None:
         run.event(
             folder, "kernels-off", f"PyTorch's kernels in place of tunesmith's, which are faster: {reason}", reason=reason
         )
-    if not run.recipe.train.torch_compile:
-        return
+    train = run.recipe.train
     try:
-        fuse_compiled(causal)
+        fuse_asked(train, causal)
     except RuntimeError as error:
-        run.event(folder, "compile-off", f"blocks are not compiled: {error}", reason=str(error))
+        code, what = ("liger-off", "no Liger") if train.use_liger_kernel else ("compile-off", "blocks are not compiled")
+        run.event(folder, code, f"{what}: {error}", reason=str(error))
 
 
-def fuse_compiled(causal: Any) -> None:
-    """Compiled operators in the blocks of a causal language model. Raises RuntimeError where that cannot be."""
+def fuse_asked(train: TrainSection, causal: Any) -> None:
+    """Compiled operators, or Liger's, in the blocks of a causal language model, where `train` asks for them.
+
+    Raises RuntimeError where that cannot be.
+    """
+    if not (train.torch_compile or train.use_liger_kernel):
+        return
     if not fusible(causal.config):
         raise RuntimeError(f"blocks of the architecture {causal.config.model_type!r} run as transformers has them")
-    fuse_blocks(causal, compiled(causal.device))
+    fuse_blocks(causal, (liger if train.use_liger_kernel else compiled)(causal.device))

@@ -1,0 +1,75 @@
+"""Norms and gated activations by Liger's Triton kernels (Hsu et al. 2024, arXiv 2410.10989; BSD 2-clause), on GPUs.
+
+One pass over memory each, as torch.compile makes them, without the time that compiling takes. The gradients of a gate are
+written over what was kept of it, so they can be taken once. Rotations, and activations that Liger has no kernel for, are those
+of `elementwise.py`; the loss stays the engine's, as Liger's has no weight for each place.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from tunesmith.errors import first_line
+from tunesmith.methods.elementwise import EAGER, Kernels, Pair
+
+#: Liger's number of "gemma": all in float32, rounded once.
+_ROUNDED_ONCE = 1
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
+    from liger_kernel.ops.rms_norm import rms_norm_forward
+
+    result, _, root, *_ = rms_norm_forward(x.contiguous(), weight, epsilon, offset, _ROUNDED_ONCE, None)
+    return result, root.view(*x.shape[:-1], 1)
+
+
+def _norm_slopes(
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from liger_kernel.ops.rms_norm import rms_norm_backward
+    from liger_kernel.ops.utils import calculate_settings
+
+    size = x.shape[-1]
+    rows, how = x.contiguous().view(-1, size), (offset, _ROUNDED_ONCE, *calculate_settings(size))
+    upstream, roots = gradient.contiguous(), root.reshape(-1)
+    into_x, into_weight = rms_norm_backward(upstream, rows, weight, roots, *how, False, None, needs_dw=of_weight)
+    return into_x, into_weight
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    from liger_kernel.ops.geglu import geglu_forward
+    from liger_kernel.ops.swiglu import swiglu_forward
+
+    forward = {"silu": swiglu_forward, "gelu_pytorch_tanh": geglu_forward}.get(activation)
+    if forward is None:
+        return EAGER.gated(gate, up, activation)
+    result: torch.Tensor = forward(gate.contiguous(), up.contiguous())[-1]
+    return result
+
+
+def _gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
+    from liger_kernel.ops.geglu import geglu_backward
+    from liger_kernel.ops.swiglu import swiglu_backward
+
+    backward = {"silu": swiglu_backward, "gelu_pytorch_tanh": geglu_backward}.get(activation)
+    if backward is None:
+        return EAGER.gated_slopes(gradient, gate, up, activation)
+    into_gate, into_up = backward(gate.contiguous(), up.contiguous(), gradient.contiguous())
+    return into_gate, into_up
+
+
+LIGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, EAGER.rotary)
+
+
+@cache
+def liger(device: torch.device) -> Kernels:
+    """Liger's kernels, tried once on a few numbers on the device. Raises RuntimeError where they cannot be had."""
+    some = torch.ones((2, 3, 8), device=device)
+    try:
+        LIGER.norm(some, some[0, 0], 1e-5, 0.0)
+        LIGER.gated(some, some, "silu")
+    except Exception as error:  # what Triton raises is of no common kind
+        raise RuntimeError(f"Liger's kernels do not run here: {first_line(error)}") from error
+    return LIGER

@@ -1,0 +1,99 @@
+"""Liger's kernels compute what PyTorch's operators do, by Triton's interpreter, which needs no GPU; and where they are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.unit.test_recipe import GOOD, problems
+from tests.unit.test_settings import CPU, recipe
+from tunesmith.errors import RecipeError
+from tunesmith.methods.liger import liger
+from tunesmith.methods.settings import settle
+
+SCRIPT = """
+import copy, json, os
+os.environ["TRITON_INTERPRET"] = "1"
+import liger_kernel.ops.geglu as geglu, liger_kernel.ops.rms_norm as rms_norm
+import numpy as np, torch, triton.language as tl, triton.runtime.interpreter as interpreter
+from transformers import AutoModelForCausalLM
+from tests.invariant.test_packing import CONFIGS
+from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.methods.elementwise import EAGER
+from tunesmith.methods.liger import liger
+from tunesmith.packing.batch import collate_tree
+from tunesmith.packing.loss import summed_loss, use_tree_attention
+
+before = interpreter._implicit_cvt
+def with_floats(value):  # a compiled kernel gets them as float32 scalars, an interpreted one as they are
+    if not isinstance(value, float):
+        return before(value)
+    return tl.tensor(interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
+interpreter._implicit_cvt = with_floats
+# What is CUDA's own has no interpreter.
+rms_norm.rsqrt, geglu.tanh = lambda x: tl.rsqrt(x), lambda x: 2 * tl.sigmoid(2 * x) - 1
+
+kernels, apart = liger(torch.device("cpu")), {}
+for dtype in (torch.float32, torch.bfloat16):
+    torch.manual_seed(0)
+    x, up, gradient = (torch.randn(2, 5, 48).to(dtype) for _ in range(3))
+    weight = torch.randn(48).to(dtype)
+    for offset in (0.0, 1.0):
+        out, root = EAGER.norm(x, weight, 1e-5, offset)
+        pairs = [*zip(kernels.norm(x, weight, 1e-5, offset), (out, root))]
+        for of_weight in (True, False):
+            given = (gradient, x, root, weight, offset, of_weight)
+            pairs += [*zip(kernels.norm_slopes(*given), EAGER.norm_slopes(*given))]
+    for activation in ("silu", "gelu_pytorch_tanh", "gelu"):
+        pairs.append((kernels.gated(x, up, activation), EAGER.gated(x, up, activation)))
+        expected = EAGER.gated_slopes(gradient, x.clone(), up.clone(), activation)
+        pairs += [*zip(kernels.gated_slopes(gradient, x.clone(), up.clone(), activation), expected)]
+    assert [one is None for one, _ in pairs] == [other is None for _, other in pairs]
+    pairs = [(a.float(), b.float()) for a, b in pairs if b is not None]
+    apart[str(dtype)] = max(float(((a - b).abs() / (b.abs() + 1)).max()) for a, b in pairs)
+
+def gradients(kernels):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["qwen3"])).train()
+    fuse_blocks(model, kernels)
+    use_tree_attention(model, on=True)
+    summed_loss(model, collate_tree([{"input_ids": list(range(1, 20)), "trained": [True] * 19}])).backward()
+    return torch.cat([each.grad.flatten() for each in model.parameters()])
+
+one, other = gradients(kernels), gradients(EAGER)
+apart["model"] = float((one - other).norm() / other.norm())
+print(json.dumps(apart))
+"""
+
+
+@pytest.mark.skipif(not (find_spec("triton") and find_spec("liger_kernel")), reason="liger-kernel and Triton are not installed")
+def test_kernels_are_those_of_the_formulas() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    apart = json.loads(done.stdout.splitlines()[-1])
+    assert apart["torch.float32"] < 2e-6
+    assert apart["torch.bfloat16"] < 0.02
+    assert apart["model"] < 1e-5
+
+
+@pytest.mark.skipif(bool(find_spec("liger_kernel")), reason="liger-kernel is installed")
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(RuntimeError, match="liger_kernel"):
+        liger(torch.device("cpu"))
+
+
+def test_a_cpu_has_kernels_of_our_own() -> None:
+    with pytest.raises(RecipeError, match="use_liger_kernel without a GPU"):
+        settle(recipe(use_liger_kernel="true"), 100, 2e-4, CPU)
+
+
+def test_one_of_two_makes_the_kernels() -> None:
+    (what,) = problems(GOOD + "train: {use_liger_kernel: true, torch_compile: true}")
+    assert "use_liger_kernel" in what
+    assert "torch_compile" in what
