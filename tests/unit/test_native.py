@@ -340,6 +340,44 @@ def test_cross_entropy(
     assert torch.equal(cross_entropy.cross_entropy(*given), made[0][0])
 
 
+@pytest.mark.parametrize(("places", "vocabulary"), [(0, 9), (1, 1), (7, 300), (16, 3), (53, 257)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_cross_entropy_of_logits_that_are_kept(
+    threads: Callable[[int], None], places: int, vocabulary: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn((vocabulary, places), generator=draw, dtype=torch.float64)
+    logits *= torch.linspace(1, 30, vocabulary).unsqueeze(-1)  # higher and higher
+    logits[: vocabulary // 2, places // 2 :] = float("-inf")
+    targets = torch.randint(vocabulary // 2, vocabulary, (places,), generator=draw)
+    weights = torch.rand(places, generator=draw, dtype=torch.float64)
+    leaf = logits.to(dtype).double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf.T, targets, reduction="none")
+    (slopes,) = torch.autograd.grad((expected * weights).sum(), leaf)
+    for count in (1, 2, 5):
+        threads(count)
+        kept = logits.to(dtype, copy=True)
+        losses = cross_entropy.from_logits(kept, targets, None)
+        assert_close(losses.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+        assert torch.equal(kept, logits.to(dtype))
+        assert torch.equal(cross_entropy.from_logits(kept, targets, weights.to(dtype)), losses)
+        assert_close(kept.double(), slopes, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_tokens_that_are_hardly_likely_add_up(threads: Callable[[int], None], first: bool) -> None:
+    """Each of them is less than what rounding cuts off a sum with the likely one in it; all together are 2 % of it."""
+    threads(1)
+    logits = torch.full((2**19, 1), -17.0)
+    likely = 0 if first else 2**19 - 1
+    logits[likely] = 0
+    expected = torch.logsumexp(logits.double(), 0)
+    targets = torch.tensor([likely])
+    assert_close(cross_entropy.from_logits(logits.clone(), targets, None).double(), expected, rtol=0, atol=2e-6)
+    found = cross_entropy.cross_entropy(torch.ones(1, 1), logits, targets)
+    assert_close(found.double(), expected, rtol=0, atol=2e-6)
+
+
 def test_more_places_than_pass_over_the_head_at_once() -> None:
     draw = torch.Generator().manual_seed(0)
     hidden, head = torch.randn((9000, 3), generator=draw), torch.randn((20, 3), generator=draw)
@@ -352,6 +390,8 @@ def test_more_places_than_pass_over_the_head_at_once() -> None:
 def test_a_target_that_is_no_token_is_refused(target: int) -> None:
     with pytest.raises(IndexError, match="vocabulary of 5"):
         cross_entropy.cross_entropy(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, target]))
+    with pytest.raises(IndexError, match="vocabulary of 5"):
+        cross_entropy.from_logits(torch.ones(5, 2), torch.tensor([0, target]), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -362,6 +402,10 @@ def test_the_loss_does_not_hide_what_is_no_number(dtype: torch.dtype, what: floa
     losses, slopes = cross_entropy.with_gradient(hidden, head, torch.tensor([0, 1, 299]), torch.ones(3, dtype=dtype))
     assert losses.isnan().tolist() == [False, True, False]
     assert slopes.isnan().any(-1).tolist() == [False, True, False]
+    logits = torch.ones((300, 3), dtype=dtype)
+    logits[150, 1] = what
+    losses = cross_entropy.from_logits(logits, torch.tensor([0, 1, 299]), torch.ones(3, dtype=dtype))
+    assert losses.isnan().tolist() == logits.isnan().any(0).tolist() == [False, True, False]
 
 
 # --- what blocks compute number by number ---
@@ -395,7 +439,7 @@ def test_norms_and_gates(shape: tuple[int, ...], dtype: torch.dtype, tolerance: 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_a_norms_weight_with_other_numbers_of_threads(threads: Callable[[int], None], count: int) -> None:
-    x, gradient, weight = torch.randn(40, 21), torch.randn(40, 21), torch.randn(21)
+    x, gradient, weight = torch.randn(1000, 21), torch.randn(1000, 21).abs(), torch.randn(21)
     threads(count)
     root = OWN.norm(x, weight, 1e-5, 0.0)[1]
     alone, nothing = OWN.norm_slopes(gradient, x, root, weight, 0.0, False)
@@ -403,7 +447,8 @@ def test_a_norms_weight_with_other_numbers_of_threads(threads: Callable[[int], N
     assert nothing is None
     assert torch.equal(into_x, alone)
     assert into_weight is not None
-    assert_close(into_weight, (gradient * x * root).sum(0), rtol=1e-5, atol=1e-5)
+    expected = (gradient.double() * x.double() * root.double()).sum(0)
+    assert_close(into_weight.double(), expected, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

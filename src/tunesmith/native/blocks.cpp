@@ -16,20 +16,6 @@ template <class F> inline void for_vectors(int64_t size, F what) {
     if (at < size) what(at, size - at);
 }
 
-template <class S> inline V<float> read(const S* at, int64_t count) {
-    if (count == WIDE) return load(at);
-    S some[WIDE] = {};
-    std::memcpy(some, at, count * sizeof(S));
-    return load(some);
-}
-
-template <class S> inline void write(S* at, V<float> what, int64_t count) {
-    if (count == WIDE) return store(at, what);
-    S some[WIDE];
-    store(some, what);
-    std::memcpy(at, some, count * sizeof(S));
-}
-
 inline float sum(V<float> of) {
     float total = 0;
     for (int i = 0; i < WIDE; ++i) total += of[i];
@@ -57,19 +43,23 @@ void norm(const S* x, const S* weight, float epsilon, float offset, S* out, floa
     }
 }
 
+// Rows whose part of a weight's gradient is added up by itself, so that it is not small beside what it is added to.
+constexpr int64_t TOGETHER = 64;
+
 // Gradients of x, and of weight where into_weight (H) is not null: each thread's rows are added up, then the threads' sums.
 template <class S>
 int norm_slopes(const S* gradient, const S* x, const float* root, const S* weight, float offset, S* into_x, float* into_weight,
                 int64_t rows, int64_t size, int threads) {
     const int64_t padded = up(size, WIDE);
-    float* parts = into_weight ? take<float>(threads * padded) : nullptr;
+    float* parts = into_weight ? take<float>(2 * threads * padded) : nullptr;
     if (into_weight && !parts) return 1;
-    if (parts) std::memset(parts, 0, threads * padded * sizeof(float));
+    if (parts) std::memset(parts, 0, 2 * threads * padded * sizeof(float));
 #pragma omp parallel num_threads(threads)
     {
-        float* part = parts ? parts + omp_get_thread_num() * padded : nullptr;
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
+        const int64_t me = omp_get_thread_num(), all_of_us = omp_get_num_threads();
+        const int64_t begin = rows * me / all_of_us, end = rows * (me + 1) / all_of_us;
+        float *total = parts ? parts + me * padded : nullptr, *part = parts ? total + threads * padded : nullptr;
+        for (int64_t r = begin; r < end; ++r) {
             const S *from = x + r * size, *slopes = gradient + r * size;
             V<float> products = {};
             for_vectors(size, [&](int64_t at, int64_t count) {
@@ -82,6 +72,11 @@ int norm_slopes(const S* gradient, const S* x, const float* root, const S* weigh
                 const V<float> straight = read(slopes + at, count) * (read(weight + at, count) + offset);
                 write(into_x + r * size + at, (straight + read(from + at, count) * along) * root[r], count);
             });
+            if (part && ((r - begin) % TOGETHER == TOGETHER - 1 || r == end - 1))
+                for (int64_t at = 0; at < padded; at += WIDE) {
+                    store(total + at, load(total + at) + load(part + at));
+                    store(part + at, V<float>{});
+                }
         }
     }
     for (int64_t at = 0; parts && at < size; ++at) {

@@ -1,7 +1,7 @@
 // Cross-entropy of a frozen head, in float and double: -log softmax(h W^T)[target] of each place and its gradient for h, with no
-// logits kept.
+// logits kept; and of logits that are there, as a trained head's are, in two passes over them.
 //
-// The gradient is softmax(h W^T) W - W[target]: attention over the vocabulary, so blocks of it are merged as flash attention
+// The first's gradient is softmax(h W^T) W - W[target]: attention over the vocabulary, so blocks of it are merged as flash attention
 // merges its tiles (Dao et al. 2022, arXiv 2205.14135, section 3.1). A block of the head is copied into panels for both products,
 // and all places pass over it while it is in the caches; each thread has places of its own, so that results are the same for each
 // number of threads.
@@ -26,6 +26,7 @@ template <class T> void pack_places(const T* from, int64_t row, int64_t places, 
 
 template <class T> struct Place {
     T highest, total, right;  // of its scores so far, of their exponentials, and the target's score
+    T lost;                   // what rounding has cut off the total (Kahan's sum): each of the many blocks may add very little to it
 };
 
 // One row of scores: its place's maximum and sum go on, the scores become exponentials. Returns what sums made so far are to be
@@ -48,7 +49,9 @@ template <class T> T turn(T* line, int64_t tokens, int64_t target, Place<T>& pla
     T added = 0;
     for (int i = 0; i < WIDTH<T>; ++i) added += sum[i];
     const T less = place.highest == -INFINITY ? T(0) : std::exp(place.highest - high);
-    place.total = place.total * less + added;
+    const T before = place.total * less, all_of_it = added - place.lost * less;
+    place.total = before + all_of_it;
+    place.lost = (place.total - before) - all_of_it;
     place.highest = high;
     return less;
 }
@@ -114,7 +117,7 @@ template <class T> int some_places(const Problem<T>& p, int64_t begin, int64_t e
         for (int64_t i = 0; i < places; i += TILE) {
             const int64_t count = known - i < TILE ? known - i : TILE;
             pack_places(p.hidden + (begin + i) * p.row, p.row, count, p.size, s.left + i * p.size);
-            for (int64_t j = i; j < i + TILE; ++j) s.place[j] = {-INFINITY, 0, 0};
+            for (int64_t j = i; j < i + TILE; ++j) s.place[j] = {-INFINITY, 0, 0, 0};
         }
         T* scores = s.scores + omp_get_thread_num() * of_scores;
         for (int64_t from = 0; from < p.vocabulary; from += BLOCK) {
@@ -155,6 +158,69 @@ template <class T> int cross_entropy(const Problem<T>& p) {
     return 0;
 }
 
+// Rows of logits whose maximum is taken before their exponentials are added up.
+constexpr int64_t SOME = 16;
+
+// Highest and sums (N, padded) of rows [begin, end) of logits (V, N). `lost` is what rounding has cut off the sums.
+template <class T>
+void add_up(const T* logits, int64_t places, int64_t begin, int64_t end, T* highest, T* sums, T* lost) {
+    for (int64_t v = begin; v < end; v += SOME) {
+        const int64_t rows = end - v < SOME ? end - v : SOME;
+        for (int64_t i = 0; i < places; i += WIDTH<T>) {
+            const int64_t count = places - i < WIDTH<T> ? places - i : WIDTH<T>;
+            V<T> some[SOME], most = load(highest + i), added = {};
+            for (int64_t r = 0; r < rows; ++r) {
+                some[r] = read(logits + (v + r) * places + i, count);
+                most = some[r] > most ? some[r] : most;
+            }
+            const V<T> base = most > all(T(-INFINITY)) ? most : all(T(0));  // or infinities would make what is no number
+            const V<T> less = exponential(load(highest + i) - base);
+            for (int64_t r = 0; r < rows; ++r) added += exponential(some[r] - base);
+            const V<T> sum = load(sums + i) * less, all_of_it = added - load(lost + i) * less, total = sum + all_of_it;
+            store(highest + i, most), store(sums + i, total), store(lost + i, (total - sum) - all_of_it);
+        }
+    }
+}
+
+// Losses of logits (V, N), which become their slopes where weights (N) are given. Each thread has rows of its own; their sums are
+// merged as those of blocks are.
+template <class T>
+int from_logits(T* logits, const int64_t* targets, const T* weights, T* losses, int64_t places, int64_t vocabulary, int threads) {
+    const int64_t padded = up(places, WIDTH<T>);
+    const int64_t each = threads * padded;
+    T* made = take<T>(3 * each + 2 * padded);
+    if (!made) return 1;
+    T *highest = made, *sums = made + each, *lost = made + 2 * each, *top = made + 3 * each, *share = top + padded;
+    for (int64_t n = 0; n < each; ++n) highest[n] = -INFINITY, sums[n] = 0, lost[n] = 0;
+    for (int64_t i = 0; i < places; ++i) losses[i] = logits[targets[i] * places + i];
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t me = omp_get_thread_num(), all_of_us = omp_get_num_threads();
+        const int64_t begin = vocabulary * me / all_of_us, end = vocabulary * (me + 1) / all_of_us;
+        add_up(logits, places, begin, end, highest + me * padded, sums + me * padded, lost + me * padded);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < places; ++i) {
+            T high = -INFINITY, sum = 0;
+            for (int64_t t = 0; t < threads; ++t) high = highest[t * padded + i] > high ? highest[t * padded + i] : high;
+            for (int64_t t = 0; t < threads; ++t)
+                if (sums[t * padded + i] != 0) sum += sums[t * padded + i] * std::exp(highest[t * padded + i] - high);
+            losses[i] = high + std::log(sum) - losses[i];
+            top[i] = high, share[i] = weights ? weights[i] / sum : 0;
+        }
+        for (int64_t v = begin; weights && v < end; ++v)
+            for (int64_t i = 0; i < places; i += WIDTH<T>) {
+                const int64_t count = places - i < WIDTH<T> ? places - i : WIDTH<T>;
+                T* at = logits + v * places + i;
+                write(at, exponential(read(at, count) - load(top + i)) * load(share + i), count);
+            }
+        for (int64_t i = 0; weights && i < places; ++i)
+            if (targets[i] >= begin && targets[i] < end) logits[targets[i] * places + i] -= weights[i];
+    }
+    std::free(made);
+    return 0;
+}
+
 }  // namespace
 
 // losses (N) of hidden (N, H), whose rows lie `row` numbers apart, head (V, H) and targets (N), each in [0, V); and, where
@@ -163,6 +229,10 @@ template <class T> int cross_entropy(const Problem<T>& p) {
     extern "C" int cross_entropy_##T(const T* hidden, int64_t row, const T* head, const int64_t* targets, const T* weights,      \
                                      T* losses, T* into_hidden, int64_t places, int64_t size, int64_t vocabulary, int threads) { \
         return cross_entropy(Problem<T>{hidden, row, head, targets, weights, losses, into_hidden, places, size, vocabulary, threads}); \
+    }                                                                                                                            \
+    extern "C" int from_logits_##T(T* logits, const int64_t* targets, const T* weights, T* losses, int64_t places,               \
+                                   int64_t vocabulary, int threads) {                                                            \
+        return from_logits(logits, targets, weights, losses, places, vocabulary, threads);                                       \
     }
 
 EXPORT(float)

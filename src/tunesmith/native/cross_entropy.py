@@ -1,4 +1,4 @@
-"""Cross-entropy of a frozen head by the kernel of cross_entropy.cpp.
+"""Cross-entropy by the kernels of cross_entropy.cpp: of a frozen head, and of logits that are kept.
 
 Shapes: N places, H hidden size, V vocabulary. All tensors but the targets are float32, or all float64.
 """
@@ -39,6 +39,25 @@ def with_gradient(
     return _losses(hidden, head, targets, weights.contiguous(), into_hidden), into_hidden
 
 
+def from_logits(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """The same of logits (V, N), whose rows follow one another.
+
+    Where `weights` (N) are given the logits become the gradients, for them, of the sum weighted with those.
+    """
+    targets = _in_vocabulary(targets, len(logits))
+    losses, last = logits.new_empty(logits.shape[1]), ctypes.c_void_p(None) if weights is None else weights.contiguous()
+    given = (logits, targets, last, losses, logits.shape[1], len(logits))
+    if call("cross_entropy", f"from_logits_{DTYPES[logits.dtype]}", *given) != 0:
+        raise MemoryError("too little memory for the loss")
+    return losses
+
+
+def _in_vocabulary(targets: torch.Tensor, size: int) -> torch.Tensor:
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < size:
+        raise IndexError(f"a target is no token of a vocabulary of {size}")
+    return targets.contiguous()
+
+
 def _losses(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -46,9 +65,7 @@ def _losses(
     weights: torch.Tensor | None,
     into_hidden: torch.Tensor | None,
 ) -> torch.Tensor:
-    hidden, head, targets = dense_rows(hidden), head.contiguous(), targets.contiguous()
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(head):
-        raise IndexError(f"a target is no token of a vocabulary of {len(head)}")
+    hidden, head, targets = dense_rows(hidden), head.contiguous(), _in_vocabulary(targets, len(head))
     losses, none = hidden.new_empty(len(hidden)), ctypes.c_void_p(None)
     given = (hidden, hidden.stride(0), head, targets, none if weights is None else weights)
     made = (losses, none if into_hidden is None else into_hidden)
@@ -65,12 +82,13 @@ def _gives_what_it_should() -> bool:
         targets, weights = torch.arange(0, 300, 15), torch.linspace(0, 2, 20, dtype=dtype)
         with own_graph():
             leaf = hidden.clone().requires_grad_()
-            expected = F.cross_entropy(leaf @ head.T, targets, reduction="none")
-            (slopes,) = torch.autograd.grad((expected * weights).sum(), leaf)
+            logits = leaf @ head.T
+            expected = F.cross_entropy(logits, targets, reduction="none")
+            into_leaf, into_logits = torch.autograd.grad((expected * weights).sum(), (leaf, logits))
         with torch.no_grad():
-            found = with_gradient(hidden, head, targets, weights)
-        if not all(
-            torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(found, (expected, slopes), strict=True)
-        ):
+            kept = logits.T.contiguous()
+            found = (*with_gradient(hidden, head, targets, weights), from_logits(kept, targets, weights), kept.T)
+        pairs = zip(found, (expected, into_leaf, expected, into_logits), strict=True)
+        if not all(torch.allclose(one, other, rtol=tolerance, atol=tolerance) for one, other in pairs):
             return False
     return True

@@ -69,6 +69,23 @@ inline V<float> load(const bf16* at) { return widened((Upper)(*reinterpret_cast<
 inline void store(bf16* at, V<float> what) { *reinterpret_cast<LooseUpper*>(at) = narrowed(what); }
 template <class T> inline V<T> load(const T* at) { return *reinterpret_cast<const typename Wide<T>::Loose*>(at); }
 template <class T> inline void store(T* at, V<T> what) { *reinterpret_cast<typename Wide<T>::Loose*>(at) = what; }
+
+// A vector's first `count` numbers; the others are 0, and stay what they are.
+template <class S> inline auto read(const S* at, int64_t count) {
+    constexpr int64_t WIDE = sizeof(load(at)) / sizeof(load(at)[0]);
+    if (count == WIDE) return load(at);
+    S some[WIDE] = {};
+    std::memcpy(some, at, count * sizeof(S));
+    return load(some);
+}
+template <class S, class F> inline void write(S* at, F what, int64_t count) {
+    constexpr int64_t WIDE = sizeof(what) / sizeof(what[0]);
+    if (count == WIDE) return store(at, what);
+    S some[WIDE];
+    store(some, what);
+    std::memcpy(at, some, count * sizeof(S));
+}
+
 template <class T> inline V<T> all(T one) { return one - V<T>{}; }
 inline int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 

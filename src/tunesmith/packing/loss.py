@@ -115,6 +115,9 @@ def _chunk(
 ) -> tuple[torch.Tensor, Any]:
     """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of exact logits."""
     logits = exact_logits(hidden, head, bias)
+    if cap is None and logits.dtype == hidden.dtype and logits.T.is_contiguous() and computes(kernel, logits):
+        losses = kernel.from_logits(logits.T, targets, weights if with_slopes else None)
+        return losses @ weights, logits if with_slopes else None
     bent = None if cap is None else logits.div_(cap).tanh_()
     logits = logits if cap is None or bent is None else bent * cap
     picked = targets.unsqueeze(-1)
@@ -161,7 +164,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return losses @ weights
         total = torch.zeros((), dtype=exact, device=hidden.device)
         into_hidden = torch.empty_like(hidden) if with_gradients else None
-        into_head = torch.zeros_like(head, dtype=exact) if with_gradients and context.needs_input_grad[1] else None
+        into_head = torch.empty_like(head, dtype=exact) if with_gradients and context.needs_input_grad[1] else None
+        if into_head is not None and not len(hidden):
+            into_head.zero_()
         into_bias = torch.zeros_like(bias, dtype=exact) if with_gradients and bias is not None and bias.requires_grad else None
         for begin in range(0, len(hidden), chunk_rows(len(head))):
             part = slice(begin, begin + chunk_rows(len(head)))
@@ -172,7 +177,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if into_head is not None:
                 for some in range(0, len(head), HEAD_ROWS):  # the product is as large as the head
                     rows = slice(some, some + HEAD_ROWS)
-                    into_head[rows] += across_rows(slopes[:, rows], hidden[part]).to(exact)
+                    made = across_rows(slopes[:, rows], hidden[part])
+                    if begin == 0:
+                        into_head[rows] = made
+                    else:
+                        into_head[rows].add_(made.to(exact))
+                    del made
             if into_bias is not None:
                 into_bias += slopes.sum(0, dtype=exact)
             del loss, slopes  # else they live on while the next chunk is made

@@ -325,7 +325,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         if self.in_backward is not None:
             return self.in_backward.take_norm()
         norm = gradient_norm(model.parameters())
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        if not float(norm) + 1e-6 <= self.args.max_grad_norm:  # where torch would multiply them all by 1
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
         return norm
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
