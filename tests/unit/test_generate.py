@@ -1,4 +1,4 @@
-"""Batched greedy generation equals one prompt at a time, and what transformers generates."""
+"""Batched generation equals one prompt at a time, and what transformers generates; sampling draws from the same logits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.invariant.test_packing import CONFIGS
-from tunesmith.packing.decode import decode_attention, greedy, reason_against_sharing
-from tunesmith.stages.evaluate.generate import generate
+from tunesmith.packing.decode import decode, decode_attention, reason_against_sharing, sampled
+from tunesmith.packing.generate import generate, without_stop
 
 
 def test_batches_equal_single_prompts(tiny_model: Path) -> None:
@@ -27,15 +27,17 @@ def test_batches_equal_single_prompts(tiny_model: Path) -> None:
     assert seen == [3, 5]
 
 
-def test_answers_end_before_the_stop_token(tiny_model: Path) -> None:
+def test_answers_end_with_the_stop_token(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     prompts = [[11, 12, 13], [21, 22]]
     free = generate(model, prompts, stop_ids=[2], max_new_tokens=6, batch_size=2)
     stop = free[0][3]
     assert free[0].index(stop) < 6
     stopped = generate(model, prompts, stop_ids=[stop], max_new_tokens=6, batch_size=2)
-    assert stopped[0] == free[0][: free[0].index(stop)]
+    assert stopped[0] == free[0][: free[0].index(stop) + 1]
+    assert without_stop(stopped[0], [stop]) == stopped[0][:-1]
     assert stop not in stopped[1]
+    assert without_stop(stopped[1], [stop]) == stopped[1]
 
 
 def float64_model(name: str) -> Any:
@@ -60,11 +62,39 @@ def test_a_shared_prefix_changes_no_answer(name: str, shared: int) -> None:
     expected = [transformers_answer(model, prompt, stops) for prompt in prompts]
     assert len({len(answer) for answer in expected}) > 1
     before = model.config._attn_implementation
-    assert greedy(model, prompts, shared, stop_ids=stops, max_new_tokens=9) == expected
+    assert decode(model, prompts, shared, stop_ids=stops, max_new_tokens=9) == expected
     assert model.config._attn_implementation == before
-    assert generate(model, prompts, stop_ids=stops, max_new_tokens=9, batch_size=4) == [
-        [token for token in answer if token not in stops] for answer in expected
-    ]
+    assert generate(model, prompts, stop_ids=stops, max_new_tokens=9, batch_size=4) == expected
+    assert generate(model, prompts, stop_ids=stops, max_new_tokens=9, batch_size=4, temperature=1e-6) == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_sampled_is_drawn_from_the_models_logits(name: str) -> None:
+    model, prompts = float64_model(name), alike(12)
+    seen: list[torch.Tensor] = []
+
+    def choose(logits: torch.Tensor) -> list[int]:
+        seen.append(logits)
+        return sampled(0.7)(logits)
+
+    torch.manual_seed(3)
+    answers = decode(model, prompts, 12, stop_ids=list(range(20)), max_new_tokens=9, choose=choose)
+    assert len({len(answer) for answer in answers}) > 1
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        row = prompts.index(prompt)
+        for step, logits in enumerate(expected):
+            alive = [number for number, other in enumerate(answers) if len(other) > step]
+            torch.testing.assert_close(seen[step][alive.index(row)], logits, rtol=1e-9, atol=1e-9)
+
+
+def test_draws_follow_the_softmax() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    drawn = torch.tensor(sampled(2.0)(logits.expand(40_000, -1)))
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, (logits / 2).softmax(-1), rtol=0, atol=0.01)
 
 
 def transformers_answer(model: Any, prompt: list[int], stops: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Greedy answers to prompts that begin alike: what they share goes through the model once, and stands in memory once.
+"""Answers to prompts that begin alike: what they share goes through the model once, and stands in memory once.
 
 The prefix goes through alone, then the rests of all prompts, padded on the right, then one token of each at a time. A row's
 next token is written where its padding began, so that a place is seen by those behind it in its own row and by no others.
@@ -8,7 +8,7 @@ behind it, L tokens at once, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.packing.attention import repeat_heads
 from tunesmith.packing.batch import reason_against_tree
-from tunesmith.packing.loss import causal_of, own_logits
+from tunesmith.packing.loss import causal_of, own_logits, soft_cap
 
 NAME = "tunesmith_decode"
 
-#: Entries of a generation config that make greedy answers others than the likeliest token each time, and what changes nothing.
+#: Chooses a token for each row by its logits (B, V).
+Choice = Callable[[torch.Tensor], list[int]]
+
+#: Entries of a generation config that choose tokens by more than their logits, and what changes nothing.
 _CHANGES: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
@@ -30,6 +33,10 @@ _CHANGES: dict[str, tuple[Any, ...]] = {
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
     "guidance_scale": (None, 1.0),
+    "min_p": (None, 0.0),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
     **dict.fromkeys(
         (
             "bad_words_ids",
@@ -84,11 +91,34 @@ def reason_against_sharing(model: Any, longest: int) -> str | None:
     return reason_against_tree(causal.config, longest)
 
 
-@torch.inference_mode()
-def greedy(
-    model: Any, prompts: Sequence[Sequence[int]], shared: int, *, stop_ids: Sequence[int], max_new_tokens: int
+def likeliest(logits: torch.Tensor) -> list[int]:
+    """Greedy: the token with the highest logit."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    return tokens
+
+
+def sampled(temperature: float) -> Choice:
+    """Draws from the softmax of logits / `temperature`, by torch's own generator."""
+
+    def choose(logits: torch.Tensor) -> list[int]:
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        tokens: list[int] = torch.multinomial((exact / temperature).softmax(-1), 1).squeeze(-1).tolist()
+        return tokens
+
+    return choose
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    shared: int,
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    choose: Choice = likeliest,
 ) -> list[list[int]]:
-    """For each prompt its greedy answer, with the stop id that ended it. `shared` leading ids are the same in all prompts.
+    """For each prompt its answer, with the stop id that ended it. `shared` leading ids are the same in all prompts.
 
     At least one id of each prompt must follow those. The caller asks `reason_against_sharing` first.
     """
@@ -111,7 +141,7 @@ def greedy(
         alive = list(range(len(prompts)))
         stops = set(stop_ids)
         for step in range(max_new_tokens):
-            chosen = _likeliest(causal, hidden)
+            chosen = choose(_logits(causal, hidden))
             for row, token in zip(alive, chosen, strict=True):
                 answers[row].append(token)
             going = [number for number, token in enumerate(chosen) if token not in stops]
@@ -138,10 +168,10 @@ def _hidden(causal: Any, places: Places, ids: torch.Tensor, positions: torch.Ten
     return hidden
 
 
-def _likeliest(causal: Any, hidden: torch.Tensor) -> list[int]:
-    logits = causal.get_output_embeddings()(hidden)  # soft-capping keeps the order
-    tokens: list[int] = logits.argmax(-1).tolist()
-    return tokens
+def _logits(causal: Any, hidden: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = causal.get_output_embeddings()(hidden)
+    cap = soft_cap(causal)
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def decode_attention(

@@ -20,12 +20,12 @@ from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json,
 from tunesmith.methods.settings import MAX_TOKENS
 from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest, stop_ids
 from tunesmith.packing.batch import StepCollator, choose_collator, labelled_count, to_device
+from tunesmith.packing.generate import generate, without_stop
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.packing.products import use_products
 from tunesmith.packing.tree import Limits
 from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
 from tunesmith.stages.evaluate.documents import document_rows, score_documents
-from tunesmith.stages.evaluate.generate import generate
 from tunesmith.stages.evaluate.mmlu import Subject, files_digest, read_subjects, score_mmlu
 from tunesmith.stages.evaluate.score import Answer, schema_validator, score_json, score_text, summarise_json
 
@@ -113,6 +113,7 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
     dtype = detect().compute_dtype
     model = load_model(model_folder, dtype=dtype)
     use_products(model)
+    stops = _stop_ids(model, tokenizer)
     begun = time.perf_counter()
 
     def report(done: int) -> None:
@@ -121,12 +122,13 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
     answers = generate(
         model,
         prompts,
-        stop_ids=_stop_ids(model, tokenizer),
+        stop_ids=stops,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         on_batch=report,
     )
     seconds = time.perf_counter() - begun
+    answers = [without_stop(ids, stops) for ids in answers]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     scored = [Answer(ref.where, ref.reference, text) for ref, text in zip(references, texts, strict=True)]
     scores = _score(scored, settings.task, validator)

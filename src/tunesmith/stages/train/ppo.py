@@ -21,6 +21,7 @@ from transformers import get_scheduler
 
 from tunesmith.methods.optimizers import AdamW, gradient_norm, store_of
 from tunesmith.models.load import stop_ids
+from tunesmith.packing.generate import generate
 from tunesmith.stages.train.beside import Work
 from tunesmith.stages.train.finite import check_finite
 from tunesmith.stages.train.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
@@ -136,31 +137,16 @@ class Ppo:
         for start in range(0, count, size):
             yield slice(start, min(start + size, count))
 
-    @torch.no_grad()
     def _sample(self, prompts: Sequence[list[int]]) -> tuple[list[list[int]], int]:
         """Sampled answers, each with the stop that ended it, and how many were cut at the longest."""
-        model, answers = self.work.model, list[list[int]]()
-        model.eval()
-        for part in self._micro(len(prompts)):
-            chosen = prompts[part]
-            longest = max(map(len, chosen))
-            ids = torch.full((len(chosen), longest), self.stops[0], dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for number, prompt in enumerate(chosen):
-                ids[number, longest - len(prompt) :], mask[number, longest - len(prompt) :] = torch.tensor(prompt), 1
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                do_sample=True,
-                temperature=self.asked.temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=self.asked.max_completion_length,
-                eos_token_id=self.stops,
-                pad_token_id=self.stops[0],
-                use_cache=True,
-            )
-            answers += [_with_stop(row, self.stops) for row in output[:, longest:].tolist()]
+        answers = generate(
+            self.work.model,
+            prompts,
+            stop_ids=self.stops,
+            max_new_tokens=self.asked.max_completion_length,
+            batch_size=self.work.settings.per_device_train_batch_size,
+            temperature=self.asked.temperature,
+        )
         return answers, sum(answer[-1] not in self.stops for answer in answers)
 
     def _scores(self, rows: Sequence[Any], answers: Sequence[list[int]]) -> torch.Tensor:
@@ -224,12 +210,6 @@ def _order(count: int, seed: int) -> Iterator[int]:
     generator = random.Random(seed)
     while True:
         yield from generator.sample(range(count), count)
-
-
-def _with_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The ids up to the first stop, with it."""
-    end = next((place for place, token in enumerate(ids) if token in stops), len(ids) - 1)
-    return list(ids[: end + 1])
 
 
 def train_ppo(work: Work) -> AbstractContextManager[None]:
