@@ -309,7 +309,8 @@ _GPU_WAYS = {
 
 def _gpu_case(row: dict[str, Any]) -> str:
     """The first cells of a case's row."""
-    ways = ", ".join(_GPU_WAYS.get(key, str(value)) for key, value in row["train"].items() if value)
+    named = {"keep_attention": "checkpointing but for attention"}
+    ways = ", ".join(named.get(value, _GPU_WAYS.get(key, str(value))) for key, value in row["train"].items() if value)
     name = ("stock " if row["side"] == "stock" else "") + _METHODS[row["method"]]
     return f"| {row['model'].rpartition('/')[2]} | {name} | {row['rows']} x {row['length']:,} | {ways} |"
 

@@ -57,6 +57,7 @@ LEAN = {"gradient_checkpointing": True}
 LEAN_FULL = {"gradient_checkpointing": True, "optim": "adamw_8bit", "optimizer_in_backward": True}
 FAST = {"gradient_checkpointing": False}
 COMPILED = {"gradient_checkpointing": False, "torch_compile": True}
+KEPT = {"gradient_checkpointing": "keep_attention"}
 LIGER = {"gradient_checkpointing": False, "use_liger_kernel": True}
 QWEN, LLAMA = "Qwen/Qwen2-7B", "meta-llama/Llama-3.1-70B"
 SHARING: dict[str, Any] = {"tables": (4,), "rows": 32, "own": 128, "shared": 512}
@@ -86,5 +87,8 @@ CASES = (
     Case("lora_14b", "Qwen/Qwen2.5-14B", "lora", train=LEAN),
     Case("full_1.5b", "Qwen/Qwen2-1.5B", "full", rows=4, train=FAST),
     Case("sharing_7b_trl_packed", QWEN, "lora", "trl_packed", seconds=60, train=LEAN, **SHARING),
+    # One long row: what keeping attention is worth.
+    Case("lora_7b_long", QWEN, "lora", own=16384, seconds=60, train=LEAN),
+    Case("lora_7b_long_kept", QWEN, "lora", own=16384, seconds=60, train=KEPT),
     Case("qlora_14b", "Qwen/Qwen2.5-14B", "qlora", train=LEAN),
 )

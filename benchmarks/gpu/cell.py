@@ -63,7 +63,8 @@ def recipe_of(case: Case, model: str) -> Recipe:
     if not own.get("optimizer_in_backward"):
         own["effective_batch_size"] = case.rows
     if on_device() == "cpu":
-        own.pop("optimizer_offloading", None)  # of a dry run: refused where there is no GPU
+        for name in ("optimizer_offloading", "use_liger_kernel"):
+            own.pop(name, None)  # of a dry run: refused where there is no GPU
     train = {**own, "max_steps": case.steps + TIMED_AFTER}
     values = {"model": model, "method": case.method, "data": {"train": "rows.jsonl"}, "lora": {"r": 16}, "train": train}
     return Recipe.model_validate(values)
@@ -159,8 +160,7 @@ def train_ours(
     meter = Meter()
     model = build_model(make_config(values), scenario, on_device())
     use_tree_attention(model, on=True)
-    if on_device() != "cpu":  # a dry run has no Triton
-        fuse_asked(recipe.train, causal_of(model))
+    fuse_asked(recipe.train, causal_of(model))
     from datasets import Dataset
 
     settings = plan.options[case.method].settings

@@ -6,6 +6,7 @@ FLOPs grow with a row's length and its result does not. On GPUs flex attention, 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -32,19 +33,22 @@ ATTENTION = frozenset(
 )
 
 
-def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator.name() in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(names: Collection[str], _context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator.name() in names else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def settings(asked: Checkpointing) -> dict[str, Any]:
+def settings(asked: Checkpointing, kept: Collection[str] = ATTENTION) -> dict[str, Any]:
     """Keyword arguments of torch's `checkpoint`: non-reentrant, which works with frozen inputs."""
     if asked == "keep_attention":
-        return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+        return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, partial(_policy, kept))}
     return {"use_reentrant": False}
 
 
-def enable_checkpointing(model: Any, asked: Checkpointing) -> None:
-    """Recompute a transformers model's activations in the backward pass, where that is asked for."""
+def enable_checkpointing(model: Any, asked: Checkpointing, kept: Collection[str] = ATTENTION) -> None:
+    """Recompute a transformers model's activations in the backward pass, where that is asked for.
+
+    `kept` are the operators whose results stay with `keep_attention`.
+    """
     if asked:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings(asked))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings(asked, kept))
         model.enable_input_require_grads()

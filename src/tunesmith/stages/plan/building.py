@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tunesmith.methods.adapter import fuse_adapters
 from tunesmith.methods.base import AdapterSettings
 from tunesmith.methods.blocks import fuse_blocks
-from tunesmith.methods.checkpointing import enable_checkpointing
+from tunesmith.methods.checkpointing import ATTENTION, enable_checkpointing
 from tunesmith.methods.lora import adapter_config
 from tunesmith.methods.optimizers import AdamW, InBackward, store_of
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
@@ -29,7 +29,7 @@ from tunesmith.stages.plan.scenario import Scenario
 
 _SPREAD = 0.02  # standard deviation of random weights: transformers' usual one
 
-PLAIN_ATTENTION = "tunesmith_plain_causal"
+PLAIN_ATTENTION, LIKE_FLEX = "tunesmith_plain_causal", "tunesmith_like_flex"
 
 
 def _plain_causal(
@@ -48,8 +48,43 @@ def _plain_causal(
     return made.transpose(1, 2), None
 
 
+_LIBRARY = torch.library.Library("tunesmith", "FRAGMENT")
+_LIBRARY.define("held(Tensor x) -> Tensor")
+_LIBRARY.impl("held", torch.clone, "CPU")
+torch.library.register_fake("tunesmith::held", torch.empty_like, lib=_LIBRARY)
+
+
+class _Held(torch.autograd.Function):
+    """A copy, by an operator that checkpointing can keep."""
+
+    @staticmethod
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        copy: torch.Tensor = torch.ops.tunesmith.held(x)
+        return copy
+
+    @staticmethod
+    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def _like_flex(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **more: Any
+) -> tuple[torch.Tensor, None]:
+    """The same, with the inputs kept as checkpointing keeps those of compiled flex attention, which gives them back."""
+    held: Any = _Held  # torch leaves `apply` untyped
+    query, key, value = (held.apply(each) for each in (query, key, value))
+    return _plain_causal(module, query, key, value, mask, **more)
+
+
 ALL_ATTENTION_FUNCTIONS.register(PLAIN_ATTENTION, _plain_causal)
-ATTENTION = {"sdpa": PLAIN_ATTENTION, "flex": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "eager": "eager"}
+ALL_ATTENTION_FUNCTIONS.register(LIKE_FLEX, _like_flex)
+_NAMES = {"sdpa": PLAIN_ATTENTION, "flex": PLAIN_ATTENTION, "tree": TREE_ATTENTION, "eager": "eager"}
+
+
+def attention_name(scenario: Scenario) -> str:
+    """The attention that stands for the scenario's."""
+    like_flex = scenario.attention == "flex" and scenario.gradient_checkpointing == "keep_attention"
+    return LIKE_FLEX if like_flex else _NAMES[scenario.attention]
 
 
 def quantise(model: Any, dtype: torch.dtype, device: str) -> None:
@@ -129,7 +164,7 @@ def build_model(config: Any, scenario: Scenario, device: str) -> Any:
     on_meta = device == "meta"
     with torch.device(device):
         with nullcontext() if on_meta else init_empty_weights(include_buffers=False):
-            attention = ATTENTION[scenario.attention]
+            attention = attention_name(scenario)
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
         if scenario.method == "qlora":
             quantise(model, dtype, device)
@@ -140,7 +175,7 @@ def build_model(config: Any, scenario: Scenario, device: str) -> Any:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         if not scenario.stock:
             fuse_blocks(model)
-        enable_checkpointing(model, scenario.gradient_checkpointing)
+        enable_checkpointing(model, scenario.gradient_checkpointing, {*ATTENTION, "tunesmith::held"})
         if adapted:
             # On meta PEFT would cast nothing, so it is done here.
             settings = AdapterSettings(scenario.r, 2 * scenario.r, 0.0, "all-linear", False, 0, scenario.modules_to_save)
