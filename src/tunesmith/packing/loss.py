@@ -181,7 +181,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     if begin == 0:
                         into_head[rows] = made
                     else:
-                        into_head[rows].add_(made.to(exact))
+                        into_head[rows].add_(made)
                     del made
             if into_bias is not None:
                 into_bias += slopes.sum(0, dtype=exact)
