@@ -3,7 +3,8 @@
     python benchmarks/native_kernels.py --json benchmarks/results/kernels.json      # a minute on two cores
 
 Attention along a tree against PyTorch's flash kernel, block by block; a weight's gradient g^T x against torch's operator and
-oneDNN; norms, the gated activation and rotations against torch's operators. Shapes are those of the built-in model. What counts
+oneDNN; norms, the gated activation and rotations against torch's operators; the loss of a frozen head against torch's
+`linear_cross_entropy`, and that of kept logits against torch's operators. Shapes are those of the built-in model. What counts
 is the median of the ratios of calls that follow each other; above 1 the kernel of ours is the faster one.
 """
 
@@ -16,18 +17,19 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from common import claim, in_turn, parser, report
 
 from tunesmith import native
 from tunesmith.hardware.freed import steady_memory
 from tunesmith.methods.elementwise import EAGER, OWN
-from tunesmith.native import products, tree_attention
+from tunesmith.native import cross_entropy, products, tree_attention
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
 from tunesmith.packing.products import linear
 from tunesmith.packing.tree import Node, as_numbers
 
 HEADS, SHARED, SIZE, HIDDEN, WIDTH = 9, 3, 64, 576, 1536
-TOKENS = 2560
+TOKENS, PLACES, VOCABULARY = 2560, 640, 49152
 CALLS = 25
 
 
@@ -121,6 +123,38 @@ def numbers() -> list[dict[str, Any]]:
     return [row_of(name, f"{TOKENS} tokens", partial(case, EAGER), partial(case, OWN)) for name, case in cases.items()]
 
 
+def in_six_passes(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The loss of kept logits (N, V), which become its slopes, by torch's operators."""
+    picked, weights = targets.unsqueeze(-1), weights.unsqueeze(-1)
+    right, top = logits.gather(-1, picked), logits.amax(-1, keepdim=True)
+    sums = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    logits.mul_(weights / sums).scatter_add_(-1, picked, -weights)
+    return ((sums.log() + top - right) * weights).sum()
+
+
+def losses() -> list[dict[str, Any]]:
+    """The loss of a frozen head with its gradient for the hidden states, and of logits that are kept."""
+    hidden, head = torch.randn(PLACES, HIDDEN), torch.randn(VOCABULARY, HIDDEN) / HIDDEN
+    targets, weights = torch.randint(VOCABULARY, (PLACES,)), torch.rand(PLACES)
+    leaf = hidden.clone().requires_grad_()
+
+    def by_torch() -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(F.linear_cross_entropy(leaf, head, targets, reduction="sum"), leaf)
+
+    ours = partial(cross_entropy.with_gradient, hidden, head, targets, weights)
+    one, other = (linear(head, hidden) for _ in range(2))  # (V, N), as the engine has them
+    return [
+        row_of("loss of a frozen head", f"{PLACES} places", by_torch, ours),
+        row_of(
+            "loss of kept logits",
+            f"{PLACES} places",
+            partial(in_six_passes, one.T, targets, weights),
+            partial(cross_entropy.from_logits, other, targets, weights),
+        ),
+    ]
+
+
 def main() -> None:
     """Measure each kernel and write the ratios."""
     asked = parser(__doc__ or "").parse_args()
@@ -130,7 +164,7 @@ def main() -> None:
     steady_memory()
     torch.manual_seed(0)
     with torch.no_grad():
-        rows = [*attention(), *weights(), *numbers()]
+        rows = [*attention(), *weights(), *numbers(), *losses()]
 
     def median(*kernels: str) -> float:
         return statistics.median(row["time_ratio"] for row in rows if row["kernel"] in kernels)
@@ -141,6 +175,9 @@ def main() -> None:
         claim("weight_gradient_time_ratio", median("weight's gradient"), "x"),
         claim("weight_gradient_time_ratio_to_onednn", median("weight's gradient, oneDNN"), "x"),
         claim("number_by_number_time_ratio", median("norm", "norm backward", "gated", "gated backward", "rotary"), "x"),
+        claim("norm_with_weight_backward_time_ratio", median("norm backward with weight"), "x"),
+        claim("frozen_head_loss_time_ratio", median("loss of a frozen head"), "x"),
+        claim("kept_logits_loss_time_ratio", median("loss of kept logits"), "x"),
     ]
     report(asked.json, claims, rows)
 

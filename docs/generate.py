@@ -183,6 +183,9 @@ SPEED_CLAIMS = (
     ("kernels", "attention along trees against PyTorch's kernel, backward", "attention_backward_time_ratio", _TIMES),
     ("kernels", "a weight's gradient against torch's operator", "weight_gradient_time_ratio", _TIMES),
     ("kernels", "a weight's gradient against oneDNN", "weight_gradient_time_ratio_to_onednn", _TIMES),
+    ("kernels", "norms, gates and rotations against torch's operators", "number_by_number_time_ratio", _TIMES),
+    ("kernels", "loss of a frozen head against torch's linear_cross_entropy", "frozen_head_loss_time_ratio", _TIMES),
+    ("kernels", "loss of kept logits against torch's operators", "kept_logits_loss_time_ratio", _TIMES),
     ("dpo_speed", "DPO, LoRA, hh-rlhf: pairs a second against the faster TRL", "dpo_pairs_per_second_ratio", _TIMES),
     ("mmlu_scoring", "MMLU 5-shot scoring against lm-evaluation-harness", "mmlu_scoring_ratio_to_lm_eval", _TIMES),
     ("mmlu_scoring", "log-likelihoods against its, largest difference (nats)", "mmlu_scoring_max_abs_diff", "{:.1e}"),
@@ -212,7 +215,8 @@ def _speed(*, short: bool) -> list[str]:
     """The README's few rows, or all of them, with what other processors gave."""
     folder = FOLDER.parent / "benchmarks" / "results"
     others = [] if short else sorted(path.stem for path in folder.glob("train_speed_*.json"))
-    head = ["what", "measured", *(f"on {_generation(other)}" for other in others)]
+    measured = "measured" if short else f"on {_generation('train_speed')}"
+    head = ["what", measured, *(f"on {_generation(other)}, earlier code" for other in others)]
     rows = []
     for result, what, name, form in SPEED_CLAIMS:
         asked = not short or any(part in name for part in README_CLAIMS if not name.startswith("peak"))

@@ -141,7 +141,7 @@ template <class T> int some_places(const Problem<T>& p, int64_t begin, int64_t e
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < known; ++i) {
             const Place<T>& place = s.place[i];
-            p.losses[begin + i] = place.highest + std::log(place.total) - place.right;
+            p.losses[begin + i] = std::log(place.total) + (place.highest - place.right);
             if (!s.sums) continue;
             const T *of_target = p.head + targets[i] * p.size, *sums = s.sums + i * padded, weight = p.weights[begin + i];
             const T share = weight / place.total;
@@ -205,7 +205,7 @@ int from_logits(T* logits, const int64_t* targets, const T* weights, T* losses, 
             for (int64_t t = 0; t < threads; ++t) high = highest[t * padded + i] > high ? highest[t * padded + i] : high;
             for (int64_t t = 0; t < threads; ++t)
                 if (sums[t * padded + i] != 0) sum += sums[t * padded + i] * std::exp(highest[t * padded + i] - high);
-            losses[i] = high + std::log(sum) - losses[i];
+            losses[i] = std::log(sum) + (high - losses[i]);
             top[i] = high, share[i] = weights ? weights[i] / sum : 0;
         }
         for (int64_t v = begin; weights && v < end; ++v)

@@ -110,9 +110,7 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
     tokenizer = load_tokenizer(model_folder)
     template = ChatTemplate(tokenizer, (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8"))
     prompts = _prompts(template, rows)
-    dtype = detect().compute_dtype
-    model = load_model(model_folder, dtype=dtype)
-    use_products(model)
+    model, dtype = _loaded(model_folder)
     stops = _stop_ids(model, tokenizer)
     begun = time.perf_counter()
 
@@ -158,6 +156,14 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
     )
 
 
+def _loaded(model_folder: Path) -> tuple[Any, str]:
+    """The model in the dtype that the hardware is fast at, and that dtype."""
+    dtype = detect().compute_dtype
+    model = load_model(model_folder, dtype=dtype)
+    use_products(model)
+    return model, dtype
+
+
 def _asked(model_folder: Path, digest: str, rows: Sequence[Any], content: Any) -> dict[str, Any]:
     """What results.json says of the question: which model, and which rows; `content` is what their digest is taken of."""
     return {
@@ -174,9 +180,7 @@ def _evaluate_documents(run: Run, model_folder: Path, digest: str, target: Path,
     settings, rows = run.recipe.evaluate, document_rows(run)
     subjects = read_subjects(settings) if settings.mmlu is not None else []
     tokenizer = load_tokenizer(model_folder)
-    dtype = detect().compute_dtype
-    model = load_model(model_folder, dtype=dtype)
-    use_products(model)
+    model, dtype = _loaded(model_folder)
     summary, samples = score_documents(model, rows)
     write_jsonl(target / "samples.jsonl", samples)
     write_json(
