@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.packing.attention import repeat_heads
 from tunesmith.packing.batch import reason_against_tree
-from tunesmith.packing.loss import causal_of, own_logits, soft_cap
+from tunesmith.packing.loss import causal_of, logits_of, own_logits
 
 NAME = "tunesmith_decode"
 
@@ -141,7 +141,7 @@ def decode(
         alive = list(range(len(prompts)))
         stops = set(stop_ids)
         for step in range(max_new_tokens):
-            chosen = choose(_logits(causal, hidden))
+            chosen = choose(logits_of(causal, hidden))
             for row, token in zip(alive, chosen, strict=True):
                 answers[row].append(token)
             going = [number for number, token in enumerate(chosen) if token not in stops]
@@ -166,12 +166,6 @@ def _hidden(causal: Any, places: Places, ids: torch.Tensor, positions: torch.Ten
     decoder, inputs = causal.get_decoder(), {"input_ids": ids.to(device), "position_ids": positions.to(device)}
     hidden: torch.Tensor = decoder(**inputs, decode_places=places, use_cache=False).last_hidden_state
     return hidden
-
-
-def _logits(causal: Any, hidden: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = causal.get_output_embeddings()(hidden)
-    cap = soft_cap(causal)
-    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def decode_attention(

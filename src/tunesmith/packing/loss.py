@@ -38,6 +38,13 @@ def soft_cap(causal: Any) -> float | None:
     return cap
 
 
+def logits_of(causal: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (N, V) of hidden states (N, H), bent where the model bends them; not for one with `own_logits`."""
+    logits: torch.Tensor = causal.get_output_embeddings()(hidden)
+    cap = soft_cap(causal)
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
 def labelled_hidden(causal: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """(N, H) hidden states at the places of `sources`."""
     inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
@@ -56,9 +63,7 @@ def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
         logits = causal(**inputs, use_cache=False).logits.flatten(0, 1)[batch["sources"]]
     else:
-        logits = causal.get_output_embeddings()(labelled_hidden(causal, batch))
-        cap = soft_cap(causal)
-        logits = logits if cap is None else (logits / cap).tanh() * cap
+        logits = logits_of(causal, labelled_hidden(causal, batch))
     return logits
 
 
@@ -80,11 +85,10 @@ def logits_in_chunks(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int
         logits = causal(**inputs, use_cache=False, logits_to_keep=columns).logits  # (B, columns, V)
         yield 0, logits[batch["sources"] // width, which]
         return
-    hidden, head, cap = labelled_hidden(causal, batch), causal.get_output_embeddings(), soft_cap(causal)
-    size = chunk_rows(head.weight.shape[0])
+    hidden = labelled_hidden(causal, batch)
+    size = chunk_rows(causal.get_output_embeddings().weight.shape[0])
     for begin in range(0, len(hidden), size):
-        logits = head(hidden[begin : begin + size])
-        yield begin, logits if cap is None else (logits / cap).tanh() * cap
+        yield begin, logits_of(causal, hidden[begin : begin + size])
 
 
 def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -409,7 +409,7 @@ class Modules:
         head = tape.make("gradients", 4 * vocabulary * h) if self.head else None
         exact = 8 if self.style.capped_logits else 4
         tape.scratch((exact + (e if e == 2 else 0)) * rows * vocabulary, "logits")
-        products = max(e * rows * h, e * min(HEAD_ROWS, vocabulary) * h if head else 0)
+        products = e * h * max(rows, min(HEAD_ROWS, vocabulary) if head else 0)
         slopes = tape.make("logits", e * rows * vocabulary)
         tape.scratch(products)
         tape.drop(slopes, picked)
