@@ -11,9 +11,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.invariant.test_packing import CONFIGS, VOCABULARY, exact_model, fused_model, loss_and_gradients
+from tests.invariant.test_packing import (
+    CONFIGS,
+    VOCABULARY,
+    exact_model,
+    fused_model,
+    loss_and_gradients,
+    transformers_loss,
+    with_gradients,
+)
 
-from tunesmith.packing.batch import PaddedCollator, collate_tree
+from tunesmith.packing.batch import collate_tree
 
 TREES = 40
 
@@ -38,7 +46,7 @@ def largest_difference() -> dict[str, float]:
         generator, worst = random.Random(0), 0.0
         for _ in range(TREES):
             rows = random_rows(generator)
-            _, wanted = loss_and_gradients(theirs, PaddedCollator(pad_id=0)(rows), tree=False)
+            _, wanted = with_gradients(theirs, lambda theirs=theirs, rows=rows: transformers_loss(theirs, rows))
             _, made = loss_and_gradients(mine, collate_tree(rows), tree=True)
             for parameter, gradient in wanted.items():
                 difference = torch.linalg.vector_norm(made[parameter] - gradient) / torch.linalg.vector_norm(gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Mistral
 from tests.shapes import SHAPE
 from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.packing.attention import Layout, masked_attention, tree_attention
-from tunesmith.packing.batch import PaddedCollator, StepCollator, collate_tree, labelled_count, reason_against_tree
+from tunesmith.packing.batch import (
+    PaddedCollator,
+    StepCollator,
+    collate_tree,
+    computed_ids,
+    labelled_count,
+    reason_against_tree,
+)
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.packing.tree import FILL, TREE_ARCHITECTURES, Limits, build_tree, fill, filled, split_by_length, split_for_trees
 
@@ -80,11 +88,8 @@ def test_a_step_is_cut_into_micro_batches_within_the_limits(rows: list[dict[str,
         assert sum(batch["row_tokens"] for batch in batches) == sum(len(row["input_ids"]) for row in rows)
         whole = collate(rows)
         assert sum(map(labelled_count, batches)) == labelled_count(whole)
-        fill_up = filled if collate is collate_tree else int
-        assert all(
-            batch["input_ids"].numel() <= tokens or batch["input_ids"].numel() == fill_up(batch["row_tokens"])
-            for batch in batches
-        )
+        alone = {collate([row])["input_ids"].numel() for row in rows}
+        assert all(batch["input_ids"].numel() <= tokens or batch["input_ids"].numel() in alone for batch in batches)
         groups = split_for_trees([row["input_ids"] for row in rows], limits)
         assert sorted(index for group in groups for index in group) == list(range(len(rows)))
         for group in groups:
@@ -139,11 +144,27 @@ def fused_model(name: str) -> Any:
 
 def loss_and_gradients(model: Any, batch: dict[str, Any], *, tree: bool) -> tuple[float, dict[str, torch.Tensor]]:
     use_tree_attention(model, on=tree)
+    return with_gradients(model, lambda: summed_loss(model, batch) / max(labelled_count(batch), 1))
+
+
+def with_gradients(model: Any, loss_of: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    count = labelled_count(batch)
-    loss = summed_loss(model, batch) / max(count, 1)
+    loss = loss_of()
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def transformers_loss(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """The mean over the labels by transformers' own forward over whole rows, padded on the right, and torch's cross-entropy."""
+    length = max(len(row["input_ids"]) for row in rows)
+    tokens, labels, mask = [torch.full((len(rows), length), filling) for filling in (0, -100, 0)]
+    for number, row in enumerate(rows):
+        own = torch.tensor(row["input_ids"])
+        tokens[number, : len(own)], mask[number, : len(own)] = own, 1
+        labels[number, : len(own)] = torch.where(torch.tensor(row["trained"]), own, -100)
+    logits, wanted = model(input_ids=tokens, attention_mask=mask).logits[:, :-1], labels[:, 1:]
+    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+    return total / max(int((wanted != -100).sum()), 1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -152,13 +173,25 @@ def loss_and_gradients(model: Any, batch: dict[str, Any], *, tree: bool) -> tupl
 def test_tree_equals_padded_rows_to_1e_10(name: str, rows: list[dict[str, Any]]) -> None:
     model, fused = exact_model(name), fused_model(name)
     padded, packed = PaddedCollator(pad_id=0)(rows), collate_tree(rows)
-    assert labelled_count(padded) == labelled_count(packed)
-    expected_loss, expected = loss_and_gradients(model, padded, tree=False)
-    found_loss, found = loss_and_gradients(fused, packed, tree=True)
-    assert found_loss == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
-    assert found.keys() == expected.keys()
-    for parameter, gradient in expected.items():
-        torch.testing.assert_close(found[parameter], gradient, rtol=1e-10, atol=1e-10, msg=parameter)
+    assert labelled_count(padded) == labelled_count(packed) == sum(sum(row["trained"][1:]) for row in rows)
+    expected_loss, expected = with_gradients(model, lambda: transformers_loss(model, rows))
+    for computes, batch, tree in ((fused, packed, True), (fused, padded, False), (model, padded, False)):
+        found_loss, found = loss_and_gradients(computes, batch, tree=tree)
+        assert found_loss == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
+        assert found.keys() == expected.keys()
+        for parameter, gradient in expected.items():
+            torch.testing.assert_close(found[parameter], gradient, rtol=1e-10, atol=1e-10, msg=parameter)
+
+
+@given(rows=random_rows())
+def test_no_token_is_computed_that_no_label_needs(rows: list[dict[str, Any]]) -> None:
+    lasts = [max((place for place, trained in enumerate(row["trained"]) if trained and place), default=1) for row in rows]
+    needed = {tuple(row["input_ids"][:end]) for row, last in zip(rows, lasts, strict=True) for end in range(1, last + 1)}
+    tree = build_tree([computed_ids(row) for row in rows], min_shared=1)
+    assert len(tree.ids) == len(needed)
+    padded = PaddedCollator(pad_id=0)(rows)
+    assert padded["input_ids"].shape == (len(rows), max(lasts))
+    assert padded["row_tokens"] == collate_tree(rows)["row_tokens"] == sum(len(row["input_ids"]) for row in rows)
 
 
 def test_structured_attention_equals_a_dense_mask() -> None:
@@ -185,7 +218,7 @@ def test_shared_instruction_is_computed_once() -> None:
     shared = list(range(1, 51))
     rows = [{"input_ids": [*shared, 51 + n, 52, 53], "trained": [False] * 51 + [True] * 2} for n in range(6)]
     batch = collate_tree(rows)
-    assert batch["input_ids"].shape == (1, filled(50 + 6 * 3))
+    assert batch["input_ids"].shape == (1, filled(50 + 6 * 2))  # each row's last label only has to be told
     assert labelled_count(batch) == 12
 
 

@@ -182,14 +182,14 @@ def test_both_sides_of_a_pair_come_in_one_micro_batch(pairs: Pairs, tokens: int,
 
 
 def test_a_prompt_is_computed_once_for_both_sides() -> None:
-    """A system prompt of 10 for all, questions of 9, answers of 3 and 4."""
+    """A system prompt of 10 for all, questions of 9, answers of 3 and 4, of which the last token only has to be told."""
     pairs = []
     for number in range(5):
         prompt = [*range(10), *range(100 * number + 20, 100 * number + 29)]
         chosen, rejected = [11, 12, 13], [14, 15, 16, 17]
         flags = {"trained": [False] * 19 + [True] * 3, "rejected_trained": [False] * 19 + [True] * 4}
         pairs.append({"input_ids": prompt + chosen, "rejected_input_ids": prompt + rejected, **flags})
-    assert PairCollator(collate_tree, WHOLE).collate(pairs)["input_ids"].numel() == filled(10 + 5 * (9 + 3 + 4))
+    assert PairCollator(collate_tree, WHOLE).collate(pairs)["input_ids"].numel() == filled(10 + 5 * (9 + 2 + 3))
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -51,11 +51,11 @@ def rows(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
     return made
 
 
-def with_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    """What transformers takes for the same batch: labels of -100 but at the targets."""
-    labels = torch.full_like(batch["input_ids"], -100)
-    labels.view(-1)[batch["sources"] + 1] = batch["targets"]
-    return {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch} | {"labels": labels}
+def with_labels(made: list[dict[str, Any]]) -> dict[str, Any]:
+    """What transformers takes for whole rows: padded on the right, labels of -100 but where they are trained on."""
+    padded = [torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in made], True) for name in ("input_ids", "trained")]
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row["trained"]), dtype=torch.long) for row in made], True)
+    return {"input_ids": padded[0], "attention_mask": mask, "labels": torch.where(padded[1], padded[0], -100)}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
@@ -63,13 +63,14 @@ def with_labels(batch: dict[str, Any]) -> dict[str, Any]:
 def test_equal_to_the_models_own_loss_and_gradients(config: Any, lengths: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).double()
-    batch = PaddedCollator(pad_id=0)(rows(lengths))
+    made = rows(lengths)
+    batch = PaddedCollator(pad_id=0)(made)
     assert ("attention_mask" in batch) == (len(set(lengths)) > 1)
     mine = summed_loss(model, batch) / labelled_count(batch)
     mine.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    theirs = model(**with_labels(batch)).loss
+    theirs = model(**with_labels(made)).loss
     theirs.backward()
     # transformers takes its loss in float32.
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-6)
@@ -119,9 +120,9 @@ def test_padding_goes_by_length_and_not_by_pad_id() -> None:
     batch = PaddedCollator(pad_id=2)(
         [{"input_ids": [5, 2], "trained": [False, True]}, {"input_ids": [5, 6, 2], "trained": [False, False, True]}]
     )
-    assert batch["input_ids"].tolist() == [[5, 2, 2], [5, 6, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch["sources"].tolist() == [0, 4]
+    assert batch["input_ids"].tolist() == [[5, 2], [5, 6]]  # what is told last goes through the model in no row
+    assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert batch["sources"].tolist() == [0, 3]
     assert batch["targets"].tolist() == [2, 2]
     assert (labelled_count(batch), batch["row_tokens"]) == (2, 5)
 

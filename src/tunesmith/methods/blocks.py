@@ -7,6 +7,9 @@ backward pass, in numbers a token, beside what transformers' own code keeps for 
     gated       gate and up, 2 F (theirs: gate, the activated gate, up: 3 F)
     rotary      nothing but the cosines and sines that all blocks share
 
+The last block computes what follows its attention for the labelled places alone: of the others nothing is asked but keys and
+values.
+
 Only for architectures whose blocks are those of Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2) with rotary
 embeddings over the whole head; tests/invariant/test_blocks.py holds each against transformers' modules.
 """
@@ -21,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.methods.adapter import linears
 from tunesmith.methods.elementwise import ACTIVATIONS, OWN, Kernels
+from tunesmith.packing.places import at_places, take_places
 from tunesmith.packing.products import use_products
 from tunesmith.packing.tree import TREE_ARCHITECTURES
 
@@ -100,15 +104,17 @@ def _attention(
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: Any = None,
     past_key_values: Any = None,
+    places: torch.Tensor | None = None,
+    last_places: Any = None,  # comes to all blocks and is the last one's  # noqa: ARG001
     **more: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """The block's attention; transformers' own where it generates, or makes a table of scores."""
+    """The block's attention, (1, N, H) at `places` where they are given; transformers' own where it generates, or is eager."""
     implementation = module.config._attn_implementation
     if past_key_values is not None or implementation == "eager":
         own: tuple[torch.Tensor, Any] = type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **more
         )
-        return own
+        return own if places is None else (at_places(own[0], places), own[1])
     shape = hidden_states.shape[:-1]
     made = linears([module.q_proj, module.k_proj, module.v_proj], hidden_states)
     query, key, value = (each.view(*shape, -1, module.head_dim) for each in made)
@@ -127,7 +133,21 @@ def _attention(
         sliding_window=getattr(module.config, "sliding_window", None),
         **more,
     )
-    return module.o_proj(mixed.reshape(*shape, -1)), weights
+    mixed = mixed.reshape(*shape, -1)
+    return module.o_proj(mixed if places is None else at_places(mixed, places)), weights
+
+
+def _last_block(
+    module: Any, hidden_states: torch.Tensor, *, last_places: torch.Tensor | None = None, **more: Any
+) -> torch.Tensor:
+    """The block, (1, N, H) at `last_places` of the flattened (B x L) tokens where they are given."""
+    if last_places is None:
+        whole: torch.Tensor = type(module).forward(module, hidden_states, **more)
+        return whole
+    mixed, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), places=last_places, **more)
+    middle = at_places(hidden_states, last_places) + mixed
+    result: torch.Tensor = middle + module.mlp(module.post_attention_layernorm(middle))
+    return result
 
 
 def fusible(config: Any) -> bool:
@@ -155,3 +175,4 @@ def fuse_blocks(model: Any, kernels: Kernels = OWN) -> None:
             module.forward = partial(_mlp, module, activation, kernels)
         elif kind.endswith("Attention"):
             module.forward = partial(_attention, module, kernels)
+    take_places(model.get_decoder(), _last_block)

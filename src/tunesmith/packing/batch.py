@@ -1,5 +1,8 @@
 """Rows of token ids to the tensors of one forward pass: as a prefix tree, or padded.
 
+A row goes through the model up to the token that predicts its last label: what follows changes no label's probability, and
+the last label itself only has to be told.
+
 Both give the same keys, so the loss does not know which it was. Shapes: B rows in the batch (1 for a tree), L tokens in
 each, N labelled places.
 
@@ -8,7 +11,7 @@ each, N labelled places.
     sources (N,)           index into the flattened (B x L) hidden states of the one that predicts the label
     targets (N,)           the label's id
     weights (N,)           how many rows have this label at this place; 0 for what fills a tree's labels up (`tree.FILL`)
-    row_tokens             tokens of all rows, each counted with its whole prefix (an int)
+    row_tokens             tokens of all rows as they are in the dataset (an int)
     tree_layout            a tree's nodes, for attention (tree only)
     attention_mask (B, L)  1 for real tokens (padded only, and only where rows differ in length)
 """
@@ -22,7 +25,16 @@ from typing import Any, Protocol
 import torch
 
 from tunesmith.packing.attention import Layout
-from tunesmith.packing.tree import TREE_ARCHITECTURES, Limits, build_tree, fill, filled, split_by_length, split_for_trees
+from tunesmith.packing.tree import (
+    TREE_ARCHITECTURES,
+    Limits,
+    build_tree,
+    computed_length,
+    fill,
+    filled,
+    split_by_length,
+    split_for_trees,
+)
 
 Batch = dict[str, Any]
 Owners = list[tuple[int, int]]  # (row, label): a batch's label that a row has; one that rows share stands once for each
@@ -47,6 +59,12 @@ def labelled_count(batch: Mapping[str, Any]) -> int:
     return int(batch["weights"].sum())
 
 
+def computed_ids(row: Mapping[str, Any], side: str = "") -> Sequence[int]:
+    """The row's tokens that go through the model; `side` is `rejected_` for the other side of a pair."""
+    ids: Sequence[int] = row[f"{side}input_ids"]
+    return ids[: computed_length(row[f"{side}trained"])]
+
+
 def collate_tree(rows: Rows) -> Batch:
     """The rows as one sequence in which each shared prefix stands once."""
     return tree_with_owners(rows)[0]
@@ -54,14 +72,14 @@ def collate_tree(rows: Rows) -> Batch:
 
 def tree_with_owners(rows: Rows) -> tuple[Batch, Owners]:
     """`collate_tree`, and which row has which labels."""
-    tree = fill(build_tree([row["input_ids"] for row in rows]))
+    tree = fill(build_tree([computed_ids(row) for row in rows]))
     labels: dict[tuple[int, int], int] = {}  # (source, target): the label's number
     owners: Owners = []
     for number, (row, path) in enumerate(zip(rows, tree.paths, strict=True)):
-        trained = row["trained"]
-        places = [(path[i - 1], path[i]) for i in range(1, len(path)) if trained[i]]
+        told = zip(path, row["input_ids"][1:], row["trained"][1:], strict=False)  # the row may be longer than its path
+        places = [(source, target) for source, target, trained in told if trained]
         owners += [(number, labels.setdefault(place, len(labels))) for place in places]
-    sources, targets = [source for source, _ in labels], [tree.ids[target] for _, target in labels]
+    sources, targets = [source for source, _ in labels], [target for _, target in labels]
     count = Counter(label for _, label in owners)
     weights = [count[label] for label in range(len(labels))]
     more = filled(len(labels)) - len(labels)
@@ -72,10 +90,14 @@ def tree_with_owners(rows: Rows) -> tuple[Batch, Owners]:
         "sources": torch.tensor(sources, dtype=torch.long),
         "targets": torch.tensor(targets, dtype=torch.long),
         "weights": torch.tensor(weights, dtype=torch.float32),
-        "row_tokens": sum(map(len, tree.paths)),
+        "row_tokens": _row_tokens(rows),
         "tree_layout": Layout(tree.nodes, len(tree.ids)),
     }
     return batch, owners
+
+
+def _row_tokens(rows: Rows) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
 
 
 class PaddedCollator:
@@ -85,14 +107,14 @@ class PaddedCollator:
         self.pad_id = 0 if pad_id is None else pad_id  # a tokenizer may have none; any id does, as it is masked
 
     def __call__(self, rows: Rows) -> Batch:
-        lengths = [len(row["input_ids"]) for row in rows]
+        lengths = [computed_length(row["trained"]) for row in rows]
         longest = max(lengths)
         input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.long)
         mask = torch.zeros((len(rows), longest), dtype=torch.long)
         sources, targets = [], []
         for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             ids = torch.tensor(row["input_ids"], dtype=torch.long)
-            input_ids[number, :length] = ids
+            input_ids[number, :length] = ids[:length]
             mask[number, :length] = 1
             places = torch.tensor(row["trained"], dtype=torch.bool)[1:].nonzero().flatten()
             sources.append(places + number * longest)
@@ -102,7 +124,7 @@ class PaddedCollator:
             "position_ids": torch.arange(longest).expand(len(rows), -1).contiguous(),
             "sources": torch.cat(sources),
             "targets": torch.cat(targets),
-            "row_tokens": sum(lengths),
+            "row_tokens": _row_tokens(rows),
         }
         batch["weights"] = torch.ones(len(batch["targets"]), dtype=torch.float32)
         return batch if min(lengths) == longest else batch | {"attention_mask": mask}
@@ -124,7 +146,7 @@ class StepCollator:
         self.collate, self.limits = collate, limits
 
     def __call__(self, rows: Rows, /) -> dict[str, list[Batch]]:
-        ids = [row["input_ids"] for row in rows]
+        ids = [computed_ids(row) for row in rows]
         if isinstance(self.collate, PaddedCollator):
             groups = split_by_length([len(each) for each in ids], self.limits)
         else:

@@ -15,6 +15,7 @@ from tunesmith.native import cross_entropy as kernel
 from tunesmith.native.library import computes
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
 from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
+from tunesmith.packing.places import hidden_at
 from tunesmith.packing.products import across_rows, has_own_kernel, linear
 
 #: Config entries of models that change their logits after the head; those go through the model's own forward.
@@ -48,8 +49,7 @@ def logits_of(causal: Any, hidden: torch.Tensor) -> torch.Tensor:
 def labelled_hidden(causal: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """(N, H) hidden states at the places of `sources`."""
     inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
-    hidden: torch.Tensor = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
-    return hidden.flatten(0, 1)[batch["sources"]]
+    return hidden_at(causal.get_decoder(), inputs, batch["sources"])
 
 
 def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:

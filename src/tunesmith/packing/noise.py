@@ -12,7 +12,7 @@ from tunesmith.packing.loss import causal_of
 
 
 def row_lengths(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """(B, L) for each token the tokens of its row, without padding; of the longest row where several share the token."""
+    """(B, L) for each token those of its row that are computed, padding aside; of the longest row where several share it."""
     positions: torch.Tensor = inputs["position_ids"]
     layout: Layout | None = inputs.get("tree_layout")
     if layout is not None:

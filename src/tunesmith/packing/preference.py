@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.native import cross_entropy as kernel
-from tunesmith.packing.batch import Batch, Collator, PaddedCollator, Rows, to_device, tree_with_owners
+from tunesmith.packing.batch import Batch, Collator, PaddedCollator, Rows, computed_ids, to_device, tree_with_owners
 from tunesmith.packing.chunks import chunk_rows
 from tunesmith.packing.loss import (
     causal_of,
@@ -53,7 +53,7 @@ class PairCollator:
 
     def split(self, pairs: Rows) -> list[list[int]]:
         """Indices of the pairs of each micro-batch."""
-        units = [(pair["input_ids"], pair["rejected_input_ids"]) for pair in pairs]
+        units = [(computed_ids(pair), computed_ids(pair, "rejected_")) for pair in pairs]
         if self.padded is not None:
             return split_by_length([max(map(len, unit)) for unit in units], self.limits, rows=2)
         return split_units_for_trees(units, self.limits)

@@ -55,6 +55,12 @@ class Tree:
     paths: list[list[int]]
 
 
+def computed_length(trained: Sequence[bool]) -> int:
+    """How many of a row's leading tokens go through the model: those before its last label, and at least one."""
+    places = (place for place in range(len(trained) - 1, 0, -1) if trained[place])
+    return next(places, 1)
+
+
 def filled(count: int) -> int:
     """The next multiple of `FILL`."""
     return -(-count // FILL) * FILL

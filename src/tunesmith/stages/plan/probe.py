@@ -120,12 +120,10 @@ def _stepper(
 
 
 def _collate(rows: Sequence[Row], vocabulary: int, limits: Limits, *, packing: bool) -> list[Batch]:
-    """The rows as micro-batches; the last tokens of each row carry its labels."""
-    made = [
-        {
-            "input_ids": [token % vocabulary for token in row.ids],
-            "trained": [place >= len(row.ids) - row.labelled for place in range(len(row.ids))],
-        }
-        for row in rows
-    ]
+    """The rows as micro-batches, each row up to its last label; its last tokens carry its labels."""
+    made = []
+    for row in rows:
+        length = len(row.computed) + 1
+        ids = [token % vocabulary for token in row.ids[:length]]
+        made.append({"input_ids": ids, "trained": [place >= length - row.labelled for place in range(length)]})
     return StepCollator(collate_tree if packing else PaddedCollator(None), limits)(made)["micro_batches"]

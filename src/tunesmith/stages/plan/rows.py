@@ -22,7 +22,7 @@ from tunesmith.datasections import DataSection, SourceSection
 from tunesmith.errors import DataError, PlanError, Problem
 from tunesmith.io.documents import reader_of
 from tunesmith.io.rows import Row as FileRow
-from tunesmith.packing.tree import Limits, build_tree, filled, split_by_length, split_units_for_trees
+from tunesmith.packing.tree import Limits, build_tree, computed_length, filled, split_by_length, split_units_for_trees
 from tunesmith.recipe import Objective
 from tunesmith.sections import ON_TREES, SAMPLED
 
@@ -44,11 +44,20 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One row's token ids, and how many of them carry loss; of a preference pair the chosen side, with the rejected one."""
+    """One row's token ids, and how many of them carry loss; of a preference pair the chosen side, with the rejected one.
+
+    The last `told` of them do not go through the model (packing/batch.py).
+    """
 
     ids: Sequence[int]
     labelled: int
     rejected: Row | None = None
+    told: int = 1
+
+    @property
+    def computed(self) -> Sequence[int]:
+        """The ids that go through the model."""
+        return self.ids[: max(1, len(self.ids) - self.told)]
 
     @property
     def sides(self) -> tuple[Row, ...]:
@@ -118,7 +127,7 @@ def _sides(rows: Sequence[Row]) -> list[Row]:
 
 
 def _batches(rows: Sequence[Row], limits: Limits, *, packing: bool) -> list[Batch]:
-    units = [[side.ids for side in row.sides] for row in rows]
+    units = [[side.computed for side in row.sides] for row in rows]
     if packing:
         groups = split_units_for_trees(units, limits)
     else:
@@ -129,8 +138,8 @@ def _batches(rows: Sequence[Row], limits: Limits, *, packing: bool) -> list[Batc
 def _batch(rows: Sequence[Row], *, packing: bool) -> Batch:
     total, labelled = sum(len(row.ids) for row in rows), sum(row.labelled for row in rows)
     if not packing:
-        return Batch(len(rows) * max(len(row.ids) for row in rows), max(1, labelled), total)
-    computed = len(build_tree([row.ids for row in rows]).ids)
+        return Batch(len(rows) * max(len(row.computed) for row in rows), max(1, labelled), total)
+    computed = len(build_tree([row.computed for row in rows]).ids)
     return Batch(filled(computed), filled(max(1, labelled)), total)
 
 
@@ -270,10 +279,14 @@ def prepared_facts(folder: Path) -> DataFacts:
 
 
 def _prepared(row: dict[str, Any]) -> Row:
-    made = Row(row["input_ids"], sum(row["trained"][1:]))
+    made = _of_ids(row["input_ids"], row["trained"])
     if "rejected_input_ids" not in row:
         return made
-    return replace(made, rejected=Row(row["rejected_input_ids"], sum(row["rejected_trained"][1:])))
+    return replace(made, rejected=_of_ids(row["rejected_input_ids"], row["rejected_trained"]))
+
+
+def _of_ids(ids: Sequence[int], trained: Sequence[bool]) -> Row:
+    return Row(ids, sum(trained[1:]), told=len(ids) - computed_length(trained))
 
 
 def encoder_of(model: Path) -> Encoder | None:
