@@ -16,6 +16,7 @@ from tests.shapes import SHAPE
 from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.packing.attention import Layout, masked_attention, tree_attention
 from tunesmith.packing.batch import (
+    Collator,
     PaddedCollator,
     StepCollator,
     collate_tree,
@@ -192,6 +193,22 @@ def test_no_token_is_computed_that_no_label_needs(rows: list[dict[str, Any]]) ->
     padded = PaddedCollator(pad_id=0)(rows)
     assert padded["input_ids"].shape == (len(rows), max(lasts))
     assert padded["row_tokens"] == collate_tree(rows)["row_tokens"] == sum(len(row["input_ids"]) for row in rows)
+
+
+@pytest.mark.parametrize("collate", [collate_tree, PaddedCollator(pad_id=0)], ids=["tree", "padded"])
+def test_the_last_block_ends_at_the_labelled_places(collate: Collator) -> None:
+    """Behind the last attention nothing is asked of the others; a call without labelled places gives all of them."""
+    model = fused_model("llama")
+    rows = [{"input_ids": [*range(1, 31), 40 + n, 50, 51], "trained": [False] * 31 + [True] * 2} for n in range(4)]
+    batch = collate(rows)
+    seen: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    use_tree_attention(model, on="tree_layout" in batch)
+    summed_loss(model, batch)
+    assert seen == [batch["input_ids"].numel()] * (len(seen) - 1) + [len(batch["sources"])]
+    use_tree_attention(model, on=False)
+    assert model(input_ids=torch.ones((2, 7), dtype=torch.long)).logits.shape[:2] == (2, 7)
 
 
 def test_structured_attention_equals_a_dense_mask() -> None:

@@ -13,9 +13,10 @@ from transformers import LlamaConfig
 from tests.invariant.test_packing import CONFIGS
 from tunesmith import native
 from tunesmith.models.architecture import read_architecture
-from tunesmith.stages.plan.memory import sharded_bytes
+from tunesmith.stages.plan.memory import estimate, sharded_bytes
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.sharded import trace_sharded
+from tunesmith.stages.plan.speed import micro_batch_work
 from tunesmith.stages.plan.trace import StorageMeter, measure, trace
 from tunesmith.stages.plan.traced import multiplied
 
@@ -92,18 +93,22 @@ def test_what_was_alive_adds_up_to_the_peak() -> None:
 
 
 def test_flops_are_those_of_the_matrices() -> None:
-    """Full fine-tuning: 6 for each weight and token; recomputing 2 more; the head's labelled places alone."""
-    config = CONFIGS["llama"]
+    """Full fine-tuning: 6 for each weight and token, recomputing 2 more; head and the last block's end at labelled places."""
+    config, tokens, labelled = CONFIGS["llama"], FULL.tokens, FULL.labelled
+    layers, less = config.num_hidden_layers, FULL.tokens - FULL.labelled
     h, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     q = config.num_attention_heads * config.head_dim
-    weights = config.num_hidden_layers * (2 * h * q + 2 * h * kv + 3 * h * f)
-    head = 6 * h * config.vocab_size * FULL.labelled
-    head += (2 * config.num_hidden_layers + 1) * 2 * h * FULL.tokens  # the gradients of the norms' weights
+    products = layers * (2 * h * q + 2 * h * kv + 3 * h * f) * tokens - (h * q + 3 * h * f) * less
+    head = 6 * h * config.vocab_size * labelled
+    head += 2 * h * ((2 * layers + 1) * tokens - 2 * less)  # the gradients of the norms' weights
     plain, again = (trace(config, replace(FULL, gradient_checkpointing=flag)).flops["mm"] for flag in (False, True))
-    assert plain == 6 * weights * FULL.tokens + head
+    assert plain == 6 * products + head
+    architecture = read_architecture(config.to_dict())
+    planned = micro_batch_work(architecture, FULL, estimate(architecture, FULL), FULL.length)
+    assert planned.product_flops == 6 * products + 6 * h * config.vocab_size * labelled
     # The recomputation of a block stops before its last product, which nothing that is kept depends on.
-    skipped = 2 * config.num_hidden_layers * h * f * FULL.tokens
-    assert again == 8 * weights * FULL.tokens - skipped + head
+    skipped = 2 * h * f * (layers * tokens - less)
+    assert again == 8 * products - skipped + head
 
 
 def test_more_tokens_take_more_and_checkpointing_less() -> None:

@@ -53,7 +53,9 @@ def rows(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
 
 def with_labels(made: list[dict[str, Any]]) -> dict[str, Any]:
     """What transformers takes for whole rows: padded on the right, labels of -100 but where they are trained on."""
-    padded = [torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in made], True) for name in ("input_ids", "trained")]
+    padded = [
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in made], True) for name in ("input_ids", "trained")
+    ]
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row["trained"]), dtype=torch.long) for row in made], True)
     return {"input_ids": padded[0], "attention_mask": mask, "labels": torch.where(padded[1], padded[0], -100)}
 

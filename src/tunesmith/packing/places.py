@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tunesmith.packing.chunks import few_places
+
 _TAKES = "_tunesmith_takes_places"
 
 
@@ -29,7 +31,7 @@ def take_places(decoder: Any, last_block: Callable[..., torch.Tensor]) -> None:
 def hidden_at(decoder: Any, inputs: dict[str, Any], places: torch.Tensor) -> torch.Tensor:
     """(N, H) final hidden states of a decoder of transformers at indices into the flattened (B x L) tokens."""
     hidden: torch.Tensor
-    if getattr(decoder, _TAKES, False):
+    if getattr(decoder, _TAKES, False) and few_places(len(places), inputs["input_ids"].numel()):
         hidden = decoder(**inputs, use_cache=False, last_places=places).last_hidden_state
     else:
         hidden = at_places(decoder(**inputs, use_cache=False).last_hidden_state, places)

@@ -16,7 +16,6 @@ from typing import Literal
 
 from tunesmith.models.architecture import Architecture, Linear
 from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
-from tunesmith.packing.tree import TREE_ARCHITECTURES
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.tape import Buffer, Give, Kind, Tape, Value
 
@@ -61,13 +60,12 @@ class Modules:
         self.style = STYLES.get(architecture.model_type, Style())
         self.full = scenario.method == "full"
         self.norms, self.head = scenario.trains("norm"), scenario.trains_head(architecture)
-        self.t = scenario.tokens
+        self.t = scenario.tokens  # of what is computed; the labelled places from the last block's attention on
         # PEFT's k-bit preparation turns norms and embeddings to float32, and with them everything between 4-bit products.
         self.e = 4 if scenario.stock and scenario.method == "qlora" else scenario.element
         #: What the block's attention gave, kept for the backward pass though the block is not (methods/checkpointing.py).
         self.kept: list[Buffer] = []
-        #: methods/blocks.py
-        self.fused = not scenario.stock and architecture.model_type in TREE_ARCHITECTURES
+        self.fused, self.early = scenario.fused(architecture), scenario.ends_early(architecture)
 
     # --- linear layers ---
 
@@ -214,8 +212,8 @@ class Modules:
 
     # --- attention ---
 
-    def attention(self, z: Value) -> Value:
-        """Projections, rotary embedding, attention, output projection."""
+    def attention(self, z: Value, *, last: bool = False) -> Value:
+        """Projections, rotary embedding, attention, output projection; that of the `last` block at the labelled places."""
         tape, a = self.tape, self.a
         layers = {layer.name: layer for layer in a.linears}
         q_width, kv_width = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
@@ -241,8 +239,16 @@ class Modules:
         if self.style.copied_result:
             size = self.e * q_width * self.t
             mixed = self._then_free(tape.apply(size, [mixed], gives=[Give(mixed, size)]), mixed)
-        out_name = "o_proj" if "o_proj" in layers else "dense"
-        return self._then_free(self.linear(mixed, layers[out_name]), mixed)
+        out = layers["o_proj" if "o_proj" in layers else "dense"]
+        if not (last and self.early):
+            return self._then_free(self.linear(mixed, out), mixed)
+        if self.s.attention == "eager":  # transformers' own attention, up to its end
+            mixed = self._then_free(self.linear(mixed, out), mixed)
+            self.t = self.s.labelled
+            return self._then_free(self._at_places(mixed, self.a.hidden_size), mixed)
+        mixed = self._then_free(self._at_places(mixed, q_width), mixed)
+        self.t = self.s.labelled
+        return self._then_free(self.linear(mixed, out), mixed)
 
     def _rotate(self, x: Value, width: int) -> Value:
         """Rotary embedding, x cos + rotate_half(x) sin: keeps cosines and sines alone, which all blocks share."""
@@ -365,23 +371,34 @@ class Modules:
         tape.free(out, weighted)
         return total
 
+    def _at_places(self, x: Value, width: int) -> Value:
+        """packing/places.py: the labelled ones of all tokens; going back, zeros for all with theirs put in."""
+        size = self.e * width
+        return self.tape.apply(size * self.s.labelled, [x], gives=[Give(x, size * self.s.tokens)])
+
     def _add(self, one: Value, other: Value) -> Value:
         size = self.e * self.a.hidden_size * self.t
         return self.tape.apply(size, [one, other], gives=[Give(one, None), Give(other, None)])
 
-    def block(self, x: Value) -> Value:
-        """A decoder block; the caller frees x."""
+    def block(self, x: Value, *, last: bool = False) -> Value:
+        """A decoder block; the caller frees x. The `last` one may end at the labelled places."""
         tape, h = self.tape, self.a.hidden_size
+        self.t = self.s.tokens
         z = self.norm(x, h)
         if self.style.parallel:
             mixed, mapped = self.attention(z), self.mlp(z)
             both = self._add(mixed, mapped)
             tape.free(z, mixed, mapped)
             return self._then_free(self._add(both, x), both)
-        mixed = self._then_free(self.attention(z), z)
+        mixed = self._then_free(self.attention(z, last=last), z)
         if self.style.post_norms:
             mixed = self._then_free(self.norm(mixed, h), mixed)
-        middle = self._then_free(self._add(x, mixed), mixed)
+        if last and self.early:
+            x = self._at_places(x, h)
+            middle = self._then_free(self._add(x, mixed), mixed)
+            tape.free(x)
+        else:
+            middle = self._then_free(self._add(x, mixed), mixed)
         z = self.norm(middle, h)
         mapped = self._then_free(self.mlp(z), z)
         if self.style.post_norms:
@@ -402,8 +419,10 @@ class Modules:
     def _chunked_loss(self, hidden: Value) -> None:
         """packing/loss.py: gradients of hidden states and head, and one chunk of logits; never the logits of all places."""
         tape, e, h, n, vocabulary = self.tape, self.e, self.a.hidden_size, self.s.labelled, self.a.vocab_size
-        picked = tape.make("activations", e * h * n)
-        tape.free(hidden)
+        picked = hidden.buffer
+        if not self.early:
+            picked = tape.make("activations", e * h * n)
+            tape.free(hidden)
         into_hidden = tape.make("activations", e * h * n)
         rows = min(n, chunk_rows(vocabulary))
         head = tape.make("gradients", 4 * vocabulary * h) if self.head else None
@@ -418,6 +437,9 @@ class Modules:
             if narrow is not head:
                 tape.drop(head)
             self._keep_head(narrow)
+        if self.early:
+            hidden.gradient = into_hidden
+            return
         # From the labelled places back to all.
         hidden.gradient = tape.make("activations", e * h * self.t)
         tape.drop(into_hidden)

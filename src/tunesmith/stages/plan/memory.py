@@ -180,7 +180,7 @@ class _Step:
             written, operators = tape.written, tape.operators
             self.modules.kept = []
             starts.append((len(tape.nodes), hidden, self.modules.kept))
-            hidden = self._block_forward(hidden)
+            hidden = self._block_forward(hidden, last=number == shown - 1)
             if number == 1:
                 # The input of a block has become its output, so what is more now is what the block keeps.
                 ballast = tape.make("activations", (layers - shown) * (tape.total - before), moved=False)
@@ -198,7 +198,7 @@ class _Step:
             written, operators = tape.written, tape.operators
             since, start, self.modules.kept = starts[number]
             if recompute:
-                self._recompute(start, hidden)
+                self._recompute(start, hidden, last=number == shown - 1)
             tape.backward(since)
             if recompute and number > 0:
                 tape.free(start)
@@ -224,21 +224,21 @@ class _Step:
             self.tape.scratch(size)
         return value
 
-    def _block_forward(self, x: Value) -> Value:
+    def _block_forward(self, x: Value, *, last: bool) -> Value:
         """A block; with checkpointing nothing is kept but x (Chen et al. 2016, arXiv 1604.06174), and attention where asked."""
         if not self.s.gradient_checkpointing:
-            out = self.modules.block(x)
+            out = self.modules.block(x, last=last)
             self.tape.free(x)
             return out
         self.tape.recording = False
-        out = self.modules.block(x)
+        out = self.modules.block(x, last=last)
         self.tape.recording = True
         out.needs = True
         return out
 
-    def _recompute(self, x: Value, out: Value) -> None:
+    def _recompute(self, x: Value, out: Value, *, last: bool) -> None:
         """The block once more, now recorded; it takes over the gradient that has come to its first result."""
-        again = self.modules.block(x)
+        again = self.modules.block(x, last=last)
         self.tape.free(again)
         again.gradient, out.gradient = out.gradient, None
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from tunesmith.hardware import DtypeName
 from tunesmith.models.architecture import Architecture
+from tunesmith.packing.chunks import few_places
+from tunesmith.packing.tree import TREE_ARCHITECTURES
 from tunesmith.recipe import Checkpointing, Method
 
 #: Bytes of one number.
@@ -60,6 +62,14 @@ class Scenario:
             return 0
         parts = {"embed_tokens": a.embedding_parameters, "lm_head": a.head_parameters, "norm": a.norm_parameters}
         return sum(count for name, count in parts.items() if self.trains(name))
+
+    def fused(self, a: Architecture) -> bool:
+        """Whether blocks compute as methods/blocks.py has them."""
+        return not self.stock and a.model_type in TREE_ARCHITECTURES
+
+    def ends_early(self, a: Architecture) -> bool:
+        """Whether the last block ends at the labelled places (packing/places.py)."""
+        return self.fused(a) and few_places(self.labelled, self.tokens)
 
     @property
     def tokens(self) -> int:

@@ -2,9 +2,9 @@
 
 FLOPs for each token (N weights of linear layers that it goes through, N_A of adapters): forward 2 N; backward 4 N where
 weights are trained, 2 N where they are frozen; adapters 6 N_A; recomputing 2 N more. Head: 4 h V for each labelled place, 6
-where it is trained. Attention: 2 S q for each token forward (causal, S tokens of context, q query width), 2.5 times that
-backward (Dao 2023, arXiv 2307.08691, section 3.1), and forward once more where it is computed again. Bytes: what operators
-write (the tape's count), read twice.
+where it is trained; the last block's layers behind its attention see the labelled places alone. Attention: 2 S q for each
+token forward (causal, S tokens of context, q query width), 2.5 times that backward (Dao 2023, arXiv 2307.08691, section 3.1),
+and forward once more where it is computed again. Bytes: what operators write (the tape's count), read twice.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def micro_batch_work(a: Architecture, s: Scenario, estimate: Estimate, context: 
     weights = a.active_parameters - a.embedding_parameters - a.head_parameters - a.other_parameters
     adapters = 0 if s.method == "full" else a.lora_parameters(s.r)
     again = 2 if s.gradient_checkpointing else 0
-    each = weights * ((6 if s.method == "full" else 4) + again) + adapters * (6 + again)
+    each = (6 if s.method == "full" else 4) + again
+    products = (weights * each + adapters * (6 + again)) * s.tokens
+    less, adapted = _behind_the_last_attention(a, s)
+    products -= (less * each + adapted * (6 + again)) * (s.tokens - s.labelled)
     places = s.tokens if s.stock else s.labelled
     head = a.hidden_size * a.vocab_size * places * ((6 if s.trains_head(a) else 4) + (2 if s.logits_twice else 0))
     query = a.num_attention_heads * a.head_dim
@@ -64,7 +67,16 @@ def micro_batch_work(a: Architecture, s: Scenario, estimate: Estimate, context: 
     moved = 3.0 * estimate.written_bytes + s.element * weights * (2 + again / 2)
     if s.method == "qlora":
         moved += a.linear_weights * (NF4_BYTES + 2 * s.element) * (2 + again / 2)
-    return Work(each * s.tokens + head, attention, moved, estimate.operators)
+    return Work(products + head, attention, moved, estimate.operators)
+
+
+def _behind_the_last_attention(a: Architecture, s: Scenario) -> tuple[int, int]:
+    """Weights, and parameters of adapters, that only the labelled places go through beside the head."""
+    if not s.ends_early(a):
+        return 0, 0
+    layers = [layer for layer in a.linears if layer.name not in {"q_proj", "k_proj", "v_proj"}]
+    adapted = 0 if s.method == "full" else sum(s.r * (layer.in_features + layer.out_features) for layer in layers)
+    return sum(layer.weights for layer in layers), adapted
 
 
 def forward_work(a: Architecture, s: Scenario, estimate: Estimate, context: float) -> Work:
@@ -72,6 +84,7 @@ def forward_work(a: Architecture, s: Scenario, estimate: Estimate, context: floa
     weights = a.active_parameters - a.embedding_parameters - a.head_parameters - a.other_parameters
     adapters = 0 if s.method == "full" else a.lora_parameters(s.r)
     products = 2.0 * (weights + adapters) * s.tokens + 2.0 * a.hidden_size * a.vocab_size * s.labelled
+    products -= 2.0 * sum(_behind_the_last_attention(a, s)) * (s.tokens - s.labelled)
     attention = 2 * context * a.num_attention_heads * a.head_dim * a.num_hidden_layers * s.tokens
     moved = 1.0 * estimate.written_bytes + s.element * weights
     if s.method == "qlora":
