@@ -266,12 +266,10 @@ def _stock_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def make_batch(config: Any, scenario: Scenario) -> Batch:
-    """A batch of the scenario's shape; the last places of its rows carry the loss."""
-    total = scenario.rows * (scenario.length - 1)  # no row's first token is told
-    if not 0 < scenario.labelled <= total:
-        raise ValueError(f"{scenario.labelled} of {total} places cannot carry loss")
-    each = -(-scenario.labelled // scenario.rows)
-    places = [row * scenario.length + scenario.length - 1 - i for row in range(scenario.rows) for i in range(1, each + 1)]
+    """A batch of the scenario's shape; the last places of its rows tell the labels, where there are more several each."""
+    rows, length = scenario.rows, scenario.length
+    each = -(-scenario.labelled // rows)
+    places = [row * length + length - 1 - i % length for row in range(rows) for i in range(each)]
     places = places[: scenario.labelled]
     ids = torch.arange(scenario.tokens).reshape(scenario.rows, -1) % config.vocab_size
     batch: Batch = {
