@@ -100,34 +100,37 @@ def _row_tokens(rows: Rows) -> int:
     return sum(len(row["input_ids"]) for row in rows)
 
 
+def padded(ids: Sequence[Sequence[int]], pad_id: int | None) -> Batch:
+    """Ids one row below the other, padded on the right: `input_ids`, `position_ids`, and a mask where they differ in length.
+
+    A tokenizer may have no pad id; any id does, as it is masked.
+    """
+    longest = max(map(len, ids))
+    input_ids = torch.full((len(ids), longest), 0 if pad_id is None else pad_id, dtype=torch.long)
+    mask = torch.zeros((len(ids), longest), dtype=torch.long)
+    for number, row in enumerate(ids):
+        input_ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[number, : len(row)] = 1
+    batch: Batch = {"input_ids": input_ids, "position_ids": torch.arange(longest).expand(len(ids), -1).contiguous()}
+    return batch if min(map(len, ids)) == longest else batch | {"attention_mask": mask}
+
+
 class PaddedCollator:
     """The rows one below the other, padded on the right and told apart by their lengths: pad may equal eos."""
 
     def __init__(self, pad_id: int | None) -> None:
-        self.pad_id = 0 if pad_id is None else pad_id  # a tokenizer may have none; any id does, as it is masked
+        self.pad_id = pad_id
 
     def __call__(self, rows: Rows) -> Batch:
-        lengths = [computed_length(row["trained"]) for row in rows]
-        longest = max(lengths)
-        input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.long)
-        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        batch = padded([computed_ids(row) for row in rows], self.pad_id)
+        longest = batch["input_ids"].shape[1]
         sources, targets = [], []
-        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            ids = torch.tensor(row["input_ids"], dtype=torch.long)
-            input_ids[number, :length] = ids[:length]
-            mask[number, :length] = 1
+        for number, row in enumerate(rows):
             places = torch.tensor(row["trained"], dtype=torch.bool)[1:].nonzero().flatten()
             sources.append(places + number * longest)
-            targets.append(ids[1:][places])
-        batch: Batch = {
-            "input_ids": input_ids,
-            "position_ids": torch.arange(longest).expand(len(rows), -1).contiguous(),
-            "sources": torch.cat(sources),
-            "targets": torch.cat(targets),
-            "row_tokens": _row_tokens(rows),
-        }
-        batch["weights"] = torch.ones(len(batch["targets"]), dtype=torch.float32)
-        return batch if min(lengths) == longest else batch | {"attention_mask": mask}
+            targets.append(torch.tensor(row["input_ids"], dtype=torch.long)[1:][places])
+        labels: Batch = {"sources": torch.cat(sources), "targets": torch.cat(targets), "row_tokens": _row_tokens(rows)}
+        return batch | labels | {"weights": torch.ones(len(labels["targets"]), dtype=torch.float32)}
 
     def with_owners(self, rows: Rows) -> tuple[Batch, Owners]:
         """The batch, and which row has which labels."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tunesmith.packing.attention import Layout
-from tunesmith.packing.batch import Batch, PaddedCollator, reason_against_tree, to_device
+from tunesmith.packing.batch import Batch, padded, reason_against_tree, to_device
 from tunesmith.packing.chunks import chunk_rows
 from tunesmith.packing.loss import changes_logits, logits_in_chunks, use_tree_attention
 from tunesmith.packing.tree import MIN_SHARED, Limits, build_tree, fill, shared_length, split_by_length
@@ -167,7 +167,7 @@ def _tree_batch(rows: Sequence[Row]) -> tuple[Batch, Sequence[Sequence[int]]]:
 
 def _padded_batch(rows: Sequence[Row], pad_id: int | None) -> tuple[Batch, Sequence[Sequence[int]]]:
     """The same for padded rows; places are counted through the rows, one after the other."""
-    batch = PaddedCollator(pad_id)([{"input_ids": row, "trained": [False] * len(row)} for row in rows])
+    batch = padded(rows, pad_id)
     width = batch["input_ids"].shape[1]
     return batch, [range(number * width, number * width + len(row)) for number, row in enumerate(rows)]
 
