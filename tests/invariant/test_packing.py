@@ -155,15 +155,22 @@ def with_gradients(model: Any, loss_of: Callable[[], torch.Tensor]) -> tuple[flo
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def transformers_loss(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """The mean over the labels by transformers' own forward over whole rows, padded on the right, and torch's cross-entropy."""
+def with_labels(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What transformers takes for whole rows: padded on the right, labels of -100 but where they are trained on."""
     length = max(len(row["input_ids"]) for row in rows)
     tokens, labels, mask = [torch.full((len(rows), length), filling) for filling in (0, -100, 0)]
     for number, row in enumerate(rows):
         own = torch.tensor(row["input_ids"])
         tokens[number, : len(own)], mask[number, : len(own)] = own, 1
         labels[number, : len(own)] = torch.where(torch.tensor(row["trained"]), own, -100)
-    logits, wanted = model(input_ids=tokens, attention_mask=mask).logits[:, :-1], labels[:, 1:]
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def transformers_loss(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """The mean over the labels by transformers' own forward over whole rows, and torch's cross-entropy."""
+    inputs = with_labels(rows)
+    wanted = inputs.pop("labels")[:, 1:]
+    logits = model(**inputs).logits[:, :-1]
     total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
     return total / max(int((wanted != -100).sum()), 1)
 

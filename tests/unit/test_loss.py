@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.invariant.test_packing import with_labels
 from tests.shapes import SHAPE
 from tunesmith import native
 from tunesmith.packing import chunks, loss
@@ -49,15 +50,6 @@ def rows(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
         trained = [bool(flag) for flag in torch.rand(length, generator=generator) < 0.5]
         made.append({"input_ids": ids, "trained": [*trained[:-1], True]})
     return made
-
-
-def with_labels(made: list[dict[str, Any]]) -> dict[str, Any]:
-    """What transformers takes for whole rows: padded on the right, labels of -100 but where they are trained on."""
-    padded = [
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in made], True) for name in ("input_ids", "trained")
-    ]
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row["trained"]), dtype=torch.long) for row in made], True)
-    return {"input_ids": padded[0], "attention_mask": mask, "labels": torch.where(padded[1], padded[0], -100)}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)

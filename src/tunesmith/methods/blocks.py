@@ -105,10 +105,10 @@ def _attention(
     attention_mask: Any = None,
     past_key_values: Any = None,
     places: torch.Tensor | None = None,
-    last_places: Any = None,  # comes to all blocks and is the last one's  # noqa: ARG001
     **more: Any,
 ) -> tuple[torch.Tensor, Any]:
     """The block's attention, (1, N, H) at `places` where they are given; transformers' own where it generates, or is eager."""
+    more.pop("last_places", None)  # comes to all blocks; the last one hands it on as `places`
     implementation = module.config._attn_implementation
     if past_key_values is not None or implementation == "eager":
         own: tuple[torch.Tensor, Any] = type(module).forward(

@@ -240,15 +240,15 @@ class Modules:
             size = self.e * q_width * self.t
             mixed = self._then_free(tape.apply(size, [mixed], gives=[Give(mixed, size)]), mixed)
         out = layers["o_proj" if "o_proj" in layers else "dense"]
-        if not (last and self.early):
-            return self._then_free(self.linear(mixed, out), mixed)
-        if self.s.attention == "eager":  # transformers' own attention, up to its end
-            mixed = self._then_free(self.linear(mixed, out), mixed)
+        early, eager = last and self.early, self.s.attention == "eager"  # that is transformers' own, up to its end
+        if early and not eager:
+            mixed = self._then_free(self._at_places(mixed, q_width), mixed)
             self.t = self.s.labelled
-            return self._then_free(self._at_places(mixed, self.a.hidden_size), mixed)
-        mixed = self._then_free(self._at_places(mixed, q_width), mixed)
-        self.t = self.s.labelled
-        return self._then_free(self.linear(mixed, out), mixed)
+        mixed = self._then_free(self.linear(mixed, out), mixed)
+        if early and eager:
+            mixed = self._then_free(self._at_places(mixed, self.a.hidden_size), mixed)
+            self.t = self.s.labelled
+        return mixed
 
     def _rotate(self, x: Value, width: int) -> Value:
         """Rotary embedding, x cos + rotate_half(x) sin: keeps cosines and sines alone, which all blocks share."""

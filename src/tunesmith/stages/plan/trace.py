@@ -266,7 +266,9 @@ def _stock_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def make_batch(config: Any, scenario: Scenario) -> Batch:
-    """A batch of the scenario's shape; the last places of its rows tell the labels, where there are more several each."""
+    """A batch of the scenario's shape; the last places of its rows tell the labels, several each where there are more."""
+    if scenario.labelled < 1:
+        raise ValueError(f"{scenario.labelled} places carry loss, and a step needs one")
     rows, length = scenario.rows, scenario.length
     each = -(-scenario.labelled // rows)
     places = [row * length + length - 1 - i % length for row in range(rows) for i in range(each)]
