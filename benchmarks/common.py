@@ -66,12 +66,17 @@ def merged(path: Path | None, claims: list[Any], rows: list[Any]) -> tuple[list[
     return [*kept, *claims], [*(old for old in earlier["rows"] if old["part"] not in parts), *rows]
 
 
+def this_machine() -> dict[str, Any]:
+    """What a result says of the machine that it was measured on. On a GPU this process has a CUDA context after it."""
+    return {**detect().as_dict(), "processor": processor()}
+
+
 def write_result(
     path: Path | None, claims: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], **more: Any
 ) -> None:
-    """Write everything to `path` if one is given; `more` are other keys of the file."""
+    """Write everything to `path` if one is given; `more` are other keys of the file, `hardware` too where it is known."""
     if path is not None:
-        hardware = {**detect().as_dict(), "processor": processor()}
+        hardware = more.pop("hardware", None) or this_machine()
         result = {"hardware": hardware, "versions": installed_versions(), "claims": claims, "rows": rows, **more}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -95,12 +95,17 @@ def on_device() -> str:
 
 
 class Meter:
-    """Seconds of steps and the peak of memory, of a training that tells when a step is over."""
+    """Seconds of steps and the peak of memory, of a training that tells when a step is over.
 
-    def __init__(self) -> None:
+    With `profile` the last step is not timed: what its operators take is written to that file.
+    """
+
+    def __init__(self, case: Case, profile: Path | None) -> None:
         self.peak = PeakMemory()
         self.seconds: list[float] = []
         self._begun = 0.0
+        self._case, self._file = case, profile
+        self._profile = torch.profiler.profile() if profile else None
 
     def start(self) -> None:
         """The model is there: forget what building it took."""
@@ -113,13 +118,18 @@ class Meter:
         """A step is over."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds.append(now - self._begun)
-        self._begun = now
+        self.seconds.append(time.perf_counter() - self._begun)
+        if self._profile is not None and len(self.seconds) == self._case.steps:
+            self._profile.start()
+        elif self._profile is not None and self._file is not None and len(self.seconds) > self._case.steps:
+            self._profile.stop()
+            self._file.write_text(operators(self._profile), encoding="utf-8")
+            self.seconds.pop()
+        self._begun = time.perf_counter()
 
-    def result(self, case: Case) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Medians and peaks, in the row's words."""
-        timed = self.seconds[TIMED_AFTER:]
+        case, timed = self._case, self.seconds[TIMED_AFTER:]
         reserved = self.peak.peak_bytes()
         beside = beside_allocator()
         seconds = statistics.median(timed)
@@ -134,6 +144,14 @@ class Meter:
             "peak_memory_bytes": reserved + beside,
             "nvidia_smi_bytes": seen_by_nvidia_smi(),
         }
+
+
+def operators(profile: torch.profiler.profile) -> str:
+    """A table of what took longest: on the device where there is one, and on the CPU that starts it."""
+    averages, orders = profile.key_averages(), ["self_cpu_time_total"]
+    if torch.cuda.is_available():
+        orders.insert(0, "self_cuda_time_total")
+    return "\n".join(averages.table(sort_by=order, row_limit=45, max_name_column_width=90) for order in orders)
 
 
 def beside_allocator() -> int:
@@ -154,10 +172,9 @@ def seen_by_nvidia_smi() -> int | None:
 
 
 def train_ours(
-    case: Case, recipe: Recipe, scenario: Scenario, values: dict[str, Any], rows: Rows, plan: Plan
+    case: Case, recipe: Recipe, scenario: Scenario, values: dict[str, Any], rows: Rows, plan: Plan, meter: Meter
 ) -> dict[str, Any]:
     """The engine as the train stage runs it, on a model that was built from its config."""
-    meter = Meter()
     model = build_model(make_config(values), scenario, on_device())
     use_tree_attention(model, on=True)
     fuse_asked(recipe.train, causal_of(model))
@@ -178,12 +195,11 @@ def train_ours(
     engine.on_step.append(lambda _, __: meter.step())
     meter.start()
     engine.train()
-    return {**meter.result(case), "losses": [step.loss for step in engine.history]}
+    return {**meter.result(), "losses": [step.loss for step in engine.history]}
 
 
-def train_stock(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows) -> dict[str, Any]:
+def train_stock(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows, meter: Meter) -> dict[str, Any]:
     """Transformers' model and loss, PEFT's preparation and adapters, torch's fused AdamW: as the plan's `stock` has it."""
-    meter = Meter()
     model = build_model(make_config(values), scenario, on_device())
     causal_of(model).set_attn_implementation("sdpa")
     optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], scenario)
@@ -197,18 +213,17 @@ def train_stock(case: Case, scenario: Scenario, values: dict[str, Any], rows: Ro
         optimizer.zero_grad()
         losses.append(loss.item())
         meter.step()
-    return {**meter.result(case), "losses": losses}
+    return {**meter.result(), "losses": losses}
 
 
-def train_trl(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows) -> dict[str, Any]:
-    """TRL's SFTTrainer on the same rows and labels, in bf16: eight rows at once, padded or packed (best fit)."""
+def train_trl(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows, meter: Meter) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same rows and labels, in bf16: four rows at once, padded or packed (best fit)."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    meter = Meter()
     model = build_model(make_config(values), scenario, on_device())
     causal_of(model).set_attn_implementation("sdpa")
 
@@ -223,7 +238,7 @@ def train_trl(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows
     ]
     words = Tokenizer(WordLevel({UNKNOWN: 0, END: 1}, unk_token=UNKNOWN))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END)
-    micro = min(8, case.rows)
+    micro = min(4, case.rows)
     packed = case.side == "trl_packed"
     in_a_pack = 4  # rows
     config = SFTConfig(
@@ -246,7 +261,7 @@ def train_trl(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows
     trainer.add_callback(Watch())
     meter.start()
     trainer.train()
-    return {**meter.result(case), "micro_batch": micro}
+    return {**meter.result(), "micro_batch": micro}
 
 
 def stock_scenario(case: Case, dtype: Any) -> Scenario:
@@ -315,6 +330,7 @@ def main() -> None:
     options.add_argument("case", choices=[case.name for case in CASES])
     options.add_argument("--calibrate", action="store_true", help="measure its step for the plan, as `plan --calibrate` does")
     options.add_argument("--trace", metavar="GPU", help="plan it for a card of the catalogue and trace it; no GPU is needed")
+    options.add_argument("--profile", type=Path, metavar="FILE", help="write the time of each operator in the last step")
     options.add_argument("--dry-run", action="store_true", help="a tiny model and few tokens, on whatever device there is")
     asked = options.parse_args()
     quiet()
@@ -337,10 +353,11 @@ def main() -> None:
         line = {**described, **promise, "device": device.name, "traced_bytes": traced(case, plan, scenario, values)}
     else:
         torch.manual_seed(0)
+        meter = Meter(case, asked.profile)
         if case.side == "tunesmith":
-            measured = train_ours(case, recipe, scenario, values, rows, plan)
+            measured = train_ours(case, recipe, scenario, values, rows, plan, meter)
         else:
-            measured = (train_stock if case.side == "stock" else train_trl)(case, scenario, values, rows)
+            measured = (train_stock if case.side == "stock" else train_trl)(case, scenario, values, rows, meter)
         line = {**described, **promise, **measured}
     print(json.dumps(line), file=answers, flush=True)
 

@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cases import CASES, Case
 from common import claim, parser, report, write_result
@@ -33,19 +35,61 @@ GIB = 2**30
 Row = dict[str, Any]
 
 
-def asked_of(case: str, *more: str, environment: Mapping[str, str], timeout: float) -> Row:
-    """The answer of a case's process. Raises RuntimeError with what it said last where it fails."""
-    command = [sys.executable, str(HERE / "cell.py"), case, *more]
-    try:
+@dataclass(frozen=True)
+class Job:
+    """What a process is started for: to measure a case, or with `calibrates` to measure its step for the plans."""
+
+    case: Case
+    options: Sequence[str]
+    calibrates: bool = False
+    profiles: Path | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """Arguments of cell.py."""
+        own = ["--calibrate"] if self.calibrates else []
+        if self.profiles is not None and not self.calibrates:
+            own = ["--profile", str(self.profiles / f"{self.case.name}.txt")]
+        return [self.case.name, *own, *self.options]
+
+
+class Cell:
+    """A case's process. It imports at once and leaves the device alone until it is asked, so that it can start early."""
+
+    def __init__(self, *arguments: str, environment: Mapping[str, str]) -> None:
+        self._out, self._said = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115 # closed with the process
+        command = [sys.executable, str(HERE / "waiting.py"), *arguments]
         added = {**os.environ, **environment}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=added, timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"it took more than {timeout:.0f} s") from error
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise RuntimeError(" ".join(lines[-3:])[:500] if lines else f"it ended with {done.returncode}")
-    row: Row = json.loads(done.stdout.strip().splitlines()[-1])
-    return row
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=self._out, stderr=self._said, env=added, text=True
+        )
+
+    def answer(self, timeout: float) -> Row:
+        """What it measured. Raises RuntimeError with what it said last where it fails."""
+        try:
+            self._process.communicate("go\n", timeout)
+        except subprocess.TimeoutExpired as error:
+            self.stop()
+            raise RuntimeError(f"it took more than {timeout:.0f} s") from error
+        answered, said = ([line for line in each.splitlines() if line.strip()] for each in map(_read, (self._out, self._said)))
+        if self._process.returncode != 0:
+            print(*said[-30:], sep="\n", file=sys.stderr, flush=True)
+            raise RuntimeError(" ".join(said[-3:])[-500:] if said else f"it ended with {self._process.returncode}")
+        row: Row = json.loads(answered[-1])
+        return row
+
+    def stop(self) -> None:
+        """End it, if it has not ended."""
+        self._process.kill()
+        self._process.wait()
+        for file in (self._out, self._said, self._process.stdin):
+            if file is not None:
+                file.close()
+
+
+def _read(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def errors(rows: Sequence[Row], measured: str, predicted: str) -> list[float]:
@@ -102,13 +146,36 @@ class Clock:
         return 24 * 3600.0 if self._end is None else self._end - time.monotonic()
 
 
-def calibrate(cases: Sequence[Case], more: Sequence[str], environment: Mapping[str, str], clock: Clock) -> None:
-    """Measure a step of each method for the plans of the cases; a method that fails is planned by the roofline alone."""
-    for name in (case for method, case in CALIBRATED.items() if any(each.method == method for each in cases)):
-        try:
-            asked_of(name, "--calibrate", *more, environment=environment, timeout=min(180.0, max(1.0, clock.left)))
-        except RuntimeError as error:
-            print(f"calibration with {name} failed: {error}", file=sys.stderr, flush=True)
+def one_ahead(jobs: Sequence[Job], environment: Mapping[str, str]) -> Iterator[tuple[Job, Cell]]:
+    """Each job with its process; the next one's starts before."""
+    with ExitStack() as started:
+
+        def start(job: Job) -> Cell:
+            cell = Cell(*job.command, environment=environment)
+            started.callback(cell.stop)
+            return cell
+
+        cells = [start(job) for job in jobs[:1]]
+        for number, job in enumerate(jobs):
+            cells += [start(each) for each in jobs[number + 1 : number + 2]]
+            yield job, cells[number]
+            cells[number].stop()
+
+
+def jobs_of(cases: Sequence[Case], options: Sequence[str], profiles: Path | None, *, calibrates: bool) -> list[Job]:
+    """One for each case; before them, where it `calibrates`, a step of each method that they have."""
+    methods = [method for method in CALIBRATED if any(case.method == method for case in cases)] if calibrates else []
+    by_name = {case.name: case for case in CASES}
+    first = [Job(by_name[CALIBRATED[method]], options, calibrates=True) for method in methods]
+    return [*first, *(Job(case, options, profiles=profiles) for case in cases)]
+
+
+def described() -> dict[str, Any]:
+    """What there is to say of the machine, found by a process that ends, since finding it takes memory of the GPU."""
+    command = [sys.executable, "-c", "import json, common; print(json.dumps(common.this_machine()))"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def chosen(only: Sequence[str] | None, *, trace: bool) -> list[Case]:
@@ -123,6 +190,12 @@ def options() -> argparse.Namespace:
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--minutes", type=float, help="leave out cases that this time does not hold")
     made.add_argument("--only", action="append", choices=[case.name for case in CASES], help="one case; may be repeated")
+    made.add_argument(
+        "--profiles", type=Path, metavar="FOLDER", help="write there what the operators of each case's last step take"
+    )
+    made.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="an earlier result from this GPU whose calibration serves"
+    )
     what = made.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="tiny models: that the script works, not how fast it is")
     what.add_argument("--trace", metavar="GPU", help="plan and trace for a card of the catalogue instead of measuring")
@@ -138,25 +211,35 @@ def main() -> None:
     kind = "dry run" if asked.dry_run else "trace" if asked.trace else "measured"
     claims = traced_claims if asked.trace else claims_of
     cases = chosen(asked.only, trace=bool(asked.trace))
+    hardware = described()
+    if asked.profiles is not None:
+        asked.profiles.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     left_out: list[Row] = []
+    known = json.loads(asked.calibration.read_text(encoding="utf-8"))["calibration"] if asked.calibration else []
+    found: dict[str, Any] = {"kind": kind, "hardware": hardware, "calibration": known, "left_out": left_out}
     with tempfile.TemporaryDirectory() as scratch:
-        # The calibration is this run's own: an empty file, in which each method's probe leaves its entry.
-        environment = {"TUNESMITH_CALIBRATION": str(Path(scratch) / "calibration.json")}
-        if not asked.trace:
-            calibrate(cases, more, environment, clock)
-        for case in cases:
-            if clock.left < case.seconds:
-                left_out.append({"part": case.name, "reason": "no time was left"})
+        # The calibration is this run's own: each method's probe leaves its entry in the file.
+        entries = Path(scratch) / "calibration.json"
+        entries.write_text(json.dumps(known), encoding="utf-8")
+        jobs = jobs_of(cases, more, asked.profiles, calibrates=not (asked.trace or known))
+        for job, cell in one_ahead(jobs, {"TUNESMITH_CALIBRATION": str(entries)}):
+            name, allowed = job.case.name, 180.0 if job.calibrates else 600.0
+            if clock.left < job.case.seconds:
+                left_out += [] if job.calibrates else [{"part": name, "reason": "no time was left"}]
                 continue
             try:
-                rows.append(asked_of(case.name, *more, environment=environment, timeout=min(600.0, clock.left)))
-                print(json.dumps(rows[-1]), flush=True)
+                row = cell.answer(min(allowed, clock.left))
             except RuntimeError as error:
-                left_out.append({"part": case.name, "reason": str(error)})
-                print(f"{case.name} failed: {error}", file=sys.stderr, flush=True)
-            write_result(asked.json, claims(rows), rows, kind=kind, left_out=left_out)
-    report(asked.json, claims(rows), rows, kind=kind, left_out=left_out)
+                print(f"{' '.join(job.command)} failed: {error}", file=sys.stderr, flush=True)
+                # A method that could not be calibrated is planned by the roofline alone.
+                left_out += [] if job.calibrates else [{"part": name, "reason": str(error)}]
+            else:
+                print(json.dumps(row), flush=True)
+                rows += [] if job.calibrates else [row]
+                known += row["calibration"] if job.calibrates else []
+            write_result(asked.json, claims(rows), rows, **found)
+    report(asked.json, claims(rows), rows, **found)
     if not rows or (asked.dry_run and left_out):
         sys.exit(1)
 

@@ -101,7 +101,7 @@ def test_four_bit_weights_are_the_same(device: torch.device) -> None:
 
 @pytest.mark.parametrize("optim", STATE_BITS)
 def test_updates_of_each_optimizer(device: torch.device, optim: str) -> None:
-    """A bf16 weight after a few updates; where rounding is drawn, within a step of bf16."""
+    """A bf16 weight after a few updates: to the nearest number of bf16, or where rounding is drawn, to a few of them."""
     torch.manual_seed(0)
     start, gradients = torch.randn(300, 40), [torch.randn(300, 40) for _ in range(3)]
     results = []
@@ -113,8 +113,10 @@ def test_updates_of_each_optimizer(device: torch.device, optim: str) -> None:
             optimizer.step()
         results.append(parameter.detach().float().cpu())
     spacing = start.abs().clamp_min(0.1) / 128  # of bf16 numbers near it
-    most = {"adamw": 0.0, "adamw_kahan": 0.0}.get(optim, 4.0)
-    assert float(((results[0] - results[1]).abs() / spacing).max()) <= most + 0.01
+    apart = (results[0] - results[1]).abs() / spacing
+    most = {"adamw": 1.0, "adamw_kahan": 1.0}.get(optim, 4.0)
+    assert float(apart.max()) <= most + 0.01
+    assert float(apart.mean()) <= {"adamw": 0.001, "adamw_kahan": 0.01}.get(optim, 1.0)
     assert not torch.equal(results[0], start)
 
 

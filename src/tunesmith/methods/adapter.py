@@ -39,7 +39,7 @@ class _LoraLinears(torch.autograd.Function):
     d is x, or with dropout one tensor for each layer. Without dropout, a kernel of ours adds up each layer's two products in
     registers (native/adapters.cpp); where there is none, the layers share one product with all their A, and their gradients
     of x are added up inside the products. Saved for the backward pass: x or each d (T, I), which the frozen product needs no
-    copy of, and each d A^T (T, r).
+    copy of, and each d A^T (T, r), there times its scale.
     """
 
     @staticmethod
@@ -48,7 +48,8 @@ class _LoraLinears(torch.autograd.Function):
         downs, ups, dropped = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         layers = list(zip(group.weights, group.biases, group.scales, ups, strict=True))
         lows: Sequence[torch.Tensor]
-        if not dropped and has_own_kernel(x, *downs, *ups):
+        context.scaled = bool(dropped) or not has_own_kernel(x, *downs, *ups)
+        if not context.scaled:
             pairs = zip(layers, downs, strict=True)
             made = [adapted(x, weight().T, a.T, b.T, q_scale=scale) for (weight, _, scale, b), a in pairs]
             lows, results = zip(*made, strict=True)
@@ -56,10 +57,10 @@ class _LoraLinears(torch.autograd.Function):
                 if bias is not None:
                     result.add_(bias)
         else:
-            lows = _lows(x, downs, dropped)
+            lows = _lows(x, downs, dropped, group.scales)
             results = tuple(
-                linear(x, weight(), bias).addmm_(low, b.to(x.dtype).T, alpha=scale)
-                for low, (weight, bias, scale, b) in zip(lows, layers, strict=True)
+                linear(x, weight(), bias).addmm_(low, b.to(x.dtype).T)
+                for low, (weight, bias, _, b) in zip(lows, layers, strict=True)
             )
         context.save_for_backward(*(dropped or (x,)), *lows, *downs, *ups)
         context.group, context.apart = group, bool(dropped)
@@ -71,18 +72,17 @@ class _LoraLinears(torch.autograd.Function):
         count, saved = len(group.weights), context.saved_tensors
         lows, downs, ups = (saved[-part * count :][:count] for part in (3, 2, 1))
         sources: Sequence[torch.Tensor] = saved[: -3 * count]
-        sides = zip(lows, gradients, group.scales, ups, strict=True)
-        into_ups = [across_rows(low, gradient).T.mul(scale).to(b.dtype) for low, gradient, scale, b in sides]
+        scales = [1.0] * count if context.scaled else group.scales
+        sides = zip(lows, gradients, scales, ups, strict=True)
+        into_ups = [_into_up(gradient, low, scale, b.dtype) for low, gradient, scale, b in sides]
         into_x, joint = _into_inputs(group, gradients, downs, ups, for_x=context.needs_input_grad[1], apart=context.apart)
         ranks = [len(a) for a in downs]
         if context.apart:
             pairs = list(zip(joint.split(ranks, 1), downs, strict=True))
             into_dropped = [linear(low, a.to(low.dtype).T) for low, a in pairs]
-            into_downs = [across_rows(low, d).to(a.dtype) for (low, a), d in zip(pairs, sources, strict=True)]
+            into_downs = [across_rows(low, d, a.dtype) for (low, a), d in zip(pairs, sources, strict=True)]
             return None, into_x, *into_downs, *into_ups, *into_dropped
-        slopes = across_rows(joint, sources[0]).split(ranks)
-        into_downs = [slope.to(a.dtype) for slope, a in zip(slopes, downs, strict=True)]
-        return None, into_x, *into_downs, *into_ups
+        return None, into_x, *across_rows(joint, sources[0], downs[0].dtype).split(ranks), *into_ups
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,31 @@ class _Group:
     scales: list[float]
 
 
-def _lows(x: torch.Tensor, downs: Sequence[torch.Tensor], dropped: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Each d A^T (T, r)."""
+def _lows(
+    x: torch.Tensor, downs: Sequence[torch.Tensor], dropped: Sequence[torch.Tensor], scales: Sequence[float]
+) -> Sequence[torch.Tensor]:
+    """Each d A^T (T, r) times its scale."""
     if dropped:
-        return [linear(d, a.to(d.dtype)) for d, a in zip(dropped, downs, strict=True)]
-    return list(linear(x, _joint(downs, x.dtype)).split([len(a) for a in downs], 1))
+        return [linear(d, a.to(d.dtype)).mul_(scale) for d, a, scale in zip(dropped, downs, scales, strict=True)]
+    ranks = [len(a) for a in downs]
+    joint = _scaled(linear(x, _joint(downs, x.dtype)), ranks, scales)
+    return list(joint.split(ranks, 1))
+
+
+def _scaled(joint: torch.Tensor, ranks: Sequence[int], scales: Sequence[float]) -> torch.Tensor:
+    """The columns (T, sum of r) of each layer times its scale, in place."""
+    if len(set(scales)) == 1:
+        return joint if scales[0] == 1 else joint.mul_(scales[0])
+    for part, scale in zip(joint.split(list(ranks), 1), scales, strict=True):
+        part.mul_(scale)
+    return joint
+
+
+def _into_up(gradient: torch.Tensor, low: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient (O, r) of a layer's B."""
+    # The thin side first, as a CPU's kernels want it.
+    made = across_rows(gradient, low, dtype) if gradient.is_cuda else across_rows(low, gradient, dtype).T
+    return made if scale == 1 else made.mul_(scale)
 
 
 def _into_inputs(
@@ -119,7 +139,8 @@ def _into_inputs(
             into_low, into_x = adapted(gradient, weight(), b, a, p_scale=scale, total=into_x)
             into_lows.append(into_low)
         return into_x, torch.cat(into_lows, 1)
-    joint = torch.cat([linear(gradient, (b * scale).to(gradient.dtype).T) for gradient, _, scale, _, b in layers], 1)
+    lows = [linear(gradient, b.to(gradient.dtype).T) for gradient, _, _, _, b in layers]
+    joint = _scaled(lows[0] if len(lows) == 1 else torch.cat(lows, 1), [len(a) for a in downs], group.scales)
     for gradient, weight, _, _, _ in layers if for_x else []:
         into_x = linear(gradient, weight().T) if into_x is None else add_linear(into_x, gradient, weight().T)
     if into_x is not None and not apart:
@@ -134,7 +155,7 @@ def has_own_kernel(*tensors: torch.Tensor) -> bool:
 
 def _joint(downs: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """All A one below the other, (sum of r, I)."""
-    return downs[0].to(dtype) if len(downs) == 1 else torch.cat([a.to(dtype) for a in downs])
+    return (downs[0] if len(downs) == 1 else torch.cat(list(downs))).to(dtype)
 
 
 def _plain(layer: Any) -> bool:

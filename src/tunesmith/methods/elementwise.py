@@ -1,8 +1,8 @@
 """What a block computes number by number (norms, the gated activation, rotations), as plain functions without gradients.
 
 `EAGER` runs them operator by operator, in place where it can; `OWN` makes one pass over memory of each by kernels of ours where
-they can (native/blocks.cpp: float32 and bfloat16 on a CPU); `compiled` gives the same formulas to torch.compile. Shapes and
-formulas are those of `blocks.py`.
+they can (native/blocks.cpp: float32 and bfloat16 on a CPU; gpu/blocks.py: on a GPU); `compiled` gives the same formulas to
+torch.compile. Shapes and formulas are those of `blocks.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tunesmith import gpu
 from tunesmith.errors import first_line
 from tunesmith.native import blocks as native
 from tunesmith.native.library import computes
@@ -105,36 +106,47 @@ def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bo
 EAGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, _rotary)
 
 
-def has_own_kernel(*tensors: torch.Tensor) -> bool:
-    """Whether kernels of ours compute with these; not with tensors that stand for others, as the plan's do."""
-    return computes(native, *tensors)
+def own_kernels(*tensors: torch.Tensor) -> Any:
+    """The module of ours whose kernels compute with these, or None; not with tensors that stand for others, as plans do."""
+    if gpu.computes(*tensors):
+        from tunesmith.gpu import blocks  # which takes Triton
+
+        return blocks
+    return native if computes(native, *tensors) else None
 
 
 def _own_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
-    return (native.norm if has_own_kernel(x, weight) else _norm)(x, weight, epsilon, offset)
+    kernels = own_kernels(x, weight)
+    made: Pair = (_norm if kernels is None else kernels.norm)(x, weight, epsilon, offset)
+    return made
 
 
 def _own_norm_slopes(
     gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    kernel = native.norm_slopes if has_own_kernel(gradient, x, weight) else _norm_slopes
-    return kernel(gradient, x, root, weight, offset, of_weight)
+    kernels = own_kernels(gradient, x, weight)
+    made: tuple[torch.Tensor, torch.Tensor | None] = (_norm_slopes if kernels is None else kernels.norm_slopes)(
+        gradient, x, root, weight, offset, of_weight
+    )
+    return made
 
 
 def _own_gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "silu" and has_own_kernel(gate, up):
-        return native.gated(gate, up)
-    return _gated(gate, up, activation)
+    kernels = own_kernels(gate, up) if activation == "silu" else None
+    made: torch.Tensor = _gated(gate, up, activation) if kernels is None else kernels.gated(gate, up)
+    return made
 
 
 def _own_gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
-    if activation == "silu" and has_own_kernel(gradient, gate, up):
-        return native.gated_slopes(gradient, gate, up)
-    return _gated_slopes(gradient, gate, up, activation)
+    kernels = own_kernels(gradient, gate, up) if activation == "silu" else None
+    made: Pair = _gated_slopes(gradient, gate, up, activation) if kernels is None else kernels.gated_slopes(gradient, gate, up)
+    return made
 
 
 def _own_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bool) -> torch.Tensor:
-    return (native.rotary if has_own_kernel(x, cos, sin) else _rotary)(x, cos, sin, backwards)
+    kernels = own_kernels(x, cos, sin)
+    made: torch.Tensor = (_rotary if kernels is None else kernels.rotary)(x, cos, sin, backwards)
+    return made
 
 
 OWN = Kernels(_own_norm, _own_norm_slopes, _own_gated, _own_gated_slopes, _own_rotary)

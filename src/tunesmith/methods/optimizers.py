@@ -21,11 +21,12 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from torch.optim.adamw import adamw
 
+from tunesmith import gpu
 from tunesmith.methods.rounding import join_halves, round_bits, split_halves
 from tunesmith.methods.sizes import COMPENSATED, OPTIMIZER_SLICE, STATE_BITS, STATE_BLOCK
 
 #: The 256 values between -1 (or 0, unsigned) and 1 that a byte stands for: bitsandbytes' dynamic map.
-_VALUES: dict[bool, list[float]] = {signed: create_dynamic_map(signed=signed).tolist() for signed in (False, True)}
+_VALUES: dict[bool, tuple[float, ...]] = {signed: tuple(create_dynamic_map(signed=signed).tolist()) for signed in (False, True)}
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _EXACT = (torch.float32, torch.float64)
@@ -99,6 +100,17 @@ class _State:
             self.home.write(self.values, part, quantised)
             self.home.write(self.scales, self._blocks(part), scales)
 
+    def fetch(self, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The slice as it is kept, on the parameter's device, with its blocks' scales."""
+        scales = None if self.scales is None else self.home.read(self.scales, self._blocks(part), self.device)
+        return self.home.read(self.values, part, self.device), scales
+
+    def put(self, part: slice, values: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """Put back what `fetch` gave, where that was no view."""
+        self.home.write(self.values, part, values)
+        if self.scales is not None and scales is not None:
+            self.home.write(self.scales, self._blocks(part), scales)
+
     def tensors(self) -> list[torch.Tensor]:
         """What it keeps."""
         return [self.values] if self.scales is None else [self.values, self.scales]
@@ -143,6 +155,8 @@ def _adamw(
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) by torch's fused kernel, over slices of a parameter.
 
+    On a GPU small states are updated by a kernel of ours (gpu/adamw.py), in one pass over a parameter, where it can be had.
+
     A bf16 weight keeps 8 bits of precision: an update below 1/256 of the weight would be rounded away. So the update goes
     to a float32 master (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1), or is rounded stochastically, which keeps
     it in expectation. `bits` is the size of each state: 32 (with masters), 16 or 8. `compensated` keeps beside a bf16 weight
@@ -165,8 +179,10 @@ class AdamW(torch.optim.Optimizer):
         store: torch.device | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.bits, self.compensated, self.home = bits, compensated, _Home(store)
-        device = self.param_groups[0]["params"][0].device
+        self.bits, self.compensated, self.home, self.seed = bits, compensated, _Home(store), seed
+        ordered = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._places = {parameter: place for place, parameter in enumerate(ordered)}
+        device = ordered[0].device
         self.generator = torch.Generator(device).manual_seed(seed)
 
     @classmethod
@@ -226,12 +242,25 @@ class AdamW(torch.optim.Optimizer):
             state["step"] += 1
 
     @torch.no_grad()
-    def update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        """One update of one parameter from its gradient, with the settings of its group."""
+    def update(self, parameter: torch.Tensor, group: dict[str, Any], clip: tuple[torch.Tensor, float] | None = None) -> None:
+        """One update of one parameter from its gradient, with the settings of its group.
+
+        With `clip`, the gradient's norm and the most that it may be, the gradient is scaled down to that first.
+        """
         if parameter.grad is None:
             raise ValueError("the parameter has no gradient")
+        small = self.bits != 32 and parameter.dtype != torch.float16
+        if small and gpu.computes(parameter.detach(), parameter.grad):
+            self._update_in_one_pass(parameter, parameter.grad.reshape(-1), group, clip)
+            return
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_([parameter], clip[1], clip[0])
+        self._update_in_slices(parameter, parameter.grad.reshape(-1), group)
+
+    def _update_in_slices(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        """One update from a flat gradient, in float32 slice by slice."""
         state, home = self._state_of(parameter), self.home
-        weight, gradient = parameter.detach().view(-1), parameter.grad.reshape(-1)
+        weight = parameter.detach().view(-1)
         exact, device = parameter.dtype in _EXACT, parameter.device
         master, cut_off = state["master"], state.get("cut_off")
         for begin in range(0, len(weight), OPTIMIZER_SLICE):
@@ -256,6 +285,34 @@ class AdamW(torch.optim.Optimizer):
             elif not exact:
                 weight[part] = round_bits(target, self.generator)
         state["step"] += 1
+
+    def _update_in_one_pass(
+        self,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        group: dict[str, Any],
+        clip: tuple[torch.Tensor, float] | None,
+    ) -> None:
+        """One update by the kernel of gpu/adamw.py; the parameter's place and its step decide what is rounded at random."""
+        from tunesmith.gpu.adamw import Moment, Step, update  # which takes Triton
+
+        state, home, device = self._state_of(parameter), self.home, parameter.device
+        state["step"] += 1
+        seed = (self.seed * 1_000_003 + self._places[parameter] * 10_007 + state["step"] * 7_919) % 2**31
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        step, codes = Step(**settings, number=state["step"], seed=seed), (_VALUES[True], _VALUES[False])
+        weight, kept, cut_off = parameter.detach().view(-1), [state[name] for name in _MOMENTS], state.get("cut_off")
+        size = len(weight) if home.store is None else OPTIMIZER_SLICE
+        for begin in range(0, len(weight), size):
+            part = slice(begin, min(begin + size, len(weight)))
+            fetched = [each.fetch(part) for each in kept]
+            low = None if cut_off is None else home.read(cut_off, part, device)
+            mean, square = (Moment(each[0], each[1], moment.code) for each, moment in zip(fetched, kept, strict=True))
+            update(weight[part], gradient[part], (mean, square), step, codes, low, clip, first=begin)
+            for moment, each in zip(kept, fetched, strict=True):
+                moment.put(part, *each)
+            if cut_off is not None and low is not None:
+                home.write(cut_off, part, low)
 
     def kept(self, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
         """All that the next update depends on beside weights and gradients, by the names of the parameters; for saving.
@@ -344,8 +401,7 @@ class InBackward:
                 return
             norm = gradient_norm([parameter])
             self.norms.append(norm)
-            torch.nn.utils.clip_grads_with_norm_([parameter], self.max_grad_norm, norm)
-            self.optimizer.update(parameter, group)
+            self.optimizer.update(parameter, group, clip=(norm, self.max_grad_norm))
             parameter.grad = None
 
         return update
@@ -363,4 +419,7 @@ def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     exact = [gradient for gradient in gradients if gradient.dtype in _EXACT]
     norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients if each.dtype not in _EXACT]
     norms += [torch.nn.utils.get_total_norm(exact)] if exact else []
+    if len(norms) == 1:
+        only: torch.Tensor = norms[0]
+        return only
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

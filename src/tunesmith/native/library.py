@@ -78,8 +78,10 @@ def plain(*tensors: torch.Tensor) -> bool:
 
 def computes(kernel: Any, *tensors: torch.Tensor) -> bool:
     """Whether a module's kernels compute with these here: plain tensors of one dtype, which is among its DTYPES."""
+    if not plain(*tensors):
+        return False
     dtypes = {each.dtype for each in tensors}
-    return plain(*tensors) and len(dtypes) == 1 and dtypes <= set(kernel.DTYPES) and kernel.reason_against() is None
+    return len(dtypes) == 1 and dtypes <= set(kernel.DTYPES) and kernel.reason_against() is None
 
 
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ causal block, and the keys of a node with children are one full block for the qu
 it directly. The blocks' results are merged by their log-sum-exp, as flash attention merges its tiles (Dao et al. 2022, arXiv
 2205.14135, section 3.1): by one kernel of ours (native/tree_attention.cpp), or block by block through PyTorch's
 (attention_blocks.py)
-where it cannot be compiled. On GPUs a sequence that branches goes through flex attention (flex.py), one that does not through
-SDPA's causal kernels; where flex attention cannot run, a dense mask gives the same.
+where it cannot be compiled. On GPUs rows of one length that share nothing go through SDPA's causal kernels, which are twice as
+fast there; what branches, or differs in length, through flex attention (flex.py), or where that cannot run, a dense mask.
 """
 
 from __future__ import annotations
@@ -43,6 +43,16 @@ class Layout:
     def numbers(self) -> list[int]:
         """The nodes as an operator's argument."""
         return as_numbers(self.nodes)
+
+    @cached_property
+    def equal_rows(self) -> int:
+        """How many rows of one length the sequence consists of; 0 where lengths differ, or rows share something."""
+        size = self.length // max(1, len(self.nodes))
+        equal = all(
+            (node.start, node.end, node.subtree_end) == (place * size, (place + 1) * size, (place + 1) * size)
+            for place, node in enumerate(self.nodes)
+        )
+        return len(self.nodes) if equal and size * len(self.nodes) == self.length else 0
 
     def mask(self, device: torch.device) -> torch.Tensor:
         """(T, T) booleans: whether the query of a row sees the key of a column."""
@@ -159,8 +169,8 @@ def tree_attention(
     if device == "cpu":
         along: Any = _TreeAttention  # torch leaves `apply` untyped
         result: torch.Tensor = along.apply(query, key, value, tree_layout, scale)
-    elif len(tree_layout.nodes) == 1:
-        result = _causal(query, key, value, scale)
+    elif tree_layout.equal_rows:
+        result = _causal(query, key, value, tree_layout.equal_rows, scale)
     elif reason_against(query.device, query.dtype) is None:
         result = flex(query, key, value, tree_layout.blocks(query.device), scale)
     else:
@@ -168,12 +178,17 @@ def tree_attention(
     return result.transpose(1, 2), None
 
 
-def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """A sequence without branches. Flash attention shares heads itself; the kernel for float32 does not."""
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int, scale: float) -> torch.Tensor:
+    """A sequence of so many rows of one length, without branches, as a batch of them.
+
+    Flash attention shares heads itself; the kernel for float32 does not.
+    """
+    query, key, value = (each[0].unflatten(1, (rows, -1)).transpose(0, 1) for each in (query, key, value))
     own = query.dtype in {torch.bfloat16, torch.float16} and query.shape[1] != key.shape[1]
     if not own:
         key, value = repeat_heads(query, key), repeat_heads(query, value)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=own)
+    made = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=own)
+    return made.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
 def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:

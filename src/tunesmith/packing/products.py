@@ -34,6 +34,8 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
     Nor of tensors that stand for others, as the plan's do for a GPU's.
     """
+    if x.is_cuda:
+        return False
     fitting = plain(x) and x.dtype == weight.dtype == torch.float32
     return bool(
         fitting and x.numel() > 0 and _has_onednn() and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
@@ -54,11 +56,16 @@ def add_linear(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> to
     return total.add_(_onednn(x, weight, None))
 
 
-def across_rows(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The product g^T x (O, I) for g (T, O) and x (T, I), a weight's gradient; as above.
+def across_rows(gradient: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The product g^T x (O, I) for g (T, O) and x (T, I), a weight's gradient; as above, in `dtype` where one is given.
 
-    oneDNN would copy g transposed first, on one thread; the kernel of ours reads it in place.
+    oneDNN would copy g transposed first, on one thread; the kernel of ours reads it in place. A GPU rounds its float32 sums to
+    `dtype` once.
     """
+    if dtype is not None and dtype != x.dtype:
+        if x.is_cuda and dtype == torch.float32:
+            return torch.mm(gradient.T, x, out_dtype=dtype)
+        return across_rows(gradient, x).to(dtype)
     if has_own_kernel(gradient, x) and gradient.stride(1) == 1:
         return (products.across_rows if gradient.shape[1] >= _OWN_ROWS else products.thin_across_rows)(gradient, x)
     return linear(gradient.T, x.T)

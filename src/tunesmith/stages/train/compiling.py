@@ -1,11 +1,11 @@
-"""What is compiled for a run: kernels of ours for CPUs, and blocks where the run asks for it."""
+"""What is compiled for a run: kernels of ours, and blocks where the run asks for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from tunesmith import native
+from tunesmith import gpu, native
 from tunesmith.methods.blocks import fuse_blocks, fusible
 from tunesmith.methods.elementwise import compiled
 from tunesmith.methods.liger import liger
@@ -17,10 +17,10 @@ from tunesmith.runs import Run
 def compile_blocks(run: Run, model: Any, folder: Path) -> None:
     """Have torch.compile, or Liger, make the block's small operators where the recipe asks for it; an event where it cannot be.
 
-    On a CPU an event also where kernels of ours cannot be compiled, and training takes longer for it.
+    An event also where kernels of ours cannot be compiled, and training takes longer for it.
     """
     causal = causal_of(model)
-    reason = native.reason_against() if model.device.type == "cpu" else None
+    reason = native.reason_against() if model.device.type == "cpu" else gpu.reason_against(model.device)
     if reason is not None:
         run.event(
             folder, "kernels-off", f"PyTorch's kernels in place of tunesmith's, which are faster: {reason}", reason=reason

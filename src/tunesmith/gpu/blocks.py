@@ -1,0 +1,206 @@
+"""What a decoder block computes number by number, in Triton. Importing it takes Triton.
+
+Shapes: rows of H or F numbers, or (B, A, L, D) for rotations. In float32 inside, rounded once at the end; roots are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+#: Numbers of a gated activation that one program computes.
+_BLOCK = 1024
+
+#: Programs that share the rows of a norm where its weight's gradient is asked for: about two for each core of a large GPU.
+_PROGRAMS = 256
+
+
+@triton.jit
+def _norm(x, weight, out, root, size, epsilon, offset, width: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, width)
+    inside = at < size
+    values = tl.load(x + row * size + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 0) / size + epsilon)
+    factors = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + offset
+    tl.store(out + row * size + at, (values * scale * factors).to(out.dtype.element_ty), mask=inside)
+    tl.store(root + row, scale)
+
+
+@triton.jit
+def _norm_slopes(
+    gradient, x, root, weight, into_x, parts, rows, size, offset, programs, width: tl.constexpr, of_weight: tl.constexpr
+):
+    program = tl.program_id(0)
+    at = tl.arange(0, width)
+    inside = at < size
+    factors = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + offset
+    total = tl.zeros((width,), tl.float32)
+    row = program
+    while row < rows:  # a `range` of these has no interpreter with NumPy 2.5
+        place = row.to(tl.int64) * size + at
+        upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(root + row)
+        normed = values * scale
+        if of_weight:
+            total += upstream * normed
+        upstream *= factors
+        along = tl.sum(upstream * normed, 0) / size
+        tl.store(into_x + place, ((upstream - normed * along) * scale).to(into_x.dtype.element_ty), mask=inside)
+        row += programs
+    if of_weight:
+        tl.store(parts + program * size + at, total, mask=inside)
+
+
+@triton.jit
+def _gated(gate, up, out, count, block: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < count
+    opening = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (opening * tl.sigmoid(opening) * values).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_slopes(gradient, gate, up, into_gate, into_up, count, block: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < count
+    upstream = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    opening = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(opening)
+    active = opening * share
+    tl.store(into_up + at, (upstream * active).to(into_up.dtype.element_ty), mask=inside)
+    slope = upstream * values * (share + active * (1 - share))
+    tl.store(into_gate + at, slope.to(into_gate.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotary(
+    x,
+    cos,
+    sin,
+    out,
+    length,
+    heads,
+    x_batch,
+    x_head,
+    x_token,
+    out_batch,
+    out_head,
+    out_token,
+    turn_batch,
+    turn_token,
+    half,
+    most_heads: tl.constexpr,
+    most_half: tl.constexpr,
+    backwards: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    batch, token = program // length, program % length
+    head, at = tl.arange(0, most_heads)[:, None], tl.arange(0, most_half)[None, :]
+    inside = (head < heads) & (at < half)
+    turn = batch * turn_batch + token * turn_token + at
+    first_cos = tl.load(cos + turn, mask=at < half, other=0.0).to(tl.float32)
+    second_cos = tl.load(cos + turn + half, mask=at < half, other=0.0).to(tl.float32)
+    first_sin = tl.load(sin + turn, mask=at < half, other=0.0).to(tl.float32)
+    second_sin = tl.load(sin + turn + half, mask=at < half, other=0.0).to(tl.float32)
+    place = x + batch * x_batch + token * x_token + head * x_head + at
+    first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
+    if backwards:
+        left, right = first * first_cos + second * second_sin, second * second_cos - first * first_sin
+    else:
+        left, right = first * first_cos - second * first_sin, second * second_cos + first * second_sin
+    goal = out + batch * out_batch + token * out_token + head * out_head + at
+    tl.store(goal, left.to(out.dtype.element_ty), mask=inside)
+    tl.store(goal + half, right.to(out.dtype.element_ty), mask=inside)
+
+
+def _warps(width: int) -> int:
+    """Warps of a program that holds so many numbers."""
+    return min(16, max(1, width // 512))
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and the reciprocal root (..., 1)."""
+    x, size = x.contiguous(), x.shape[-1]
+    out, root = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    width = triton.next_power_of_2(size)
+    if root.numel():
+        _norm[(root.numel(),)](x, weight.contiguous(), out, root, size, epsilon, offset, width=width, num_warps=_warps(width))
+    return out, root
+
+
+def norm_slopes(
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of x, and of weight in float32 where that is asked for."""
+    gradient, x, size, rows = gradient.contiguous(), x.contiguous(), x.shape[-1], root.numel()
+    into_x, programs = torch.empty_like(x), min(rows, _PROGRAMS) if of_weight else rows
+    parts = root.new_empty((programs, size)) if of_weight else root
+    width = triton.next_power_of_2(size)
+    if rows:
+        _norm_slopes[(programs,)](
+            gradient,
+            x,
+            root.contiguous(),
+            weight.contiguous(),
+            into_x,
+            parts,
+            rows,
+            size,
+            offset,
+            programs,
+            width=width,
+            of_weight=of_weight,
+            num_warps=_warps(width),
+        )
+    return into_x, parts.sum(0) if of_weight else None
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The product silu(gate) up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out, count = torch.empty_like(gate), gate.numel()
+    if count:
+        _gated[(triton.cdiv(count, _BLOCK),)](gate, up, out, count, block=_BLOCK)
+    return out
+
+
+def gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up."""
+    gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
+    into_gate, into_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+    if count:
+        _gated_slopes[(triton.cdiv(count, _BLOCK),)](gradient, gate, up, into_gate, into_up, count, block=_BLOCK)
+    return into_gate, into_up
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bool) -> torch.Tensor:
+    """The sum x cos + rotate_half(x) sin, or its gradient for x; x is (B, A, L, D), `cos` and `sin` (B or 1, 1, L, D)."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, heads, length, size = x.shape
+    cos, sin = cos.contiguous(), sin.contiguous()
+    out, half = torch.empty_like(x), size // 2
+    turn_batch = cos.stride(0) if cos.shape[0] > 1 else 0
+    if x.numel():
+        _rotary[(batch * length,)](
+            x,
+            cos,
+            sin,
+            out,
+            length,
+            heads,
+            *x.stride()[:3],
+            *out.stride()[:3],
+            turn_batch,
+            cos.stride(2),
+            half,
+            most_heads=triton.next_power_of_2(heads),
+            most_half=triton.next_power_of_2(half),
+            backwards=backwards,
+        )
+    return out
