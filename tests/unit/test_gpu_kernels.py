@@ -1,0 +1,176 @@
+"""Kernels for GPUs compute what the formulas do, by Triton's interpreter, which needs no GPU; tests/gpu has them compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from tunesmith import gpu
+
+BEGIN = """
+import json, os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+
+def apart(pairs):
+    return max(float(((a.float() - b.float()).abs() / (b.float().abs() + 1)).max()) for a, b in pairs)
+"""
+
+BLOCKS = """
+import copy
+from transformers import AutoModelForCausalLM
+from tests.invariant.test_packing import CONFIGS
+from tunesmith import gpu
+from tunesmith.gpu import blocks, trial
+from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.methods.elementwise import EAGER, OWN
+from tunesmith.packing.batch import collate_tree
+from tunesmith.packing.loss import summed_loss, use_tree_attention
+
+found = {"trial": trial.wrong(torch.device("cpu"))}
+for dtype in (torch.float32, torch.bfloat16):
+    torch.manual_seed(0)
+    pairs = []
+    for size in (48, 1500):
+        x, up, gradient = (torch.randn(2, 5, size).to(dtype) for _ in range(3))
+        weight = torch.randn(size).to(dtype)
+        for offset in (0.0, 1.0):
+            out, root = EAGER.norm(x, weight, 1e-5, offset)
+            pairs += zip(blocks.norm(x, weight, 1e-5, offset), (out, root))
+            for of_weight in (True, False):
+                given = (gradient, x, root, weight, offset, of_weight)
+                one, two = blocks.norm_slopes(*given), EAGER.norm_slopes(*given)
+                assert (one[1] is None) == (two[1] is None) == (not of_weight)
+                pairs += [pair for pair in zip(one, two) if pair[1] is not None]
+        pairs.append((blocks.gated(x, up), EAGER.gated(x, up, "silu")))
+        pairs += zip(blocks.gated_slopes(gradient, x, up), EAGER.gated_slopes(gradient, x, up, "silu"))
+    for batch, turns in ((2, 2), (2, 1), (1, 1)):
+        heads = torch.randn(batch, 7, 3, 24).to(dtype).transpose(1, 2)  # (B, A, L, D) as projections leave it
+        cos, sin = (torch.randn(turns, 1, 7, 24).to(dtype) for _ in range(2))
+        for backwards in (False, True):
+            pairs.append((blocks.rotary(heads, cos, sin, backwards), EAGER.rotary(heads, cos, sin, backwards)))
+            assert pairs[-1][0].stride() == heads.stride()
+    found[str(dtype)] = apart(pairs)
+    nothing = x[:, :0]
+    assert blocks.norm(nothing, weight, 1e-5, 0.0)[0].shape == blocks.gated(nothing, nothing).shape == nothing.shape
+
+def gradients(kernels, name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).train()
+    fuse_blocks(model, kernels)
+    use_tree_attention(model, on=True)
+    summed_loss(model, collate_tree([{"input_ids": list(range(1, 20)), "trained": [True] * 19}])).backward()
+    return torch.cat([each.grad.flatten() for each in model.parameters()])
+
+for name in ("qwen3", "gemma"):  # a norm of each head; what a norm adds to its weight, and an activation without a kernel
+    expected = gradients(EAGER, name)
+    gpu.computes, calls = lambda *tensors: calls.append(1) or True, []
+    made = gradients(OWN, name)
+    assert calls
+    found[name] = float((made - expected).norm() / expected.norm())
+print(json.dumps(found))
+"""
+
+UPDATES = """
+from tunesmith.gpu.adamw import Moment, Step, update
+from tunesmith.methods.optimizers import AdamW, _VALUES
+from tunesmith.methods.rounding import join_halves
+
+CODES = (_VALUES[True], _VALUES[False])
+COUNT = 1300
+
+def moments(state):
+    return tuple(Moment(state[name].values, state[name].scales, state[name].code) for name in ("exp_avg", "exp_avg_sq"))
+
+def trained(bits, dtype, parts, compensated=False, clip=None, seed=0):
+    # Three updates, by the kernel in so many parts, or with parts=0 by the slices of AdamW.
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(COUNT).bfloat16().to(dtype))
+    optimizer = AdamW([parameter], lr=1e-2, weight_decay=0.1, bits=bits, compensated=compensated, seed=seed)
+    for number in range(1, 4):
+        parameter.grad = (number * torch.randn(COUNT)).bfloat16().to(dtype)
+        limit = None if clip is None else (torch.linalg.vector_norm(parameter.grad.float()), clip)
+        if not parts:
+            optimizer.update(parameter, optimizer.param_groups[0], limit)
+            continue
+        state = optimizer._state_of(parameter)
+        step = Step(1e-2, (0.9, 0.999), 1e-8, 0.1, number, seed * 100 + number)
+        size = -(-COUNT // parts // 256) * 256
+        for begin in range(0, COUNT, size):
+            part, blocks = slice(begin, begin + size), slice(begin // 256, -(-min(begin + size, COUNT) // 256))
+            cut = [Moment(m.values[part], None if m.scales is None else m.scales[blocks], m.code) for m in moments(state)]
+            low = state["cut_off"][part] if compensated else None
+            update(parameter.detach()[part], parameter.grad[part], tuple(cut), step, CODES, low, limit, first=begin)
+    return parameter.detach(), optimizer._state_of(parameter)
+
+found = {}
+for bits in (8, 16):
+    found[f"float32 {bits}"] = apart([(trained(bits, torch.float32, 1)[0], trained(bits, torch.float32, 0)[0])])
+    found[f"bfloat16 {bits}"] = apart([(trained(bits, torch.bfloat16, 1)[0], trained(bits, torch.bfloat16, 0)[0])])
+found["clipped"] = apart([(trained(16, torch.float32, 1, clip=0.5)[0], trained(16, torch.float32, 0, clip=0.5)[0])])
+found["unclipped"] = apart([(trained(16, torch.float32, 1, clip=0.5)[0], trained(16, torch.float32, 1)[0])])
+weight, state = trained(16, torch.bfloat16, 1, compensated=True)
+whole = trained(16, torch.float32, 0)[0]
+found["compensated"] = apart([(join_halves(weight, state["cut_off"]), whole)])
+found["halves"] = float((weight != whole.bfloat16()).float().mean())
+for bits, compensated in ((8, False), (16, False), (16, True)):
+    (one, first), (two, second) = (trained(bits, torch.bfloat16, parts, compensated) for parts in (1, 3))
+    assert torch.equal(one, two), "slices"
+    assert all(torch.equal(a.values, b.values) for a, b in zip(moments(first), moments(second)))
+many = torch.stack([trained(16, torch.bfloat16, 1, seed=seed)[0].float() for seed in range(40)])
+found["differ"] = float((many[0] != many[1]).float().mean())
+found["bias"] = float((many.abs().mean(0) - whole.abs()).mean().abs())
+values = torch.tensor(_VALUES[False])
+weight, gradient = torch.zeros(256), torch.rand(256) ** 3
+square = Moment(torch.zeros(256, dtype=torch.uint8), torch.zeros(1), values)
+mean = Moment(torch.zeros(256, dtype=torch.uint8), torch.zeros(1), torch.tensor(_VALUES[True]))
+update(weight, gradient, (mean, square), Step(1e-2, (0.0, 0.0), 1e-8, 0.0, 1, 0), CODES)
+share = gradient.square() / gradient.square().max()
+near = (share[:, None] - values).abs().argmin(1)
+found["not nearest"] = int((square.values.int() != near).sum())
+print(json.dumps(found))
+"""
+
+
+def interpreted(script: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_block_kernels_are_the_formulas() -> None:
+    found = interpreted(BLOCKS)
+    assert found["trial"] is None
+    assert found["torch.float32"] < 2e-6
+    assert found["torch.bfloat16"] < 0.02  # the formulas round at each operator, the kernels once
+    assert found["qwen3"] < 1e-5
+    assert found["gemma"] < 1e-5
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_updates_are_those_of_the_optimizer() -> None:
+    """To rounding where nothing is drawn; what is drawn keeps the mean; slices and the whole give the same bits."""
+    found = interpreted(UPDATES)
+    assert found["float32 8"] < 1e-3
+    assert found["float32 16"] < 1e-3
+    assert found["clipped"] < 1e-3 < found["unclipped"]
+    assert max(found["bfloat16 8"], found["bfloat16 16"]) < 0.03
+    assert found["compensated"] < 1e-3
+    assert found["halves"] < 0.1  # weights that are not the nearest bf16 number: states are rounded at random
+    assert 0.1 < found["differ"] < 0.9
+    assert found["bias"] < 2e-4
+    assert found["not nearest"] <= 1
+
+
+def test_a_cpu_has_none() -> None:
+    assert "cpu" in str(gpu.reason_against(torch.device("cpu")))
+    assert not gpu.computes(torch.ones(3))
