@@ -351,16 +351,31 @@ def gpu_measured(result: dict[str, Any]) -> list[str]:
             f"| {row['side'].replace('_', ', ')} | {row['rows_per_second']:.1f} | {row['peak_memory_bytes'] / _GIB:.1f} |"
             for row in sharing
         ]
-    lines += [f"Left out: {left['part']} ({left['reason']})." for left in result["left_out"]]
+    by_reason: dict[str, list[str]] = {}
+    for left in result["left_out"]:
+        by_reason.setdefault(left["reason"], []).append(left["part"])
+    lines += ["", *(f"Left out ({reason}): {', '.join(parts)}." for reason, parts in by_reason.items())] if by_reason else []
+    return [*lines, ""]
+
+
+def gpu_operators(result: dict[str, Any]) -> list[str]:
+    """What one GPU reaches operator by operator."""
+    lines = [f"### {result['hardware']['name']}", "", "| operator | ms | |", "|---|---|---|"]
+    for row in result["rows"]:
+        rate = [f"{row[key]:,.0f} {unit}" for key, unit in (("tflops", "TFLOP/s"), ("gigabytes_per_second", "GB/s")) if key in row]
+        lines.append(f"| {row['part']} | {row['milliseconds']:.3f} | {rate[0] if rate else ''} |")
     return [*lines, ""]
 
 
 def gpu_page() -> str:
     """docs/gpu.md with the tables of every GPU that was measured, and what is traced."""
     names = sorted(path.stem for path in (FOLDER.parent / "benchmarks" / "results").glob("gpu_*.json"))
-    found = [result for result in map(_result, names) if result["kind"] == "measured"]
-    measured = [line for result in found for line in gpu_measured(result)] or ["No GPU has been measured yet."]
-    return _with_tables("gpu.md", {"measured": measured, "traced": gpu_traced(_result("gpu_traced")["rows"])})
+    found = {name: result for name, result in zip(names, map(_result, names), strict=True) if result["kind"] == "measured"}
+    each = {name: result for name, result in found.items() if not name.endswith("_operators")}
+    measured = [line for result in each.values() for line in gpu_measured(result)] or ["No GPU has been measured yet."]
+    operators = [line for name in found.keys() - each.keys() for line in gpu_operators(found[name])]
+    tables = {"measured": measured, "operators": operators, "traced": gpu_traced(_result("gpu_traced")["rows"])}
+    return _with_tables("gpu.md", tables)
 
 
 def _with_tables(page: str, tables: dict[str, list[str]]) -> str:

@@ -57,12 +57,12 @@ GPUS = read_gpus()
 Rows = list[dict[str, Any]]
 
 
-def recipe_of(case: Case, model: str) -> Recipe:
-    """The case as a recipe: its rows are one micro-batch and one step."""
+def recipe_of(case: Case, model: str, kind: str) -> Recipe:
+    """The case as a recipe for a kind of device: its rows are one micro-batch and one step."""
     own = {"per_device_train_batch_size": case.rows, "learning_rate": 1e-5, "warmup_ratio": 0.0, **case.train}
     if not own.get("optimizer_in_backward"):
         own["effective_batch_size"] = case.rows
-    if on_device() == "cpu":
+    if kind == "cpu":
         for name in ("optimizer_offloading", "use_liger_kernel"):
             own.pop(name, None)  # of a dry run: refused where there is no GPU
     train = {**own, "max_steps": case.steps + TIMED_AFTER}
@@ -340,8 +340,8 @@ def main() -> None:
     case = case.tiny() if asked.dry_run else case
     model = model_of(case, dry=asked.dry_run)
     values, _ = catalogue.find_config(model)
-    recipe, rows = recipe_of(case, model), rows_of(case, values["vocab_size"])
     device = find_device(asked.trace, GPUS) if asked.trace else this_device(GPUS)
+    recipe, rows = recipe_of(case, model, device.kind), rows_of(case, values["vocab_size"])
     plan = planned(case, recipe, rows, device)
     scenario, promise = promised(case, plan)
     described = {"part": case.name, "side": case.side, "tables": case.tables, "model": case.model, "method": case.method}

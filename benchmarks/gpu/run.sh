@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Measures on this machine's GPU what docs/gpu.md shows; see run.py for its options. Nothing is fetched: packages that are
-# missing come as wheels in the folder that WHEELS names (wheels.sh makes one), and go into a folder of their own.
+# Measures on this machine's GPU what docs/gpu.md shows: run.py says how, and operators.py what `run.sh operators` does. Nothing is
+# fetched: packages that are missing come as wheels in the folder that WHEELS names (wheels.sh makes one), and go into a folder
+# of their own.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
@@ -13,4 +14,6 @@ if [ -n "${WHEELS:-}" ]; then
   path="$path:$site"
 fi
 export PYTHONPATH="$path${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec "$python" "$here/run.py" "$@"
+script=run.py
+[ "${1:-}" = operators ] && script=operators.py && shift
+exec "$python" "$here/$script" "$@"

@@ -11,7 +11,7 @@ version="${2:-3.12}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 names=(
   bitsandbytes datasets dill multiprocess trl # training, and TRL's side of it
-  pydantic pydantic_core annotated-types jsonschema jsonschema-specifications referencing rpds-py
+  pydantic pydantic_core annotated-types typing-inspection jsonschema jsonschema-specifications referencing rpds-py
   ftfy wcwidth gguf py3langid rensa selectolax # what the other stages import
 )
 platforms=()

@@ -16,6 +16,9 @@ from typing import Literal
 
 from tunesmith.io.atomic import read_json, write_json
 
+#: Which roofline entries are held against: another number wherever stages/plan/speed.py comes to other seconds.
+ROOFLINE = 2
+
 _KEEP = 500  # entries; older ones go
 _NEAR = 16  # the newest of the like ones that count
 
@@ -28,8 +31,8 @@ LEAST_SPREAD = 1.1
 class Entry:
     """One measurement: `time` is measured over predicted; `bytes_beside` the peak less what the allocator was asked for.
 
-    Bytes and no ratio: they are the process's own (libraries, compiled products, slack), and so do not grow with the model.
-    None where memory was not measured.
+    `roofline` is the one that predicted. Bytes and no ratio: they are the process's own (libraries, compiled products, slack),
+    and so do not grow with the model. None where memory was not measured.
     """
 
     device: str
@@ -41,6 +44,7 @@ class Entry:
     hidden_size: int
     time: float
     bytes_beside: int | None = None
+    roofline: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,12 @@ def today() -> str:
 
 
 def time_correction(entries: Sequence[Entry], device: str, method: str, dtype: str, hidden_size: int) -> Correction:
-    """The correction of a step's time: of this method and dtype on this device, models of the nearest width first."""
-    like = [entry for entry in entries if (entry.device, entry.method, entry.dtype) == (device, method, dtype)]
+    """The correction of a step's time: of this method and dtype on this device, models of the nearest width first.
+
+    Entries that were held against another roofline say nothing of this one.
+    """
+    sought = (device, method, dtype, ROOFLINE)
+    like = [entry for entry in entries if (entry.device, entry.method, entry.dtype, entry.roofline) == sought]
     if not like:
         return Correction(1.0, UNKNOWN_SPREAD, 0)
     distance = min(abs(math.log(entry.hidden_size / hidden_size)) for entry in like)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tunesmith.hardware.calibration import Entry, add_entries, today
+from tunesmith.hardware.calibration import ROOFLINE, Entry, add_entries, today
 from tunesmith.hardware.catalogue import Device
 from tunesmith.hardware.freed import steady_memory
 from tunesmith.methods.optimizers import gradient_norm
@@ -33,7 +33,8 @@ from tunesmith.stages.plan.rows import DataFacts, Row
 from tunesmith.stages.plan.stage import calibration_file
 
 DEPTHS = (2, 8)
-_ROUNDS = 4  # timed steps of each copy, in turn
+_ROUNDS = (4, 16)  # timed steps of each copy, in turn, at least and at most; as many as fit in
+_SECONDS = 4.0
 _SHORT = 8.0  # seconds of a step, by the roofline, up to which the whole model runs
 
 
@@ -68,7 +69,7 @@ def calibrate(
         )
         width = architecture.hidden_size
         dtype = option.settings.compute_dtype
-        entries.append(Entry(device.name, torch.__version__, today(), "probe", method, dtype, width, ratio))
+        entries.append(Entry(device.name, torch.__version__, today(), "probe", method, dtype, width, ratio, roofline=ROOFLINE))
     add_entries(calibration_file(), entries)
     return entries
 
@@ -81,12 +82,14 @@ def step_seconds(values: dict[str, Any], option: Option, rows: Sequence[Row], *,
     depths = (layers,) if whole or layers <= DEPTHS[-1] else DEPTHS
     steps = [_stepper(values, depth, option, rows, packing=packing, where=where) for depth in depths]
     times: list[list[float]] = [[] for _ in depths]
-    for turn in range(_ROUNDS + 1):
+    for step in steps:  # the first one allocates, and kernels are compiled
+        step()
+    began, (least, most) = time.perf_counter(), _ROUNDS
+    while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() - began < _SECONDS):
         for number, step in enumerate(steps):
             begun = time.perf_counter()
             step()
-            if turn:  # the first one allocates
-                times[number].append(time.perf_counter() - begun)
+            times[number].append(time.perf_counter() - begun)
     medians = [statistics.median(each) for each in times]
     if len(depths) == 1:
         return medians[0]

@@ -5,6 +5,10 @@ weights are trained, 2 N where they are frozen; adapters 6 N_A; recomputing 2 N 
 where it is trained; the last block's layers behind its attention see the labelled places alone. Attention: 2 S q for each
 token forward (causal, S tokens of context, q query width), 2.5 times that backward (Dao 2023, arXiv 2307.08691, section 3.1),
 and forward once more where it is computed again. Bytes: what operators write (the tape's count), read twice.
+
+A CPU does one after the other, operators and all. A GPU computes while the host starts what comes next, and a step takes the
+longer of both: a few thousand tokens at once leave a fast card waiting. Its shares are those of an H100, seen in profiles of
+steps and operator by operator (benchmarks/gpu/operators.py).
 """
 
 from __future__ import annotations
@@ -20,28 +24,51 @@ from tunesmith.stages.plan.scenario import Scenario
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of a device's peaks that training reaches, and what starting an operator takes (seconds)."""
+    """Shares of a device's peaks that training reaches, and what starting an operator takes.
+
+    With `half_tokens` at once products reach half of their share, and attention to a context of `half_context` half of its own.
+    """
 
     products: float
+    half_tokens: int
     attention: float
+    half_context: int
     bandwidth: float
-    operator_seconds: float
+    operator_seconds: float  # one of PyTorch's
+    function_seconds: float  # one of ours, of several kernels
+
+    def of_products(self, tokens: int) -> float:
+        """The share that products of so many tokens reach."""
+        return self.products * tokens / (tokens + self.half_tokens)
+
+    def of_attention(self, context: float) -> float:
+        """The share that attention to so many tokens reaches."""
+        return self.attention * context / (context + self.half_context)
 
 
 #: Bytes/s between a GPU and pinned memory of the machine, one way: what PCIe 4.0 x16 reaches in practice (32e9 at the most).
 HOST_BANDWIDTH = 2.2e10
 
-#: Before anything was measured. GPU: large products reach 55 to 65 % of the dense peak (torchtitan's and NeMo's figures).
-EFFICIENCY = {"cuda": Efficiency(0.58, 0.35, 0.75, 6e-6), "cpu": Efficiency(0.8, 0.5, 0.5, 1.5e-5)}
+#: Before anything was measured on the device at hand.
+EFFICIENCY = {
+    "cuda": Efficiency(0.82, 150, 0.65, 1600, 1.0, 6e-5, 3.2e-4),
+    "cpu": Efficiency(0.8, 0, 0.5, 0, 0.5, 1.5e-5, 1.5e-5),
+}
+
+#: Of the rate of SDPA's kernels: what flex attention reaches (234 of 452 TFLOP/s, forward and backward, on an H100).
+FLEX_SHARE = 0.52
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a micro-batch takes: FLOPs of products and of attention, bytes moved, operators started."""
+    """What a micro-batch takes: FLOPs of products and of attention, bytes moved, those of weights read, operators started."""
 
+    scenario: Scenario
+    context: float  # mean tokens of a row
     product_flops: float
     attention_flops: float
     moved_bytes: float
+    weight_bytes: float
     operators: int
 
     @property
@@ -64,10 +91,10 @@ def micro_batch_work(a: Architecture, s: Scenario, estimate: Estimate, context: 
     query = a.num_attention_heads * a.head_dim
     scores_again = again / 2 if s.gradient_checkpointing is True else 0
     attention = 2 * context * query * a.num_hidden_layers * s.tokens * (3.5 + scores_again)
-    moved = 3.0 * estimate.written_bytes + s.element * weights * (2 + again / 2)
+    moved, read = 3.0 * estimate.written_bytes, s.element * weights * (2 + again / 2)
     if s.method == "qlora":
         moved += a.linear_weights * (NF4_BYTES + 2 * s.element) * (2 + again / 2)
-    return Work(products + head, attention, moved, estimate.operators)
+    return Work(s, context, products + head, attention, moved, read, estimate.operators)
 
 
 def _behind_the_last_attention(a: Architecture, s: Scenario) -> tuple[int, int]:
@@ -86,10 +113,10 @@ def forward_work(a: Architecture, s: Scenario, estimate: Estimate, context: floa
     products = 2.0 * (weights + adapters) * s.tokens + 2.0 * a.hidden_size * a.vocab_size * s.labelled
     products -= 2.0 * sum(_behind_the_last_attention(a, s)) * (s.tokens - s.labelled)
     attention = 2 * context * a.num_attention_heads * a.head_dim * a.num_hidden_layers * s.tokens
-    moved = 1.0 * estimate.written_bytes + s.element * weights
+    moved = 1.0 * estimate.written_bytes
     if s.method == "qlora":
         moved += a.linear_weights * (NF4_BYTES + 2 * s.element)
-    return Work(products, attention, moved, estimate.operators // 3)
+    return Work(s, context, products, attention, moved, s.element * weights, estimate.operators // 3)
 
 
 def optimizer_bytes(a: Architecture, s: Scenario) -> float:
@@ -100,16 +127,20 @@ def optimizer_bytes(a: Architecture, s: Scenario) -> float:
     return trained * (34.0 + slices)
 
 
-def seconds(work: Work, device: Device, dtype: str) -> float:
-    """Time of a micro-batch by the roofline: products, attention and moves one after the other."""
-    share = EFFICIENCY[device.kind]
-    peak = device.flops[dtype]
-    return (
-        work.product_flops / (peak * share.products)
-        + work.attention_flops / (peak * share.attention)
-        + work.moved_bytes / (device.bandwidth * share.bandwidth)
-        + work.operators * share.operator_seconds
+def seconds(work: Work, device: Device) -> float:
+    """Time of a micro-batch by the roofline: products, attention and moves one after the other; on a GPU beside the host's."""
+    share, scenario = EFFICIENCY[device.kind], work.scenario
+    peak = device.flops[scenario.dtype]
+    kernels = FLEX_SHARE if scenario.attention == "flex" else 1.0
+    # A GPU reads weights while it multiplies: `of_products` has it.
+    moved = work.moved_bytes + (work.weight_bytes if device.kind == "cpu" else 0)
+    computing = (
+        work.product_flops / (peak * share.of_products(scenario.tokens))
+        + work.attention_flops / (peak * share.of_attention(work.context) * kernels)
+        + moved / (device.bandwidth * share.bandwidth)
     )
+    starting = work.operators * (share.operator_seconds if scenario.stock else share.function_seconds)
+    return computing + starting if device.kind == "cpu" else max(computing, starting)
 
 
 def optimizer_seconds(moved: float, device: Device) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tunesmith.errors import ModelError, Problem
-from tunesmith.hardware.calibration import Entry, add_entries, read_entries, today
+from tunesmith.hardware.calibration import ROOFLINE, Entry, add_entries, read_entries, today
 from tunesmith.hardware.catalogue import GIB, Device, read_gpus, this_device
 from tunesmith.io.atomic import commit_folder, read_json, sha256_json, write_json, write_text
 from tunesmith.io.cache import cache_folder
@@ -331,7 +331,7 @@ def _entry(planned: Mapping[str, Any], promise: Mapping[str, Any], summary: Mapp
     """A run's measurement against the uncorrected predictions."""
     kind = planned["hardware"]["kind"]
     allocated = promise["allocated_bytes"] * OVERHEAD[kind].typical_share
-    unseen = OVERHEAD[kind].typical_bytes if kind == "cuda" else 0  # the context: the meter counts the allocator's bytes
+    unseen = OVERHEAD[kind].context_bytes  # the meter counts the allocator's bytes
     return Entry(
         device=planned["hardware"]["name"],
         torch=installed_versions().get("torch", ""),
@@ -342,4 +342,5 @@ def _entry(planned: Mapping[str, Any], promise: Mapping[str, Any], summary: Mapp
         hidden_size=planned["model"]["hidden_size"],
         time=summary["seconds_per_step"] / promise["roofline_seconds_per_step"],
         bytes_beside=round(summary["peak_memory_bytes"] - allocated + unseen),
+        roofline=ROOFLINE,
     )
