@@ -19,12 +19,16 @@ from tests.conftest import random_llama
 
 WORDS = ("the", "river", "runs", "slowly", "past", "an", "old", "mill", "and", "its", "wheel", "turns", "once", "more")
 UNKNOWN, END = "<unknown>", "<end>"
+SMALL = {"num_hidden_layers": 2, "eos_token_id": 1, "pad_token_id": 1}
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = False
+        for dtype in (torch.float32, torch.bfloat16):  # cuBLAS's workspaces come with the first products of each thread
+            layer = torch.nn.Linear(64, 64, device="cuda", dtype=dtype)
+            layer(torch.ones((64, 64), device="cuda", dtype=dtype)).sum().backward()
         return torch.device("cuda")
     if os.environ.get("TUNESMITH_GPU_TESTS") == "cpu":
         return torch.device("cpu")
@@ -39,12 +43,24 @@ def gpu(device: torch.device) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def word_model(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Path:
-    """A random 2-layer Llama with a tokenizer of a few words."""
+def word_tokenizer(device: torch.device) -> PreTrainedTokenizerFast:
+    """A tokenizer of a few words."""
     words = Tokenizer(WordLevel({word: number for number, word in enumerate((UNKNOWN, END, *WORDS))}, unk_token=UNKNOWN))
     words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token=UNKNOWN, eos_token=END, pad_token=END)
-    folder = tmp_path_factory.mktemp("models") / "words"
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=UNKNOWN, eos_token=END, pad_token=END)
+
+
+@pytest.fixture(scope="session")
+def word_model(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A random 2-layer Llama with it."""
     return random_llama(
-        folder, tokenizer, hidden_size=64, intermediate_size=128, num_hidden_layers=2, eos_token_id=1, pad_token_id=1
+        tmp_path_factory.mktemp("models") / "words", word_tokenizer, **SMALL, hidden_size=64, intermediate_size=128
+    )
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A wider one, whose activations are many of the allocator's segments."""
+    return random_llama(
+        tmp_path_factory.mktemp("models") / "wide", word_tokenizer, **SMALL, hidden_size=1024, intermediate_size=16384
     )
