@@ -28,7 +28,7 @@ import copy
 from transformers import AutoModelForCausalLM
 from tests.invariant.test_packing import CONFIGS
 from tunesmith import gpu
-from tunesmith.gpu import blocks, trial
+from tunesmith.gpu import blocks, cross_entropy, trial
 from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.methods.elementwise import EAGER, OWN
 from tunesmith.packing.batch import collate_tree
@@ -57,6 +57,18 @@ for dtype in (torch.float32, torch.bfloat16):
         for backwards in (False, True):
             pairs.append((blocks.rotary(heads, cos, sin, backwards), EAGER.rotary(heads, cos, sin, backwards)))
             assert pairs[-1][0].stride() == heads.stride()
+    for places, width in ((5, 60), (3, 20_000)):  # one block of a row's logits, and several
+        logits, weights = (4 * torch.randn(places, 2 * width)).to(dtype)[:, :width], torch.rand(places)
+        targets = torch.randint(width, (places,))
+        exact = logits.float().requires_grad_()
+        expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+        slopes = torch.autograd.grad((expected * weights).sum(), exact)[0]
+        before = logits.clone()
+        pairs.append((cross_entropy.from_logits(logits, targets, None), expected.detach()))
+        assert torch.equal(logits, before)
+        pairs.append((cross_entropy.from_logits(logits, targets, weights), expected.detach()))
+        pairs.append((logits * 100, slopes * 100))
+    assert cross_entropy.from_logits(logits[:0], targets[:0], None).shape == (0,)
     found[str(dtype)] = apart(pairs)
     nothing = x[:, :0]
     assert blocks.norm(nothing, weight, 1e-5, 0.0)[0].shape == blocks.gated(nothing, nothing).shape == nothing.shape
@@ -150,7 +162,7 @@ def interpreted(script: str) -> dict[str, Any]:
 def test_block_kernels_are_the_formulas() -> None:
     found = interpreted(BLOCKS)
     assert found["trial"] is None
-    assert found["torch.float32"] < 2e-6
+    assert found["torch.float32"] < 5e-6
     assert found["torch.bfloat16"] < 0.02  # the formulas round at each operator, the kernels once
     assert found["qwen3"] < 1e-5
     assert found["gemma"] < 1e-5

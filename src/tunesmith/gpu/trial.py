@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tunesmith.gpu import adamw, blocks
+from tunesmith.gpu import adamw, blocks, cross_entropy
 from tunesmith.native.library import own_graph
 
 
@@ -39,6 +39,7 @@ def _updates(device: torch.device) -> bool:
 def _pairs(given: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What the kernels give, each with what the formulas give in float32."""
     x, up, gradient, weight, heads, cos, sin = given
+    targets = torch.arange(0, 1000, 200, device=x.device)
     exact = [each.float() for each in given]
     with own_graph():
         leaves = [exact[place].clone().requires_grad_() for place in (0, 1, 3, 4)]
@@ -50,6 +51,7 @@ def _pairs(given: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]
             *torch.autograd.grad(normed, (leaves[0], leaves[2]), exact[2], retain_graph=True),
             *torch.autograd.grad(active, leaves[:2], exact[2]),
             *torch.autograd.grad(turned, leaves[3], exact[4]),
+            F.cross_entropy(exact[1], targets, reduction="none"),
         ]
     with torch.no_grad():
         out, own_root = blocks.norm(x, weight, 1e-5, 1.0)
@@ -57,5 +59,6 @@ def _pairs(given: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]
             *(out, own_root, blocks.gated(x, up), blocks.rotary(heads, cos, sin, backwards=False)),
             *blocks.norm_slopes(gradient, x, own_root, weight, 1.0, of_weight=True),
             *(*blocks.gated_slopes(gradient, x, up), blocks.rotary(heads, cos, sin, backwards=True)),
+            cross_entropy.from_logits(up, targets, None),
         ]
     return [(one, two) for one, two in zip(found, expected, strict=True) if one is not None]

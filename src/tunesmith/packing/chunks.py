@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 CHUNK_BYTES = 2**27  # of float32 logits at once
+IN_PLACE = 3  # times as many where 16-bit logits become their own derivatives: else there are 4 and 2 bytes of each at once
 HEAD_ROWS = 2**13  # of a trained head, whose gradients are added up at once
 
 

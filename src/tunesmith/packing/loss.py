@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tunesmith import gpu
 from tunesmith.native import cross_entropy as kernel
 from tunesmith.native.library import computes
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
-from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
+from tunesmith.packing.chunks import HEAD_ROWS, IN_PLACE, chunk_rows
 from tunesmith.packing.places import hidden_at
 from tunesmith.packing.products import across_rows, has_own_kernel, linear
 
@@ -108,6 +109,17 @@ def one_pass(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None
     return bias is None and cap is None and computes(kernel, hidden, head)
 
 
+def in_place(hidden: torch.Tensor, head: torch.Tensor, cap: float | None) -> bool:
+    """Whether logits become their own derivatives without a float32 copy, by the kernel of gpu/cross_entropy.py."""
+    return cap is None and gpu.computes(hidden, head)
+
+
+def _places_at_once(hidden: torch.Tensor, head: torch.Tensor, cap: float | None) -> int:
+    """Places whose logits are made at once: no more bytes of them than the plan counts."""
+    small = hidden.element_size() == 2 and in_place(hidden, head, cap)
+    return chunk_rows(len(head)) * (IN_PLACE if small else 1)
+
+
 def _chunk(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -117,7 +129,13 @@ def _chunk(
     cap: float | None,
     with_slopes: bool,
 ) -> tuple[torch.Tensor, Any]:
-    """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of exact logits."""
+    """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of logits."""
+    if in_place(hidden, head, cap):
+        from tunesmith.gpu import cross_entropy  # which takes Triton
+
+        logits = linear(hidden, head, bias)
+        losses = cross_entropy.from_logits(logits, targets, weights if with_slopes else None)
+        return losses @ weights, logits if with_slopes else None
     logits = exact_logits(hidden, head, bias)
     if cap is None and logits.dtype == hidden.dtype and logits.T.is_contiguous() and computes(kernel, logits):
         losses = kernel.from_logits(logits.T, targets, weights if with_slopes else None)
@@ -172,8 +190,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if into_head is not None and not len(hidden):
             into_head.zero_()
         into_bias = torch.zeros_like(bias, dtype=exact) if with_gradients and bias is not None and bias.requires_grad else None
-        for begin in range(0, len(hidden), chunk_rows(len(head))):
-            part = slice(begin, begin + chunk_rows(len(head)))
+        size = _places_at_once(hidden, head, cap)
+        for begin in range(0, len(hidden), size):
+            part = slice(begin, begin + size)
             loss, slopes = _chunk(hidden[part], head, bias, targets[part], weights[part], cap, with_gradients)
             total += loss
             if into_hidden is not None:

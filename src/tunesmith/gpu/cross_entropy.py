@@ -1,0 +1,62 @@
+"""Cross-entropy of logits as they come out of a head, in Triton: no float32 copy of them. Importing it takes Triton.
+
+Shapes: N places, V vocabulary. In float32 inside; the derivatives are written where the logits were.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 8192  # of a row's logits at once
+_WARPS = 16
+
+
+@triton.jit
+def _cross_entropy(logits, targets, weights, losses, width, stride, with_slopes: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    at = tl.arange(0, block)
+    target = tl.load(targets + row)
+    right = tl.load(logits + target).to(tl.float32)
+    top = tl.max(tl.load(logits + at, mask=at < width, other=float("-inf")).to(tl.float32), 0)
+    total = 0.0
+    begin = 0
+    while begin < width:  # a `range` has no interpreter with NumPy 2.5
+        place = begin + at
+        values = tl.load(logits + place, mask=place < width, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(values, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(values - higher), 0)
+        top = higher
+        begin += block
+    tl.store(losses + row, tl.log(total) + top - right)
+    if with_slopes:
+        weight = tl.load(weights + row).to(tl.float32)
+        begin = 0
+        while begin < width:
+            place = begin + at
+            values = tl.load(logits + place, mask=place < width, other=float("-inf")).to(tl.float32)
+            slopes = tl.exp(values - top) / total
+            slopes = tl.where(place == target, slopes - 1.0, slopes) * weight
+            tl.store(logits + place, slopes.to(logits.dtype.element_ty), mask=place < width)
+            begin += block
+
+
+def from_logits(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """-log softmax of each target, (N,) float32; with `weights` (N,) the logits become the derivatives of the weighted sum."""
+    places, width = logits.shape
+    losses = torch.empty(places, dtype=torch.float32, device=logits.device)
+    if places:
+        _cross_entropy[(places,)](
+            logits,
+            targets.contiguous(),
+            losses if weights is None else weights.contiguous(),
+            losses,
+            width,
+            logits.stride(0),
+            with_slopes=weights is not None,
+            block=min(_BLOCK, triton.next_power_of_2(width)),
+            num_warps=_WARPS,
+        )
+    return losses
