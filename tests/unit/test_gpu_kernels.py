@@ -91,10 +91,12 @@ print(json.dumps(found))
 """
 
 UPDATES = """
-from tunesmith.gpu.adamw import Moment, Step, update
+from tunesmith.gpu.adamw import STATE_BLOCK, Moment, Step, update
+from tunesmith.methods import sizes
 from tunesmith.methods.optimizers import AdamW, _VALUES
 from tunesmith.methods.rounding import join_halves
 
+assert STATE_BLOCK == sizes.STATE_BLOCK
 CODES = (_VALUES[True], _VALUES[False])
 COUNT = 1300
 
