@@ -361,8 +361,9 @@ def gpu_measured(result: dict[str, Any]) -> list[str]:
 def gpu_operators(result: dict[str, Any]) -> list[str]:
     """What one GPU reaches operator by operator."""
     lines = [f"### {result['hardware']['name']}", "", "| operator | ms | |", "|---|---|---|"]
+    units = {"tflops": "TFLOP/s", "gigabytes_per_second": "GB/s"}
     for row in result["rows"]:
-        rate = [f"{row[key]:,.0f} {unit}" for key, unit in (("tflops", "TFLOP/s"), ("gigabytes_per_second", "GB/s")) if key in row]
+        rate = [f"{row[key]:,.0f} {unit}" for key, unit in units.items() if key in row]
         lines.append(f"| {row['part']} | {row['milliseconds']:.3f} | {rate[0] if rate else ''} |")
     return [*lines, ""]
 

@@ -289,6 +289,7 @@ def promised(case: Case, plan: Plan) -> tuple[Scenario, dict[str, Any]]:
             "planned_allocated_bytes": option.memory.total_bytes,
             "planned_seconds": option.seconds_per_step,
             "roofline_seconds": option.roofline_seconds,
+            "bound": option.bound,
             "calibrations": option.time_measurements,
         }
     scenario, device, architecture = stock_scenario(case, option.scenario.dtype), plan.device, plan.architecture
@@ -300,8 +301,9 @@ def promised(case: Case, plan: Plan) -> tuple[Scenario, dict[str, Any]]:
         "planned_bytes": over.typical(made.total_bytes),
         "planned_safe_bytes": over.safe(made.total_bytes),
         "planned_allocated_bytes": made.total_bytes,
-        "planned_seconds": roofline * found.typical,
-        "roofline_seconds": roofline,
+        "planned_seconds": max(roofline.computing * found.typical, roofline.starting),
+        "roofline_seconds": roofline.seconds,
+        "bound": roofline.bound,
         "calibrations": found.measurements,
     }
 

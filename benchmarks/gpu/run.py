@@ -29,7 +29,8 @@ from common import claim, parser, report, write_result
 from tunesmith.hardware.freed import grow_segments
 
 HERE = Path(__file__).resolve().parent
-CALIBRATED = {"qlora": "qlora_7b", "lora": "lora_7b", "full": "full_7b"}  # the case with which a method is calibrated
+#: The cases with which a method is calibrated: where the host has the longer part of a step, and where the GPU has.
+CALIBRATED = {method: (f"{method}_7b", f"{method}_7b_fast") for method in ("qlora", "lora", "full")}
 GIB = 2**30
 
 Row = dict[str, Any]
@@ -166,7 +167,7 @@ def jobs_of(cases: Sequence[Case], options: Sequence[str], profiles: Path | None
     """One for each case; before them, where it `calibrates`, a step of each method that they have."""
     methods = [method for method in CALIBRATED if any(case.method == method for case in cases)] if calibrates else []
     by_name = {case.name: case for case in CASES}
-    first = [Job(by_name[CALIBRATED[method]], options, calibrates=True) for method in methods]
+    first = [Job(by_name[name], options, calibrates=True) for method in methods for name in CALIBRATED[method]]
     return [*first, *(Job(case, options, profiles=profiles) for case in cases)]
 
 

@@ -78,7 +78,7 @@ def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], 
 
 def _measure_machine(this: Run, methods: Sequence[str], console: Console) -> None:
     """Run a few steps of each method of which this machine has none on record, so that no run's time is promised by guess."""
-    from tunesmith.hardware.calibration import read_entries, time_correction
+    from tunesmith.hardware.calibration import Bound, read_entries, time_correction
     from tunesmith.hardware.catalogue import read_gpus, this_device
     from tunesmith.stages.plan.probe import calibrate
     from tunesmith.stages.plan.rows import prepared_facts, refuse_unplanned
@@ -89,7 +89,8 @@ def _measure_machine(this: Run, methods: Sequence[str], console: Console) -> Non
     unknown = [
         method
         for method in METHODS
-        if method in methods and time_correction(entries, device.name, method, dtype, 1).measurements == 0
+        if method in methods
+        and not any(time_correction(entries, device.name, method, dtype, 1, bound).measurements for bound in get_args(Bound))
     ]
     if not unknown:
         return

@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import ROOT, chat_row
 from tunesmith.errors import DataError, PlanError, RecipeError
-from tunesmith.hardware.calibration import ROOFLINE, Entry, add_entries, bytes_beside, read_entries, time_correction
+from tunesmith.hardware.calibration import ROOFLINE, Correction, Entry, add_entries, bytes_beside, read_entries, time_correction
 from tunesmith.hardware.catalogue import GIB, find_device, read_gpus
 from tunesmith.io.atomic import read_json, write_json
 from tunesmith.methods.optimizers import AdamW
@@ -25,10 +25,10 @@ from tunesmith.stages.plan.building import make_optimizer
 from tunesmith.stages.plan.chart import frontier
 from tunesmith.stages.plan.decide import Asks, smallest_cluster
 from tunesmith.stages.plan.memory import estimate, offloaded_bytes
-from tunesmith.stages.plan.options import OVERHEAD, Planner, roofline_step
+from tunesmith.stages.plan.options import OVERHEAD, Planner, corrected, roofline_step
 from tunesmith.stages.plan.rows import assumed, read_facts
 from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.speed import EFFICIENCY, FLEX_SHARE, micro_batch_work, seconds
+from tunesmith.stages.plan.speed import EFFICIENCY, FLEX_SHARE, Times, micro_batch_work, times
 from tunesmith.stages.plan.stage import Plan, plan_for, with_settings
 from tunesmith.stages.plan.text import WIDTH, bars, cells, confidence, heading, settings_line, verdict
 
@@ -137,7 +137,7 @@ def test_states_in_the_machines_memory_let_full_fit_a_smaller_card() -> None:
     gib = offloaded_bytes(architecture, scenario) / GIB
     assert told == [f"optimizer_offloading needs up to {gib:.1f} GiB of the machine's own memory"]
     ways = [roofline_step(architecture, each, size, 1, 2048) for each in (scenario, beside)]
-    assert ways[0] > ways[1]
+    assert ways[0].computing > ways[1].computing
 
 
 @pytest.mark.parametrize("offloading", [False, True])
@@ -322,13 +322,13 @@ def test_a_gpu_waits_for_the_host_where_there_is_little_to_compute(architecture:
     few, some, many = (work(architecture, length=length, labelled=1024 * length // 2048) for length in (256, 2048, 8192))
     assert few.operators == some.operators == many.operators
     starting = some.operators * each.function_seconds
-    assert seconds(few, h100) == seconds(some, h100) == starting
+    assert times(few, h100).seconds == times(some, h100).seconds == starting
     computing = many.product_flops / (h100.flops["bfloat16"] * each.of_products(8192))
-    assert seconds(many, h100) > max(starting, computing)
+    assert times(many, h100).seconds > max(starting, computing)
     slow = find_device("RTX 3060", GPUS)
-    assert seconds(some, slow) > 2 * starting
+    assert times(some, slow).seconds > 2 * starting
     cpu = replace(slow, kind="cpu")
-    assert seconds(some, cpu) > some.weight_bytes / (cpu.bandwidth * EFFICIENCY["cpu"].bandwidth)
+    assert times(some, cpu).computing > some.weight_bytes / (cpu.bandwidth * EFFICIENCY["cpu"].bandwidth)
 
 
 def test_rates_fall_with_few_tokens_and_short_contexts(architecture: Architecture) -> None:
@@ -338,7 +338,7 @@ def test_rates_fall_with_few_tokens_and_short_contexts(architecture: Architectur
     assert each.of_attention(1600) == each.attention / 2
     plain, flex = (work(architecture, length=8192, attention=kind) for kind in ("sdpa", "flex"))
     longer = plain.attention_flops / (h100.flops["bfloat16"] * each.of_attention(2048)) * (1 / FLEX_SHARE - 1)
-    assert seconds(flex, h100) - seconds(plain, h100) == pytest.approx(longer)
+    assert times(flex, h100).computing - times(plain, h100).computing == pytest.approx(longer)
 
 
 def test_a_real_gpu_is_predicted() -> None:
@@ -379,6 +379,21 @@ def test_corrections_come_from_like_measurements(tmp_path: Path) -> None:
     assert read_entries(file) == entries
     file.write_text("{broken", encoding="utf-8")
     assert read_entries(file) == []
+
+
+def test_each_side_of_a_step_is_corrected_by_its_own_measurements() -> None:
+    """A host twice as fast shortens a step until the GPU has the longer part; its ratio says nothing of what a GPU computes."""
+    known = [entry(0.5, bound="starting"), entry(0.5, bound="starting"), entry(1.2)]
+    starting, computing = (time_correction(known, "cpu", "lora", "bfloat16", 576, bound) for bound in ("starting", "computing"))
+    assert (starting.typical, starting.measurements, computing.typical, computing.measurements) == (0.5, 2, 1.2, 1)
+    step = Times(computing=3.0, starting=4.0)
+    assert (step.seconds, step.bound) == (4.0, "starting")
+    made = corrected(step, computing, starting)
+    assert step.seconds * made.typical == pytest.approx(3.6)  # the GPU's 3 seconds, corrected
+    assert made.measurements == 1
+    assert step.seconds * corrected(step, Correction(0.1, 0.2, 1), starting).typical == pytest.approx(2.0)
+    plain = time_correction([], "cpu", "lora", "bfloat16", 576)
+    assert corrected(step, plain, plain) == plain
 
 
 def test_a_measurement_moves_the_plan() -> None:

@@ -19,6 +19,9 @@ from tunesmith.io.atomic import read_json, write_json
 #: Which roofline entries are held against: another number wherever stages/plan/speed.py comes to other seconds.
 ROOFLINE = 2
 
+#: What a step waits for: what the device computes, or on a GPU for the host that starts it.
+Bound = Literal["computing", "starting"]
+
 _KEEP = 500  # entries; older ones go
 _NEAR = 16  # the newest of the like ones that count
 
@@ -31,8 +34,8 @@ LEAST_SPREAD = 1.1
 class Entry:
     """One measurement: `time` is measured over predicted; `bytes_beside` the peak less what the allocator was asked for.
 
-    `roofline` is the one that predicted. Bytes and no ratio: they are the process's own (libraries, compiled products, slack),
-    and so do not grow with the model. None where memory was not measured.
+    `roofline` is the one that predicted, and `bound` what it had the step wait for. Bytes and no ratio: they are the process's
+    own (libraries, compiled products, slack), and so do not grow with the model. None where memory was not measured.
     """
 
     device: str
@@ -45,6 +48,7 @@ class Entry:
     time: float
     bytes_beside: int | None = None
     roofline: int = 1
+    bound: Bound = "computing"
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,15 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def time_correction(entries: Sequence[Entry], device: str, method: str, dtype: str, hidden_size: int) -> Correction:
+def time_correction(
+    entries: Sequence[Entry], device: str, method: str, dtype: str, hidden_size: int, bound: Bound = "computing"
+) -> Correction:
     """The correction of a step's time: of this method and dtype on this device, models of the nearest width first.
 
-    Entries that were held against another roofline say nothing of this one.
+    Entries that were held against another roofline say nothing of this one, nor those of steps that wait for something else.
     """
-    sought = (device, method, dtype, ROOFLINE)
-    like = [entry for entry in entries if (entry.device, entry.method, entry.dtype, entry.roofline) == sought]
+    sought = (device, method, dtype, ROOFLINE, bound)
+    like = [e for e in entries if (e.device, e.method, e.dtype, e.roofline, e.bound) == sought]
     if not like:
         return Correction(1.0, UNKNOWN_SPREAD, 0)
     distance = min(abs(math.log(entry.hidden_size / hidden_size)) for entry in like)

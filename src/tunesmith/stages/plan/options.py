@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tunesmith.hardware.calibration import Correction, Entry, bytes_beside, time_correction
+from tunesmith.hardware.calibration import Bound, Correction, Entry, bytes_beside, time_correction
 from tunesmith.hardware.catalogue import GIB, Device
 from tunesmith.methods import METHODS
 from tunesmith.methods.settings import Settings, settle
@@ -20,11 +20,12 @@ from tunesmith.stages.plan.rows import Batch, DataFacts
 from tunesmith.stages.plan.scenario import Attention, Optim, Scenario
 from tunesmith.stages.plan.speed import (
     HOST_BANDWIDTH,
+    Times,
     forward_work,
     micro_batch_work,
     optimizer_bytes,
     optimizer_seconds,
-    seconds,
+    times,
 )
 
 
@@ -103,6 +104,7 @@ class Option:
     time_measurements: int
     least_memory_bytes: int  # of this method and optimizer with one row at once and checkpointing, typical
     roofline_seconds: float  # of a step, before any correction
+    bound: Bound  # what such a step waits for
     seconds_before: float  # what the objective computes once, before the first step
 
     @property
@@ -129,6 +131,7 @@ class Option:
             "seconds_per_step": self.seconds_per_step,
             "safe_seconds_per_step": self.safe_seconds_per_step,
             "roofline_seconds_per_step": self.roofline_seconds,
+            "bound": self.bound,
             "seconds_before_first_step": self.seconds_before,
             "steps": self.steps,
             "hours": self.hours,
@@ -261,16 +264,17 @@ class Planner:
             memory=worst,
             peak_memory_bytes=typical,
             safe_memory_bytes=safe,
-            seconds_per_step=step * measured.typical,
-            safe_seconds_per_step=step * measured.safe,
+            seconds_per_step=step.seconds * measured.typical,
+            safe_seconds_per_step=step.seconds * measured.safe,
             steps=settings.max_steps,
             settings=settings,
             lever=lever,
             cost_an_hour=self.device.price,
-            tokens_per_second=rows / (step * measured.typical),
+            tokens_per_second=rows / (step.seconds * measured.typical),
             time_measurements=measured.measurements,
             least_memory_bytes=min(least, typical),
-            roofline_seconds=step,
+            roofline_seconds=step.seconds,
+            bound=step.bound,
             seconds_before=self._seconds_before(method, drawn, settings, lever) * measured.typical,
         )
 
@@ -306,13 +310,13 @@ class Planner:
 
     def _step_seconds(
         self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever
-    ) -> tuple[float, Correction]:
-        """Seconds of a step by the roofline, of mean micro-batches, and the correction that was measured."""
+    ) -> tuple[Times, Correction]:
+        """A step of mean micro-batches by the roofline, and its correction by what was measured."""
         scenario = self._scenario(method, mean_batch(drawn[:-1]), settings, lever)
         number = settings.gradient_accumulation_steps * statistics.fmean(map(len, drawn[:-1]))
         step = roofline_step(self.a, scenario, self.device, number, self.facts.mean_tokens)
-        correction = time_correction(self.entries, self.device.name, method, scenario.dtype, self.a.hidden_size)
-        return step, correction
+        like = (self.entries, self.device.name, method, scenario.dtype, self.a.hidden_size)
+        return step, corrected(step, time_correction(*like), time_correction(*like, "starting"))
 
     def _seconds_before(self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever) -> float:
         """Seconds of the reference's forward pass over all pairs by the roofline; none without a reference."""
@@ -321,7 +325,7 @@ class Planner:
         scenario = self._scenario(method, mean_batch(drawn[:-1]), settings, lever)
         work = forward_work(self.a, scenario, estimate(self.a, scenario), self.facts.mean_tokens)
         pairs = settings.per_device_train_batch_size / statistics.fmean(map(len, drawn[:-1]))  # of a micro-batch
-        return self.facts.rows / pairs * seconds(work, self.device)
+        return self.facts.rows / pairs * times(work, self.device).seconds
 
 
 def mean_batch(drawn: Sequence[Sequence[Batch]]) -> Batch:
@@ -331,9 +335,18 @@ def mean_batch(drawn: Sequence[Sequence[Batch]]) -> Batch:
     return Batch(*map(round, means))
 
 
-def roofline_step(a: Architecture, scenario: Scenario, device: Device, micro_batches: float, context: float) -> float:
-    """Seconds of an optimizer step by the roofline, without any correction."""
+def corrected(step: Times, computing: Correction, starting: Correction) -> Correction:
+    """The correction of the whole step, from those of its two sides: the longer one after it has the say."""
+    sides = ((step.computing, computing), (step.starting, starting))
+    seconds, most = step.seconds, max(sides, key=lambda side: side[0] * side[1].typical)[1]
+    typical, safe = (max(time * getattr(side, name) for time, side in sides) / seconds for name in ("typical", "safe"))
+    return Correction(typical, safe, most.measurements)
+
+
+def roofline_step(a: Architecture, scenario: Scenario, device: Device, micro_batches: float, context: float) -> Times:
+    """Of an optimizer step by the roofline, without any correction."""
     work = micro_batch_work(a, scenario, estimate(a, scenario), context)
     update = optimizer_seconds(optimizer_bytes(a, scenario), device)
     travel = 2 * offloaded_bytes(a, scenario) / HOST_BANDWIDTH
-    return micro_batches * seconds(work, device) + update + travel
+    each = times(work, device)
+    return Times(micro_batches * each.computing + update + travel, micro_batches * each.starting)

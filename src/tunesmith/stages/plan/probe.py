@@ -63,13 +63,26 @@ def calibrate(
         # The probe takes cross-entropy, which makes logits once.
         scenario = replace(option.scenario, length=typical.tokens, labelled=typical.labelled, logits_twice=False)
         predicted = roofline_step(architecture, scenario, device, len(computed), mean)
-        ratio = measured / predicted
+        ratio = measured / predicted.seconds
         console.print(
             f"calibrate {method}: {size} rows in {measured:.3g} s, {ratio:.2f} x the roofline", highlight=False, soft_wrap=True
         )
         width = architecture.hidden_size
         dtype = option.settings.compute_dtype
-        entries.append(Entry(device.name, torch.__version__, today(), "probe", method, dtype, width, ratio, roofline=ROOFLINE))
+        entries.append(
+            Entry(
+                device.name,
+                torch.__version__,
+                today(),
+                "probe",
+                method,
+                dtype,
+                width,
+                ratio,
+                roofline=ROOFLINE,
+                bound=predicted.bound,
+            )
+        )
     add_entries(calibration_file(), entries)
     return entries
 

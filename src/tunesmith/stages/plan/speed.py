@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tunesmith.hardware.calibration import Bound
 from tunesmith.hardware.catalogue import Device
 from tunesmith.methods.sizes import NF4_BYTES
 from tunesmith.models.architecture import Architecture
@@ -77,6 +78,24 @@ class Work:
         return self.product_flops + self.attention_flops
 
 
+@dataclass(frozen=True)
+class Times:
+    """Seconds of what a device computes, and of starting it, which a GPU's host does meanwhile; a CPU does both as one."""
+
+    computing: float
+    starting: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The longer of both."""
+        return max(self.computing, self.starting)
+
+    @property
+    def bound(self) -> Bound:
+        """Which one that is."""
+        return "computing" if self.computing >= self.starting else "starting"
+
+
 def micro_batch_work(a: Architecture, s: Scenario, estimate: Estimate, context: float) -> Work:
     """The work of one forward and backward pass; `context` is the mean number of tokens in a row."""
     weights = a.active_parameters - a.embedding_parameters - a.head_parameters - a.other_parameters
@@ -127,8 +146,8 @@ def optimizer_bytes(a: Architecture, s: Scenario) -> float:
     return trained * (34.0 + slices)
 
 
-def seconds(work: Work, device: Device) -> float:
-    """Time of a micro-batch by the roofline: products, attention and moves one after the other; on a GPU beside the host's."""
+def times(work: Work, device: Device) -> Times:
+    """Of a micro-batch by the roofline: products, attention and moves one after the other, and starting them."""
     share, scenario = EFFICIENCY[device.kind], work.scenario
     peak = device.flops[scenario.dtype]
     kernels = FLEX_SHARE if scenario.attention == "flex" else 1.0
@@ -140,7 +159,7 @@ def seconds(work: Work, device: Device) -> float:
         + moved / (device.bandwidth * share.bandwidth)
     )
     starting = work.operators * (share.operator_seconds if scenario.stock else share.function_seconds)
-    return computing + starting if device.kind == "cpu" else max(computing, starting)
+    return Times(computing + starting) if device.kind == "cpu" else Times(computing, starting)
 
 
 def optimizer_seconds(moved: float, device: Device) -> float:

@@ -343,4 +343,5 @@ def _entry(planned: Mapping[str, Any], promise: Mapping[str, Any], summary: Mapp
         time=summary["seconds_per_step"] / promise["roofline_seconds_per_step"],
         bytes_beside=round(summary["peak_memory_bytes"] - allocated + unseen),
         roofline=ROOFLINE,
+        bound=promise["bound"],
     )
