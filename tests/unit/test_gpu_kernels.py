@@ -188,3 +188,8 @@ def test_updates_are_those_of_the_optimizer() -> None:
 def test_a_cpu_has_none() -> None:
     assert "cpu" in str(gpu.reason_against(torch.device("cpu")))
     assert not gpu.computes(torch.ones(3))
+
+
+def test_they_are_turned_off_as_those_for_cpus_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_NATIVE", "0")
+    assert gpu.reason_against.__wrapped__(torch.device("cuda")) == "TUNESMITH_NATIVE is 0"

@@ -6,11 +6,13 @@ or where a kernel does not give what PyTorch's operators give, those are taken: 
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
 
 from tunesmith.errors import first_line
+from tunesmith.native.library import SWITCH
 
 #: What the kernels read and write; they compute in float32.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -21,6 +23,8 @@ _REAL = (torch.Tensor, torch.nn.Parameter)
 @cache
 def reason_against(device: torch.device) -> str | None:
     """Why the kernels cannot be had on the device, or None; they are compiled, and tried on small tensors, the first time."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH} is 0"
     if device.type != "cuda":
         return f"they are for GPUs, and this is {device.type}"
     try:
