@@ -52,7 +52,7 @@ HOST_BANDWIDTH = 2.2e10
 
 #: Before anything was measured on the device at hand.
 EFFICIENCY = {
-    "cuda": Efficiency(0.82, 150, 0.65, 1600, 1.0, 6e-5, 3.2e-4),
+    "cuda": Efficiency(0.80, 150, 0.65, 1600, 1.0, 6e-5, 3.2e-4),
     "cpu": Efficiency(0.8, 0, 0.5, 0, 0.5, 1.5e-5, 1.5e-5),
 }
 
