@@ -298,7 +298,9 @@ class AdamW(torch.optim.Optimizer):
 
         state, home, device = self._state_of(parameter), self.home, parameter.device
         state["step"] += 1
-        seed = (self.seed * 1_000_003 + self._places[parameter] * 10_007 + state["step"] * 7_919) % 2**31
+        seed = (
+            self.seed * 1_000_003 + self._places.setdefault(parameter, len(self._places)) * 10_007 + state["step"] * 7_919
+        ) % 2**31
         settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         step, codes = Step(**settings, number=state["step"], seed=seed), (_VALUES[True], _VALUES[False])
         weight, kept, cut_off = parameter.detach().view(-1), [state[name] for name in _MOMENTS], state.get("cut_off")
