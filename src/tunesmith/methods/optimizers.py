@@ -61,10 +61,13 @@ class _Home:
         return values if self.store is None else values.to(device, copy=True)
 
     def write(self, kept: torch.Tensor, part: slice, values: torch.Tensor) -> None:
-        """Put the slice back, where it is no view."""
-        place = kept.view(-1)[part]
-        if place.data_ptr() != values.data_ptr():
-            place.copy_(values)
+        """Put new values in the slice's place."""
+        kept.view(-1)[part].copy_(values)
+
+    def put_back(self, kept: torch.Tensor, part: slice, values: torch.Tensor) -> None:
+        """Put there what `read` gave and was changed in place; a view is there already."""
+        if self.store is not None:
+            self.write(kept, part, values)
 
 
 class _State:
@@ -93,8 +96,10 @@ class _State:
 
     def write(self, part: slice, values: torch.Tensor, generator: torch.Generator) -> None:
         """Put float32 `values` back."""
-        if self.scales is None:
-            self.home.write(self.values, part, values if self.bits == 32 else round_bits(values, generator))
+        if self.scales is None and self.bits == 32:
+            self.home.put_back(self.values, part, values)
+        elif self.scales is None:
+            self.home.write(self.values, part, round_bits(values, generator))
         else:
             quantised, scales = torch.ops.bitsandbytes.quantize_blockwise(values, self.code, STATE_BLOCK)
             self.home.write(self.values, part, quantised)
@@ -107,9 +112,9 @@ class _State:
 
     def put(self, part: slice, values: torch.Tensor, scales: torch.Tensor | None) -> None:
         """Put back what `fetch` gave, where that was no view."""
-        self.home.write(self.values, part, values)
+        self.home.put_back(self.values, part, values)
         if self.scales is not None and scales is not None:
-            self.home.write(self.scales, self._blocks(part), scales)
+            self.home.put_back(self.scales, self._blocks(part), scales)
 
     def tensors(self) -> list[torch.Tensor]:
         """What it keeps."""
@@ -280,7 +285,7 @@ class AdamW(torch.optim.Optimizer):
                 weight[part], low = split_halves(target)
                 home.write(cut_off, part, low)
             elif master is not None:
-                home.write(master, part, target)
+                home.put_back(master, part, target)
                 weight[part] = target.to(weight.dtype)
             elif not exact:
                 weight[part] = round_bits(target, self.generator)
@@ -314,7 +319,7 @@ class AdamW(torch.optim.Optimizer):
             for moment, each in zip(kept, fetched, strict=True):
                 moment.put(part, *each)
             if cut_off is not None and low is not None:
-                home.write(cut_off, part, low)
+                home.put_back(cut_off, part, low)
 
     def kept(self, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
         """All that the next update depends on beside weights and gradients, by the names of the parameters; for saving.
