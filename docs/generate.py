@@ -374,7 +374,7 @@ def gpu_page() -> str:
     found = {name: result for name, result in zip(names, map(_result, names), strict=True) if result["kind"] == "measured"}
     each = {name: result for name, result in found.items() if not name.endswith("_operators")}
     measured = [line for result in each.values() for line in gpu_measured(result)] or ["No GPU has been measured yet."]
-    operators = [line for name in found.keys() - each.keys() for line in gpu_operators(found[name])]
+    operators = [line for name, result in found.items() if name not in each for line in gpu_operators(result)]
     tables = {"measured": measured, "operators": operators, "traced": gpu_traced(_result("gpu_traced")["rows"])}
     return _with_tables("gpu.md", tables)
 

@@ -38,7 +38,7 @@ from tunesmith.packing.tree import Limits
 from tunesmith.recipe import Recipe
 from tunesmith.stages.plan.building import build_model, make_optimizer
 from tunesmith.stages.plan.memory import estimate
-from tunesmith.stages.plan.options import OVERHEAD, roofline_step
+from tunesmith.stages.plan.options import OVERHEAD, corrected, roofline_step
 from tunesmith.stages.plan.probe import calibrate
 from tunesmith.stages.plan.rows import DataFacts, Row
 from tunesmith.stages.plan.scenario import Scenario
@@ -296,12 +296,13 @@ def promised(case: Case, plan: Plan) -> tuple[Scenario, dict[str, Any]]:
     made, over = estimate(architecture, scenario), OVERHEAD[device.kind]
     roofline = roofline_step(architecture, scenario, device, 1, case.length)
     entries = read_entries(calibration_file())
-    found = time_correction(entries, device.name, case.method, scenario.dtype, architecture.hidden_size)
+    computing = time_correction(entries, device.name, case.method, scenario.dtype, architecture.hidden_size)
+    found = corrected(roofline, computing, time_correction([], device.name, case.method, scenario.dtype, 1))
     return scenario, {
         "planned_bytes": over.typical(made.total_bytes),
         "planned_safe_bytes": over.safe(made.total_bytes),
         "planned_allocated_bytes": made.total_bytes,
-        "planned_seconds": max(roofline.computing * found.typical, roofline.starting),
+        "planned_seconds": roofline.seconds * found.typical,
         "roofline_seconds": roofline.seconds,
         "bound": roofline.bound,
         "calibrations": found.measurements,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from cases import QWEN, TINY
 from common import claim, parser, report
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,6 +27,7 @@ from tunesmith.methods.elementwise import EAGER, OWN, Kernels, compiled
 from tunesmith.methods.liger import liger
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.methods.sizes import STATE_BITS
+from tunesmith.models.catalogue import known_models
 from tunesmith.packing.attention import Layout, tree_attention
 from tunesmith.packing.tree import Node
 
@@ -36,20 +38,26 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of Qwen2-7B and a micro-batch of it; `row` is the length of each of several rows, `copied` numbers of a plain copy."""
+    """Of a model and a micro-batch of it; `row` is the length of each of several rows, `copied` numbers of a plain copy."""
 
-    tokens: int = 8192
-    hidden: int = 3584
-    intermediate: int = 18944
-    vocabulary: int = 152_064
-    heads: int = 28
-    kv_heads: int = 4
-    head_dim: int = 128
-    row: int = 4096
-    copied: int = 2**29
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+    row: int
+    copied: int
 
 
-TINY = Sizes(64, 56, 96, 512, 7, 1, 8, 32, 4096)
+def sizes(*, dry: bool) -> Sizes:
+    """Those of Qwen2-7B, or for a dry run of a tiny model of its kind."""
+    values = {**known_models()[QWEN], **(TINY if dry else {})}
+    names = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+    hidden, intermediate, vocabulary, heads, kv_heads = (values[name] for name in names)
+    batch = (64, 32, 4096) if dry else (8192, 4096, 2**29)
+    return Sizes(hidden, intermediate, vocabulary, heads, kv_heads, hidden // heads, *batch)
 
 
 def timed(name: str, function: Callable[[], Any], flops: float = 0, moved: float = 0) -> Row:
@@ -183,7 +191,7 @@ def main() -> None:
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     options.add_argument("--dry-run", action="store_true", help="tiny sizes: that the script works, not how fast anything is")
     asked = options.parse_args()
-    size, kind = (TINY, "dry run") if asked.dry_run else (Sizes(), "measured")
+    size, kind = sizes(dry=asked.dry_run), "dry run" if asked.dry_run else "measured"
     claims = []
     if DEVICE.type == "cuda":
         free, total = torch.cuda.mem_get_info()

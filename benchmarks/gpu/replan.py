@@ -19,7 +19,7 @@ from cases import CASES, Case
 from cell import GPUS, planned, promised, recipe_of, rows_of
 from run import claims_of
 
-from tunesmith.hardware.catalogue import Device, find_device
+from tunesmith.hardware.catalogue import Device, named_by_driver
 from tunesmith.models import catalogue
 
 
@@ -38,8 +38,8 @@ def predicted(case: Case, device: Device) -> dict[str, Any]:
 
 def replanned(result: dict[str, Any]) -> dict[str, Any]:
     """The result with today's predictions."""
-    name = result["hardware"]["name"]
-    device = replace(find_device(name.removesuffix(" HBM3").removesuffix(" 80GB"), GPUS), name=name)
+    hardware = result["hardware"]
+    device = named_by_driver(hardware["name"], hardware["accelerator_memory_bytes"], GPUS)
     with tempfile.TemporaryDirectory() as scratch:
         entries = Path(scratch) / "calibration.json"
         entries.write_text(json.dumps(result["calibration"]), encoding="utf-8")

@@ -17,7 +17,8 @@ import triton.language as tl
 STATE_BLOCK = 256
 _BLOCKS = 4
 
-EXACT, AT_RANDOM, COMPENSATED = 0, 1, 2  # how a weight is rounded
+# How a weight is rounded; what kernels read of a module has to be a `constexpr`.
+EXACT, AT_RANDOM, COMPENSATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _update(
     new_mean = old_mean + (slope - old_mean) * mean_share
     new_square = old_square * square_beta + slope * slope * square_share
     stored = tl.load(weight + at, mask=inside, other=0.0)
-    if rounding == 2:
+    if rounding == COMPENSATED:
         bits = stored.to(tl.int16, bitcast=True).to(tl.int32) << 16
         low = tl.load(cut_off + at, mask=inside, other=0)
         value = (bits + low.to(tl.int32)).to(tl.float32, bitcast=True)
@@ -121,12 +122,12 @@ def _update(
         value = stored.to(tl.float32)
     value = value * keep - step_size * new_mean / (tl.sqrt(new_square) / root_correction + eps)
     one, two, three, _ = tl.randint4x(seed, at + first)
-    if rounding == 2:
+    if rounding == COMPENSATED:
         bits = value.to(tl.int32, bitcast=True)
         tl.store(cut_off + at, bits.to(tl.int16), mask=inside)
         high = ((bits + 32768) >> 16).to(tl.int16)
         tl.store(weight + at, high.to(tl.bfloat16, bitcast=True), mask=inside)
-    elif rounding == 1:
+    elif rounding == AT_RANDOM:
         tl.store(weight + at, _at_random(value, one), mask=inside)
     else:
         tl.store(weight + at, value, mask=inside)
@@ -187,7 +188,7 @@ def update(
         step.eps,
         step.seed,
         bits_each=8 if eight else 16,
-        rounding=rounding,
+        rounding=rounding.value,
         many=_BLOCKS,
         size=STATE_BLOCK,
     )

@@ -147,13 +147,17 @@ def this_device(gpus: Mapping[str, Device]) -> Device:
     if not lines:
         return this_cpu()
     name, megabytes = lines[0][0].strip(), lines[0][1].strip()
-    memory = int(megabytes) * 2**20 if megabytes.isdigit() else 0
+    return replace(named_by_driver(name, int(megabytes) * 2**20 if megabytes.isdigit() else 0, gpus), count=len(lines))
+
+
+def named_by_driver(name: str, memory: int, gpus: Mapping[str, Device]) -> Device:
+    """The card that its driver calls so, with so many bytes of memory (0 where nobody knows): one like it of the catalogue."""
     by_key = {_key(known): gpu for known, gpu in gpus.items()}
     key = _key(name)
     known = by_key.get(key) or next((gpu for k, gpu in by_key.items() if k.startswith(key) or key.startswith(k)), None)
     if known is None:
-        return replace(_of_size(max(1.0, memory / GIB), gpus), name=name, count=len(lines), memory_bytes=memory)
-    return replace(known, name=name, count=len(lines), memory_bytes=memory or known.memory_bytes)
+        return replace(_of_size(max(1.0, memory / GIB), gpus), name=name, memory_bytes=memory)
+    return replace(known, name=name, memory_bytes=memory or known.memory_bytes)
 
 
 #: GFLOP/s of a core, and bytes/s of a machine's memory, before `--calibrate` has measured them.

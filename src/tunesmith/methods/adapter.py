@@ -39,7 +39,7 @@ class _LoraLinears(torch.autograd.Function):
     d is x, or with dropout one tensor for each layer. Without dropout, a kernel of ours adds up each layer's two products in
     registers (native/adapters.cpp); where there is none, the layers share one product with all their A, and their gradients
     of x are added up inside the products. Saved for the backward pass: x or each d (T, I), which the frozen product needs no
-    copy of, and each d A^T (T, r), there times its scale.
+    copy of, and each d A^T (T, r).
     """
 
     @staticmethod
@@ -48,8 +48,7 @@ class _LoraLinears(torch.autograd.Function):
         downs, ups, dropped = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         layers = list(zip(group.weights, group.biases, group.scales, ups, strict=True))
         lows: Sequence[torch.Tensor]
-        context.scaled = bool(dropped) or not has_own_kernel(x, *downs, *ups)
-        if not context.scaled:
+        if not dropped and has_own_kernel(x, *downs, *ups):
             pairs = zip(layers, downs, strict=True)
             made = [adapted(x, weight().T, a.T, b.T, q_scale=scale) for (weight, _, scale, b), a in pairs]
             lows, results = zip(*made, strict=True)
@@ -57,10 +56,10 @@ class _LoraLinears(torch.autograd.Function):
                 if bias is not None:
                     result.add_(bias)
         else:
-            lows = _lows(x, downs, dropped, group.scales)
+            lows = _lows(x, downs, dropped)
             results = tuple(
-                linear(x, weight(), bias).addmm_(low, b.to(x.dtype).T)
-                for low, (weight, bias, _, b) in zip(lows, layers, strict=True)
+                linear(x, weight(), bias).addmm_(low, b.to(x.dtype).T, alpha=scale)
+                for low, (weight, bias, scale, b) in zip(lows, layers, strict=True)
             )
         context.save_for_backward(*(dropped or (x,)), *lows, *downs, *ups)
         context.group, context.apart = group, bool(dropped)
@@ -72,8 +71,7 @@ class _LoraLinears(torch.autograd.Function):
         count, saved = len(group.weights), context.saved_tensors
         lows, downs, ups = (saved[-part * count :][:count] for part in (3, 2, 1))
         sources: Sequence[torch.Tensor] = saved[: -3 * count]
-        scales = [1.0] * count if context.scaled else group.scales
-        sides = zip(lows, gradients, scales, ups, strict=True)
+        sides = zip(lows, gradients, group.scales, ups, strict=True)
         into_ups = [_into_up(gradient, low, scale, b.dtype) for low, gradient, scale, b in sides]
         into_x, joint = _into_inputs(group, gradients, downs, ups, for_x=context.needs_input_grad[1], apart=context.apart)
         ranks = [len(a) for a in downs]
@@ -94,15 +92,11 @@ class _Group:
     scales: list[float]
 
 
-def _lows(
-    x: torch.Tensor, downs: Sequence[torch.Tensor], dropped: Sequence[torch.Tensor], scales: Sequence[float]
-) -> Sequence[torch.Tensor]:
-    """Each d A^T (T, r) times its scale."""
+def _lows(x: torch.Tensor, downs: Sequence[torch.Tensor], dropped: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each d A^T (T, r)."""
     if dropped:
-        return [linear(d, a.to(d.dtype)).mul_(scale) for d, a, scale in zip(dropped, downs, scales, strict=True)]
-    ranks = [len(a) for a in downs]
-    joint = _scaled(linear(x, _joint(downs, x.dtype)), ranks, scales)
-    return list(joint.split(ranks, 1))
+        return [linear(d, a.to(d.dtype)) for d, a in zip(dropped, downs, strict=True)]
+    return list(linear(x, _joint(downs, x.dtype)).split([len(a) for a in downs], 1))
 
 
 def _scaled(joint: torch.Tensor, ranks: Sequence[int], scales: Sequence[float]) -> torch.Tensor:

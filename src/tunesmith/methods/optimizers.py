@@ -255,7 +255,7 @@ class AdamW(torch.optim.Optimizer):
         if parameter.grad is None:
             raise ValueError("the parameter has no gradient")
         small = self.bits != 32 and parameter.dtype != torch.float16
-        if small and gpu.computes(parameter.detach(), parameter.grad):
+        if small and gpu.computes(parameter, parameter.grad):
             self._update_in_one_pass(parameter, parameter.grad.reshape(-1), group, clip)
             return
         if clip is not None:

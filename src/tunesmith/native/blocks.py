@@ -7,6 +7,7 @@ roots are float32.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -84,17 +85,22 @@ def _gives_what_it_should() -> bool:
     x, up, gradient = (3 * torch.randn((5, 37), generator=draw) for _ in range(3))
     weight, x[0, 0] = torch.randn(37, generator=draw), -200
     heads, cos, sin = (torch.randn(shape, generator=draw) for shape in ((2, 3, 5, 22), (1, 1, 5, 22), (2, 1, 5, 22)))
-    given = (x, up, gradient, weight, heads, cos, sin)
-    return _near(given, 1e-4) and _near([each.bfloat16() for each in given], 0.02)
+    given, own = (x, up, gradient, weight, heads, cos, sin), sys.modules[__name__]
+    return near(own, given, 1e-4) and near(own, [each.bfloat16() for each in given], 0.02)
 
 
-def _near(given: Sequence[torch.Tensor], tolerance: float) -> bool:
+def near(kernels: Any, given: Sequence[torch.Tensor], tolerance: float) -> bool:
+    """Whether a module's kernels, named as here, give what torch's operators give in float32.
+
+    `given` are x, up and gradient (rows, H), a weight (H), heads (B, A, L, D), cosines and sines (B or 1, 1, L, D).
+    """
     x, up, gradient, weight, heads, cos, sin = (each.float() for each in given)
+    half = heads.shape[-1] // 2
     with own_graph():
         leaves = [each.clone().requires_grad_() for each in (x, up, heads, weight)]
         root = (leaves[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
         normed, active = leaves[0] * root * (leaves[3] + 1), F.silu(leaves[0]) * leaves[1]
-        turned = leaves[2] * cos + torch.cat([-leaves[2][..., 11:], leaves[2][..., :11]], -1) * sin
+        turned = leaves[2] * cos + torch.cat([-leaves[2][..., half:], leaves[2][..., :half]], -1) * sin
         expected = [
             (normed, root, active, turned),
             torch.autograd.grad(normed, (leaves[0], leaves[3]), gradient, retain_graph=True),
@@ -103,12 +109,12 @@ def _near(given: Sequence[torch.Tensor], tolerance: float) -> bool:
         ]
     x, up, gradient, weight, heads, cos, sin = given
     with torch.no_grad():
-        made = norm(x, weight, 1e-5, 1.0)
-        found = [
-            (*made, gated(x, up), rotary(heads, cos, sin, backwards=False)),
-            tuple(each for each in norm_slopes(gradient, x, made[1], weight, 1.0, of_weight=True) if each is not None),
-            gated_slopes(gradient, x, up),
-            (rotary(heads, cos, sin, backwards=True),),
+        made = kernels.norm(x, weight, 1e-5, 1.0)
+        found: list[tuple[torch.Tensor, ...]] = [
+            (*made, kernels.gated(x, up), kernels.rotary(heads, cos, sin, backwards=False)),
+            kernels.norm_slopes(gradient, x, made[1], weight, 1.0, of_weight=True),
+            kernels.gated_slopes(gradient, x, up),
+            (kernels.rotary(heads, cos, sin, backwards=True),),
         ]
     pairs = zip(sum(found, ()), sum(map(tuple, expected), ()), strict=True)
     return all(torch.allclose(one.float(), two, rtol=tolerance, atol=tolerance) for one, two in pairs)

@@ -34,8 +34,6 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
     Nor of tensors that stand for others, as the plan's do for a GPU's.
     """
-    if x.is_cuda:
-        return False
     fitting = plain(x) and x.dtype == weight.dtype == torch.float32
     return bool(
         fitting and x.numel() > 0 and _has_onednn() and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
