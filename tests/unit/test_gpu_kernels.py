@@ -91,17 +91,19 @@ print(json.dumps(found))
 """
 
 UPDATES = """
+from dataclasses import replace
+
 from tunesmith.gpu.adamw import STATE_BLOCK, Moment, Step, update
 from tunesmith.methods import sizes
-from tunesmith.methods.optimizers import AdamW, _VALUES
+from tunesmith.methods.optimizers import AdamW
 from tunesmith.methods.rounding import join_halves
 
 assert STATE_BLOCK == sizes.STATE_BLOCK
-CODES = (_VALUES[True], _VALUES[False])
 COUNT = 1300
 
 def moments(state):
-    return tuple(Moment(state[name].values, state[name].scales, state[name].code) for name in ("exp_avg", "exp_avg_sq"))
+    kept = [state[name] for name in ("exp_avg", "exp_avg_sq")]
+    return tuple(Moment(each.values, each.scales, *each.stands_for) for each in kept)
 
 def trained(bits, dtype, parts, compensated=False, clip=None, seed=0):
     # Three updates, by the kernel in so many parts, or with parts=0 by the slices of AdamW.
@@ -119,9 +121,9 @@ def trained(bits, dtype, parts, compensated=False, clip=None, seed=0):
         size = -(-COUNT // parts // 256) * 256
         for begin in range(0, COUNT, size):
             part, blocks = slice(begin, begin + size), slice(begin // 256, -(-min(begin + size, COUNT) // 256))
-            cut = [Moment(m.values[part], None if m.scales is None else m.scales[blocks], m.code) for m in moments(state)]
+            cut = [replace(m, values=m.values[part], scales=None if bits == 16 else m.scales[blocks]) for m in moments(state)]
             low = state["cut_off"][part] if compensated else None
-            update(parameter.detach()[part], parameter.grad[part], tuple(cut), step, CODES, low, limit, first=begin)
+            update(parameter.detach()[part], parameter.grad[part], tuple(cut), step, low, limit, first=begin)
     return parameter.detach(), optimizer._state_of(parameter)
 
 found = {}
@@ -141,13 +143,11 @@ for bits, compensated in ((8, False), (16, False), (16, True)):
 many = torch.stack([trained(16, torch.bfloat16, 1, seed=seed)[0].float() for seed in range(40)])
 found["differ"] = float((many[0] != many[1]).float().mean())
 found["bias"] = float((many.abs().mean(0) - whole.abs()).mean().abs())
-values = torch.tensor(_VALUES[False])
-weight, gradient = torch.zeros(256), torch.rand(256) ** 3
-square = Moment(torch.zeros(256, dtype=torch.uint8), torch.zeros(1), values)
-mean = Moment(torch.zeros(256, dtype=torch.uint8), torch.zeros(1), torch.tensor(_VALUES[True]))
-update(weight, gradient, (mean, square), Step(1e-2, (0.0, 0.0), 1e-8, 0.0, 1, 0), CODES)
+parameter, gradient = torch.nn.Parameter(torch.zeros(256)), torch.rand(256) ** 3
+mean, square = moments(AdamW([parameter], bits=8)._state_of(parameter))
+update(parameter.detach(), gradient, (mean, square), Step(1e-2, (0.0, 0.0), 1e-8, 0.0, 1, 0))
 share = gradient.square() / gradient.square().max()
-near = (share[:, None] - values).abs().argmin(1)
+near = (share[:, None] - square.code).abs().argmin(1)
 found["not nearest"] = int((square.values.int() != near).sum())
 print(json.dumps(found))
 """

@@ -7,7 +7,6 @@ formats are those of `methods/optimizers.py`; what is rounded at random draws fr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -23,11 +22,16 @@ EXACT, AT_RANDOM, COMPENSATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 
 @dataclass(frozen=True)
 class Moment:
-    """A state, flat: (T,) uint8 with a float32 scale for each 256 of them and the 256 values of a byte, or bf16."""
+    """A state, flat: (T,) bf16, or uint8 with what these stand for.
+
+    `scales` are float32, one for each 256; `code` (256) the values of a byte, ascending, and `middles` (255) half-way between
+    each two of them.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
     code: torch.Tensor | None = None
+    middles: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -135,34 +139,24 @@ def _update(
     _encode(new_square, square, square_scales, square_middles, at, block, inside, has_block, three, bits_each)
 
 
-@cache
-def _middles(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """(255,) float32: half-way between each two neighbours."""
-    code = torch.tensor(values, dtype=torch.float64)
-    return ((code[1:] + code[:-1]) / 2).float().to(device)
-
-
 def update(
     weight: torch.Tensor,
     gradient: torch.Tensor,
     moments: tuple[Moment, Moment],
     step: Step,
-    values: tuple[tuple[float, ...], tuple[float, ...]],
     cut_off: torch.Tensor | None = None,
     clip: tuple[torch.Tensor, float] | None = None,
     first: int = 0,
 ) -> None:
     """One update in place of a flat weight (T,): float32, or bf16 rounded at random, or with `cut_off` (T,) int16 compensated.
 
-    `moments` are the means of gradients and of their squares, `values` what a byte of each stands for, ascending. `clip` is
-    the gradient's norm (a number on the device) and the most that it may be, as torch's `clip_grad_norm_` has it.
+    `moments` are the means of gradients and of their squares. `clip` is the gradient's norm (a number on the device) and the
+    most that it may be, as torch's `clip_grad_norm_` has it.
     Of a weight that comes in slices, `first` is the place of this one's first number.
     """
     (mean, square), count, (beta1, beta2) = moments, weight.numel(), step.betas
-    eight = mean.scales is not None
     rounding = EXACT if weight.dtype == torch.float32 else AT_RANDOM if cut_off is None else COMPENSATED
     blocks = triton.cdiv(count, STATE_BLOCK)
-    middles = [_middles(each, weight.device) if eight else None for each in values]
     _update[(triton.cdiv(blocks, _BLOCKS),)](
         weight,
         gradient,
@@ -170,11 +164,11 @@ def update(
         mean.values,
         mean.scales,
         mean.code,
-        middles[0],
+        mean.middles,
         square.values,
         square.scales,
         square.code,
-        middles[1],
+        square.middles,
         *(clip or (None, 1.0)),
         count,
         blocks,
@@ -187,7 +181,7 @@ def update(
         (1 - beta2**step.number) ** 0.5,
         step.eps,
         step.seed,
-        bits_each=8 if eight else 16,
+        bits_each=16 if mean.scales is None else 8,
         rounding=rounding.value,
         many=_BLOCKS,
         size=STATE_BLOCK,

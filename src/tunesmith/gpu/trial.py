@@ -27,11 +27,11 @@ def _updates(device: torch.device) -> bool:
     """Whether a first update with bytes for states goes where AdamW goes: against the gradient's sign, by the learning rate."""
     weight, gradient = torch.linspace(-3, 3, 1037, device=device), torch.linspace(2, -5, 1037, device=device)
     code = torch.linspace(-1, 1, 256, device=device)
-    values, found = tuple(code.tolist()), weight.clone()
+    middles, found = (code[1:] + code[:-1]) / 2, weight.clone()
     scales = torch.zeros((2, 5), device=device)
-    mean, square = (adamw.Moment(torch.full_like(found, 127, dtype=torch.uint8), each, code) for each in scales)
+    mean, square = (adamw.Moment(torch.full_like(found, 127, dtype=torch.uint8), each, code, middles) for each in scales)
     step = adamw.Step(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5, number=1, seed=0)
-    adamw.update(found, gradient, (mean, square), step, (values, values))
+    adamw.update(found, gradient, (mean, square), step)
     expected = weight * 0.95 - 0.1 * gradient / (gradient.abs() + 1e-8)
     return torch.allclose(found, expected, atol=1e-5) and bool((scales > 0).all())
 

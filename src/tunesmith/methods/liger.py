@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from tunesmith.errors import first_line
-from tunesmith.methods.elementwise import EAGER, Kernels, Pair
+from tunesmith.methods.elementwise import OWN, Kernels, Pair
 
 #: Liger's number of "gemma": all in float32, rounded once.
 _ROUNDED_ONCE = 1
@@ -44,7 +44,7 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tenso
 
     forward = {"silu": swiglu_forward, "gelu_pytorch_tanh": geglu_forward}.get(activation)
     if forward is None:
-        return EAGER.gated(gate, up, activation)
+        return OWN.gated(gate, up, activation)
     result: torch.Tensor = forward(gate.contiguous(), up.contiguous())[-1]
     return result
 
@@ -55,12 +55,12 @@ def _gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, 
 
     backward = {"silu": swiglu_backward, "gelu_pytorch_tanh": geglu_backward}.get(activation)
     if backward is None:
-        return EAGER.gated_slopes(gradient, gate, up, activation)
+        return OWN.gated_slopes(gradient, gate, up, activation)
     into_gate, into_up = backward(gate.contiguous(), up.contiguous(), gradient.contiguous())
     return into_gate, into_up
 
 
-LIGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, EAGER.rotary)
+LIGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, OWN.rotary)
 
 
 @cache

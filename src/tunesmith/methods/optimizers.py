@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.functional import create_dynamic_map
@@ -57,7 +57,7 @@ class _Home:
 
     def read(self, kept: torch.Tensor, part: slice, device: torch.device) -> torch.Tensor:
         """A slice on the parameter's device; where it is kept there, a view."""
-        values = kept.view(-1)[part]
+        values = _slice(kept.view(-1), part)
         return values if self.store is None else values.to(device, copy=True)
 
     def write(self, kept: torch.Tensor, part: slice, values: torch.Tensor) -> None:
@@ -70,17 +70,35 @@ class _Home:
             self.write(kept, part, values)
 
 
+def _slice(values: torch.Tensor, part: slice) -> torch.Tensor:
+    """A part of flat values; of all of them nothing is made."""
+    return values if part.start == 0 and part.stop >= values.shape[0] else values[part]
+
+
+class _Bytes(NamedTuple):
+    """What a byte stands for, ascending (256), and half-way between each two neighbours (255), in float32."""
+
+    code: torch.Tensor
+    middles: torch.Tensor
+
+    @classmethod
+    def on(cls, device: torch.device, *, signed: bool) -> _Bytes:
+        """On the device."""
+        values = torch.tensor(_VALUES[signed], dtype=torch.float64)
+        return cls(values.float().to(device), ((values[1:] + values[:-1]) / 2).float().to(device))
+
+
 class _State:
     """A moment of one parameter, flat, in the optimizer's format; read and written in slices of float32."""
 
-    def __init__(self, parameter: torch.Tensor, bits: int, home: _Home, *, signed: bool) -> None:
+    def __init__(self, parameter: torch.Tensor, bits: int, home: _Home, stands_for: _Bytes | None) -> None:
         self.device, count = parameter.device, parameter.numel()
         exact = torch.promote_types(parameter.dtype, torch.float32)
         self.bits, self.home = bits, home
         dtype = {32: exact, 16: torch.bfloat16, 8: torch.uint8}[bits]
         self.values = home.zeros(count, dtype, self.device)
         self.scales = home.zeros(-(-count // STATE_BLOCK), torch.float32, self.device) if bits == 8 else None
-        self.code = torch.tensor(_VALUES[signed], device=self.device) if bits == 8 else None
+        self.stands_for: tuple[torch.Tensor, ...] = stands_for or ()
 
     def _blocks(self, part: slice) -> slice:
         return slice(part.start // STATE_BLOCK, -(-part.stop // STATE_BLOCK))
@@ -91,7 +109,8 @@ class _State:
         if self.scales is None:
             return values if self.bits == 32 else values.float()
         scales = self.home.read(self.scales, self._blocks(part), self.device)
-        made: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(values, scales, self.code, STATE_BLOCK, torch.float32)
+        code = self.stands_for[0]
+        made: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(values, scales, code, STATE_BLOCK, torch.float32)
         return made
 
     def write(self, part: slice, values: torch.Tensor, generator: torch.Generator) -> None:
@@ -101,7 +120,7 @@ class _State:
         elif self.scales is None:
             self.home.write(self.values, part, round_bits(values, generator))
         else:
-            quantised, scales = torch.ops.bitsandbytes.quantize_blockwise(values, self.code, STATE_BLOCK)
+            quantised, scales = torch.ops.bitsandbytes.quantize_blockwise(values, self.stands_for[0], STATE_BLOCK)
             self.home.write(self.values, part, quantised)
             self.home.write(self.scales, self._blocks(part), scales)
 
@@ -187,6 +206,7 @@ class AdamW(torch.optim.Optimizer):
         self.bits, self.compensated, self.home, self.seed = bits, compensated, _Home(store), seed
         ordered = [parameter for group in self.param_groups for parameter in group["params"]]
         self._places = {parameter: place for place, parameter in enumerate(ordered)}
+        self._bytes: dict[tuple[torch.device, bool], _Bytes] = {}
         device = ordered[0].device
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -204,9 +224,17 @@ class AdamW(torch.optim.Optimizer):
             state["master"] = self.home.hold(parameter.detach().float()) if masters and not exact else None
             if self.compensated and not exact:
                 state["cut_off"] = self.home.zeros(parameter.numel(), torch.int16, parameter.device)
-            state["exp_avg"] = _State(parameter, self.bits, self.home, signed=True)
-            state["exp_avg_sq"] = _State(parameter, self.bits, self.home, signed=False)
+            state["exp_avg"] = _State(parameter, self.bits, self.home, self._stands_for(parameter.device, signed=True))
+            state["exp_avg_sq"] = _State(parameter, self.bits, self.home, self._stands_for(parameter.device, signed=False))
         return state
+
+    def _stands_for(self, device: torch.device, *, signed: bool) -> _Bytes | None:
+        """What the bytes of 8-bit states stand for; the same tensors for all states of a device."""
+        if self.bits != 8:
+            return None
+        if (device, signed) not in self._bytes:
+            self._bytes[device, signed] = _Bytes.on(device, signed=signed)
+        return self._bytes[device, signed]
 
     def allocate(self) -> None:
         """Make the state of every parameter now, so that memory holds it from the first step on."""
@@ -306,16 +334,16 @@ class AdamW(torch.optim.Optimizer):
         seed = (
             self.seed * 1_000_003 + self._places.setdefault(parameter, len(self._places)) * 10_007 + state["step"] * 7_919
         ) % 2**31
-        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        step, codes = Step(**settings, number=state["step"], seed=seed), (_VALUES[True], _VALUES[False])
+        step = Step(group["lr"], group["betas"], group["eps"], group["weight_decay"], state["step"], seed)
         weight, kept, cut_off = parameter.detach().view(-1), [state[name] for name in _MOMENTS], state.get("cut_off")
-        size = len(weight) if home.store is None else OPTIMIZER_SLICE
-        for begin in range(0, len(weight), size):
-            part = slice(begin, min(begin + size, len(weight)))
+        count = weight.shape[0]
+        size = count if home.store is None else OPTIMIZER_SLICE
+        for begin in range(0, count, size):
+            part = slice(begin, min(begin + size, count))
             fetched = [each.fetch(part) for each in kept]
             low = None if cut_off is None else home.read(cut_off, part, device)
-            mean, square = (Moment(each[0], each[1], moment.code) for each, moment in zip(fetched, kept, strict=True))
-            update(weight[part], gradient[part], (mean, square), step, codes, low, clip, first=begin)
+            mean, square = (Moment(*each, *moment.stands_for) for each, moment in zip(fetched, kept, strict=True))
+            update(_slice(weight, part), _slice(gradient, part), (mean, square), step, low, clip, first=begin)
             for moment, each in zip(kept, fetched, strict=True):
                 moment.put(part, *each)
             if cut_off is not None and low is not None:
@@ -423,10 +451,14 @@ class InBackward:
 def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     """The 2-norm over the gradients of all parameters, summed in float32 also where they are bf16."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if len(gradients) == 1:
+        return _norm(gradients[0])
     exact = [gradient for gradient in gradients if gradient.dtype in _EXACT]
-    norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients if each.dtype not in _EXACT]
-    norms += [torch.nn.utils.get_total_norm(exact)] if exact else []
-    if len(norms) == 1:
-        only: torch.Tensor = norms[0]
-        return only
+    norms = [_norm(gradient) for gradient in gradients if gradient.dtype not in _EXACT]
+    norms += [torch.nn.utils.get_total_norm(exact)] if exact else []  # hundreds at once
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def _norm(values: torch.Tensor) -> torch.Tensor:
+    made: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+    return made

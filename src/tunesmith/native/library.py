@@ -73,7 +73,7 @@ def call(name: str, function: str, *values: Any) -> int:
 
 def plain(*tensors: torch.Tensor) -> bool:
     """Whether these are in a CPU's memory themselves, and do not stand for others, as the plan's do."""
-    return all(type(each) in {torch.Tensor, torch.nn.Parameter} and each.device.type == "cpu" for each in tensors)
+    return all(type(each) in {torch.Tensor, torch.nn.Parameter} and each.is_cpu for each in tensors)
 
 
 def computes(kernel: Any, *tensors: torch.Tensor) -> bool:

@@ -183,7 +183,8 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: i
 
     Flash attention shares heads itself; the kernel for float32 does not.
     """
-    query, key, value = (each[0].unflatten(1, (rows, -1)).transpose(0, 1) for each in (query, key, value))
+    # An index in place of `squeeze` would fill and copy a tensor of zeros for each gradient.
+    query, key, value = (each.squeeze(0).unflatten(1, (rows, -1)).transpose(0, 1) for each in (query, key, value))
     own = query.dtype in {torch.bfloat16, torch.float16} and query.shape[1] != key.shape[1]
     if not own:
         key, value = repeat_heads(query, key), repeat_heads(query, value)
