@@ -170,7 +170,7 @@ def tree_attention(
         along: Any = _TreeAttention  # torch leaves `apply` untyped
         result: torch.Tensor = along.apply(query, key, value, tree_layout, scale)
     elif tree_layout.equal_rows:
-        result = _causal(query, key, value, tree_layout.equal_rows, scale)
+        result = equal_rows_attention(query, key, value, tree_layout.equal_rows, scale)
     elif reason_against(query.device, query.dtype) is None:
         result = flex(query, key, value, tree_layout.blocks(query.device), scale)
     else:
@@ -178,7 +178,7 @@ def tree_attention(
     return result.transpose(1, 2), None
 
 
-def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int, scale: float) -> torch.Tensor:
+def equal_rows_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int, scale: float) -> torch.Tensor:
     """A sequence of so many rows of one length, without branches, as a batch of them.
 
     Flash attention shares heads itself; the kernel for float32 does not.
