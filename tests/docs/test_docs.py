@@ -80,3 +80,14 @@ def test_links_lead_somewhere() -> None:
     ):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+#: The Triton that torch's builds for GPUs ask for, exactly (their wheels' metadata). Builds for CPUs ask for none, so that a pin
+#: that has no solution on a GPU's machine would show nowhere else.
+TRITON_OF_TORCH = {"2.13.0": "3.7.1"}
+
+
+def test_pins_have_a_solution_with_torch_for_gpus() -> None:
+    pins = dict(re.findall(r"^(torch|triton)==(\S+)$", (REPO / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    assert f"torch=={pins['torch']}\n" in (REPO / "Makefile").read_text(encoding="utf-8")
+    assert pins["triton"] == TRITON_OF_TORCH[pins["torch"]]
