@@ -82,8 +82,8 @@ def test_links_lead_somewhere() -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-#: The Triton that torch's builds for GPUs ask for, exactly (their wheels' metadata). Builds for CPUs ask for none, so that a pin
-#: that has no solution on a GPU's machine would show nowhere else.
+#: The Triton that torch's builds for GPUs ask for, exactly (their wheels' metadata). Builds for CPUs ask for none: a
+#: pin without a solution on a GPU's machine would show nowhere else.
 TRITON_OF_TORCH = {"2.13.0": "3.7.1"}
 
 

@@ -95,7 +95,7 @@ from dataclasses import replace
 
 from tunesmith.gpu.adamw import STATE_BLOCK, Moment, Step, update
 from tunesmith.methods import sizes
-from tunesmith.methods.optimizers import AdamW
+from tunesmith.methods.optimizers import _VALUES, AdamW
 from tunesmith.methods.rounding import join_halves
 
 assert STATE_BLOCK == sizes.STATE_BLOCK
@@ -103,7 +103,7 @@ COUNT = 1300
 
 def moments(state):
     kept = [state[name] for name in ("exp_avg", "exp_avg_sq")]
-    return tuple(Moment(each.values, each.scales, *each.stands_for) for each in kept)
+    return tuple(Moment(each.values, each.scales, each.code) for each in kept)
 
 def trained(bits, dtype, parts, compensated=False, clip=None, seed=0):
     # Three updates, by the kernel in so many parts, or with parts=0 by the slices of AdamW.
@@ -143,12 +143,21 @@ for bits, compensated in ((8, False), (16, False), (16, True)):
 many = torch.stack([trained(16, torch.bfloat16, 1, seed=seed)[0].float() for seed in range(40)])
 found["differ"] = float((many[0] != many[1]).float().mean())
 found["bias"] = float((many.abs().mean(0) - whole.abs()).mean().abs())
-parameter, gradient = torch.nn.Parameter(torch.zeros(256)), torch.rand(256) ** 3
-mean, square = moments(AdamW([parameter], bits=8)._state_of(parameter))
-update(parameter.detach(), gradient, (mean, square), Step(1e-2, (0.0, 0.0), 1e-8, 0.0, 1, 0))
-share = gradient.square() / gradient.square().max()
-near = (share[:, None] - square.code).abs().argmin(1)
-found["not nearest"] = int((square.values.int() != near).sum())
+# Shares of every decade, at values of bytes, and beside the middles between two; each block has a one.
+codes = [torch.tensor(_VALUES[signed]) for signed in (True, False)]
+middles = [(code[1:] + code[:-1]) / 2 for code in codes]
+roots = [codes[1].sqrt(), middles[1].sqrt() * 0.9995, middles[1].sqrt() * 1.0005]
+every = [codes[0], middles[0] * 0.999, middles[0] * 1.001, *roots]
+every.append(10 ** torch.linspace(-8, 0, 4000) * (1 - 2 * (torch.arange(4000) % 2)))
+shares = torch.cat(every)
+gradient = torch.cat([torch.cat([part, torch.ones(256 - len(part))]) for part in shares.split(255)])
+parameter = torch.nn.Parameter(torch.zeros_like(gradient))
+kept = moments(AdamW([parameter], bits=8)._state_of(parameter))
+update(parameter.detach(), gradient, kept, Step(1e-2, (0.0, 0.0), 1e-8, 0.0, 1, 0))
+apart = [kept[0].code[kept[0].values.int()] - gradient, kept[1].code[kept[1].values.int()] - gradient.square()]
+best = [(gradient[:, None] - codes[0]).abs().amin(1), (gradient.square()[:, None] - codes[1]).abs().amin(1)]
+found["not nearest"] = sum(int((one.abs() > two * (1 + 1e-3) + 1e-12).sum()) for one, two in zip(apart, best))
+found["bytes"] = [len(set(each.values.tolist())) for each in kept]
 print(json.dumps(found))
 """
 
@@ -182,7 +191,8 @@ def test_updates_are_those_of_the_optimizer() -> None:
     assert found["halves"] < 0.1  # weights that are not the nearest bf16 number: states are rounded at random
     assert 0.1 < found["differ"] < 0.9
     assert found["bias"] < 2e-4
-    assert found["not nearest"] <= 1
+    assert found["not nearest"] == 0
+    assert found["bytes"] == [256, 256]
 
 
 def test_a_cpu_has_none() -> None:

@@ -7,6 +7,7 @@ formats are those of `methods/optimizers.py`; what is rounded at random draws fr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -22,16 +23,11 @@ EXACT, AT_RANDOM, COMPENSATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 
 @dataclass(frozen=True)
 class Moment:
-    """A state, flat: (T,) bf16, or uint8 with what these stand for.
-
-    `scales` are float32, one for each 256; `code` (256) the values of a byte, ascending, and `middles` (255) half-way between
-    each two of them.
-    """
+    """A state, flat: (T,) bf16, or uint8 with a float32 scale for each 256 and the 256 values of bitsandbytes' dynamic map."""
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
     code: torch.Tensor | None = None
-    middles: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,14 +59,35 @@ def _at_random(values, noise):
 
 
 @triton.jit
-def _encode(values, kept, scales, middles, at, block, inside, has_block, noise, bits_each: tl.constexpr):
+def _nearest(share, edges, signed: tl.constexpr):
+    """The byte whose value is nearest to each share of -1 to 1, or 0 to 1: which decade it is in, then which part of that.
+
+    The bytes' values in a decade lie evenly, as many as a power of two (`_edges`). To look each up would be eight dependent
+    loads from all over a table.
+    """
+    size = tl.abs(share)
+    decade, tens = tl.zeros_like(share).to(tl.int32), tl.zeros_like(share)
+    for number in tl.static_range(7):
+        above = size > tl.load(edges + number)
+        decade = tl.where(above, number, decade)
+        tens = tl.where(above, tl.load(edges + 8 + number), tens)
+    more: tl.constexpr = 0 if signed else 1
+    count = tl.full(share.shape, 1, tl.int32) << (decade + more)
+    part = ((size * tens - 0.1) * (count.to(tl.float32) / 0.9)).to(tl.int32)
+    rank = count - more + tl.minimum(part, count - 1)  # where a decade begins, the share is above its 0.1
+    rank = tl.where(size > tl.load(edges), rank, 0)
+    rank = tl.where(size > tl.load(edges + 7), 128 if signed else 255, rank)
+    if signed:  # one stands at the end; minus one has no byte
+        rank = 127 + tl.where(share < 0, -tl.minimum(rank, 127), rank)
+    return rank
+
+
+@triton.jit
+def _encode(values, kept, scales, edges, at, block, inside, has_block, noise, signed: tl.constexpr, bits_each: tl.constexpr):
     if bits_each == 8:
         most = tl.max(tl.where(inside, tl.abs(values), 0.0), 1, keep_dims=True)
         share = values / tl.where(most > 0, most, 1.0)
-        place = tl.zeros_like(at).to(tl.int32)
-        for power in tl.static_range(8):  # how many of the 255 middles between two values lie below
-            place += tl.where(share > tl.load(middles + place + ((128 >> power) - 1)), 128 >> power, 0)
-        tl.store(kept + at, place.to(tl.uint8), mask=inside)
+        tl.store(kept + at, _nearest(share, edges, signed).to(tl.uint8), mask=inside)
         tl.store(scales + block, most, mask=has_block)
     else:
         tl.store(kept + at, _at_random(values, noise), mask=inside)
@@ -84,11 +101,11 @@ def _update(
     mean,
     mean_scales,
     mean_code,
-    mean_middles,
+    mean_edges,
     square,
     square_scales,
     square_code,
-    square_middles,
+    square_edges,
     norm,
     most,
     count,
@@ -135,8 +152,22 @@ def _update(
         tl.store(weight + at, _at_random(value, one), mask=inside)
     else:
         tl.store(weight + at, value, mask=inside)
-    _encode(new_mean, mean, mean_scales, mean_middles, at, block, inside, has_block, two, bits_each)
-    _encode(new_square, square, square_scales, square_middles, at, block, inside, has_block, three, bits_each)
+    _encode(new_mean, mean, mean_scales, mean_edges, at, block, inside, has_block, two, True, bits_each)
+    _encode(new_square, square, square_scales, square_edges, at, block, inside, has_block, three, False, bits_each)
+
+
+@cache
+def _edges(device: torch.device, *, signed: bool) -> torch.Tensor:
+    """(15,) float32 of bitsandbytes' dynamic map: where each of seven decades begins, and one; what scales each to 0.1 to 1.
+
+    From 10^(d-6) 0.1 to 10^(d-6) there are 2^d values (of each sign), or 2^(d+1) without signs, each in the middle of its part;
+    beside them zero and one. A byte begins half-way to its neighbour.
+    """
+    halves = [0.45 / 2 ** (decade + (not signed)) for decade in range(7)]  # of a part
+    tops = [0.0, *(10.0 ** (decade - 6) * (1 - half) for decade, half in enumerate(halves))]
+    starts = [*(10.0 ** (decade - 6) * (0.1 + half) for decade, half in enumerate(halves)), 1.0]
+    begin = [(top + start) / 2 for top, start in zip(tops, starts, strict=True)]
+    return torch.tensor([*begin, *(10.0 ** (6 - decade) for decade in range(7))], device=device)
 
 
 def update(
@@ -155,6 +186,7 @@ def update(
     Of a weight that comes in slices, `first` is the place of this one's first number.
     """
     (mean, square), count, (beta1, beta2) = moments, weight.numel(), step.betas
+    eight = mean.scales is not None
     rounding = EXACT if weight.dtype == torch.float32 else AT_RANDOM if cut_off is None else COMPENSATED
     blocks = triton.cdiv(count, STATE_BLOCK)
     _update[(triton.cdiv(blocks, _BLOCKS),)](
@@ -164,11 +196,11 @@ def update(
         mean.values,
         mean.scales,
         mean.code,
-        mean.middles,
+        _edges(weight.device, signed=True) if eight else None,
         square.values,
         square.scales,
         square.code,
-        square.middles,
+        _edges(weight.device, signed=False) if eight else None,
         *(clip or (None, 1.0)),
         count,
         blocks,
@@ -181,7 +213,7 @@ def update(
         (1 - beta2**step.number) ** 0.5,
         step.eps,
         step.seed,
-        bits_each=16 if mean.scales is None else 8,
+        bits_each=8 if eight else 16,
         rounding=rounding.value,
         many=_BLOCKS,
         size=STATE_BLOCK,

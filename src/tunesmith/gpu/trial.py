@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import create_dynamic_map
 
 from tunesmith.gpu import adamw, blocks, cross_entropy
 from tunesmith.native import blocks as native
@@ -24,16 +25,25 @@ def wrong(device: torch.device) -> str | None:
 
 
 def _updates(device: torch.device) -> bool:
-    """Whether a first update with bytes for states goes where AdamW goes: against the gradient's sign, by the learning rate."""
+    """Whether a first update with bytes for states goes where AdamW goes: against the gradient's sign, by the learning rate.
+
+    And whether each byte stands for the value that is nearest to its mean, or square.
+    """
     weight, gradient = torch.linspace(-3, 3, 1037, device=device), torch.linspace(2, -5, 1037, device=device)
-    code = torch.linspace(-1, 1, 256, device=device)
-    middles, found = (code[1:] + code[:-1]) / 2, weight.clone()
-    scales = torch.zeros((2, 5), device=device)
-    mean, square = (adamw.Moment(torch.full_like(found, 127, dtype=torch.uint8), each, code, middles) for each in scales)
+    found, scales = weight.clone(), torch.zeros((2, 5), device=device)
+    codes = [create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
+    pairs = zip(scales, codes, strict=True)
+    mean, square = (adamw.Moment(torch.zeros_like(found, dtype=torch.uint8), each, code) for each, code in pairs)
     step = adamw.Step(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5, number=1, seed=0)
     adamw.update(found, gradient, (mean, square), step)
     expected = weight * 0.95 - 0.1 * gradient / (gradient.abs() + 1e-8)
-    return torch.allclose(found, expected, atol=1e-5) and bool((scales > 0).all())
+    blocks = torch.arange(len(weight), device=device) // adamw.STATE_BLOCK
+    near = True
+    for moment, scale, code, values in zip((mean, square), scales, codes, (0.1 * gradient, 0.01 * gradient**2), strict=True):
+        share = values / scale[blocks]
+        apart = (code[moment.values.int()] - share).abs() - (code - share[:, None]).abs().amin(1)
+        near = near and bool((apart < 1e-5).all())
+    return near and torch.allclose(found, expected, atol=1e-5)
 
 
 def _told(logits: torch.Tensor, tolerance: float) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from bitsandbytes.functional import create_dynamic_map
@@ -75,30 +75,17 @@ def _slice(values: torch.Tensor, part: slice) -> torch.Tensor:
     return values if part.start == 0 and part.stop >= values.shape[0] else values[part]
 
 
-class _Bytes(NamedTuple):
-    """What a byte stands for, ascending (256), and half-way between each two neighbours (255), in float32."""
-
-    code: torch.Tensor
-    middles: torch.Tensor
-
-    @classmethod
-    def on(cls, device: torch.device, *, signed: bool) -> _Bytes:
-        """On the device."""
-        values = torch.tensor(_VALUES[signed], dtype=torch.float64)
-        return cls(values.float().to(device), ((values[1:] + values[:-1]) / 2).float().to(device))
-
-
 class _State:
     """A moment of one parameter, flat, in the optimizer's format; read and written in slices of float32."""
 
-    def __init__(self, parameter: torch.Tensor, bits: int, home: _Home, stands_for: _Bytes | None) -> None:
+    def __init__(self, parameter: torch.Tensor, bits: int, home: _Home, code: torch.Tensor | None) -> None:
         self.device, count = parameter.device, parameter.numel()
         exact = torch.promote_types(parameter.dtype, torch.float32)
         self.bits, self.home = bits, home
         dtype = {32: exact, 16: torch.bfloat16, 8: torch.uint8}[bits]
         self.values = home.zeros(count, dtype, self.device)
         self.scales = home.zeros(-(-count // STATE_BLOCK), torch.float32, self.device) if bits == 8 else None
-        self.stands_for: tuple[torch.Tensor, ...] = stands_for or ()
+        self.code = code
 
     def _blocks(self, part: slice) -> slice:
         return slice(part.start // STATE_BLOCK, -(-part.stop // STATE_BLOCK))
@@ -109,8 +96,7 @@ class _State:
         if self.scales is None:
             return values if self.bits == 32 else values.float()
         scales = self.home.read(self.scales, self._blocks(part), self.device)
-        code = self.stands_for[0]
-        made: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(values, scales, code, STATE_BLOCK, torch.float32)
+        made: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(values, scales, self.code, STATE_BLOCK, torch.float32)
         return made
 
     def write(self, part: slice, values: torch.Tensor, generator: torch.Generator) -> None:
@@ -120,7 +106,7 @@ class _State:
         elif self.scales is None:
             self.home.write(self.values, part, round_bits(values, generator))
         else:
-            quantised, scales = torch.ops.bitsandbytes.quantize_blockwise(values, self.stands_for[0], STATE_BLOCK)
+            quantised, scales = torch.ops.bitsandbytes.quantize_blockwise(values, self.code, STATE_BLOCK)
             self.home.write(self.values, part, quantised)
             self.home.write(self.scales, self._blocks(part), scales)
 
@@ -206,7 +192,7 @@ class AdamW(torch.optim.Optimizer):
         self.bits, self.compensated, self.home, self.seed = bits, compensated, _Home(store), seed
         ordered = [parameter for group in self.param_groups for parameter in group["params"]]
         self._places = {parameter: place for place, parameter in enumerate(ordered)}
-        self._bytes: dict[tuple[torch.device, bool], _Bytes] = {}
+        self._codes: dict[tuple[torch.device, bool], torch.Tensor] = {}
         device = ordered[0].device
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -224,17 +210,17 @@ class AdamW(torch.optim.Optimizer):
             state["master"] = self.home.hold(parameter.detach().float()) if masters and not exact else None
             if self.compensated and not exact:
                 state["cut_off"] = self.home.zeros(parameter.numel(), torch.int16, parameter.device)
-            state["exp_avg"] = _State(parameter, self.bits, self.home, self._stands_for(parameter.device, signed=True))
-            state["exp_avg_sq"] = _State(parameter, self.bits, self.home, self._stands_for(parameter.device, signed=False))
+            state["exp_avg"] = _State(parameter, self.bits, self.home, self._code(parameter.device, signed=True))
+            state["exp_avg_sq"] = _State(parameter, self.bits, self.home, self._code(parameter.device, signed=False))
         return state
 
-    def _stands_for(self, device: torch.device, *, signed: bool) -> _Bytes | None:
-        """What the bytes of 8-bit states stand for; the same tensors for all states of a device."""
+    def _code(self, device: torch.device, *, signed: bool) -> torch.Tensor | None:
+        """The values of a byte where states are bytes: one tensor for all states of a device."""
         if self.bits != 8:
             return None
-        if (device, signed) not in self._bytes:
-            self._bytes[device, signed] = _Bytes.on(device, signed=signed)
-        return self._bytes[device, signed]
+        if (device, signed) not in self._codes:
+            self._codes[device, signed] = torch.tensor(_VALUES[signed], device=device)
+        return self._codes[device, signed]
 
     def allocate(self) -> None:
         """Make the state of every parameter now, so that memory holds it from the first step on."""
@@ -342,7 +328,7 @@ class AdamW(torch.optim.Optimizer):
             part = slice(begin, min(begin + size, count))
             fetched = [each.fetch(part) for each in kept]
             low = None if cut_off is None else home.read(cut_off, part, device)
-            mean, square = (Moment(*each, *moment.stands_for) for each, moment in zip(fetched, kept, strict=True))
+            mean, square = (Moment(each[0], each[1], moment.code) for each, moment in zip(fetched, kept, strict=True))
             update(_slice(weight, part), _slice(gradient, part), (mean, square), step, low, clip, first=begin)
             for moment, each in zip(kept, fetched, strict=True):
                 moment.put(part, *each)
