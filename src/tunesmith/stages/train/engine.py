@@ -204,8 +204,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         """Forward and backward over the micro-batches of an optimizer step; the step's loss."""
         if num_items_in_batch is None:
             raise AssertionError("the training loop always counts")
-        if not model.training:  # it walks through all modules
-            model.train()
+        model.train()
         batches, step = inputs.pop("micro_batches"), inputs.pop("rows")
         if not self._tried:
             self._try_longest(model)
