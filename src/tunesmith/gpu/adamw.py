@@ -188,8 +188,8 @@ def update(
     (mean, square), count, (beta1, beta2) = moments, weight.numel(), step.betas
     eight = mean.scales is not None
     rounding = EXACT if weight.dtype == torch.float32 else AT_RANDOM if cut_off is None else COMPENSATED
-    blocks = triton.cdiv(count, STATE_BLOCK)
-    _update[(triton.cdiv(blocks, _BLOCKS),)](
+    blocks = -(-count // STATE_BLOCK)
+    _update[(-(-blocks // _BLOCKS),)](
         weight,
         gradient,
         cut_off,

@@ -5,6 +5,8 @@ Shapes: rows of H or F numbers, or (B, A, L, D) for rotations. In float32 inside
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,9 @@ _BLOCK = 1024
 
 #: Programs that share the rows of a norm where its weight's gradient is asked for: about two for each core of a large GPU.
 _PROGRAMS = 256
+
+#: Kept, as Triton's own takes longer than a tensor to be made.
+_power_of_2 = cache(triton.next_power_of_2)
 
 
 @triton.jit
@@ -128,7 +133,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -
     """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and the reciprocal root (..., 1)."""
     x, size = x.contiguous(), x.shape[-1]
     out, root = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    width = triton.next_power_of_2(size)
+    width = _power_of_2(size)
     if root.numel():
         _norm[(root.numel(),)](x, weight.contiguous(), out, root, size, epsilon, offset, width=width, num_warps=_warps(width))
     return out, root
@@ -141,7 +146,7 @@ def norm_slopes(
     gradient, x, size, rows = gradient.contiguous(), x.contiguous(), x.shape[-1], root.numel()
     into_x, programs = torch.empty_like(x), min(rows, _PROGRAMS) if of_weight else rows
     parts = root.new_empty((programs, size)) if of_weight else root
-    width = triton.next_power_of_2(size)
+    width = _power_of_2(size)
     if rows:
         _norm_slopes[(programs,)](
             gradient,
@@ -166,7 +171,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out, count = torch.empty_like(gate), gate.numel()
     if count:
-        _gated[(triton.cdiv(count, _BLOCK),)](gate, up, out, count, block=_BLOCK)
+        _gated[(-(-count // _BLOCK),)](gate, up, out, count, block=_BLOCK)
     return out
 
 
@@ -175,7 +180,7 @@ def gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
     gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
     into_gate, into_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
     if count:
-        _gated_slopes[(triton.cdiv(count, _BLOCK),)](gradient, gate, up, into_gate, into_up, count, block=_BLOCK)
+        _gated_slopes[(-(-count // _BLOCK),)](gradient, gate, up, into_gate, into_up, count, block=_BLOCK)
     return into_gate, into_up
 
 
@@ -199,8 +204,8 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: boo
             turn_batch,
             cos.stride(2),
             half,
-            most_heads=triton.next_power_of_2(heads),
-            most_half=triton.next_power_of_2(half),
+            most_heads=_power_of_2(heads),
+            most_half=_power_of_2(half),
             backwards=backwards,
         )
     return out
