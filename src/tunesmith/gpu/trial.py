@@ -49,7 +49,16 @@ def _updates(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _told(logits: torch.Tensor, tolerance: float) -> bool:
-    """Whether cross-entropy of (5, V) logits is what it should be."""
-    targets = torch.arange(0, 1000, 200, device=logits.device)
-    expected = F.cross_entropy(logits.float(), targets, reduction="none")
-    return torch.allclose(cross_entropy.from_logits(logits, targets, None), expected, rtol=tolerance, atol=tolerance)
+    """Whether cross-entropy of (5, V) logits, and what it makes of them as derivatives, is what it should be."""
+    targets, weights = torch.arange(0, 1000, 200, device=logits.device), torch.linspace(0.5, 2, 5, device=logits.device)
+    places = torch.arange(5, device=logits.device)
+    told, into = F.cross_entropy(logits.float(), targets, reduction="none"), logits.float().softmax(1)
+    into[places, targets] -= 1
+    slopes = logits.clone()
+    found = [
+        cross_entropy.from_logits(logits, targets, None),
+        cross_entropy.from_logits(slopes, targets, weights),
+        slopes.float(),
+    ]
+    expected = [told, told, into * weights[:, None]]
+    return all(torch.allclose(*pair, rtol=tolerance, atol=tolerance) for pair in zip(found, expected, strict=True))
