@@ -21,7 +21,6 @@ from tunesmith.packing.batch import (
     StepCollator,
     collate_tree,
     computed_ids,
-    labelled_count,
     reason_against_tree,
 )
 from tunesmith.packing.loss import summed_loss, use_tree_attention
@@ -88,7 +87,7 @@ def test_a_step_is_cut_into_micro_batches_within_the_limits(rows: list[dict[str,
         batches = StepCollator(collate, limits)(rows)["micro_batches"]
         assert sum(batch["row_tokens"] for batch in batches) == sum(len(row["input_ids"]) for row in rows)
         whole = collate(rows)
-        assert sum(map(labelled_count, batches)) == labelled_count(whole)
+        assert sum(batch["labelled"] for batch in batches) == whole["labelled"]
         alone = {collate([row])["input_ids"].numel() for row in rows}
         assert all(batch["input_ids"].numel() <= tokens or batch["input_ids"].numel() in alone for batch in batches)
         groups = split_for_trees([row["input_ids"] for row in rows], limits)
@@ -145,7 +144,7 @@ def fused_model(name: str) -> Any:
 
 def loss_and_gradients(model: Any, batch: dict[str, Any], *, tree: bool) -> tuple[float, dict[str, torch.Tensor]]:
     use_tree_attention(model, on=tree)
-    return with_gradients(model, lambda: summed_loss(model, batch) / max(labelled_count(batch), 1))
+    return with_gradients(model, lambda: summed_loss(model, batch) / max(batch["labelled"], 1))
 
 
 def with_gradients(model: Any, loss_of: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -181,7 +180,8 @@ def transformers_loss(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
 def test_tree_equals_padded_rows_to_1e_10(name: str, rows: list[dict[str, Any]]) -> None:
     model, fused = exact_model(name), fused_model(name)
     padded, packed = PaddedCollator(pad_id=0)(rows), collate_tree(rows)
-    assert labelled_count(padded) == labelled_count(packed) == sum(sum(row["trained"][1:]) for row in rows)
+    assert padded["labelled"] == packed["labelled"] == sum(sum(row["trained"][1:]) for row in rows)
+    assert [float(batch["weights"].sum()) for batch in (padded, packed)] == 2 * [padded["labelled"]]
     expected_loss, expected = with_gradients(model, lambda: transformers_loss(model, rows))
     for computes, batch, tree in ((fused, packed, True), (fused, padded, False), (model, padded, False)):
         found_loss, found = loss_and_gradients(computes, batch, tree=tree)
@@ -243,7 +243,7 @@ def test_shared_instruction_is_computed_once() -> None:
     rows = [{"input_ids": [*shared, 51 + n, 52, 53], "trained": [False] * 51 + [True] * 2} for n in range(6)]
     batch = collate_tree(rows)
     assert batch["input_ids"].shape == (1, filled(50 + 6 * 2))  # each row's last label only has to be told
-    assert labelled_count(batch) == 12
+    assert batch["labelled"] == 12
 
 
 @given(rows=random_rows())
@@ -260,7 +260,7 @@ def test_what_fills_a_tree_up_is_seen_by_no_row(rows: list[dict[str, Any]]) -> N
     assert not mask[:held, held:].any()
     batch = collate_tree(rows)
     assert len(batch["weights"]) % FILL == 0
-    assert labelled_count(batch) == sum(sum(row["trained"][1:]) for row in rows)
+    assert batch["labelled"] == sum(sum(row["trained"][1:]) for row in rows)
 
 
 def test_what_is_not_exact_is_refused() -> None:

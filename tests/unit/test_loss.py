@@ -22,7 +22,7 @@ from tests.invariant.test_packing import with_labels
 from tests.shapes import SHAPE
 from tunesmith import native
 from tunesmith.packing import chunks, loss
-from tunesmith.packing.batch import PaddedCollator, collate_tree, labelled_count
+from tunesmith.packing.batch import PaddedCollator, collate_tree
 from tunesmith.packing.loss import summed_loss
 
 SMALL: dict[str, Any] = {
@@ -60,7 +60,7 @@ def test_equal_to_the_models_own_loss_and_gradients(config: Any, lengths: tuple[
     made = rows(lengths)
     batch = PaddedCollator(pad_id=0)(made)
     assert ("attention_mask" in batch) == (len(set(lengths)) > 1)
-    mine = summed_loss(model, batch) / labelled_count(batch)
+    mine = summed_loss(model, batch) / batch["labelled"]
     mine.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -118,12 +118,12 @@ def test_padding_goes_by_length_and_not_by_pad_id() -> None:
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
     assert batch["sources"].tolist() == [0, 3]
     assert batch["targets"].tolist() == [2, 2]
-    assert (labelled_count(batch), batch["row_tokens"]) == (2, 5)
+    assert (batch["labelled"], batch["row_tokens"]) == (2, 5)
 
 
 @pytest.mark.parametrize("collate", [PaddedCollator(pad_id=0), collate_tree], ids=["padded", "tree"])
 def test_first_token_is_never_counted(collate: Any) -> None:
-    assert labelled_count(collate([{"input_ids": [5, 6], "trained": [True, True]}])) == 1
+    assert collate([{"input_ids": [5, 6], "trained": [True, True]}])["labelled"] == 1
 
 
 def test_padding_does_not_change_the_loss(tiny_model: Path) -> None:

@@ -11,6 +11,7 @@ each, N labelled places.
     sources (N,)           index into the flattened (B x L) hidden states of the one that predicts the label
     targets (N,)           the label's id
     weights (N,)           how many rows have this label at this place; 0 for what fills a tree's labels up (`tree.FILL`)
+    labelled               labelled tokens, counted in every row (an int: nobody has to wait for a GPU to count them)
     row_tokens             tokens of all rows as they are in the dataset (an int)
     tree_layout            a tree's nodes, for attention (tree only)
     attention_mask (B, L)  1 for real tokens (padded only, and only where rows differ in length)
@@ -54,11 +55,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def labelled_count(batch: Mapping[str, Any]) -> int:
-    """Labelled tokens of the batch, counted in every row; a row's first token has nothing before it to be told from."""
-    return int(batch["weights"].sum())
-
-
 def computed_ids(row: Mapping[str, Any], side: str = "") -> Sequence[int]:
     """The row's tokens that go through the model; `side` is `rejected_` for the other side of a pair."""
     ids: Sequence[int] = row[f"{side}input_ids"]
@@ -74,7 +70,7 @@ def tree_with_owners(rows: Rows) -> tuple[Batch, Owners]:
     """`collate_tree`, and which row has which labels."""
     tree = fill(build_tree([computed_ids(row) for row in rows]))
     labels: dict[tuple[int, int], int] = {}  # (source, target): the label's number
-    owners: Owners = []
+    owners: Owners = []  # a row's first token has nothing before it to be told from
     for number, (row, path) in enumerate(zip(rows, tree.paths, strict=True)):
         told = zip(path, row["input_ids"][1:], row["trained"][1:], strict=False)  # the row may be longer than its path
         places = [(source, target) for source, target, trained in told if trained]
@@ -90,6 +86,7 @@ def tree_with_owners(rows: Rows) -> tuple[Batch, Owners]:
         "sources": torch.tensor(sources, dtype=torch.long),
         "targets": torch.tensor(targets, dtype=torch.long),
         "weights": torch.tensor(weights, dtype=torch.float32),
+        "labelled": len(owners),
         "row_tokens": _row_tokens(rows),
         "tree_layout": Layout(tree.nodes, len(tree.ids)),
     }
@@ -129,8 +126,10 @@ class PaddedCollator:
             places = torch.tensor(row["trained"], dtype=torch.bool)[1:].nonzero().flatten()
             sources.append(places + number * longest)
             targets.append(torch.tensor(row["input_ids"], dtype=torch.long)[1:][places])
-        labels: Batch = {"sources": torch.cat(sources), "targets": torch.cat(targets), "row_tokens": _row_tokens(rows)}
-        return batch | labels | {"weights": torch.ones(len(labels["targets"]), dtype=torch.float32)}
+        labels: Batch = {"sources": torch.cat(sources), "targets": torch.cat(targets)}
+        count = len(labels["targets"])
+        weights = torch.ones(count, dtype=torch.float32)
+        return batch | labels | {"weights": weights, "labelled": count, "row_tokens": _row_tokens(rows)}
 
     def with_owners(self, rows: Rows) -> tuple[Batch, Owners]:
         """The batch, and which row has which labels."""

@@ -21,7 +21,7 @@ from tunesmith.packing.products import across_rows, has_own_kernel, linear
 
 #: Config entries of models that change their logits after the head; those go through the model's own forward.
 _LOGIT_CHANGES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
-_NOT_INPUTS = ("sources", "targets", "weights", "row_tokens", "owner_rows", "owner_labels", "reference")
+_NOT_INPUTS = ("sources", "targets", "weights", "labelled", "row_tokens", "owner_rows", "owner_labels", "reference")
 
 
 def causal_of(model: Any) -> Any:

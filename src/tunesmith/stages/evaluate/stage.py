@@ -19,7 +19,7 @@ from tunesmith.hardware import detect
 from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_jsonl
 from tunesmith.methods.settings import MAX_TOKENS
 from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest, stop_ids
-from tunesmith.packing.batch import StepCollator, choose_collator, labelled_count, to_device
+from tunesmith.packing.batch import StepCollator, choose_collator, to_device
 from tunesmith.packing.generate import generate, without_stop
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.packing.products import use_products
@@ -253,6 +253,6 @@ def heldout_loss(run: Run, model: Any, tokenizer: Any) -> float | None:
         for batch in split(rows[start : start + _AT_ONCE])["micro_batches"]:
             with torch.no_grad():
                 total += float(summed_loss(model, to_device(batch, model.device)))
-            count += labelled_count(batch)
+            count += batch["labelled"]
     use_tree_attention(model, on=False)
     return total / count

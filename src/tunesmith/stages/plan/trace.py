@@ -280,6 +280,7 @@ def make_batch(config: Any, scenario: Scenario) -> Batch:
         "sources": torch.tensor(places),
         "targets": torch.zeros(len(places), dtype=torch.long),
         "weights": torch.ones(len(places)),
+        "labelled": len(places),
         "row_tokens": scenario.tokens,
     }
     if scenario.attention == "tree":

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from tunesmith.io.atomic import append_jsonl, indented_json
 from tunesmith.methods.offload import ActivationOffload
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
-from tunesmith.packing.batch import Batch, Rows, labelled_count
+from tunesmith.packing.batch import Batch, Rows
 from tunesmith.packing.tree import Limits
 from tunesmith.recipe import Recipe
 from tunesmith.stages.train.finite import NotFiniteError, check_finite, check_weights
@@ -287,13 +287,13 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return total
 
     def _count(self, batch: Batch) -> None:
-        """Add a micro-batch to what the step has; while it is in the host's memory, where a GPU need not be waited for."""
+        """Add a micro-batch to what the step has."""
         tokens = batch.pop("row_tokens")
         if self._blank:
             return
         self._computed += batch["input_ids"].numel()
         self._tokens += tokens
-        self._labelled += labelled_count(batch)
+        self._labelled += batch["labelled"]
         self._counted += self.objective.count(batch)
 
     def compute_loss(

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from tunesmith.errors import DataError, Problem, TrainError
 from tunesmith.io.atomic import write_bytes
-from tunesmith.packing.batch import Batch, Collator, Rows, StepCollator, labelled_count
+from tunesmith.packing.batch import Batch, Collator, Rows, StepCollator
 from tunesmith.packing.loss import LossModel
 from tunesmith.packing.preference import PairCollator, Preference, PreferenceModel, pair_count, reference_logprobs
 from tunesmith.packing.tree import Limits
@@ -89,7 +89,8 @@ class Sft:
         return output, {}
 
     def count(self, batch: Batch) -> int:
-        return labelled_count(batch)
+        count: int = batch["labelled"]
+        return count
 
 
 class Dpo:
