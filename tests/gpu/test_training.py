@@ -59,8 +59,8 @@ def losses_of(run: Run) -> list[float]:
 def test_an_interrupted_training_goes_on(tmp_path: Path, word_model: Path, method: str) -> None:
     """Each step once, the same losses, and weights that went the same way.
 
-    A GPU adds some sums in no fixed order, and Adam makes a whole step of a gradient that is nearly nothing, to either side: single
-    weights may lie many roundings apart.
+    A GPU adds some sums in no fixed order, and Adam makes a whole step of a gradient that is nearly nothing, to either side: a
+    single weight may lie many roundings from where it was.
     """
     whole, parts = (run_of(tmp_path, word_model, name, method, "save_steps: 2") for name in ("whole", "parts"))
     train(whole)
