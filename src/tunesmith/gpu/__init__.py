@@ -12,12 +12,10 @@ from functools import cache
 import torch
 
 from tunesmith.errors import first_line
-from tunesmith.native.library import SWITCH
+from tunesmith.native.library import REAL, SWITCH
 
 #: What the kernels read and write; they compute in float32.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-_REAL = (torch.Tensor, torch.nn.Parameter)
 
 
 @cache
@@ -47,6 +45,6 @@ def computes(*tensors: torch.Tensor) -> bool:
     """Whether the kernels compute with these: on a GPU, of dtypes they know, none that stands for others, as the plan's do."""
     return (
         tensors[0].is_cuda
-        and all(type(each) in _REAL and each.dtype in DTYPES for each in tensors)
+        and all(type(each) in REAL and each.dtype in DTYPES for each in tensors)
         and reason_against(tensors[0].device) is None
     )

@@ -182,11 +182,12 @@ def update(
     """One update in place of a flat weight (T,): float32, or bf16 rounded at random, or with `cut_off` (T,) int16 compensated.
 
     `moments` are the means of gradients and of their squares. `clip` is the gradient's norm (a number on the device) and the
-    most that it may be, as torch's `clip_grad_norm_` has it.
-    Of a weight that comes in slices, `first` is the place of this one's first number.
+    most that it may be, as torch's `clip_grad_norm_` has it. Of a weight that comes in slices, `first` is the place of this
+    one's first number.
     """
     (mean, square), count, (beta1, beta2) = moments, weight.numel(), step.betas
     eight = mean.scales is not None
+    edges = [_edges(weight.device, signed=signed) if eight else None for signed in (True, False)]
     rounding = EXACT if weight.dtype == torch.float32 else AT_RANDOM if cut_off is None else COMPENSATED
     blocks = -(-count // STATE_BLOCK)
     _update[(-(-blocks // _BLOCKS),)](
@@ -196,11 +197,11 @@ def update(
         mean.values,
         mean.scales,
         mean.code,
-        _edges(weight.device, signed=True) if eight else None,
+        edges[0],
         square.values,
         square.scales,
         square.code,
-        _edges(weight.device, signed=False) if eight else None,
+        edges[1],
         *(clip or (None, 1.0)),
         count,
         blocks,

@@ -31,27 +31,33 @@ def _updates(device: torch.device, dtype: torch.dtype) -> bool:
     """
     weight, gradient = (torch.linspace(*ends, 1037, device=device).to(dtype) for ends in ((-3, 3), (2, -5)))
     found, scales = weight.clone(), torch.zeros((2, 5), device=device)
-    codes = [create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
-    pairs = zip(scales, codes, strict=True)
-    mean, square = (adamw.Moment(torch.zeros_like(found, dtype=torch.uint8), each, code) for each, code in pairs)
+    mean, square = (
+        adamw.Moment(torch.zeros_like(found, dtype=torch.uint8), each, create_dynamic_map(signed=signed).to(device))
+        for each, signed in zip(scales, (True, False), strict=True)
+    )
     step = adamw.Step(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5, number=1, seed=0)
     adamw.update(found, gradient, (mean, square), step)
     weight, gradient = weight.float(), gradient.float()
     expected = weight * 0.95 - 0.1 * gradient / (gradient.abs() + 1e-8)
-    blocks = torch.arange(len(weight), device=device) // adamw.STATE_BLOCK
-    near = True
-    for moment, scale, code, values in zip((mean, square), scales, codes, (0.1 * gradient, 0.01 * gradient**2), strict=True):
-        share = values / scale[blocks]
-        apart = (code[moment.values.int()] - share).abs() - (code - share[:, None]).abs().amin(1)
-        near = near and bool((apart < 1e-5).all())
     one_step = 2**-7 if dtype == torch.bfloat16 else 1e-5  # up or down at random
-    return near and torch.allclose(found.float(), expected, rtol=one_step, atol=1e-5)
+    moved = torch.allclose(found.float(), expected, rtol=one_step, atol=1e-5)
+    return moved and _nearest(mean, 0.1 * gradient) and _nearest(square, 0.01 * gradient**2)
+
+
+def _nearest(moment: adamw.Moment, values: torch.Tensor) -> bool:
+    """Whether each byte of a state stands for the value that is nearest to what it should keep."""
+    if moment.scales is None or moment.code is None:
+        raise AssertionError("only bytes have a nearest value")
+    block = torch.arange(len(values), device=values.device) // adamw.STATE_BLOCK
+    share, code = values / moment.scales[block], moment.code
+    apart = (code[moment.values.int()] - share).abs() - (code - share[:, None]).abs().amin(1)
+    return bool((apart < 1e-5).all())
 
 
 def _told(logits: torch.Tensor, tolerance: float) -> bool:
     """Whether cross-entropy of (5, V) logits, and what it makes of them as derivatives, is what it should be."""
-    targets, weights = torch.arange(0, 1000, 200, device=logits.device), torch.linspace(0.5, 2, 5, device=logits.device)
-    places = torch.arange(5, device=logits.device)
+    places, weights = torch.arange(5, device=logits.device), torch.linspace(0.5, 2, 5, device=logits.device)
+    targets = 200 * places
     told, into = F.cross_entropy(logits.float(), targets, reduction="none"), logits.float().softmax(1)
     into[places, targets] -= 1
     slopes = logits.clone()

@@ -317,9 +317,8 @@ class AdamW(torch.optim.Optimizer):
 
         state, home, device = self._state_of(parameter), self.home, parameter.device
         state["step"] += 1
-        seed = (
-            self.seed * 1_000_003 + self._places.setdefault(parameter, len(self._places)) * 10_007 + state["step"] * 7_919
-        ) % 2**31
+        place = self._places.setdefault(parameter, len(self._places))
+        seed = (self.seed * 1_000_003 + place * 10_007 + state["step"] * 7_919) % 2**31
         step = Step(group["lr"], group["betas"], group["eps"], group["weight_decay"], state["step"], seed)
         weight, kept, cut_off = parameter.detach().view(-1), [state[name] for name in _MOMENTS], state.get("cut_off")
         count = weight.shape[0]

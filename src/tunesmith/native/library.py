@@ -27,6 +27,9 @@ from tunesmith.io.cache import cache_folder
 #: Turned off by this variable set to 0.
 SWITCH = "TUNESMITH_NATIVE"
 
+#: Tensors that hold their numbers themselves; others stand for some, as the plan's do.
+REAL = (torch.Tensor, torch.nn.Parameter)
+
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-exceptions", "-fno-rtti")
 _SECONDS = 300  # more than any compiler needs; one that waits for something is not waited for
 
@@ -73,7 +76,7 @@ def call(name: str, function: str, *values: Any) -> int:
 
 def plain(*tensors: torch.Tensor) -> bool:
     """Whether these are in a CPU's memory themselves, and do not stand for others, as the plan's do."""
-    return all(type(each) in {torch.Tensor, torch.nn.Parameter} and each.is_cpu for each in tensors)
+    return all(type(each) in REAL and each.is_cpu for each in tensors)
 
 
 def computes(kernel: Any, *tensors: torch.Tensor) -> bool:

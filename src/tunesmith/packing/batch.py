@@ -126,10 +126,14 @@ class PaddedCollator:
             places = torch.tensor(row["trained"], dtype=torch.bool)[1:].nonzero().flatten()
             sources.append(places + number * longest)
             targets.append(torch.tensor(row["input_ids"], dtype=torch.long)[1:][places])
-        labels: Batch = {"sources": torch.cat(sources), "targets": torch.cat(targets)}
-        count = len(labels["targets"])
-        weights = torch.ones(count, dtype=torch.float32)
-        return batch | labels | {"weights": weights, "labelled": count, "row_tokens": _row_tokens(rows)}
+        count = sum(map(len, targets))
+        return batch | {
+            "sources": torch.cat(sources),
+            "targets": torch.cat(targets),
+            "weights": torch.ones(count, dtype=torch.float32),
+            "labelled": count,
+            "row_tokens": _row_tokens(rows),
+        }
 
     def with_owners(self, rows: Rows) -> tuple[Batch, Owners]:
         """The batch, and which row has which labels."""

@@ -277,24 +277,12 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
     def _accumulated(self, model: torch.nn.Module, batches: list[Batch], count: torch.Tensor | int) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
         while batches:  # what a micro-batch made goes with it
-            batch = batches.pop(0)
-            self._count(batch)
-            batch = self._prepare_inputs(batch)
+            batch = self._prepare_inputs(batches.pop(0))
             with nullcontext() if not batches else getattr(model, "no_sync", nullcontext)():  # gradients are summed once
                 loss = self.compute_loss(model, batch, num_items_in_batch=count)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
-
-    def _count(self, batch: Batch) -> None:
-        """Add a micro-batch to what the step has."""
-        tokens = batch.pop("row_tokens")
-        if self._blank:
-            return
-        self._computed += batch["input_ids"].numel()
-        self._tokens += tokens
-        self._labelled += batch["labelled"]
-        self._counted += self.objective.count(batch)
 
     def compute_loss(
         self,
@@ -306,6 +294,12 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         """The micro-batch's share of the loss: a mean over the `num_items_in_batch` that are counted in the global batch."""
         if num_items_in_batch is None or return_outputs:
             raise AssertionError("the training loop always counts and asks for the loss alone")
+        tokens = inputs.pop("row_tokens")
+        if not self._blank:
+            self._computed += inputs["input_ids"].numel()
+            self._tokens += tokens
+            self._labelled += inputs["labelled"]
+            self._counted += self.objective.count(inputs)
         with self.offload or nullcontext():
             summed, sums = self.objective.read(model(**inputs))
         if self._blank:
