@@ -8,13 +8,10 @@ Layers, each importing only what stands below it (enforced by import-linter):
     quality, models, hardware, plotting > run > recipe > rowrules > io > errors
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+# Nothing is imported here: with `python -m tunesmith` the working folder is still first on the module path.
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from tunesmith.pipeline import run, run_methods
     from tunesmith.recipe import load_recipe
@@ -49,8 +46,10 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """The functions of `__all__`, imported when first used."""
+    from importlib import import_module
+
     if name in __all__:
         return getattr(import_module(_HOMES.get(name, f"tunesmith.stages.{name}")), name)
     raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")

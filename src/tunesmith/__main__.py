@@ -1,6 +1,15 @@
-"""`python -m tunesmith`."""
+"""`tunesmith` and `python -m tunesmith`."""
 
-from tunesmith.cli import main
+from tunesmith.safepath import leave_working_folder
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    leave_working_folder()  # before anything else is imported
+    from tunesmith import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from rich.console import Console
 
 from tunesmith.errors import ModelError, PlanError, StageFailedError
-from tunesmith.io.atomic import read_json
+from tunesmith.io.atomic import check_replaceable, read_json
 from tunesmith.io.signals import handling
 from tunesmith.recipe import Method, Origin, ResolvedRecipe
 from tunesmith.runs import Run, create_run
@@ -60,19 +60,18 @@ def run(resolved: ResolvedRecipe, path: Path, console: Console) -> Run:
 
 def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], console: Console) -> dict[str, Any]:
     """One run for each method in `folder`/<method>, the base model scored once, and their comparison."""
-    from tunesmith.stages.compare import compare
+    from tunesmith.stages.compare import COMPARISON, compare
     from tunesmith.stages.evaluate.stage import evaluate_base
 
-    runs: list[Run] = []
-    for method in methods:
-        this = create_run(with_method(resolved, method), folder / method)
+    check_replaceable(folder / "compare", COMPARISON)  # before hours of training, not after
+    runs = [create_run(with_method(resolved, method), folder / method) for method in methods]
+    for this in runs:
         prepare_shown(this, console)
-        if not runs:
+        if this is runs[0]:
             _say(console, "evaluate", "the base model, for comparison")
             evaluate_base(this, console)
             _measure_machine(this, methods, console)
         _tune(this, console)
-        runs.append(this)
     return compare(runs, folder / "compare")
 
 
@@ -157,7 +156,7 @@ def train_apart(this: Run, console: Console) -> None:
 
     Its progress and errors go to this process's standard error; its facts are told here in a line.
     """
-    command = [sys.executable, "-m", "tunesmith", "train", str(this.path)]
+    command = [sys.executable, "-P", "-m", "tunesmith", "train", str(this.path)]
     # In a session of its own it gets a signal once: from here, and this process waits for what it makes of it.
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     with handling(lambda number, _: child.send_signal(number)):

@@ -13,11 +13,12 @@ from rich.text import Text
 
 from tunesmith.errors import PlanError, Problem
 from tunesmith.hardware.catalogue import Device, find_device, read_gpus, this_device
+from tunesmith.io.atomic import check_replaceable
 from tunesmith.recipe import Method, ResolvedRecipe, load_recipe, parse_recipe
 from tunesmith.stages.plan import text
 from tunesmith.stages.plan.decide import Asks
 from tunesmith.stages.plan.rows import DataFacts, assumed, read_facts
-from tunesmith.stages.plan.stage import Plan, encoder_for, fixed_keys, plan_for, write_plan
+from tunesmith.stages.plan.stage import PLAN, Plan, encoder_for, fixed_keys, plan_for, write_plan
 
 _WHY = "the plan would answer another question"
 
@@ -40,7 +41,12 @@ class Request:
 
 
 def show(asked: Request, out: Path | None, *, as_json: bool, calibrate: bool, trace: bool, errors: Console) -> None:
-    """Make the plan, print and write it. Raises PlanError, after that, where nothing can be recommended."""
+    """Make the plan, print it, and write it where `out` names a folder.
+
+    Raises RunError where something else stands at `out`; PlanError, after that, where nothing can be recommended.
+    """
+    if out is not None:
+        check_replaceable(out, PLAN)
     asks = read_asks(asked)
     gpus = read_gpus(asked.gpus)
     device = this_device(gpus) if asked.gpu is None else find_device(asked.gpu, gpus)
@@ -50,12 +56,12 @@ def show(asked: Request, out: Path | None, *, as_json: bool, calibrate: bool, tr
         _calibrate(asked, resolved, facts, device, gpus, errors)
     fixed = fixed_keys(resolved)
     made = plan_for(resolved.recipe, facts, device, gpus, methods=asked.methods, asks=asks, fixed=fixed)
-    folder = out or Path("plans") / re.sub(r"[^A-Za-z0-9._-]+", "-", Path(asked.model).name)
-    write_plan(made, resolved, folder)
+    if out is not None:
+        write_plan(made, resolved, out)
     if as_json:
         print(json.dumps(made.as_dict(), indent=2))
     else:
-        print_plan(made, folder, Console())
+        print_plan(made, out, Console())
     if trace:
         _trace(made, asked, errors if as_json else Console())
     if made.recommended is None:
@@ -103,7 +109,7 @@ def read_asks(asked: Request) -> Asks:
     return Asks(budget, hours, asked.latency_critical)
 
 
-def print_plan(plan: Plan, folder: Path, console: Console) -> None:
+def print_plan(plan: Plan, folder: Path | None, console: Console) -> None:
     """The plan as tables and sentences, within 80 columns."""
     console.print()
     for line in text.heading(plan):
@@ -128,7 +134,11 @@ def print_plan(plan: Plan, folder: Path, console: Console) -> None:
     console.print()
     for line in text.confidence(plan):
         console.print(Text(line))
-    console.print(f"written: {folder}/plan.json, frontier.svg" + (", recipe.yaml" if plan.recommended else ""), highlight=False)
+    if folder is None:
+        console.print("nothing is written: --out FOLDER keeps plan.json, frontier.svg and recipe.yaml", highlight=False)
+    else:
+        written = ", ".join(["plan.json", "frontier.svg", *(["recipe.yaml"] if plan.recommended else [])])
+        console.print(Text(f"written: {folder}/{written}"))
 
 
 def _calibrate(

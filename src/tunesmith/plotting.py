@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -19,7 +21,8 @@ def colour(name: str, number: int) -> str:
 
 def figure(width: float, height: float) -> tuple[Any, Any]:
     """A figure of that many inches with one pair of axes."""
-    import matplotlib as mpl
+    with contextlib.chdir(Path(__file__).parent):  # matplotlib reads a matplotlibrc of the working folder
+        import matplotlib as mpl
     from matplotlib.figure import Figure
 
     # A fixed salt and no date make the same numbers give the same bytes.

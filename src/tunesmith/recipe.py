@@ -227,6 +227,29 @@ class Recipe(Section):
         dumped = self.model_dump(mode="json")
         return sha256_json({name: dumped[name] for name in names})
 
+    def stage_digest(self, stage: str) -> str:
+        """sha256 over the part of the recipe that decides what a stage writes, for `prepare`, `plan`, `train` and `export`."""
+        stage = stage.partition("/")[0]
+        dumped = self.model_dump(mode="json")
+        if stage == "prepare":
+            del dumped["data"]["workers"]
+        return sha256_json({name: dumped[name] for name in self.stage_sections(stage)})
+
+    def stage_sections(self, stage: str) -> tuple[str, ...]:
+        """Top-level keys that decide what a stage writes."""
+        own = (self.objective,) if stage == "train" and self.objective in _OWN_SECTION else ()
+        return STAGE_SECTIONS[stage] + own
+
+
+#: Top-level keys of the recipe that decide what a stage writes.
+STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
+    "prepare": ("data", "seed", "objective", "rope_scaling"),
+    "plan": ("model", "revision", "method", "lora", "train", "objective"),
+    "train": ("model", "revision", "method", "seed", "lora", "train", "objective", "dpo", "rope_scaling"),
+    "export": ("export",),
+}
+_OWN_SECTION = ("kto", "orpo", "reward", "grpo", "rloo", "ppo")  # objectives whose section decides what they train
+
 
 class ResolvedRecipe(Section):
     """A recipe with the origin of each value, keyed by dotted name (`train.learning_rate`)."""

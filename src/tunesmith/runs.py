@@ -11,10 +11,9 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +22,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tunesmith.errors import Problem, RecipeError, RunError
-from tunesmith.io.atomic import append_jsonl, commit_folder, sha256_file, sha256_json, write_json, write_text
-from tunesmith.recipe import Recipe, ResolvedRecipe, dump_recipe, parse_dumped_recipe
+from tunesmith.io.atomic import (
+    append_jsonl,
+    commit_folder,
+    committed_files,
+    empty_folder,
+    sha256_bytes,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
+from tunesmith.recipe import STAGE_SECTIONS, Recipe, ResolvedRecipe, dump_recipe, parse_dumped_recipe
 
 EVAL_SUITE = "task"
 
@@ -58,13 +67,36 @@ class Run:
         return value
 
     def outputs_digest(self, stage: str) -> str:
-        """A digest of what a finished stage wrote, for the stages that read it. Raises RunError if it has not run."""
+        """A digest of what a finished stage wrote, for the stages that read it.
+
+        Raises RunError if it has not run, or has run with another recipe, or on other data, than the run has now.
+        """
         entry = self.status()["stages"].get(stage)
         if entry is None or entry["status"] != "done":
             fix = f"run `tunesmith {stage.partition('/')[0]} {self.path}` first"
             why = "a later stage reads what it writes"
             raise RunError(Problem("TS011", f"stage {stage!r} has not been run", str(self.path), why, fix))
+        if (reason := self.outdated(stage)) is not None:
+            command = f"prepare {self.path / 'recipe.yaml'} --run" if stage == "prepare" else stage.partition("/")[0]
+            fix = f"run `tunesmith {command} {self.path}` again, or put back what has changed"
+            why = "what comes next would be made of one recipe and told of another"
+            raise RunError(Problem("TS012", f"stage {stage!r} is out of date: {reason}", str(self.path), why, fix))
         return sha256_json(entry["outputs"])
+
+    def outdated(self, stage: str) -> str | None:
+        """Why what a stage wrote is not what it would write now; None where it is, as far as recipe and stages tell."""
+        stages = self.status()["stages"]
+        inputs = stages[stage]["inputs"]
+        if "recipe" in inputs and _knows(stage) and inputs["recipe"] != self.recipe.stage_digest(stage):
+            return f"the recipe has changed since {stage!r}"
+        for name, before in (("data", "prepare"), ("train", "train"), ("plan", "plan")):
+            if stage == "prepare" or name not in inputs or before not in stages:  # prepare reads files, which have such names
+                continue
+            if inputs[name] != sha256_json(stages[before]["outputs"]):
+                return f"{before!r} has written something else since {stage!r}"
+            if (reason := self.outdated(before)) is not None:
+                return reason
+        return None
 
     def is_current(self, stage: str, inputs: Mapping[str, str]) -> bool:
         """Whether the stage is done with exactly these inputs and each file it wrote is still as it was."""
@@ -118,24 +150,27 @@ class Run:
 
     @contextlib.contextmanager
     def perform(
-        self, stage: str, folder: str, inputs: Mapping[str, str], *, live: bool = False, keep: bool = False
+        self, stage: str, folder: str, inputs: Mapping[str, str], *, live: Collection[str] = (), keep: bool = False
     ) -> Iterator[Path]:
         """Yield the folder to write a stage's output into; on success it is committed as `folder` and recorded.
 
-        `live` fills the folder in place, so that it can be watched (training); it is emptied first, unless `keep` says that the
-        stage goes on with what is there. An error leaves the previous output of a stage that is not live, and nothing
-        half-written. Raises RunError where another process works on the run.
+        `live` names the files of a stage that fills its folder in place, so that it can be watched (training); they are removed
+        first, unless `keep` says that the stage goes on with what is there. An error leaves the previous output of a stage that
+        is not live, and nothing half-written. Raises RunError where another process works on the run, or the folder holds
+        what the stage did not write.
         """
         with self._alone():
             yield from self._performed(stage, folder, inputs, live=live, keep=keep)
 
-    def _performed(self, stage: str, folder: str, inputs: Mapping[str, str], *, live: bool, keep: bool) -> Iterator[Path]:
+    def _performed(
+        self, stage: str, folder: str, inputs: Mapping[str, str], *, live: Collection[str], keep: bool
+    ) -> Iterator[Path]:
         final = self.path / folder
         begun = time.time()
         if live:
-            self._record(stage, {"status": "running", "inputs": dict(inputs), "outputs": {}, "argv": sys.argv})
             if not keep:
-                shutil.rmtree(final, ignore_errors=True)
+                empty_folder(final, live)
+            self._record(stage, {"status": "running", "inputs": dict(inputs), "outputs": {}, "argv": sys.argv})
             final.mkdir(parents=True, exist_ok=True)
             try:
                 yield final
@@ -144,10 +179,13 @@ class Run:
                     self._record(stage, {"status": "failed", "inputs": dict(inputs), "outputs": {}, "argv": sys.argv})
                 raise
         else:
-            with commit_folder(final) as partial:
+            with commit_folder(final, stage.partition("/")[0]) as partial:
                 yield partial
-        names = sorted(p for p in final.rglob("*") if p.is_file())
-        outputs = {p.relative_to(self.path).as_posix(): sha256_file(p) for p in names}
+        if live:
+            digests = {p.relative_to(final).as_posix(): sha256_file(p) for p in final.rglob("*") if p.is_file()}
+        else:
+            digests = committed_files(final)
+        outputs = {f"{folder}/{name}": digests[name] for name in sorted(digests)}
         entry = {"status": "done", "inputs": dict(inputs), "outputs": outputs, "seconds": round(time.time() - begun, 3)}
         self._record(stage, {**entry, "argv": sys.argv, "versions": installed_versions()})
 
@@ -176,27 +214,68 @@ def default_name(recipe: Recipe) -> str:
     return f"{now}-{model}-{recipe.method}-{sha256_json(recipe.model_dump(mode='json'))[:8]}"
 
 
+def _knows(stage: str) -> bool:
+    """Whether a stage's part of the recipe is told by `Recipe.stage_digest`."""
+    return stage.partition("/")[0] in STAGE_SECTIONS
+
+
 def create_run(resolved: ResolvedRecipe, path: Path) -> Run:
     """The run in `path`: made if new, opened if it holds the same recipe.
 
     A changed recipe replaces the old one; each stage then redoes its work if its own part changed. Raises RunError
-    where the folder holds something that is not a run, or cannot be written; RecipeError for `method: auto`.
+    where the folder holds something that is not a run, or cannot be written, or a recipe.yaml that somebody else has changed;
+    RecipeError for `method: auto`.
     """
     if resolved.recipe.method == "auto":
         why = "a run trains one method"
         fix = "begin with `tunesmith run` or `tunesmith prepare`, which plan first, or name full, lora or qlora"
         raise RecipeError(Problem("TS003", "the method is still auto", str(path), why, fix))
-    if path.exists() and not (path / "run.json").is_file() and any(path.iterdir()):
-        why = "a run would mix its files with what is there"
-        raise RunError(Problem("TS010", "the folder is not empty and is not a run", str(path), why, "name another folder"))
     try:
+        new = _refuse_foreign(path)
+        _refuse_edited(path / "recipe.yaml", resolved)
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "recipe.yaml", dump_recipe(resolved))
-        if not (path / "run.json").is_file():
+        if new:
             write_json(path / "run.json", {"format": 1, "stages": {}})
+        write_text(path / "recipe.yaml", _stamped(dump_recipe(resolved)))
     except OSError as error:
         raise RunError(Problem("TS013", f"cannot write: {error}", str(path), "a run is a folder", "choose another")) from error
     return Run(path, resolved)
+
+
+def _refuse_foreign(path: Path) -> bool:
+    """Whether nothing is there yet. Raises RunError where something stands there that is not a run."""
+    if not path.exists():
+        return True
+    why, fix = "a run would mix its files with what is there", "name another folder"
+    if not path.is_dir():
+        raise RunError(Problem("TS010", "a file stands there", str(path), why, fix))
+    if not any(path.iterdir()):
+        return True
+    try:
+        status = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        status = None
+    if not isinstance(status, dict) or status.get("format") != 1 or not isinstance(status.get("stages"), dict):
+        raise RunError(Problem("TS010", "the folder is not empty and is not a run", str(path), why, fix))
+    return False
+
+
+def _refuse_edited(file: Path, resolved: ResolvedRecipe) -> None:
+    """Raise RunError where recipe.yaml says what no tunesmith wrote, and other than the recipe that would replace it."""
+    if not file.exists():
+        return
+    with contextlib.suppress(OSError, ValueError, RecipeError):
+        text = file.read_text(encoding="utf-8")
+        if text == _stamped(text.partition("\n")[2]) or parse_dumped_recipe(text, str(file)).recipe == resolved.recipe:
+            return
+    what = "its recipe.yaml was changed by hand, and would be replaced"
+    fix = f"begin with `{file}` itself, move it away, or name another folder"
+    raise RunError(Problem("TS015", what, str(file.parent), "tunesmith never replaces what it did not write", fix))
+
+
+def _stamped(text: str) -> str:
+    """A recipe's text under a line that tells whether it is still what was written."""
+    return f"# written by tunesmith, sha256 of what follows: {sha256_bytes(text.encode())}\n{text}"
 
 
 def open_run(path: Path) -> Run:

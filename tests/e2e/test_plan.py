@@ -17,12 +17,12 @@ __all__ = ["task"]  # a fixture
 
 
 def test_plan_of_a_catalogued_model(tmp_path: Path) -> None:
-    done = tunesmith("plan", "Qwen/Qwen2-7B", "--gpu", "24GB", "--rows", "20000", cwd=tmp_path)
+    done = tunesmith("plan", "Qwen/Qwen2-7B", "--gpu", "24GB", "--rows", "20000", "--out", "plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "recommended: lora" in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
-    folder = tmp_path / "plans" / "Qwen2-7B"
-    assert {path.name for path in folder.iterdir()} == {"plan.json", "frontier.svg", "recipe.yaml"}
+    folder = tmp_path / "plan"
+    assert {path.name for path in folder.iterdir()} == {".tunesmith", "plan.json", "frontier.svg", "recipe.yaml"}
     assert "method: lora  # plan" in (folder / "recipe.yaml").read_text(encoding="utf-8")
     # The recipe that was written can be planned again, once there are rows.
     (folder / "train.jsonl").write_text(json.dumps({"instruction": "Say yes.", "output": "yes"}) + "\n", encoding="utf-8")

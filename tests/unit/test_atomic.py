@@ -5,20 +5,33 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tunesmith.io.atomic import append_jsonl, commit_folder, read_json, sha256_file, write_json, write_text
+from tunesmith.errors import RunError
+from tunesmith.io.atomic import (
+    MANIFEST,
+    append_jsonl,
+    commit_folder,
+    empty_folder,
+    read_json,
+    remove_folder,
+    sha256_file,
+    write_json,
+    write_text,
+)
 
 
 def test_failed_folder_commit_keeps_the_old(tmp_path: Path) -> None:
     final = tmp_path / "out"
-    with commit_folder(final) as folder:
+    with commit_folder(final, "test") as folder:
         (folder / "a").write_text("old", encoding="utf-8")
 
     def fail_halfway() -> None:
-        with commit_folder(final) as folder:
+        with commit_folder(final, "test") as folder:
             (folder / "a").write_text("new", encoding="utf-8")
             raise RuntimeError
 
@@ -49,23 +62,41 @@ def test_a_killed_writers_partial_file_is_removed_and_a_living_ones_is_not(tmp_p
 def test_folder_commit_replaces_the_whole(tmp_path: Path) -> None:
     final = tmp_path / "out"
     for name in ("a", "b"):
-        with commit_folder(final) as folder:
+        with commit_folder(final, "test") as folder:
             (folder / name).write_text(name, encoding="utf-8")
-    assert [p.name for p in final.iterdir()] == ["b"]
+    assert sorted(p.name for p in final.iterdir()) == [MANIFEST, "b"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_leftovers_of_a_killed_commit_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "half").write_text("x", encoding="utf-8")
-    with commit_folder(tmp_path / "out") as folder:
+    dead = 2**22 + 1  # above Linux' largest pid
+    (tmp_path / f".out.tunesmith-{dead}-0.partial").mkdir()
+    (tmp_path / f".out.tunesmith-{dead}-0.partial" / "half").write_text("x", encoding="utf-8")
+    living = tmp_path / f".out.tunesmith-{os.getppid()}-0.partial"
+    living.mkdir()
+    with commit_folder(tmp_path / "out", "test") as folder:
         (folder / "a").write_text("a", encoding="utf-8")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [MANIFEST, "a"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [living.name, "out"]
+
+
+def test_what_a_killed_commit_had_moved_aside_comes_back(tmp_path: Path) -> None:
+    with commit_folder(tmp_path / "out", "test") as folder:
+        (folder / "a").write_text("old", encoding="utf-8")
+    (tmp_path / "out").rename(tmp_path / f".out.tunesmith-{2**22 + 1}-7.retired")  # as between the two renames
+
+    def fail() -> None:
+        with commit_folder(tmp_path / "out", "test"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (tmp_path / "out" / "a").read_text(encoding="utf-8") == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_committed_files_are_readable_by_others(tmp_path: Path) -> None:
-    with commit_folder(tmp_path / "out") as folder:
+    with commit_folder(tmp_path / "out", "test") as folder:
         descriptor = os.open(folder / "private", os.O_CREAT | os.O_WRONLY, 0o600)
         os.close(descriptor)
     umask = os.umask(0)
@@ -93,3 +124,98 @@ def test_append_jsonl_appends(tmp_path: Path) -> None:
     for number in range(3):
         append_jsonl(tmp_path / "a.jsonl", {"n": number})
     assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == '{"n": 0}\n{"n": 1}\n{"n": 2}\n'
+
+
+def _put_file(final: Path) -> None:
+    (final / "mine.txt").write_text("mine", encoding="utf-8")
+
+
+def _change(final: Path) -> None:
+    (final / "a").write_text("hand", encoding="utf-8")
+
+
+def _delete(final: Path) -> None:
+    (final / "a").unlink()
+
+
+def _link(final: Path) -> None:
+    (final / "link").symlink_to(final.parent)
+
+
+def _empty(final: Path) -> None:
+    (final / "empty").mkdir()
+
+
+def _drop_manifest(final: Path) -> None:
+    (final / MANIFEST).unlink()
+
+
+def _change_manifest(final: Path) -> None:
+    (final / MANIFEST).write_text((final / MANIFEST).read_text(encoding="utf-8") + " ", encoding="utf-8")
+
+
+@pytest.mark.parametrize("touch", [_put_file, _change, _delete, _link, _empty, _drop_manifest, _change_manifest])
+def test_a_folder_that_somebody_touched_is_not_replaced(tmp_path: Path, touch: Callable[[Path], None]) -> None:
+    final = tmp_path / "out"
+    with commit_folder(final, "test") as folder:
+        (folder / "a").write_text("same", encoding="utf-8")
+    touch(final)
+    before = {p.name: p.is_file() and p.read_bytes() for p in final.iterdir()}
+    with pytest.raises(RunError, match="TS015"), commit_folder(final, "test"):
+        raise AssertionError("nothing begins")
+    assert {p.name: p.is_file() and p.read_bytes() for p in final.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_appears_while_a_folder_is_filled_is_not_replaced(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+
+    def fill() -> None:
+        with commit_folder(final, "test") as folder:
+            (folder / "a").write_text("a", encoding="utf-8")
+            final.write_text("thesis", encoding="utf-8")
+
+    with pytest.raises(RunError, match="a file stands there"):
+        fill()
+    assert final.read_text(encoding="utf-8") == "thesis"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_kind_a_file_and_the_working_folder_are_not_replaced(tmp_path: Path, monkeypatch: Any) -> None:
+    with commit_folder(tmp_path / "out", "one") as folder:
+        (folder / "a").write_text("a", encoding="utf-8")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for final in (tmp_path / "out", tmp_path / "file", tmp_path / "file" / "below", Path()):
+        with pytest.raises(RunError, match="TS015"), commit_folder(final, "two"):
+            raise AssertionError("nothing begins")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "here", "out"]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "far")
+    for name in ("a", "b"):
+        with commit_folder(tmp_path / "out", "test") as folder:
+            (folder / name).write_text(name, encoding="utf-8")
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(p.name for p in (tmp_path / "far").iterdir()) == [MANIFEST, "b"]
+
+
+def test_removal_spares_what_was_put_there(tmp_path: Path) -> None:
+    for name in ("own", "shared"):
+        with commit_folder(tmp_path / "live" / name, "test") as folder:
+            (folder / "a").write_text("a", encoding="utf-8")
+    _put_file(tmp_path / "live" / "shared")
+    with pytest.raises(RunError, match=r"shared/mine\.txt in it does not belong to it"):
+        empty_folder(tmp_path / "live", ["own", "shared"])
+    with pytest.raises(RunError, match="shared, shared"):
+        empty_folder(tmp_path / "live", ["own"])
+    for name in ("own", "shared"):
+        remove_folder(tmp_path / "live" / name)
+    assert [p.name for p in (tmp_path / "live").iterdir()] == ["shared"]
+    (tmp_path / "live" / "shared" / "mine.txt").unlink()
+    empty_folder(tmp_path / "live", ["own", "shared"])
+    assert list((tmp_path / "live").iterdir()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunesmith.demodata import supportdesk
-from tunesmith.io.atomic import write_json, write_jsonl, write_text
+from tunesmith.io.atomic import commit_folder, write_json, write_jsonl, write_text
 
 TRAIN_ROWS = 1_000
 TEST_ROWS = 100
@@ -32,10 +32,14 @@ MAX_ROWS = 384
 
 
 def write_input(folder: Path, *, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, max_rows: int = MAX_ROWS) -> Path:
-    """Write train.jsonl, test.jsonl, schema.json and recipe.yaml into `folder`; returns the recipe's path."""
+    """Write train.jsonl, test.jsonl, schema.json and recipe.yaml into `folder`; returns the recipe's path.
+
+    Raises RunError where something else stands there.
+    """
     train, test = supportdesk.generate(train_rows, test_rows, SEED)
-    write_jsonl(folder / "train.jsonl", train)
-    write_jsonl(folder / "test.jsonl", test)
-    write_json(folder / "schema.json", supportdesk.SCHEMA)
-    write_text(folder / "recipe.yaml", RECIPE.format(max_rows=max_rows))
+    with commit_folder(folder, "demo-input") as target:
+        write_jsonl(target / "train.jsonl", train)
+        write_jsonl(target / "test.jsonl", test)
+        write_json(target / "schema.json", supportdesk.SCHEMA)
+        write_text(target / "recipe.yaml", RECIPE.format(max_rows=max_rows))
     return folder / "recipe.yaml"

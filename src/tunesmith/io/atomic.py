@@ -1,8 +1,10 @@
-"""The one module that commits files: a reader sees the old content or the new, never a part.
+"""The one module that commits files: a reader sees the old content or the new, never a part, and nothing foreign is lost.
 
-A file is written beside its final name, synced, and renamed; a folder is filled under a hidden name and
-renamed whole. A crash leaves the old content and perhaps a hidden `.partial` leftover, which the next commit of
-the same name removes.
+A file is written beside its final name, synced, and renamed; a folder is filled under a hidden name and renamed whole. A
+crash leaves the old content and perhaps a hidden leftover, which the next commit of the same name takes care of.
+
+A committed folder has a manifest (`MANIFEST`) of its kind and its files. Only a folder whose own manifest says that it is of
+the same kind, and that nothing else is in it, is ever replaced: whatever else stands at a name is refused.
 """
 
 from __future__ import annotations
@@ -14,14 +16,19 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tunesmith.errors import Problem, RunError
+
+MANIFEST = ".tunesmith"  # no suffix: what reads a model folder reads its *.json
+
 _number = itertools.count()  # tells partial files of one process apart
 _CHUNK = 1 << 20  # bytes read at a time while hashing: 1 MiB
+_NAMED = 3  # foreign files that a message names
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -112,7 +119,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, values: Iterable[Any]) -> None:
     """Replace `path` by one line of JSON for each value, in one rename."""
-    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+    write_text(path, jsonl_text(values))
+
+
+def jsonl_text(values: Iterable[Any]) -> str:
+    """One line of JSON for each value."""
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def read_json(path: Path) -> Any:
@@ -128,20 +140,24 @@ def append_jsonl(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def commit_folder(final: Path) -> Iterator[Path]:
+def commit_folder(final: Path, kind: str) -> Iterator[Path]:
     """Yield an empty folder that becomes `final` when the block ends well, and vanishes when it does not.
 
-    An existing `final` is replaced: it is moved aside, the new folder takes its name, then the old one is deleted.
+    An existing `final` is replaced where `check_replaceable` allows it, which is asked before the block and after it: it is
+    moved aside, the new folder takes its name, then the old one is deleted. Raises RunError where something else stands there.
     """
+    final = final.resolve()
+    _recover(final)
+    check_replaceable(final, kind)
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.parent / f".{final.name}.partial"
-    retired = final.parent / f".{final.name}.retired"
-    for leftover in (partial, retired):
-        shutil.rmtree(leftover, ignore_errors=True)
+    mark = f".{final.name}.tunesmith-{os.getpid()}-{next(_number)}"
+    partial, retired = final.parent / f"{mark}.partial", final.parent / f"{mark}.retired"
     partial.mkdir()
     try:
         yield partial
+        write_text(partial / MANIFEST, indented_json(_manifest(partial, kind)))
         _sync_tree(partial)
+        check_replaceable(final, kind)
         if final.exists():
             final.rename(retired)
         partial.rename(final)
@@ -152,3 +168,143 @@ def commit_folder(final: Path) -> Iterator[Path]:
         raise
     sync_folder(final.parent)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _recover(final: Path) -> None:
+    """Put back what a process that is no more had moved aside, and remove what it had not finished."""
+    for leftover in sorted(final.parent.glob(f".{glob.escape(final.name)}.tunesmith-*-*.*")):
+        owner = leftover.name.rpartition(".tunesmith-")[2].partition("-")[0]
+        if not owner.isdigit() or psutil.pid_exists(int(owner)):
+            continue
+        if leftover.suffix == ".retired" and not final.exists():
+            leftover.rename(final)
+        elif leftover.suffix in {".retired", ".partial"}:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_replaceable(final: Path, kind: str) -> None:
+    """Raise RunError unless nothing stands at `final`, or an empty folder, or an unchanged one that was committed as `kind`.
+
+    A link is followed. To be asked before long work, so that it is not done in vain.
+    """
+    final = final.resolve()
+    if not final.exists():
+        standing = next((parent for parent in final.parents if parent.exists()), None)
+        if standing is not None and not standing.is_dir():
+            raise foreign(final, f"{standing.name} is a file, not a folder")
+        return
+    if not final.is_dir():
+        raise foreign(final, "a file stands there")
+    if final == Path.cwd():
+        raise foreign(final, "it is the folder that you work in")
+    if not any(final.iterdir()):
+        return
+    found = changes(final, kind)
+    if found:
+        more = len(found) - _NAMED
+        raise foreign(final, "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else ""))
+
+
+def foreign(final: Path, what: str) -> RunError:
+    """The error that something at a name is not ours to replace."""
+    why = "tunesmith never removes or replaces what it did not write"
+    fix = "name another folder, or move away what is yours"
+    return RunError(Problem("TS015", f"this cannot be replaced: {what}", str(final), why, fix))
+
+
+def changes(folder: Path, kind: str) -> list[str]:
+    """What tells a folder from the one that was committed as `kind`, in words; nothing where each byte is as it was."""
+    found = _read_manifest(folder)
+    if found is None:
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:_NAMED])
+        return [f"it holds {held} and no manifest ({MANIFEST}) as it was written"]
+    if found["kind"] != kind:
+        return [f"it is a folder of another kind ({found['kind']}, not {kind})"]
+    files, here = found["files"], _entries(folder)
+    differences = (_difference(folder / name, name, files.get(name)) for name in sorted(here | set(files)))
+    return [difference for difference in differences if difference is not None]
+
+
+def _difference(path: Path, name: str, wanted: dict[str, Any] | None) -> str | None:
+    if wanted is None:
+        return f"{name} does not belong to it"
+    if name.endswith("/"):
+        return None if path.is_dir() and not path.is_symlink() else f"{name} is missing"
+    if not path.is_file() or path.is_symlink():
+        return f"{name} is missing"
+    if path.stat().st_size != wanted["bytes"]:
+        return f"{name} is cut off or longer"
+    return None if sha256_file(path) == wanted["sha256"] else f"{name} is changed"
+
+
+def _entries(folder: Path) -> set[str]:
+    """Paths of all files and links below `folder`, and of empty folders with a slash behind, but for its manifest."""
+    found: set[str] = set()
+    for root, folders, names in os.walk(folder):
+        base = Path(root)
+        links = [name for name in folders if (base / name).is_symlink()]
+        found |= {(base / name).relative_to(folder).as_posix() for name in [*names, *links]}
+        if base != folder and not names and not folders:
+            found.add(base.relative_to(folder).as_posix() + "/")
+    return found - {MANIFEST}
+
+
+def _manifest(folder: Path, kind: str) -> dict[str, Any]:
+    files: dict[str, dict[str, Any]] = {}
+    for name in sorted(_entries(folder)):
+        path = folder / name
+        files[name] = {} if name.endswith("/") else {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return {"kind": kind, "digest": sha256_json([kind, files]), "files": files}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A folder's manifest; None where there is none, or one in any other form than it is written in."""
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        found: dict[str, Any] = json.loads(text)
+        whole = text == indented_json(found).encode() and found["digest"] == sha256_json([found["kind"], found["files"]])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return found if whole else None
+
+
+def committed_files(folder: Path) -> dict[str, str]:
+    """Digests by path of the files of a folder that has just been committed, with its manifest's own."""
+    found = _read_manifest(folder)
+    if found is None:
+        raise AssertionError("not a folder that was just committed")
+    digests = {name: facts["sha256"] for name, facts in found["files"].items() if facts}
+    return digests | {MANIFEST: sha256_file(folder / MANIFEST)}
+
+
+def remove_folder(folder: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """Remove a committed folder, changed or not; one that holds what its manifest does not name stays as it is.
+
+    Where the manifest cannot be read, files that end with one of `suffixes` count as named.
+    """
+    found, here = _read_manifest(folder), _entries(folder)
+    if not here - set(found["files"]) if found else all(name.endswith(suffixes) for name in here):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def empty_folder(folder: Path, names: Collection[str]) -> None:
+    """Remove the entries of `folder` with these names. Raises RunError, with nothing removed, where it holds anything else.
+
+    Neither are folders in it, which were committed, removed together with what was put into them later.
+    """
+    if not folder.exists():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise foreign(folder, "it is not a folder")
+    strangers = sorted(entry.name for entry in folder.iterdir() if entry.name not in names)
+    for manifest in sorted(folder.rglob(MANIFEST)):
+        found = _read_manifest(manifest.parent) or {"files": _entries(manifest.parent)}
+        inside = manifest.parent.relative_to(folder).as_posix()
+        strangers += [f"{inside}/{name}" for name in sorted(_entries(manifest.parent) - set(found["files"]))]
+    if strangers:
+        raise foreign(folder, f"{', '.join(strangers[:_NAMED])} in it does not belong to it")
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

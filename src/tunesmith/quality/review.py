@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import DataError, Problem, RunError
-from tunesmith.io.atomic import read_json, sha256_json, write_jsonl
+from tunesmith.io.atomic import jsonl_text, read_json, sha256_json, write_bytes
 from tunesmith.runs import Run
 
 VERDICTS = ("accept", "reject", "edit")
@@ -56,8 +56,11 @@ class Decisions:
 
 def read_decisions(path: Path) -> Decisions:
     """What a review file holds, of two lines about a row the later; nothing where there is no file. Raises DataError."""
-    if not path.is_file():
+    if not path.exists():
         return Decisions()
+    if not path.is_file():
+        why, fix = "decisions about rows are kept in a file", "name a file in data.review"
+        raise DataError(Problem("TS132", "it is no file", str(path), why, fix))
     found: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         if not line.strip():
@@ -81,9 +84,12 @@ def _is_decision(entry: Any) -> bool:
 
 
 def add_decisions(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Write the file again with these decisions beside those that it holds, in one rename."""
-    kept = read_decisions(path).by_row | {entry["row"]: dict(entry) for entry in entries}
-    write_jsonl(path, kept.values())
+    """Put these decisions behind those that the file holds, in one rename. Raises DataError where it is not a review file."""
+    read_decisions(path)
+    before = path.read_bytes() if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    write_bytes(path, before + jsonl_text(dict(entry) for entry in entries).encode())
 
 
 def draw_sample(rows: Mapping[str, Sequence[str]], count: int, seed: int) -> list[str]:

@@ -13,9 +13,10 @@ from typing import Any
 
 from tunesmith.datasections import AugmentSection
 from tunesmith.errors import AugmentError, Problem
-from tunesmith.io.atomic import append_jsonl, sha256_json
+from tunesmith.io.atomic import append_jsonl, foreign, sha256_json
 
 _TIMEOUT = 120.0  # seconds for one answer
+_ENTRY = '{"key": '  # how a line of the cache begins
 _REPLY = 1024  # most tokens of one answer
 
 
@@ -32,19 +33,25 @@ class Question:
 
 
 class Cache:
-    """Answers on disk, one a line, each written as soon as it is there; a torn last line is asked again."""
+    """Answers on disk, one a line, each written as soon as it is there; a torn line is asked again.
+
+    Raises RunError where the file is something else.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.answers, self.tokens = path, dict[str, str](), 0
         self._lock = threading.Lock()
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-        for line in lines:
+        if path.exists() and not path.is_file():
+            raise foreign(path, "it is no file")
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
                 self.answers[entry["key"]] = entry["text"]
                 self.tokens += entry["tokens"]
-            except (ValueError, TypeError, KeyError):
-                continue
+            except (ValueError, TypeError, KeyError) as error:
+                if line and not (line.startswith(_ENTRY) or _ENTRY.startswith(line)):
+                    raise foreign(path, f"line {number} is no answer of an endpoint") from error
         if lines and lines[-1]:
             with path.open("ab") as handle:
                 handle.write(b"\n")

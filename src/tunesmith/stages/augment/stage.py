@@ -7,6 +7,7 @@ is the parent's own. What is not told by these checks: whether the words still m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from tunesmith.chat.formats import Message, to_messages
 from tunesmith.errors import DataError, Problem
-from tunesmith.io.atomic import write_json, write_jsonl
+from tunesmith.io.atomic import foreign, jsonl_text, read_json, sha256_bytes, sha256_file, write_json, write_text
 from tunesmith.io.rows import read_rows
 from tunesmith.quality.duplicates import NearDuplicates
 from tunesmith.quality.language import language
@@ -50,9 +51,12 @@ class Parent:
 def augment(recipe: Recipe, console: Console) -> dict[str, Any]:
     """Write `augment.out`, and a summary beside it, which is returned: counts of parents, requests, rows, refusals by reason.
 
-    A second run asks nothing that was asked before. Raises AugmentError without an endpoint, DataError without a usable row.
+    A second run asks nothing that was asked before. Raises AugmentError without an endpoint, DataError without a usable row,
+    RunError where `out`, or a file beside it, is not what an earlier run wrote.
     """
     settings, out = recipe.augment, Path(recipe.augment.out)
+    summary_path = out.with_name(f"{out.name}.summary.json")
+    earlier = _earlier(out, summary_path)
     parents = list(_parents(recipe))
     if not parents:
         why, fix = "there is nothing to put in other words", "check data.train and data.format"
@@ -62,7 +66,7 @@ def augment(recipe: Recipe, console: Console) -> dict[str, Any]:
     questions = [(parent, _question(parent, number)) for number in range(settings.paraphrases) for parent in parents]
     answers, left = ask_all([question for _, question in questions], settings, cache)
     rows, refused = _checked(recipe, parents, [(parent, answers.get(question)) for parent, question in questions])
-    write_jsonl(out, rows)
+    text = jsonl_text(rows)
     summary = {
         "parents": len(parents),
         "requests": len(cache.answers) - known,
@@ -71,11 +75,30 @@ def augment(recipe: Recipe, console: Console) -> dict[str, Any]:
         "tokens": cache.tokens,
         "rows": len(rows),
         "refused": dict(sorted(refused.items())),
+        "sha256": sha256_bytes(text.encode()),
+        "replaces": earlier,
     }
-    write_json(out.with_name(f"{out.name}.summary.json"), summary)
+    write_json(summary_path, summary)  # first: with either content of `out` it tells that the file is ours
+    write_text(out, text)
     if left:
         console.print(f"the budget is reached: {left} paraphrases were not asked for (augment.max_requests, max_tokens)")
     return summary
+
+
+def _earlier(out: Path, summary_path: Path) -> str | None:
+    """Digest of the rows that an earlier run wrote; None where there are none. Raises RunError where others stand there."""
+    known: dict[str, Any] = {}
+    if summary_path.exists():
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            known = dict(read_json(summary_path))
+        if "sha256" not in known or "replaces" not in known:
+            raise foreign(summary_path, "it is no summary of augment")
+    if not out.exists():
+        return None
+    digest = sha256_file(out) if out.is_file() else None
+    if digest is None or digest not in {known.get("sha256"), known.get("replaces")}:
+        raise foreign(out, "it is not the file that augment wrote")
+    return digest
 
 
 def _parents(recipe: Recipe) -> Iterator[Parent]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import Problem, RunError
-from tunesmith.io.atomic import commit_folder, read_json, write_json, write_text
+from tunesmith.io.atomic import check_replaceable, commit_folder, read_json, write_json, write_text
 from tunesmith.models.load import locate, model_digest
 from tunesmith.runs import Run, eval_folder, installed_versions, read_jsonl
 from tunesmith.stages.compare.forgetting import add_changes
@@ -15,6 +15,7 @@ from tunesmith.stages.compare.forgetting import add_changes
 BOOTSTRAP_DRAWS = 10_000
 BOOTSTRAP_SEED = 0
 
+COMPARISON = "comparison"  # what its folder is committed as
 _PER_ROW = ("scores", "mmlu_answers")  # what the table is made of and does not hold
 
 
@@ -24,8 +25,10 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
     `rows` begins with the base model, then one row for each run. *Effectiveness* is a model's task score over that of
     full fine-tuning, in percent, with a 95 % interval by paired bootstrap over the test rows; it is null where no run
     is a full fine-tune. `mmlu` has a model's accuracy and what it lost of the base model's, null where it was not scored.
-    Raises RunError where a run is not evaluated, or the runs were scored on different rows or questions.
+    Raises RunError where a run is not evaluated, or the runs were scored on different rows or questions, or something
+    else stands at `target`.
     """
+    check_replaceable(target, COMPARISON)
     evaluated = [_evaluated(run) for run in runs]
     base = _base_results(runs)
     _check_same_rows(runs, [*evaluated, *([] if base is None else [base])])
@@ -44,7 +47,7 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
     from tunesmith.stages.compare.report import render
 
     page = render(table, {row["model"]: curve for row, curve in zip(rows[-len(runs) :], curves, strict=True)}, _details(runs))
-    with commit_folder(target) as folder:
+    with commit_folder(target, COMPARISON) as folder:
         write_json(folder / "compare.json", table)
         write_text(folder / "report.html", page)
     return table

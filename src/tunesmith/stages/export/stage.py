@@ -34,7 +34,7 @@ def export(run: Run) -> dict[str, Any]:
     """
     recipe = run.recipe
     refuse_unmergeable(recipe)
-    inputs = {"recipe": recipe.section_digest("export"), "train": run.outputs_digest("train")}
+    inputs = {"recipe": recipe.stage_digest("export"), "train": run.outputs_digest("train")}
     folder = f"export/{recipe.export.name}"
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:

@@ -250,11 +250,18 @@ def with_settings(resolved: ResolvedRecipe, option: Option) -> ResolvedRecipe:
     return ResolvedRecipe(recipe=Recipe.model_validate(changed), origins=origins)
 
 
+#: What a folder with a plan is committed as.
+PLAN = "plan"
+
+
 def write_plan(plan: Plan, resolved: ResolvedRecipe, folder: Path) -> None:
-    """plan.json, frontier.svg and, where something is recommended, the resolved recipe.yaml, into `folder`."""
+    """plan.json, frontier.svg and, where something is recommended, the resolved recipe.yaml, into `folder`.
+
+    Raises RunError where something else stands there.
+    """
     from tunesmith.stages.plan.chart import frontier
 
-    with commit_folder(folder) as target:
+    with commit_folder(folder, PLAN) as target:
         write_json(target / "plan.json", plan.as_dict())
         write_text(target / "frontier.svg", frontier(plan))
         if plan.recommended is not None:
@@ -279,7 +286,7 @@ def plan(run: Run, device: Device | None = None, gpus: Mapping[str, Device] | No
     cards = read_gpus() if gpus is None else gpus
     here = this_device(cards) if device is None else device
     inputs = {
-        "recipe": recipe.section_digest("model", "revision", "method", "lora", "train", "objective"),
+        "recipe": recipe.stage_digest("plan"),
         "data": run.outputs_digest("prepare"),
         "device": sha256_json([here.name, here.memory_bytes, here.count]),
     }
@@ -293,11 +300,11 @@ def plan(run: Run, device: Device | None = None, gpus: Mapping[str, Device] | No
 
 
 def score(run: Run) -> dict[str, Any] | None:
-    """What was promised beside what `train` measured, into `score/`; None for a run without a plan.
+    """What was promised beside what `train` measured, into `score/`; None for a run without a plan of this recipe.
 
     Errors are in percent of what was measured. The measurement is kept for later plans on this device, once for each training.
     """
-    if "plan" not in run.status()["stages"]:
+    if "plan" not in run.status()["stages"] or run.outdated("plan") is not None:
         return None
     inputs = {"plan": run.outputs_digest("plan"), "train": run.outputs_digest("train")}
     if not run.is_current("score", inputs):

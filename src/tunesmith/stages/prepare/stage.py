@@ -72,10 +72,8 @@ def prepare(run: Run) -> dict[str, Any]:
 
 def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
     """Digests of what the stage reads. How many processes read it changes nothing."""
-    dumped = recipe.model_dump(mode="json")
-    data = {key: value for key, value in dumped["data"].items() if key != "workers"}
-    inputs = {"review": read_decisions(Path(recipe.data.review)).digest, "model": model_digest(folder)}
-    inputs["recipe"] = sha256_json({"data": data} | {key: dumped[key] for key in ("seed", "objective", "rope_scaling")})
+    inputs = {"recipe": recipe.stage_digest("prepare")}
+    inputs |= {"review": read_decisions(Path(recipe.data.review)).digest, "model": model_digest(folder)}
     test = recipe.data.test_part
     rows = {} if test is None else {"test": test.path}
     rows |= {f"train {number}" if number else "train": part.path for number, part in enumerate(recipe.data.parts)}

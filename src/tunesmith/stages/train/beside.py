@@ -35,6 +35,9 @@ from tunesmith.stages.train.progress import TrainProgress
 from tunesmith.stages.train.rewards import Reward, check_references, make_rewards
 from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters
 
+#: What a folder of trained weights is committed as.
+CHECKPOINT = "checkpoint"
+
 #: Rows, or answers, that are padded together where the recipe leaves it open.
 ROWS_AT_ONCE = 8
 
@@ -110,11 +113,6 @@ def require_trl(objective: str) -> None:
         raise TrainError(Problem("TS302", f"objective: {objective} needs TRL, which is not installed", "objective", why, fix))
 
 
-def own_sections(recipe: Recipe) -> list[str]:
-    """The top-level key that the objective adds to what a training depends on."""
-    return [recipe.objective] if recipe.objective in _COLUMNS else []
-
-
 def reward_digests(recipe: Recipe) -> dict[str, str]:
     """Digests of the files and folders that rewards come from."""
     if recipe.objective not in SAMPLED:
@@ -163,7 +161,7 @@ def train_beside(run: Run, model_folder: Path, folder: Path, console: Console) -
         as_trained = loop(work)
         peak = meter.peak_bytes()
         checkpoint = folder / "checkpoints" / f"step-{recorder.history[-1].step:06d}"
-        with commit_folder(checkpoint) as target, as_trained:
+        with commit_folder(checkpoint, CHECKPOINT) as target, as_trained:
             method.save(model, target)
     summary = {
         "method": recipe.method,

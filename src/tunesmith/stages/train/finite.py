@@ -70,7 +70,7 @@ def incident(
     bad = [where for where, _, loss in rows if not math.isfinite(loss)]
     causes = _causes(error, weights, bad, rows, [float(step["loss"]) for step in steps], dtype)
     path = folder / "incidents" / f"step-{error.step:06d}"
-    with commit_folder(path) as target:
+    with commit_folder(path, "incident") as target:
         value = {
             "step": error.step,
             "loss": _number(error.loss),

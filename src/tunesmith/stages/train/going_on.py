@@ -29,10 +29,10 @@ _SHARE = 0.02  # of the time that saving may then take
 _SETTLED = ("effective_batch_size", "max_steps", "learning_rate", "warmup_steps", "compute_dtype", "r", "lora_alpha")
 
 
-def made_of(recipe: Recipe, sections: tuple[str, ...], inputs: Mapping[str, str], settings: Settings) -> dict[str, Any]:
+def made_of(recipe: Recipe, inputs: Mapping[str, str], settings: Settings) -> dict[str, Any]:
     """All that decides what is learnt, by dotted keys: of the recipe, of the settled settings, and digests of what is read."""
     dumped = recipe.model_dump(mode="json")
-    found = {name: value for section in sections for name, value in _dotted(section, dumped[section])}
+    found = {name: value for section in recipe.stage_sections("train") for name, value in _dotted(section, dumped[section])}
     found |= {name: digest for name, digest in inputs.items() if name != "recipe"}
     values = settings.as_dict()
     return found | {f"settings.{name}": values[name] for name in _SETTLED}

@@ -18,6 +18,12 @@ from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 from tunesmith.sections import ON_TREES
 
+#: What a training writes into its folder.
+FILES = (
+    *("settings.json", "metrics.jsonl", "events.jsonl", "evals.jsonl", "summary.json", "reference.safetensors"),
+    *("heldout", "checkpoints", "savepoints", "incidents"),
+)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -80,7 +86,7 @@ def join(recipe: Recipe, *, cpu: bool) -> Ranks:
 def folder_of(ranks: Ranks, run: Run, inputs: Mapping[str, str], *, keep: bool) -> Iterator[Path]:
     """The folder that this process fills: the run's, or one that is thrown away."""
     if ranks.first:
-        with run.perform("train", "train", inputs, live=True, keep=keep) as folder:
+        with run.perform("train", "train", inputs, live=FILES, keep=keep) as folder:
             ranks.agreed(None)  # it is there
             yield folder
     else:

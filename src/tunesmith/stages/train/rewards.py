@@ -6,13 +6,14 @@ It gives one finite number for each answer.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn
 
 from tunesmith.chat.fields import equal_fields, parse_json
 from tunesmith.chat.formats import Message
@@ -88,12 +89,12 @@ def user_reward(path: Path, function: str) -> Reward:
     """
     if not path.is_file():
         raise TrainError(Problem("TS303", "the file of a reward function does not exist", str(path), _WHY, "check the path"))
-    spec = importlib.util.spec_from_file_location(f"tunesmith_reward_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise TrainError(Problem("TS303", "not a Python file", str(path), _WHY, "name a .py file"))
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(f"tunesmith_reward_{path.stem}")
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
+        _FileAlone(module.__name__, str(path)).exec_module(module)
     except (Exception, SystemExit) as error:
         raise _failure(path, error, "the file of a reward function cannot be run") from error
     found = getattr(module, function, None)
@@ -108,6 +109,13 @@ def user_reward(path: Path, function: str) -> Reward:
         return made
 
     return reward
+
+
+class _FileAlone(SourceFileLoader):
+    """Runs the text of a file, not what a folder of byte code beside it says that it compiles to, and writes none there."""
+
+    def path_stats(self, path: str) -> NoReturn:
+        raise OSError(f"the byte code of {path} is not looked for")
 
 
 def _failure(path: Path, error: BaseException, what: str) -> TrainError:

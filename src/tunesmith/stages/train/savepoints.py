@@ -1,13 +1,13 @@
 """What an interrupted training goes on from: all state between two steps, in safetensors and JSON, checked before it is used.
 
 A savepoint is a folder `step-000200` with the trained weights as they are, the optimizer's state, the state of every random
-generator, the learning rate's schedule, `Trainer`'s own state and what the caller adds. `manifest.json` holds the sha256 and
-size of each file, and is written in one form only: a savepoint with any other byte, or file, is none.
+generator, the learning rate's schedule, `Trainer`'s own state and what the caller adds. It is committed with a manifest of
+each file's sha256 and size, which has one form only: a savepoint with any other byte, or file, is none.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunesmith.errors import Problem, TrainError
-from tunesmith.io.atomic import commit_folder, indented_json, read_json, sha256_file, sha256_json, write_json
+from tunesmith.io.atomic import changes, commit_folder, read_json, remove_folder, write_json
 
-_MANIFEST = "manifest.json"
+_KIND = "savepoint"
+_SUFFIXES = (".safetensors", ".json")  # of its files
 _STATE = "state.json"
 _MARGIN = 64 << 20  # bytes that are left free beside a savepoint
 KEPT = 2  # savepoints: where the newest is damaged there is one before it
@@ -66,14 +67,15 @@ class Savepoints:
         free = shutil.disk_usage(self.folder).free
         if free < needed + _MARGIN:
             raise _no_room(path, needed, free)
+        if path.is_dir() and damage_of(path) is not None:
+            remove_folder(path, _SUFFIXES)
         try:
-            with commit_folder(path) as target:
+            with commit_folder(path, _KIND) as target:
                 for name, group in tensors.items():
                     save_file({key: each.detach().contiguous() for key, each in group.items()}, target / f"{name}.safetensors")
                 for name, text in documents.items():
                     (target / name).write_text(text, encoding="utf-8")
                 write_json(target / _STATE, state)
-                write_json(target / _MANIFEST, _manifest(target))
         except Exception as error:
             if isinstance(error, OSError) or "I/O error" in str(error):  # safetensors has an error of its own
                 raise _no_room(path, needed, shutil.disk_usage(self.folder).free, str(error)) from error
@@ -82,7 +84,7 @@ class Savepoints:
         kept = {*saved[-KEPT:], *[each for each in saved if _step_of(each) % self.every == 0][-KEPT:]}
         for old in saved:
             if old not in kept:
-                shutil.rmtree(old)
+                remove_folder(old, _SUFFIXES)
         return path
 
     def newest(self, every: int = 1) -> Savepoint | None:
@@ -100,7 +102,10 @@ class Savepoints:
 
     def clear(self) -> None:
         """Remove all: the training has ended."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self._all():
+            remove_folder(path, _SUFFIXES)
+        with contextlib.suppress(OSError):  # there is none, or something else is in it
+            self.folder.rmdir()
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
@@ -112,36 +117,7 @@ def _step_of(path: Path) -> int:
 
 def damage_of(path: Path) -> str | None:
     """What is wrong with a savepoint's files; None where each is as it was written."""
-    try:
-        text = (path / _MANIFEST).read_bytes()
-        found = json.loads(text)
-        whole = text == indented_json(found).encode() and found["digest"] == sha256_json(found["files"])
-    except (OSError, ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
-        return f"{_MANIFEST} is missing or changed"
-    names = {each.name for each in path.iterdir()} - {_MANIFEST}
-    damages = (_damage(path / name, found["files"].get(name)) for name in sorted(names | set(found["files"])))
-    return next((damage for damage in damages if damage is not None), None)
-
-
-def _damage(path: Path, wanted: Mapping[str, Any] | None) -> str | None:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if wanted is None:
-        return f"{path.name} does not belong to it"
-    if path.stat().st_size != wanted["bytes"]:
-        return f"{path.name} is cut off or longer"
-    return None if sha256_file(path) == wanted["sha256"] else f"{path.name} is changed"
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    files = {
-        each.name: {"bytes": each.stat().st_size, "sha256": sha256_file(each)}
-        for each in sorted(folder.iterdir())
-        if each.name != _MANIFEST
-    }
-    return {"digest": sha256_json(files), "files": files}
+    return next(iter(changes(path, _KIND)), None)
 
 
 def _no_room(path: Path, needed: int, free: int, detail: str = "") -> TrainError:

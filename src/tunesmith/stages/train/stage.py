@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from tunesmith.errors import DataError, Problem, RecipeError
 from tunesmith.hardware import detect
 from tunesmith.hardware.freed import steady_memory
 from tunesmith.hardware.memory import PeakMemory
-from tunesmith.io.atomic import commit_folder, read_json, write_json
+from tunesmith.io.atomic import commit_folder, read_json, remove_folder, write_json
 from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
@@ -31,7 +30,7 @@ from tunesmith.packing.tree import Limits
 from tunesmith.quality.review import require_signoff
 from tunesmith.runs import Run
 from tunesmith.sections import ON_TREES
-from tunesmith.stages.train.beside import own_sections, reward_digests, train_beside
+from tunesmith.stages.train.beside import CHECKPOINT, reward_digests, train_beside
 from tunesmith.stages.train.compiling import compile_blocks
 from tunesmith.stages.train.engine import Engine
 from tunesmith.stages.train.finite import NotFiniteError, check_weights, incident
@@ -45,9 +44,6 @@ from tunesmith.stages.train.signals import StopSignals
 from tunesmith.stages.train.spikes import SpikeWatch
 from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters
 from tunesmith.stages.train.watch import NOTHING_SEEN, HeldoutWatch, mean_loss
-
-#: Top-level keys of the recipe that every training depends on.
-SECTIONS = ("model", "revision", "method", "seed", "lora", "train", "objective", "dpo", "rope_scaling")
 
 
 def train(run: Run, console: Console | None = None, *, restart: bool = False) -> dict[str, Any]:
@@ -66,7 +62,7 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
         require_signoff(run)
     model_folder = locate(recipe.model, recipe.revision)
     inputs = {
-        "recipe": recipe.section_digest(*SECTIONS, *own_sections(recipe)),
+        "recipe": recipe.stage_digest("train"),
         "data": run.outputs_digest("prepare"),
         "model": model_digest(model_folder),
         **reward_digests(recipe),
@@ -101,7 +97,7 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
     rows, heldout = _rows(run, objective), _heldout(run)
     settings = settle(recipe, len(rows), METHODS[recipe.method].default_learning_rate, hardware)
     tell_settings(run, settings, hardware, folder)
-    earlier.look(made_of(recipe, (*SECTIONS, *own_sections(recipe)), inputs, settings) | {"processes": ranks.world})
+    earlier.look(made_of(recipe, inputs, settings) | {"processes": ranks.world})
     if hardware.device == "cpu":
         steady_memory()
     meter = PeakMemory()
@@ -219,7 +215,7 @@ class Checkpoints:
         self.latest = None if name is None else self.folder / name
         for path in self.folder.glob("step-*"):
             if path != self.latest:
-                shutil.rmtree(path)
+                remove_folder(path)
 
     def save(self, step: int) -> None:
         """Commit the weights as they are, then drop the checkpoint before. Raises TrainError where one is not finite."""
@@ -227,10 +223,10 @@ class Checkpoints:
         before, self.latest = self.latest, self.folder / f"step-{step:06d}"
         if not self.engine.ranks.first:
             return
-        with commit_folder(self.latest) as target, self.engine.as_trained():
+        with commit_folder(self.latest, CHECKPOINT) as target, self.engine.as_trained():
             self.method.save(self.model, target)
         if before is not None and before != self.latest:
-            shutil.rmtree(before, ignore_errors=True)
+            remove_folder(before)
 
     def kept(self) -> Path:
         """The checkpoint that is there."""
