@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import chat_row
+
 COMMAND = Path(sys.executable).with_name("tunesmith")
 RECIPE = """
 model: {model}
 method: full
-data: {{train: train.jsonl, heldout: 0.1, max_rows: 600, max_length: 256, workers: 2}}
-train: {{max_steps: 1, micro_batch_size: 2, gradient_accumulation_steps: 1}}
-evaluate: {{test: train.jsonl, max_test_rows: 2, max_new_tokens: 4, task: text}}
+data: {{train: train.jsonl, test: test.jsonl, heldout: 0.1, max_rows: 600, max_length: 256, workers: 2}}
+train: {{max_steps: 1, effective_batch_size: 2}}
+evaluate: {{max_rows: 2, max_new_tokens: 4, task: text}}
 """
 GRPO = """
 model: {model}
@@ -27,7 +29,7 @@ method: lora
 objective: grpo
 data: {{train: train.jsonl, max_rows: 8, max_length: 256}}
 grpo: {{reward_funcs: ["mine.py:f"], num_generations: 2, max_completion_length: 4}}
-train: {{max_steps: 1, micro_batch_size: 2, gradient_accumulation_steps: 1}}
+train: {{max_steps: 1, effective_batch_size: 2}}
 """
 
 
@@ -78,6 +80,8 @@ def _untouched(folder: Path) -> None:
 def _with_rows(folder: Path, recipe: str, tiny_model: Path, rows: list[dict[str, Any]], times: int = 1) -> None:
     lines = [json.dumps({"messages": [*row["messages"], *turn]}) for turn in _turns(times) for row in rows]
     (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    test = [json.dumps(chat_row(question, "yes")) for question in ("Is the sea salty?", "Do whales breathe air?")]
+    (folder / "test.jsonl").write_text("\n".join(test), encoding="utf-8")
     (folder / "recipe.yaml").write_text(recipe.format(model=tiny_model), encoding="utf-8")
 
 
@@ -151,13 +155,13 @@ def _write_byte_code(path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("named", ["PYTHONPATH", "PATH", "LD_LIBRARY_PATH"])
 def test_a_relative_entry_of_a_path_is_dropped_and_an_absolute_one_stays(named: str, tmp_path: Path) -> None:
-    (tmp_path / "peft.py").write_text("raise SystemExit(77)\n", encoding="utf-8")
+    (tmp_path / "colorsys.py").write_text("raise SystemExit(77)\n", encoding="utf-8")
     code = (
         "import os, sys\n"
         "from tunesmith.safepath import leave_working_folder\n"
         "leave_working_folder()\n"
         f"print(os.environ[{named!r}], *sys.path, sep='\\n')\n"
-        "import peft\n"
+        "import colorsys\n"
     )
     done = _called(tmp_path, [sys.executable, "-c", code], **{named: os.pathsep.join(["", ".", "/absolute", "sub"])})
     assert done.returncode == 0, done.stderr
