@@ -7,7 +7,6 @@ torch: a stage does.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from tunesmith import __version__
 from tunesmith.demodata import MAX_ROWS, TEST_ROWS, write_input
 from tunesmith.errors import Problem, StageFailedError, TunesmithError
 from tunesmith.hardware.freed import grow_segments, keep_few_products
+from tunesmith.io.terminal import make_console, plain
 from tunesmith.pipeline import ALL_METHODS
 from tunesmith.recipe import Method, ResolvedRecipe, load_recipe
 from tunesmith.runs import create_run, default_name, open_run
@@ -175,7 +175,7 @@ def review(
         prepare_shown(this, _err())
     else:
         this = open_run(source)
-    screen(Review(this, rows), by or getpass.getuser(), Console())
+    screen(Review(this, rows), by or getpass.getuser(), make_console())
     print(this.path)
 
 
@@ -255,13 +255,13 @@ def _show_table(table: dict[str, Any], folder: Path) -> None:
     from tunesmith.stages.compare.forgetting import FORGETTING_HEADERS, forgetting_cells, forgetting_verdict
     from tunesmith.stages.compare.text import HEADERS, cells, verdict
 
-    console = Console()
+    console = make_console()
     _print_table(console, HEADERS, cells(table["rows"]))
     console.print(Text(verdict(table["rows"])))
     if forgetting := forgetting_cells(table["rows"]):
         _print_table(console, FORGETTING_HEADERS, forgetting)
         console.print(Text(forgetting_verdict(table["rows"]) or ""))
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def _print_table(console: Console, headers: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
@@ -280,28 +280,21 @@ def _facts(values: dict[str, Any], *names: str) -> None:
     """Print chosen values, one a line, as `name value`."""
     for name in names:
         value = values[name]
-        print(f"{name:>22}  {f'{value:.4g}' if isinstance(value, float) else value}")
+        print(plain(f"{name:>22}  {f'{value:.4g}' if isinstance(value, float) else value}"))
 
 
 def _err() -> Console:
     """Progress goes to standard error, results to standard output."""
-    return Console(stderr=True)
-
-
-def _plain(text: str) -> str:
-    """Foreign text without control characters, which could drive the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    return make_console(stderr=True)
 
 
 def show_problems(problems: Sequence[Problem]) -> None:
     """Print problems to standard error: what and where first, then why it matters and what to do."""
     console = _err()
     for problem in problems:
-        console.print(
-            Text.assemble((f"error {problem.code} {problem.name}", "bold red"), f"  {_plain(problem.where)}"), soft_wrap=True
-        )
+        console.print(Text.assemble((f"error {problem.code} {problem.name}", "bold red"), f"  {problem.where}"), soft_wrap=True)
         for label, text in (("", problem.what), ("why  ", problem.why), ("fix  ", problem.fix)):
-            console.print(Text.assemble("  ", (label, "bold"), _plain(text)), soft_wrap=True)
+            console.print(Text.assemble("  ", (label, "bold"), text), soft_wrap=True)
 
 
 def main() -> NoReturn:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
+from rich.text import Text
 
 from tunesmith.errors import ModelError, PlanError, StageFailedError
 from tunesmith.io.atomic import check_replaceable, read_json
@@ -206,4 +207,4 @@ def _evaluate(this: Run, console: Console) -> None:
 
 
 def _say(console: Console, stage: str, text: str) -> None:
-    console.print(f"[bold cyan]{stage:>8}[/]  {text}", highlight=False)
+    console.print(Text.assemble((f"{stage:>8}", "bold cyan"), f"  {text}"))

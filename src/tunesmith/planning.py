@@ -14,6 +14,7 @@ from rich.text import Text
 from tunesmith.errors import PlanError, Problem
 from tunesmith.hardware.catalogue import Device, find_device, read_gpus, this_device
 from tunesmith.io.atomic import check_replaceable
+from tunesmith.io.terminal import make_console
 from tunesmith.recipe import Method, ResolvedRecipe, load_recipe, parse_recipe
 from tunesmith.stages.plan import text
 from tunesmith.stages.plan.decide import Asks
@@ -61,9 +62,9 @@ def show(asked: Request, out: Path | None, *, as_json: bool, calibrate: bool, tr
     if as_json:
         print(json.dumps(made.as_dict(), indent=2))
     else:
-        print_plan(made, out, Console())
+        print_plan(made, out, make_console())
     if trace:
-        _trace(made, asked, errors if as_json else Console())
+        _trace(made, asked, errors if as_json else make_console())
     if made.recommended is None:
         raise PlanError(made.problem())
 
@@ -135,7 +136,7 @@ def print_plan(plan: Plan, folder: Path | None, console: Console) -> None:
     for line in text.confidence(plan):
         console.print(Text(line))
     if folder is None:
-        console.print("nothing is written: --out FOLDER keeps plan.json, frontier.svg and recipe.yaml", highlight=False)
+        console.print("nothing is written: --out FOLDER keeps plan.json, frontier.svg and recipe.yaml")
     else:
         written = ", ".join(["plan.json", "frontier.svg", *(["recipe.yaml"] if plan.recommended else [])])
         console.print(Text(f"written: {folder}/{written}"))
@@ -160,4 +161,4 @@ def _trace(plan: Plan, asked: Request, console: Console) -> None:
 
     method = plan.recommended or asked.methods[-1]
     for line in trace_option(plan, plan.options[method]):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

@@ -17,6 +17,7 @@ from tunesmith.chat.template import ChatTemplate
 from tunesmith.errors import EvaluateError, Problem
 from tunesmith.hardware import detect
 from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_jsonl
+from tunesmith.io.terminal import make_console
 from tunesmith.methods.settings import MAX_TOKENS
 from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest, stop_ids
 from tunesmith.packing.batch import StepCollator, choose_collator, to_device
@@ -59,7 +60,7 @@ def evaluate(run: Run, model: Path | None = None, console: Console | None = None
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:
             work = _evaluate_documents if recipe.objective == "pretrain" else _evaluate
-            work(run, model, digest, target, console or Console(stderr=True))
+            work(run, model, digest, target, console or make_console(stderr=True))
     results: dict[str, Any] = read_json(run.path / folder / "results.json")
     return results
 
@@ -115,7 +116,7 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
     begun = time.perf_counter()
 
     def report(done: int) -> None:
-        console.print(f"evaluate {model_folder.name}: {done}/{len(rows)} answers", highlight=False)
+        console.print(f"evaluate {model_folder.name}: {done}/{len(rows)} answers")
 
     answers = generate(
         model,
@@ -199,7 +200,7 @@ def _mmlu(
     run: Run, model: Any, tokenizer: Any, subjects: Sequence[Subject], target: Path, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Key `mmlu` of results.json. Each question goes to mmlu.jsonl, what differs from what was asked for to events.jsonl."""
-    summary, samples = score_mmlu(model, tokenizer, subjects, lambda text: console.print(text, highlight=False))
+    summary, samples = score_mmlu(model, tokenizer, subjects, console.print)
     write_jsonl(target / "mmlu.jsonl", samples)
     if summary["cut_prompts"]:
         count = summary["cut_prompts"]

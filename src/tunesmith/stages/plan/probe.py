@@ -64,9 +64,7 @@ def calibrate(
         scenario = replace(option.scenario, length=typical.tokens, labelled=typical.labelled, logits_twice=False)
         predicted = roofline_step(architecture, scenario, device, len(computed), mean)
         ratio = measured / predicted.seconds
-        console.print(
-            f"calibrate {method}: {size} rows in {measured:.3g} s, {ratio:.2f} x the roofline", highlight=False, soft_wrap=True
-        )
+        console.print(f"calibrate {method}: {size} rows in {measured:.3g} s, {ratio:.2f} x the roofline", soft_wrap=True)
         width = architecture.hidden_size
         dtype = option.settings.compute_dtype
         entries.append(

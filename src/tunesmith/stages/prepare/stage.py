@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tunesmith.chat.named import named_template
@@ -25,6 +24,7 @@ from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json,
 from tunesmith.io.documents import folder_digest, reader_of
 from tunesmith.io.rows import Row
 from tunesmith.io.tables import HUB, hub_commit
+from tunesmith.io.terminal import make_console
 from tunesmith.models.load import locate, model_digest
 from tunesmith.models.rope import check_scalable, window
 from tunesmith.quality import Finding, Overlap, common_segments
@@ -264,5 +264,5 @@ def _template_source(data: DataSection) -> str | None:
 
 def _progress() -> Progress:
     columns = (SpinnerColumn(), TextColumn("prepare"), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,10 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
+from tunesmith.io.terminal import plain
 from tunesmith.stages.review.stage import Review, Shown
 
 _HELP = "[a]ccept  [r]eject  [e]dit  [b]ack  [q]uit, to go on later"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 
 
 def review(session: Review, by: str, console: Console, keys: TextIO = sys.stdin) -> dict[str, Any] | None:
@@ -55,7 +54,7 @@ def _decided(session: Review, shown: Shown, key: str, by: str, console: Console,
         session.decide(shown.where, "edit", by, value)
     else:
         if key != "e":
-            console.print(_HELP, markup=False)
+            console.print(_HELP)
         return False
     return True
 
@@ -63,18 +62,14 @@ def _decided(session: Review, shown: Shown, key: str, by: str, console: Console,
 def _print(shown: Shown, console: Console, counter: str) -> None:
     console.rule(Text(f"{counter}  {shown.where}"))
     for finding in shown.findings:
-        console.print(Text(_plain(finding), style="yellow"))
+        console.print(Text(plain(finding), style="yellow"))
     for side in shown.sides:
         text = Text()
         for part, trained in side:
             # Brackets as well as colour: a pipe, and an eye that sees no green, must tell them apart.
-            text.append(f"\u27e6{_plain(part)}\u27e7" if trained else _plain(part), "bold green" if trained else "dim")
+            text.append(f"\u27e6{plain(part)}\u27e7" if trained else plain(part), "bold green" if trained else "dim")
         console.print(text, soft_wrap=True)
-    console.print(_HELP, style="cyan", markup=False)
-
-
-def _plain(text: str) -> str:
-    return _CONTROL.sub("\ufffd", text)
+    console.print(_HELP, style="cyan")
 
 
 @contextlib.contextmanager
@@ -116,7 +111,7 @@ def _edited(value: Mapping[str, Any], keys: TextIO, console: Console) -> dict[st
     try:
         edited = json.loads(text)
     except ValueError as error:
-        console.print(f"not valid JSON, nothing was changed: {error}", style="red", markup=False)
+        console.print(f"not valid JSON, nothing was changed: {error}", style="red")
         return None
     if not isinstance(edited, dict):
         console.print("a row is a JSON object, nothing was changed", style="red")

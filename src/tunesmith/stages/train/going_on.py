@@ -92,7 +92,7 @@ class Earlier:
                 if event not in told and event.get("step", 0) <= step:  # later ones come again
                     append_jsonl(self._folder / "events.jsonl", event)
             self._run.event(self._folder, "resumed", f"goes on after step {step}", step=step)
-            self._console.print(f"train: goes on after step {step}", highlight=False)
+            self._console.print(f"train: goes on after step {step}")
         return [step_metrics(line) for line in lines]
 
     def of(self, key: str) -> Any:
@@ -134,7 +134,7 @@ class Saver:
         if self.signals.asked is None:
             raise AssertionError("no signal came")
         name = self.signals.asked.name
-        console.print(f"train: stopped by {name} after step {step}, which is saved; run it again to go on", highlight=False)
+        console.print(f"train: stopped by {name} after step {step}, which is saved; run it again to go on")
         return StageFailedError(128 + self.signals.asked)
 
     def _is_time(self, step: int) -> bool:

@@ -120,7 +120,7 @@ class Dpo:
         if not isinstance(batches, PairCollator):
             raise AssertionError("pairs are laid out by the collator that `batches` gave")
         begun = time.perf_counter()
-        console.print(f"reference: log-probabilities of {len(rows)} pairs under the untrained model", highlight=False)
+        console.print(f"reference: log-probabilities of {len(rows)} pairs under the untrained model")
         found = reference_logprobs(model, rows, batches)
         bad = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:

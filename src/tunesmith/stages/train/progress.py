@@ -58,5 +58,4 @@ class TrainProgress:
             left = elapsed / (metrics.step - self.done) * (steps - metrics.step)
             self.console.print(
                 f"{self.label}: step {metrics.step}/{steps}  loss {metrics.loss:.3f}  {speed} tok/s  {left:.0f} s left",
-                highlight=False,
             )

@@ -17,6 +17,7 @@ from tunesmith.hardware import detect
 from tunesmith.hardware.freed import steady_memory
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import commit_folder, read_json, remove_folder, write_json
+from tunesmith.io.terminal import make_console
 from tunesmith.methods import METHODS, Method, make_method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.load import load_tokenizer, locate, model_digest
@@ -69,7 +70,7 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
     }
     ranks = join(recipe, cpu=detect().device == "cpu")
     if not ranks.agreed(run.is_current("train", inputs)):
-        console = (console or Console(stderr=True)) if ranks.first else Console(quiet=True)
+        console = (console or make_console(stderr=True)) if ranks.first else make_console(quiet=True)
         trees = recipe.objective in ON_TREES
         keep = trees and not restart and run.was_interrupted("train")
         with folder_of(ranks, run, inputs, keep=keep) as folder:
