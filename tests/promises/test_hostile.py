@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import chat_row
 from tests.promises.training import Promises
-from tests.unit.test_safe import HOSTILE
+from tests.unit.folders import HOSTILE
 from tunesmith.cli import main
 
 Make = Callable[[Path], str]  # makes the hostile input in a folder with `model` and `train.jsonl`, and gives a recipe

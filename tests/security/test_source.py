@@ -30,7 +30,14 @@ CALLS = {
 }
 #: Names that start a process, and the modules that may: each with arguments of its own making and no shell.
 PROCESSES = {"subprocess.run", "subprocess.Popen", "subprocess.check_output", "subprocess.call", "os.execv", "os.execvp"}
-MAY_START = {"pipeline.py", "native/library.py", "models/builtin.py", "hardware/catalogue.py", "stages/review/terminal.py"}
+MAY_START = {
+    "pipeline.py",
+    "native/library.py",
+    "models/builtin.py",
+    "models/trial.py",
+    "hardware/catalogue.py",
+    "stages/review/terminal.py",
+}
 #: Words that only the border with foreign models may give, and what they must be there.
 BORDER = {"trust_remote_code": False, "use_safetensors": True}
 

@@ -1,29 +1,93 @@
-"""The border where foreign model folders are opened: safetensors only, nothing outside the folder, no code.
+"""The border where foreign model folders are opened: safetensors only, nothing outside the folder, no code, no surprise.
 
-`check_model_folder` looks at names and JSON alone, before any model library sees the folder. transformers itself
-follows a shard index to `../x.safetensors`, and `trust_remote_code=False` has been overridden by a model's own
-config (CVE-2026-5241), so both are refused here.
+`check_model_folder` looks at names, kinds and sizes of files, at JSON and at the headers of weights, before any model library
+sees the folder. What is looked for is whatever such a library takes up besides the file that it is asked for: transformers
+follows a shard index to `../x.safetensors` and an adapter_config.json to another model, fetches kernels of attention that
+config.json names, and `trust_remote_code=False` has been overridden by a model's own config (CVE-2026-5241).
 """
 
 from __future__ import annotations
 
 import json
-import struct
+import os
+import re
+import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, Problem
+from tunesmith.io.tensors import Stored, read_header
 
 _WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".joblib")
-_MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 _PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))  # how a pickle begins, from protocol 2 on
+#: What libraries read of a folder, and the most bytes that are believable. Vocabularies are the largest of the texts.
+_LIMITS = {".json": 64 << 20, ".jinja": 1 << 20, ".model": 256 << 20, ".txt": 256 << 20}
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # their keys are the model's words, not settings
+#: How attention and experts may be computed: what transformers has itself. Other names are looked for on a hub.
+_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+_MODEL_TYPE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_SIZE = re.compile(r"num_\w*(layers|heads|experts)|n_(layer|head|embd|positions)|(hidden|intermediate|vocab)_size|head_dim")
+_MOST_LAYERS, _MOST = 10_000, 1 << 40
+
+_checked: dict[tuple[str, bool], tuple[Any, ...]] = {}
+
+
+def check_model_folder(folder: Path, *, weights: bool = True) -> None:
+    """Raise ModelError with every reason not to open `folder`; `weights=False` accepts one without weights.
+
+    Covered: a missing folder or config, pickles under any name, `auto_map` (code in the folder) in any file of settings, a
+    shard index, a link or a setting that leads outside, an adapter that names another model, kernels from a hub, files that
+    are none or beyond all size, JSON that is none, sizes that no model has, torn or overlapping weights. Not covered: what a
+    template does when it is rendered, and whether the weights are those of the config (models/fits.py).
+    """
+    if not folder.is_dir():
+        fix = "check the path; built in is smollm2-135m-instruct"
+        raise ModelError(_problem("TS201", "the model folder does not exist", folder, fix))
+    entries = sorted(_entries(folder))
+    key, state = (str(folder.resolve()), weights), tuple((str(path), _stamp(path)) for path in entries)
+    if _checked.get(key) == state:
+        return
+    problems = [problem for path in entries for problem in _entry_problems(path, folder)]
+    if problems:
+        raise ModelError(problems)
+    if not (folder / "config.json").is_file():
+        raise ModelError(_problem("TS202", "no config.json", folder, "give the folder that save_pretrained wrote"))
+    for path in entries:
+        if path.suffix == ".json" and path.is_file():
+            problems += _settings_problems(path)
+    problems += _index_problems(folder)
+    if weights and not list(folder.glob("*.safetensors")):
+        problems.append(_problem("TS202", "no .safetensors weights", folder, "convert the weights to safetensors"))
+    if problems:
+        raise ModelError(problems)
+    _checked[key] = state
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Shapes of all tensors of a folder that `check_model_folder` passes, those of its index where it has one."""
+    index = folder / "model.safetensors.index.json"
+    named = (
+        set(_json(index)["weight_map"].values()) if index.is_file() else {path.name for path in folder.glob("*.safetensors")}
+    )
+    return {name: each for file in sorted(named) for name, each in read_header(folder / file).items()}
 
 
 def _problem(code: str, what: str, where: Path, fix: str) -> Problem:
-    why = "a model folder is foreign input: it must not run code or reach outside itself"
+    why = "a model folder is foreign input: it must not run code, reach outside itself, or fail in the middle of a run"
     return Problem(code, what, str(where), why, fix)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What lies in the folder, and in the one subfolder that tokenizers read."""
+    yield from folder.iterdir()
+    yield from folder.glob("additional_chat_templates/*")
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    told = path.lstat()
+    return told.st_mode, told.st_size, told.st_mtime_ns, told.st_ino
 
 
 def _json(path: Path) -> Any:
@@ -33,49 +97,44 @@ def _json(path: Path) -> Any:
         raise ModelError(_problem("TS202", f"cannot be read as JSON: {error}", path, "fetch the file again")) from error
 
 
-def _outside(folder: Path, name: Any) -> bool:
-    return not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file()
+def _entry_problems(path: Path, folder: Path) -> Iterator[Problem]:
+    """What is wrong with an entry by where it leads and by its kind, and with a file by what it is."""
+    if path.is_symlink() and not _hub_link(path) and folder.resolve() not in Path(os.path.realpath(path)).parents:
+        yield _problem("TS205", "a link that leads out of the folder", path, "copy the file into the folder")
+        return
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        yield _problem("TS211", f"cannot be opened: {error.strerror}", path, "copy the folder again")
+        return
+    if stat.S_ISREG(mode):
+        yield from _file_problems(path)
+    elif not stat.S_ISDIR(mode) or path.suffix in {*_LIMITS, ".safetensors"}:
+        yield _problem("TS211", "not a file", path, "put the file there, or remove it")
 
 
-def _index_problems(folder: Path) -> Iterator[Problem]:
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        weight_map = _json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            yield _problem("TS202", "the shard index has no weight_map", index, "fetch the model again")
-            continue
-        for name in sorted({str(value) for value in weight_map.values()}):
-            if _outside(folder, name):
-                what = f"the shard index names {name!r}, which is not a file of this folder"
-                yield _problem("TS205", what, index, "use a complete copy of the model whose index names its own shards")
-
-
-def _header_problem(path: Path) -> Problem | None:
-    """A safetensors file begins with the length of its JSON header (8 bytes, little endian) and the header."""
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        head = handle.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > min(size - 8, _MAX_HEADER):
-            return _problem("TS202", "not a whole safetensors file", path, "fetch the file again")
+def _file_problems(path: Path) -> Iterator[Problem]:
+    """What is wrong with a file by its name, its size and its first bytes."""
+    if path.name == "adapter_config.json":
+        fix = "name the base model; an adapter that tunesmith trained becomes a model of its own by `tunesmith export`"
+        yield _problem("TS213", "an adapter, which would be loaded over whatever model it names", path, fix)
+    if path.suffix in _WEIGHTS:
+        fix = "convert the weights to safetensors, or delete the file"
+        yield _problem("TS203", f"{path.suffix} weights can run code when opened", path, fix)
+    elif _is_pickle(path):
+        yield _problem("TS203", "a pickle under another name, which can run code when opened", path, "delete the file")
+    elif path.stat().st_size > (limit := _limit(path)):
+        yield _problem("TS211", f"larger than {limit >> 20} MiB", path, "fetch the file again, or delete it")
+    elif path.suffix == ".safetensors":
         try:
-            json.loads(handle.read(length))
-        except (ValueError, RecursionError):
-            return _problem("TS202", "the safetensors header is not JSON", path, "fetch the file again")
-    return None
+            read_header(path)
+        except ValueError as error:
+            yield _problem("TS211", str(error), path, "fetch the file again")
 
 
-def _entry_problems(folder: Path) -> Iterator[Problem]:
-    root = folder.resolve()
-    for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not _hub_link(path) and root not in path.resolve().parents:
-            yield _problem("TS205", "a link that leads out of the folder", path, "copy the file into the folder")
-        if path.suffix in _WEIGHTS:
-            fix = "convert the weights to safetensors, or delete the file"
-            yield _problem("TS203", f"{path.suffix} weights can run code when opened", path, fix)
-        elif path.is_file() and _is_pickle(path):
-            yield _problem("TS203", "a pickle under another name, which can run code when opened", path, "delete the file")
-        if path.suffix == ".safetensors" and path.is_file() and (problem := _header_problem(path)):
-            yield problem
+def _limit(path: Path) -> int:
+    vocabulary = path.name in _VOCABULARIES
+    return 256 << 20 if vocabulary else _LIMITS.get(path.suffix, 1 << 62)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -94,33 +153,89 @@ def _is_pickle(path: Path) -> bool:
 
 def _hub_link(path: Path) -> bool:
     """The hub's cache links snapshots/<commit>/<file> to ../../blobs/<sha>: a link of its own making."""
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     return target.parent.name == "blobs" and path.parent.parent.name == "snapshots"
 
 
-def check_model_folder(folder: Path, *, weights: bool = True) -> None:
-    """Raise ModelError with every reason not to open `folder`; `weights=False` accepts one without weights.
-
-    Covered: a missing folder or config, pickles under any name, `auto_map` (code in the folder), a shard index or a link
-    that leads outside, torn safetensors headers. Not covered: what a template does when it is rendered.
-    """
-    if not folder.is_dir():
-        fix = "check the path; built in is smollm2-135m-instruct"
-        raise ModelError(_problem("TS201", "the model folder does not exist", folder, fix))
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise ModelError(_problem("TS202", "no config.json", folder, "give the folder that save_pretrained wrote"))
-    problems = list(_entry_problems(folder))
-    for name in ("config.json", "tokenizer_config.json"):
-        path = folder / name
-        value = _json(path) if path.is_file() else {}
-        if not isinstance(value, dict):
-            problems.append(_problem("TS202", "must hold a JSON object", path, "fetch the file again"))
-        elif value.get("auto_map"):
+def _settings_problems(path: Path) -> Iterator[Problem]:
+    """What a JSON file asks for that must not be done, or that no model is."""
+    if path.name in _VOCABULARIES:
+        return  # read in a process of its own, by the library that it is for (models/trial.py)
+    value = _json(path)
+    if path.name in {"config.json", "tokenizer_config.json", "generation_config.json"} and not isinstance(value, dict):
+        yield _problem("TS202", "must hold a JSON object", path, "fetch the file again")
+        return
+    if path.name.endswith(".index.json"):
+        return
+    for key, each in _settings(value):
+        if key in {"auto_map", "trust_remote_code"} and each:
             fix = "use a model of an architecture that transformers has built in"
-            problems.append(_problem("TS204", "auto_map asks to run code from the model folder", path, fix))
-    problems += _index_problems(folder)
-    if weights and not list(folder.glob("*.safetensors")):
-        problems.append(_problem("TS202", "no .safetensors weights", folder, "convert the weights to safetensors"))
-    if problems:
-        raise ModelError(problems)
+            yield _problem("TS204", f"{key} asks to run code from the model folder", path, fix)
+        elif key.endswith("_file") and isinstance(each, str) and _leads_outside(each, path.parent):
+            yield _problem("TS205", f"{key} names {each!r}, which is outside of the folder", path, "delete the key")
+    if path.name == "config.json":
+        yield from _config_problems(value, path)
+    elif path.name == "generation_config.json":
+        yield from _generation_problems(value, path)
+
+
+def _settings(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at every depth."""
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            yield from part.items()
+        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+def _leads_outside(name: str, folder: Path) -> bool:
+    """Whether a file would be read that is not of the folder. What is not there cannot be."""
+    return any(
+        at.exists() and folder.resolve() not in Path(os.path.realpath(at)).parents and not _hub_link(at)
+        for at in (Path(name), folder / name)
+    )
+
+
+def _config_problems(config: Mapping[str, Any], path: Path) -> Iterator[Problem]:
+    again = "give the config.json that save_pretrained wrote with these weights"
+    for key, value in _settings(config):
+        said = f"{key} = {str(value)[:60]!r}"
+        if key == "model_type" and not (isinstance(value, str) and _MODEL_TYPE.fullmatch(value)):
+            yield _problem("TS211", f"{said} is no model type", path, again)
+        elif key.endswith("_implementation") and value is not None and value not in _IMPLEMENTATIONS:
+            yield _problem("TS204", f"{said} asks for a kernel from elsewhere", path, "delete the key; tunesmith sets it")
+        elif key == "quantization_config" and value:
+            kind = value.get("quant_method", "?") if isinstance(value, dict) else "?"
+            fix = "give the model in 16 bits; `method: qlora` quantises it itself"
+            yield _problem("TS212", f"the weights are quantised already ({str(kind)[:40]})", path, fix)
+        elif isinstance(value, int) and (abs(value) > _MOST or ("layer" in key and value > _MOST_LAYERS)):
+            yield _problem("TS211", f"{said} is beyond all models", path, again)
+        elif _SIZE.fullmatch(key) and (isinstance(value, str | float | bool) or (isinstance(value, int) and value < 0)):
+            yield _problem("TS211", f"{said} is not a positive whole number", path, again)
+    for part in (config, *(each for _, each in _settings(config) if isinstance(each, dict))):
+        heads, shared = part.get("num_attention_heads"), part.get("num_key_value_heads")
+        if isinstance(heads, int) and isinstance(shared, int) and (shared == 0 or heads % shared):
+            what = f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {shared}"
+            yield _problem("TS211", what, path, again)
+
+
+def _generation_problems(config: Mapping[str, Any], path: Path) -> Iterator[Problem]:
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        value = config.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(each, bool) or not isinstance(each, int) or each < 0 for each in ids):
+            yield _problem("TS211", f"{key} = {str(value)[:60]!r} is no token id", path, "correct the key, or delete it")
+
+
+def _index_problems(folder: Path) -> Iterator[Problem]:
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        value = _json(index)
+        weight_map = value.get("weight_map") if isinstance(value, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            yield _problem("TS202", "the shard index has no weight_map", index, "fetch the model again")
+            continue
+        for name in sorted({str(value) for value in weight_map.values()}):
+            if Path(name).name != name or not (folder / name).is_file():
+                what = f"the shard index names {name!r}, which is not a file of this folder"
+                yield _problem("TS205", what, index, "use a complete copy of the model whose index names its own shards")

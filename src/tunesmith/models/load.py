@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ModelError, Problem, first_line
+from tunesmith.errors import ModelError, Problem, TunesmithError, first_line
 from tunesmith.io import safe
 from tunesmith.io.atomic import sha256_file, sha256_json, write_json
 from tunesmith.io.cache import cache_folder
 from tunesmith.models import builtin
+from tunesmith.models.fits import check_names, check_shapes, check_size
 from tunesmith.models.rope import scale
+from tunesmith.models.trial import try_tokenizer
 from tunesmith.recipe import RopeScalingSection
 
 #: What a model folder is made of. Nothing else is fetched from a hub or counted in a digest.
@@ -31,6 +34,7 @@ def locate(name: str, revision: str | None = None) -> Path:
     else:
         folder = _from_hub(name, revision)
     safe.check_model_folder(folder)
+    check_shapes(folder)
     return folder
 
 
@@ -105,12 +109,29 @@ def make_config(values: Mapping[str, Any], **changes: Any) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, as it is (a missing pad token stays missing)."""
+    """The folder's tokenizer, as it is (a missing pad token stays missing). Raises ModelError where it cannot be used."""
     from transformers import AutoTokenizer
 
     quiet()
     safe.check_model_folder(folder, weights=False)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try_tokenizer(folder)
+    with _refusals("TS216", "the tokenizer cannot be loaded", folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+@contextlib.contextmanager
+def _refusals(code: str, what: str, folder: Path) -> Iterator[None]:
+    """Whatever a library raises over a foreign folder, as a ModelError; too little memory is another matter."""
+    try:
+        yield
+    except (TunesmithError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # what Rust panics with is no Exception
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        why = "the model would be another than the folder's, or none"
+        fix = "give the folder as save_pretrained wrote it, with tokenizer, config and weights of one model"
+        raise ModelError(Problem(code, f"{what}: {first_line(error)}", str(folder), why, fix)) from error
 
 
 def _safely(dtype: str, quantization_config: Any) -> dict[str, Any]:
@@ -133,34 +154,43 @@ def load_model(
 ) -> Any:
     """The folder's causal language model in `dtype` ("float32" or "bfloat16"), on the GPU where there is one.
 
-    Attention is SDPA. Raises ModelError for a folder that is not safe to open, or whose positions cannot be scaled as asked.
+    Attention is SDPA. Raises ModelError for a folder that is not safe to open, whose weights are not those of its config, or
+    whose positions cannot be scaled as asked.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    quiet()
-    safe.check_model_folder(folder)
     changed = {}
     if rope_scaling is not None:
-        changed["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        safe.check_model_folder(folder)
+        with _refusals("TS214", "the model cannot be loaded", folder):
+            changed["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         scale(changed["config"], rope_scaling, folder)
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        **changed,
-        **_safely(dtype, quantization_config),
-    )
+    return _opened(AutoModelForCausalLM, folder, **changed, **_safely(dtype, quantization_config))
 
 
 def load_scorer(folder: Path, *, dtype: str, quantization_config: Any = None) -> Any:
     """The folder's model with a head that gives one number for a sequence; the head is random where the folder has none.
 
-    Raises ModelError for a folder that is not safe to open.
+    Raises ModelError for a folder that is not safe to open, or whose weights are not those of its config.
     """
     from transformers import AutoModelForSequenceClassification
 
+    return _opened(AutoModelForSequenceClassification, folder, num_labels=1, **_safely(dtype, quantization_config))
+
+
+def _opened(kind: Any, folder: Path, **how: Any) -> Any:
+    """A model of a checked folder, with all weights of its config and none beside."""
+    import torch
+    from transformers import AutoConfig, GenerationConfig
+
     quiet()
     safe.check_model_folder(folder)
-    return AutoModelForSequenceClassification.from_pretrained(
-        folder,
-        num_labels=1,
-        **_safely(dtype, quantization_config),
-    )
+    with _refusals("TS214", "the model cannot be loaded", folder):
+        if (folder / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(folder, local_files_only=True).validate(strict=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, num_labels=1)
+        with torch.device("meta"):
+            check_size(kind.from_config(config, attn_implementation="sdpa"), folder)
+        model, info = kind.from_pretrained(folder, **how, output_loading_info=True)
+        check_names(model, info, folder)
+    return model
