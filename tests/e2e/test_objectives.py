@@ -16,7 +16,7 @@ from tests.conftest import chat_row
 from tests.pairs import PAIRS
 from tests.policy import REWARD, share_towards_reward
 from tunesmith.chat.template import ChatTemplate
-from tunesmith.errors import DataError, EvaluateError, ExportError, PlanError, TunesmithError
+from tunesmith.errors import DataError, EvaluateError, ExportError, PlanError, RunError, TunesmithError
 from tunesmith.models.load import load_model, load_scorer, load_tokenizer
 from tunesmith.models.scores import rewards_of
 from tunesmith.recipe import parse_recipe
@@ -221,9 +221,16 @@ def test_the_ledger_of_judged_rows_and_prompts(made: Callable[..., Run]) -> None
     assert json.loads(row["reference"])["colour"]
 
 
-def test_prepared_rows_are_not_taken_for_another_objectives(made: Callable[..., Run]) -> None:
+def test_prepared_rows_are_not_taken_for_another_objectives(made: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = made("kto", JUDGED)
-    for objective in ("sft", "orpo", "grpo"):
-        recipe = run.recipe.model_copy(update={"objective": objective})
+    others = [
+        Run(run.path, run.resolved.model_copy(update={"recipe": run.recipe.model_copy(update={"objective": objective})}))
+        for objective in ("sft", "orpo", "grpo")
+    ]
+    for other in others:
+        with pytest.raises(RunError, match="TS012"):
+            train(other, QUIET)
+    monkeypatch.setattr(Run, "outdated", lambda *_: None)  # as where the files of data/ were put in place of others
+    for other in others:
         with pytest.raises(DataError, match="TS113"):
-            train(Run(run.path, run.resolved.model_copy(update={"recipe": recipe})), QUIET)
+            train(other, QUIET)

@@ -161,18 +161,6 @@ def test_bad_csv_lines_are_rows_with_a_problem(tmp_path: Path) -> None:
         list(read_rows(path))
 
 
-def test_folder_is_read_as_a_data_set(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    with pytest.raises(DataError) as caught:
-        read_rows(folder)
-    assert caught.value.problems[0].code == "TS101"
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text(json.dumps({"prompt": split}) + "\n", encoding="utf-8")
-    assert [(row.where, row.value) for row in read_rows(folder, "test")] == [(f"{folder}:test row 1", {"prompt": "test"})]
-    assert [row.value for row in read_rows(folder)] == [{"prompt": "train"}]
-
-
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none(), max_size=3), max_size=5), st.booleans())
 def test_what_was_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]], array: bool) -> None:
     path = tmp_path_factory.mktemp("rows") / ("a.json" if array else "a.jsonl")

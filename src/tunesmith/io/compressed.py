@@ -1,4 +1,7 @@
-"""Files that may be compressed (`.gz`, `.zst`), opened for reading bytes; damage is an error that names the file."""
+"""Files that may be compressed (`.gz`, `.zst`), opened for reading bytes; damage is an error that names the file.
+
+A small one can hold a line that fits in no memory, so lines are read by `lines_of`, which never holds more than so much.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from tunesmith.errors import DataError, Problem
+
+#: Bytes of a line, or of a row. No context is as long.
+LONGEST_LINE = 64 << 20
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
@@ -32,6 +38,22 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         if path.suffix != ".zst":
             raise
         raise _damaged(path, "zstd", error) from error
+
+
+def lines_of(handle: BinaryIO) -> Iterator[bytes | None]:
+    """The lines of a file, None for each that is too long: it is passed over, and never in memory whole."""
+    while raw := handle.readline(LONGEST_LINE + 1):
+        if len(raw) <= LONGEST_LINE:
+            yield raw
+            continue
+        while raw and not raw.endswith(b"\n"):
+            raw = handle.readline(LONGEST_LINE)
+        yield None
+
+
+def too_long() -> str:
+    """What is said of a line or a row for which `lines_of` gives None."""
+    return f"more than {LONGEST_LINE >> 20} MiB in one"
 
 
 def _open(path: Path) -> BinaryIO:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import Problem
-from tunesmith.io.compressed import opened
+from tunesmith.io.compressed import lines_of, opened, too_long
 
 #: The last is how the test set of WNUT 2017 is published.
 SUFFIXES = (".conll", ".iob", ".iob2", ".bio", ".annotated")
+
+LONGEST_SENTENCE = 1_000_000  # words: more is a file without empty lines
 
 _TAG = re.compile(r"O|[BIES]-\S+")
 
@@ -31,11 +33,10 @@ def conll_rows(path: Path) -> Iterator[Read]:
     words: list[list[str]] = []
     problem, begun, separator = None, 1, None
     with opened(path) as handle:
-        for number, raw in enumerate(handle, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
-            except UnicodeDecodeError:
-                line, problem = "?", problem or _bad_line(f"{path}:{number}", "not UTF-8")
+        for number, raw in enumerate(lines_of(handle), start=1):
+            line, detail = _text(raw, number)
+            if detail:
+                problem = problem or _bad_line(f"{path}:{number}", detail)
             if not line.strip():
                 yield from _sentence(f"{path}:{begun}", words, problem)
                 words, problem = [], None
@@ -47,8 +48,21 @@ def conll_rows(path: Path) -> Iterator[Read]:
                 continue
             if len(columns) < 2 or not columns[0]:
                 problem = problem or _bad_line(f"{path}:{number}", "a word without a tag")
-            words.append([columns[0], columns[-1].strip()])
+            if len(words) < LONGEST_SENTENCE:
+                words.append([columns[0], columns[-1].strip()])
+            else:
+                problem = problem or _bad_line(f"{path}:{number}", f"a sentence of more than {LONGEST_SENTENCE:,} words")
     yield from _sentence(f"{path}:{begun}", words, problem)
+
+
+def _text(raw: bytes | None, number: int) -> tuple[str, str | None]:
+    """A line's text, or what is wrong with it."""
+    if raw is None:
+        return "?", f"a line of {too_long()}"
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n"), None
+    except UnicodeDecodeError:
+        return "?", "not UTF-8"
 
 
 def _sentence(where: str, words: Sequence[Sequence[str]], problem: Problem | None) -> Iterator[Read]:

@@ -2,8 +2,8 @@
 
 Covered: `.jsonl` (one JSON object a line), `.json` (one array of objects, or an object with an array for each split), `.csv`
 (with a header) and `.conll`, plain or compressed as `.gz` or `.zst`; `.parquet`, `.arrow` and `.feather`; a folder with such
-files or `hub:owner/name`, by `datasets`. All but `.json` stream: memory does not grow with the rows. A `.json` file is read
-whole, as its end decides whether it is one.
+files, or a data set of the hub with them (`hub:owner/name`). All but `.json` stream: memory does not grow with the rows. A
+`.json` file is read whole, as its end decides whether it is one.
 
 A row that is an array has its values as the columns `0`, `1`, ...
 """
@@ -11,18 +11,17 @@ A row that is an array has its values as the columns `0`, `1`, ...
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tunesmith.errors import DataError, Problem
 from tunesmith.io import conll, tables
-from tunesmith.io.compressed import opened, plain_suffix
+from tunesmith.io.compressed import lines_of, opened, plain_suffix, too_long
+from tunesmith.io.folders import HUB, files_of, hub_files
 
-#: Bytes. No context is as long, and a small compressed file can hold a line that fits in no memory.
-LONGEST_LINE = 64 << 20
-LARGEST_JSON = 4 << 30
+LARGEST_JSON = 1 << 30  # bytes, unpacked
 
 
 @dataclass(frozen=True)
@@ -71,23 +70,12 @@ def _row(where: str, value: Any) -> Row:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with opened(path) as handle:
-        for number, raw in enumerate(_lines(handle), start=1):
+        for number, raw in enumerate(lines_of(handle), start=1):
             where = f"{path}:{number}"
             if raw is None:
-                yield Row(where, None, _malformed(where, f"a line of more than {LONGEST_LINE >> 20} MiB"))
+                yield Row(where, None, _malformed(where, f"a line of {too_long()}"))
             elif row := _line(where, raw, "utf-8-sig" if number == 1 else "utf-8"):
                 yield row
-
-
-def _lines(handle: BinaryIO) -> Iterator[bytes | None]:
-    """The lines of a file, None for each that is too long: it is passed over, and never in memory whole."""
-    while raw := handle.readline(LONGEST_LINE + 1):
-        if len(raw) <= LONGEST_LINE:
-            yield raw
-            continue
-        while raw and not raw.endswith(b"\n"):
-            raw = handle.readline(LONGEST_LINE)
-        yield None
 
 
 def _line(where: str, raw: bytes, encoding: str) -> Row | None:
@@ -213,34 +201,46 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 _TEXT = (".jsonl", ".json", ".csv", *conll.SUFFIXES)  # may be compressed; the others compress themselves
 
 
+_KINDS = (".json", *_READERS)
+
+
+def is_rows(path: Path) -> bool:
+    """Whether a file is of a kind that `read_rows` reads, by its name."""
+    kind = plain_suffix(path)
+    return kind in _KINDS and (kind == path.suffix or kind in _TEXT)
+
+
+def _all_of(files: Iterable[Path]) -> Iterator[Row]:
+    for file in files:
+        yield from read_rows(file)
+
+
 def read_rows(path: Path | str, split: str | None = None) -> Iterator[Row]:
     """Rows of a file, a folder or a hub data set in order; unreadable lines come as rows with a problem.
 
     `split` names the part of a folder, a hub data set, or a `.json` file that is an object (`train` by default); other files
-    have none. Raises DataError where the file is
-    missing, of an unknown kind, damaged, or a broken array (nothing after the break could be told apart). An empty file
-    yields nothing: the caller says so.
+    have none. Raises DataError where the file is missing, of an unknown kind, damaged, or a broken array (nothing after the
+    break could be told apart). An empty file yields nothing: the caller says so.
     """
-    if str(path).startswith(tables.HUB):
-        return (Row(*made) for made in tables.dataset_rows(str(path), split))
+    if str(path).startswith(HUB):
+        return _all_of(hub_files(str(path), split, is_rows))
     path = Path(path)
-    if path.is_dir() and not path.suffix:
-        return (Row(*made) for made in tables.dataset_rows(str(path), split))
+    if path.is_dir() and plain_suffix(path) not in _KINDS:
+        return _all_of(files_of(path, split, is_rows))
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise DataError(
             Problem("TS101", f"data file {what}", str(path), "there is nothing to train on", "check the path in the recipe")
         )
     kind = plain_suffix(path)
-    known = (".json", *_READERS)
-    if kind not in known or (kind != path.suffix and kind not in _TEXT):
+    if not is_rows(path):
         raise DataError(
             Problem(
                 "TS101",
                 f"unknown kind of data file {path.suffix or '(no suffix)'!r}",
                 str(path),
                 "the reader is chosen by the file's suffix",
-                f"give one of {', '.join(known)}; {', '.join(_TEXT)} also as .gz or .zst",
+                f"give one of {', '.join(_KINDS)}; {', '.join(_TEXT)} also as .gz or .zst",
             )
         )
     if kind == ".json":

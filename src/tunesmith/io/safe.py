@@ -54,9 +54,11 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
         raise ModelError(problems)
     if not (folder / "config.json").is_file():
         raise ModelError(_problem("TS202", "no config.json", folder, "give the folder that save_pretrained wrote"))
-    for path in entries:
-        if path.suffix == ".json" and path.is_file():
+    for path in filter(Path.is_file, entries):
+        if path.suffix == ".json":
             problems += _settings_problems(path)
+        elif path.suffix == ".safetensors":
+            problems += _weight_problems(path)
     problems += _index_problems(folder)
     if weights and not list(folder.glob("*.safetensors")):
         problems.append(_problem("TS202", "no .safetensors weights", folder, "convert the weights to safetensors"))
@@ -125,11 +127,6 @@ def _file_problems(path: Path) -> Iterator[Problem]:
         yield _problem("TS203", "a pickle under another name, which can run code when opened", path, "delete the file")
     elif path.stat().st_size > (limit := _limit(path)):
         yield _problem("TS211", f"larger than {limit >> 20} MiB", path, "fetch the file again, or delete it")
-    elif path.suffix == ".safetensors":
-        try:
-            read_header(path)
-        except ValueError as error:
-            yield _problem("TS211", str(error), path, "fetch the file again")
 
 
 def _limit(path: Path) -> int:
@@ -226,6 +223,13 @@ def _generation_problems(config: Mapping[str, Any], path: Path) -> Iterator[Prob
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(each, bool) or not isinstance(each, int) or each < 0 for each in ids):
             yield _problem("TS211", f"{key} = {str(value)[:60]!r} is no token id", path, "correct the key, or delete it")
+
+
+def _weight_problems(path: Path) -> Iterator[Problem]:
+    try:
+        read_header(path)
+    except ValueError as error:
+        yield _problem("TS211", str(error), path, "fetch the file again")
 
 
 def _index_problems(folder: Path) -> Iterator[Problem]:

@@ -1,31 +1,33 @@
-"""Rows of tables: csv, parquet, arrow and feather files, and data sets of the hub or of a folder.
+"""Rows of tables: csv, parquet, arrow and feather files.
 
-All stream: no more than a batch of rows is in memory. A csv row stands at its line, a row of the others at `file:row N`.
+All stream: no more than a batch of rows is in memory, and a batch is no larger than a few rows may be. A csv row stands at its
+line, a row of the others at `file:row N`.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import DataError, Problem
-from tunesmith.io.compressed import opened
+from tunesmith.io.compressed import LONGEST_LINE, opened, too_long
 
 _BATCH = 1000  # rows turned into Python values at a time
-_CELL = 1 << 28  # characters of a csv cell: more is a quote that is never closed
+_HEAVY = 256 << 20  # bytes of a batch as Python values, from which on rows are taken one by one
+_UNPACKED = 256 << 20  # bytes of a column of a row group from which on it matters how small it was
+_RATIO = 1000  # times smaller than that: no text packs as well
 
 Read = tuple[str, Any, Problem | None]  # where, value, problem
 
 
 def csv_rows(path: Path) -> Iterator[Read]:
     """Rows of a csv file with a header; a row of another width, or bad quotes, is a problem of its line."""
-    csv.field_size_limit(_CELL)
+    csv.field_size_limit(LONGEST_LINE)  # a cell of more is a quote that is never closed
     with opened(path) as handle:
-        reader = csv.reader(io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape", newline=""), strict=True)
+        reader = csv.reader(_Lines(io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape", newline="")), strict=True)
         header: list[str] | None = None
         while True:
             where = f"{path}:{reader.line_num + 1}"
@@ -43,6 +45,23 @@ def csv_rows(path: Path) -> Iterator[Read]:
                 continue
             problem = _cells_problem(cells, header, where)
             yield where, None if problem else dict(zip(header, cells, strict=True)), problem
+
+
+class _Lines(Iterator[str]):
+    """A text's lines; one that is too long is passed over and raised as csv.Error, and the next call goes on behind it."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text = text
+
+    def __next__(self) -> str:
+        line = self._text.readline(LONGEST_LINE + 1)
+        if not line:
+            raise StopIteration
+        if len(line) > LONGEST_LINE:
+            while line and not line.endswith(("\n", "\r")):
+                line = self._text.readline(LONGEST_LINE)
+            raise csv.Error(f"a line of {too_long()}")
+        return line
 
 
 def _header(cells: list[str], where: str) -> list[str]:
@@ -66,11 +85,26 @@ def _bad_line(where: str, detail: str) -> Problem:
 
 
 def parquet_rows(path: Path) -> Iterator[Read]:
-    """Rows of a parquet file, a batch at a time."""
+    """Rows of a parquet file, a batch at a time; what the file keeps once is not unpacked for all rows that name it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return _numbered(path, lambda: pq.ParquetFile(path).iter_batches(batch_size=_BATCH), pa.ArrowException)
+    def batches() -> Iterator[Any]:
+        told = pq.read_metadata(path)
+        groups = [told.row_group(number) for number in range(told.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        for column in columns:
+            if column.total_uncompressed_size > max(_UNPACKED, _RATIO * column.total_compressed_size):
+                unpacked = f"{column.total_uncompressed_size / 2**30:.1f} GiB"
+                raise pa.ArrowInvalid(f"column {column.path_in_schema[:60]!r} unpacks to {unpacked}")
+        shared = {
+            each.path_in_schema
+            for each in columns
+            if each.physical_type == "BYTE_ARRAY" and any("DICTIONARY" in encoding for encoding in each.encodings)
+        }
+        yield from pq.ParquetFile(path, read_dictionary=sorted(shared)).iter_batches(batch_size=_BATCH)
+
+    return _numbered(path, batches, pa.ArrowException)
 
 
 def arrow_rows(path: Path) -> Iterator[Read]:
@@ -95,55 +129,43 @@ def _numbered(path: Path, batches: Callable[[], Iterable[Any]], damage: type[Exc
     try:
         for batch in batches():
             for start in range(0, batch.num_rows, _BATCH):
-                for value in batch.slice(start, _BATCH).to_pylist():
+                for value in _values(batch.slice(start, _BATCH)):
                     number += 1
-                    yield f"{path}:row {number}", value, None
+                    where = f"{path}:row {number}"
+                    yield where, value, None if value is not None else _bad_line(where, f"a row of {too_long()}")
     except (damage, OSError) as error:
         detail = str(error).strip().split("\n", maxsplit=1)[0][:200]
         why = "the rows after the damage are lost"
         raise DataError(Problem("TS114", f"not a whole table: {detail}", str(path), why, "get the file again")) from error
 
 
-HUB = "hub:"  # hub:owner/name or hub:owner/name@revision
+def _values(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch as Python values; None for one that is too large."""
+    if sum(map(_bytes, batch.columns)) <= _HEAVY:
+        yield from batch.to_pylist()
+        return
+    for number in range(batch.num_rows):
+        row = batch.slice(number, 1)
+        yield None if sum(map(_bytes, row.columns)) > LONGEST_LINE else row.to_pylist()[0]
 
 
-def hub_name(path: str) -> tuple[str, str | None]:
-    """Name and revision of `hub:owner/name@revision`."""
-    name, _, revision = path.removeprefix(HUB).partition("@")
-    return name, revision or None
+def _bytes(array: Any) -> int:
+    """How large an array is once each place has its own value, which Arrow keeps once for many."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-
-def hub_commit(path: str) -> str:
-    """The commit that `hub:owner/name@revision` stands for; asks the hub unless the revision is a commit. Raises DataError."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    name, revision = hub_name(path)
-    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    try:
-        return str(HfApi().dataset_info(name, revision=revision).sha)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        why, fix = "there is nothing to train on", "check the name and the network, or name a commit after @"
-        raise DataError(Problem("TS101", f"cannot reach the data set: {detail}", path, why, fix)) from error
-
-
-def dataset_rows(path: str, split: str | None) -> Iterator[Read]:
-    """Rows of a hub data set, or of a folder with data files, streamed by `datasets`. Raises DataError without it."""
-    from datasets import load_dataset
-
-    name, revision = hub_name(path) if path.startswith(HUB) else (path, None)
-    wanted = split or "train"
-    try:
-        rows = load_dataset(name, split=wanted, revision=revision, streaming=True)
-    except Exception as error:
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        why, fix = "there is nothing to train on", "check the name, the split and the network"
-        raise DataError(Problem("TS101", f"cannot open the data set, split {wanted!r}: {detail}", path, why, fix)) from error
-    return _streamed(rows, path, wanted)
-
-
-def _streamed(rows: Iterable[dict[str, Any]], path: str, split: str) -> Iterator[Read]:
-    for number, value in enumerate(rows, start=1):
-        yield f"{path}:{split} row {number}", dict(value), None
+    types, kind = pa.types, array.type
+    if types.is_dictionary(kind) and (types.is_string(kind.value_type) or types.is_large_string(kind.value_type)):
+        size = pc.sum(pc.binary_length(array.dictionary).take(array.indices)).as_py() or 0
+    elif types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        size = (array.dictionary if types.is_dictionary(kind) else array.values).nbytes * len(array)
+    elif types.is_struct(kind):
+        size = sum(map(_bytes, array.flatten()))
+    elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        size = _bytes(array.flatten())
+    elif types.is_map(kind):
+        begun, ended = array.offsets[0].as_py(), array.offsets[len(array)].as_py()
+        size = sum(_bytes(part.slice(begun, ended - begun)) for part in (array.keys, array.items))
+    else:
+        size = array.nbytes
+    return int(size)

@@ -22,8 +22,8 @@ from tunesmith.datasections import NAMED_TEMPLATES, DataSection
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_text
 from tunesmith.io.documents import folder_digest, reader_of
+from tunesmith.io.folders import HUB, hub_commit
 from tunesmith.io.rows import Row
-from tunesmith.io.tables import HUB, hub_commit
 from tunesmith.io.terminal import make_console
 from tunesmith.models.load import locate, model_digest
 from tunesmith.models.rope import check_scalable, window
