@@ -6,11 +6,15 @@ torch: a stage does.
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,13 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith import __version__
-from tunesmith.demodata import MAX_ROWS, TEST_ROWS, write_input
+from tunesmith.demodata import MAX_ROWS, TEST_ROWS
 from tunesmith.errors import Problem, StageFailedError, TunesmithError
 from tunesmith.hardware.freed import grow_segments, keep_few_products
 from tunesmith.io.terminal import make_console, plain
-from tunesmith.pipeline import ALL_METHODS
-from tunesmith.recipe import Method, ResolvedRecipe, load_recipe
-from tunesmith.runs import create_run, default_name, open_run
+
+if TYPE_CHECKING:
+    from tunesmith.recipe import Method, ResolvedRecipe
 
 app = typer.Typer(
     name="tunesmith",
@@ -48,7 +52,9 @@ RunOption = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, as train.max_steps=10.")
 ]
-Methods = Annotated[str, typer.Option(metavar="LIST", help="Which of full, lora, qlora, separated by commas.")]
+Methods = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Which of full, lora, qlora, separated by commas; default all.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -65,11 +71,14 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the data, the runs and the report go.")] = Path(
         "runs/demo"
     ),
-    methods: Methods = ",".join(ALL_METHODS),
+    methods: Methods = None,
     rows: Annotated[int, typer.Option(min=40, help="Rows to train on; fewer is faster and worse.")] = MAX_ROWS,
     test_rows: Annotated[int, typer.Option(min=4, help="Rows to score on.")] = TEST_ROWS,
 ) -> None:
     """Adapt a real chat model to a support-desk task three ways, and see which won."""
+    from tunesmith.demodata import write_input
+    from tunesmith.recipe import load_recipe
+
     recipe_path = write_input(out / "input", max_rows=rows, test_rows=test_rows)
     _compare_methods(load_recipe(recipe_path), out, methods)
 
@@ -85,6 +94,8 @@ def run(
 ) -> None:
     """All stages of a recipe: prepare, plan, train, export, evaluate (and compare)."""
     from tunesmith import pipeline
+    from tunesmith.recipe import load_recipe
+    from tunesmith.runs import default_name
 
     resolved = load_recipe(recipe, overrides or ())
     if methods is not None:
@@ -105,7 +116,7 @@ def plan(
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="Rows to train on; their lengths are read.")] = None,
     rows: Annotated[int, typer.Option(help="Rows to train on, where no data is given.")] = 10_000,
     length: Annotated[int, typer.Option(help="Tokens of a row, where no data is given.")] = 2048,
-    methods: Methods = ",".join(ALL_METHODS),
+    methods: Methods = None,
     budget: Annotated[str | None, typer.Option(metavar="DOLLARS", help="Most money, as 20$.")] = None,
     deadline: Annotated[str | None, typer.Option(metavar="TIME", help="Most time, as 4h, 90m or 2d.")] = None,
     latency_critical: Annotated[bool, typer.Option("--latency-critical", help="Answers must come fast when served.")] = False,
@@ -132,6 +143,8 @@ def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides =
     """Rows to token ids with a loss mask; every row accounted for. Prints the run folder."""
     from tunesmith.models.load import locate
     from tunesmith.pipeline import prepare_shown, settle_method
+    from tunesmith.recipe import load_recipe
+    from tunesmith.runs import create_run, default_name
     from tunesmith.stages.prepare import without_torch
 
     resolved = settle_method(load_recipe(recipe, overrides or ()), _err())
@@ -145,6 +158,7 @@ def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides =
 @app.command(rich_help_panel=_STAGES)
 def augment(recipe: RecipePath, overrides: Overrides = None) -> None:
     """More rows: paraphrases of the train rows by the endpoint that the recipe names, each checked."""
+    from tunesmith.recipe import load_recipe
     from tunesmith.stages.augment import augment as stage
 
     resolved = load_recipe(recipe, overrides or ())
@@ -166,6 +180,8 @@ def review(
     import getpass
 
     from tunesmith.pipeline import prepare_shown, settle_method
+    from tunesmith.recipe import load_recipe
+    from tunesmith.runs import create_run, default_name, open_run
     from tunesmith.stages.review import Review
     from tunesmith.stages.review.terminal import review as screen
 
@@ -186,6 +202,7 @@ def train(
 ) -> None:
     """Train as the run's recipe says, or go on where it was interrupted; tell how far off the plan was."""
     from tunesmith.pipeline import score_shown
+    from tunesmith.runs import open_run
     from tunesmith.stages.train import train as stage
 
     this = open_run(run)
@@ -197,6 +214,7 @@ def train(
 @app.command(rich_help_panel=_STAGES)
 def export(run: RunPath) -> None:
     """Merge into one bf16 model folder, opened again and compared with what was trained."""
+    from tunesmith.runs import open_run
     from tunesmith.stages.export import export as stage
 
     this = open_run(run)
@@ -213,6 +231,7 @@ def evaluate(
     model: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Score another model folder.")] = None,
 ) -> None:
     """Score the task on rows that were not trained on."""
+    from tunesmith.runs import open_run
     from tunesmith.stages.evaluate.stage import evaluate as stage
     from tunesmith.stages.evaluate.stage import evaluate_base
 
@@ -230,22 +249,30 @@ def compare(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where compare.json and report.html go.")] = Path("runs/compare"),
 ) -> None:
     """One table of several runs, and the same as a page."""
+    from tunesmith.runs import open_run
     from tunesmith.stages.compare import compare as stage
 
     _show_table(stage([open_run(path) for path in runs], out), out)
 
 
-def _method_names(methods: str) -> list[Method]:
-    """The methods of a list with commas, each once; raises TunesmithError for an unknown one."""
+def _method_names(methods: str | None) -> list[Method]:
+    """The methods of a list with commas, all without one; raises TunesmithError for an unknown one, and for one named twice."""
+    from tunesmith.pipeline import ALL_METHODS
+
+    if methods is None:
+        return list(ALL_METHODS)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     unknown = [name for name in names if name not in ALL_METHODS]
+    why, fix = "nothing could be trained", f"use {', '.join(ALL_METHODS)}"
     if unknown or not names:
-        what = f"unknown method {', '.join(unknown) or '(none)'}"
-        raise TunesmithError(Problem("TS003", what, "--methods", "nothing could be trained", f"use {', '.join(ALL_METHODS)}"))
-    return [method for method in dict.fromkeys(names) if method in ALL_METHODS]
+        raise TunesmithError(Problem("TS003", f"unknown method {', '.join(unknown) or '(none)'}", "--methods", why, fix))
+    if len(set(names)) < len(names):
+        why, fix = "it would be trained and compared with itself", "name each once"
+        raise TunesmithError(Problem("TS003", f"a method stands twice: {methods}", "--methods", why, fix))
+    return [method for method in names if method in ALL_METHODS]
 
 
-def _compare_methods(resolved: ResolvedRecipe, target: Path, methods: str) -> None:
+def _compare_methods(resolved: ResolvedRecipe, target: Path, methods: str | None) -> None:
     from tunesmith import pipeline
 
     _show_table(pipeline.run_methods(resolved, target, _method_names(methods), _err()), target / "compare")
@@ -303,14 +330,49 @@ def main() -> NoReturn:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     grow_segments()
     keep_few_products()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal's encoding lacks
     try:
         app()
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 0 if left.code is None else 1
     except StageFailedError as error:
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except TunesmithError as error:
         show_problems(error.problems)
-        sys.exit(2)
+        code = 2
+    except OSError as error:
+        code = _told(error)
     except KeyboardInterrupt:
         _err().print("interrupted", style="bold red")
-        sys.exit(130)
-    sys.exit(0)
+        code = 130
+    else:
+        code = 0
+    sys.exit(_flushed(code))
+
+
+#: What an operating system refuses that is no fault of the program: space, rights, a device.
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG}
+
+
+def _told(error: OSError) -> int:
+    """The exit code of what the operating system has refused, which is told; another error is raised again."""
+    if error.errno == errno.EPIPE:
+        return 128 + signal.SIGPIPE  # as the shell has it: who read has left
+    if error.errno not in _REFUSED:
+        raise error
+    where = str(error.filename or "standard output")
+    why, fix = "what was to be read or written there is missing", "make room, change the rights, or name another place"
+    show_problems([Problem("TS013", str(error.strerror), where, why, fix)])
+    return 2
+
+
+def _flushed(code: int) -> int:
+    """The exit code once all is written, of which Python would complain later."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = _told(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in it is lost, and said to be
+    return code

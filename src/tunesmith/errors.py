@@ -84,6 +84,7 @@ CODES: dict[str, str] = {
     "TS512": "mmlu-unknown-subject",
     "TS513": "mmlu-malformed",
     "TS601": "compare-different-tests",
+    "TS602": "compare-run-twice",
     "TS701": "hardware-unknown",
     "TS702": "hardware-bad-catalogue",
     "TS703": "plan-bad-value",

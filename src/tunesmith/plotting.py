@@ -27,6 +27,7 @@ def figure(width: float, height: float) -> tuple[Any, Any]:
 
     # A fixed salt and no date make the same numbers give the same bytes.
     mpl.rcParams.update({"svg.hashsalt": "tunesmith", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11})
+    mpl.rcParams["text.parse_math"] = False  # a run's name may have a $ in it
     made = Figure(figsize=(width, height), layout="constrained")
     axes = made.subplots()
     axes.spines[["top", "right"]].set_visible(False)

@@ -333,10 +333,23 @@ def _yaml_line(key: str, value: Any) -> str:
     return yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=False, width=10**9).strip()[1:-1]
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice, of which the last would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     why = "the recipe is the run's only config"
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _OnceLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source

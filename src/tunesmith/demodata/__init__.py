@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tunesmith.demodata import supportdesk
-from tunesmith.io.atomic import commit_folder, write_json, write_jsonl, write_text
-
 TRAIN_ROWS = 1_000
 TEST_ROWS = 100
 SEED = 7
@@ -36,6 +33,9 @@ def write_input(folder: Path, *, train_rows: int = TRAIN_ROWS, test_rows: int = 
 
     Raises RunError where something else stands there.
     """
+    from tunesmith.demodata import supportdesk
+    from tunesmith.io.atomic import commit_folder, write_json, write_jsonl, write_text
+
     train, test = supportdesk.generate(train_rows, test_rows, SEED)
     with commit_folder(folder, "demo-input") as target:
         write_jsonl(target / "train.jsonl", train)

@@ -72,11 +72,15 @@ def read_entries(file: Path) -> list[Entry]:
         return []
 
 
-def add_entries(file: Path, entries: Sequence[Entry]) -> None:
-    """Append to the file, atomically."""
+def add_entries(file: Path, entries: Sequence[Entry]) -> bool:
+    """Append to the file, atomically; False where it cannot be written, of which only later plans have less."""
     kept = [*read_entries(file), *entries][-_KEEP:]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, [asdict(entry) for entry in kept])
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, [asdict(entry) for entry in kept])
+    except OSError:
+        return False
+    return True
 
 
 def today() -> str:

@@ -154,7 +154,10 @@ def _bad(what: str, source: str) -> ModelError:
 def _attention(config: _Config, *, qkv_bias: bool, out: str = "o_proj", out_bias: bool = False) -> tuple[Linear, ...]:
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     head = config.size("head_dim", default=hidden // heads)
-    kv = config.size("num_key_value_heads", default=heads) * head
+    groups = config.size("num_key_value_heads", default=heads)
+    if heads % groups:
+        raise _bad(f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}", config.source)
+    kv = groups * head
     return (
         Linear("q_proj", hidden, heads * head, qkv_bias),
         Linear("k_proj", hidden, kv, qkv_bias),

@@ -38,7 +38,12 @@ def ensure() -> Path:
     folder = place()
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        (folder.parent / f".{NAME}.lock").touch()
+    except OSError as error:
+        why, fix = "the built-in model is kept there", "set TUNESMITH_CACHE to a folder that can be written"
+        raise ModelError(Problem("TS013", f"the cache cannot be written: {error}", str(folder.parent), why, fix)) from error
     with FileLock(folder.parent / f".{NAME}.lock"):
         if not folder.is_dir():
             print(f"fetching {NAME} ({LICENSE}, 93 MB) and converting it once ...", file=sys.stderr, flush=True)

@@ -79,7 +79,8 @@ def model_digest(folder: Path) -> str:
                 ledger[entry] = sha256_file(path)
             digests[path.name] = ledger[entry]
     if len(ledger) != known:
-        write_json(ledger_path, ledger)
+        with contextlib.suppress(OSError):  # a cache that cannot be written is done without
+            write_json(ledger_path, ledger)
     return sha256_json(digests)
 
 

@@ -6,6 +6,7 @@ another language may end the whole process. What passes is remembered by its dig
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -35,8 +36,9 @@ def try_tokenizer(folder: Path) -> None:
         why = "every row goes through it"
         fix = "fetch the file again, or take another copy of the model"
         raise ModelError(Problem("TS216", f"the tokenizer cannot be used: {last[0].strip()[:200]}", str(path), why, fix))
-    passed.parent.mkdir(parents=True, exist_ok=True)
-    write_text(passed, "")
+    with contextlib.suppress(OSError):  # a cache that cannot be written is done without
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        write_text(passed, "")
 
 
 def _texts() -> list[str]:

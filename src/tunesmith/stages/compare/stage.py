@@ -29,6 +29,7 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
     else stands at `target`.
     """
     check_replaceable(target, COMPARISON)
+    _check_different(runs)
     evaluated = [_evaluated(run) for run in runs]
     base = _base_results(runs)
     _check_same_rows(runs, [*evaluated, *([] if base is None else [base])])
@@ -51,6 +52,14 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
         write_json(folder / "compare.json", table)
         write_text(folder / "report.html", page)
     return table
+
+
+def _check_different(runs: Sequence[Run]) -> None:
+    seen: dict[Path, Run] = {}
+    for run in runs:
+        if seen.setdefault(run.path.resolve(), run) is not run:
+            why, fix = "a run beside itself is no comparison", "name each run once"
+            raise RunError(Problem("TS602", "the run is named twice", str(run.path), why, fix))
 
 
 def _results(run: Run, digest: str) -> dict[str, Any] | None:

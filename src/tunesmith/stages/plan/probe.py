@@ -81,7 +81,8 @@ def calibrate(
                 bound=predicted.bound,
             )
         )
-    add_entries(calibration_file(), entries)
+    if not add_entries(calibration_file(), entries):
+        console.print(f"calibrate: {calibration_file()} cannot be written, so later plans will not know of it", soft_wrap=True)
     return entries
 
 
