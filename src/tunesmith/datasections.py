@@ -146,7 +146,7 @@ class DataSection(Section):
     heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the train rows kept aside for the eval loss (a seeded draw)."""
     max_rows: PositiveInt | None = None
-    """Train on at most this many rows (a seeded draw; the rest count as rejected, reason `over-max-rows`)."""
+    """Train on at most this many rows (a seeded draw; the rest count as unused, reason `over-max-rows`)."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest row in tokens (of a pair the longer side); `overlong` says what becomes of longer ones. With
     `objective: pretrain` longer documents go on in further rows, and nothing is lost."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -114,14 +114,23 @@ def prepare_shown(this: Run, console: Console) -> None:
     from tunesmith.stages.prepare import prepare
 
     ledger = prepare(this)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in ledger["reasons"].items())
+    left = [
+        f" + {ledger[count]} {count.removeprefix('rows_')}{_reasons(ledger[reasons])}"
+        for count, reasons in (("rows_unused", "unused"), ("rows_rejected", "reasons"))
+        if ledger[count] or count == "rows_rejected"
+    ]
     added = f" + {ledger['rows_added']} by splitting" if ledger["rows_added"] else ""
     _say(
         console,
         "prepare",
-        f"{ledger['rows_in']} rows in{added} = {ledger['rows_train']} train + {ledger['rows_heldout']} held out "
-        f"+ {ledger['rows_rejected']} rejected" + (f" ({reasons})" if reasons else ""),
+        f"{ledger['rows_in']} rows in{added} = {ledger['rows_train']} train + {ledger['rows_heldout']} held out"
+        + "".join(left),
     )
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return f" ({reasons})" if reasons else ""
 
 
 def _plan(this: Run, console: Console) -> None:

@@ -59,7 +59,11 @@ def test_three_methods_and_their_comparison(task: Path, monkeypatch: pytest.Monk
     for method in ("full", "lora", "qlora"):
         run = folder / "out" / method
         ledger = json.loads((run / "data" / "ledger.json").read_text(encoding="utf-8"))
-        assert ledger["rows_in"] == ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_rejected"] == 33
+        assert (
+            ledger["rows_in"]
+            == ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_unused"] + ledger["rows_rejected"]
+            == 33
+        )
         assert ledger["reasons"] == {"duplicate": 1}
         events = [json.loads(line) for line in (run / "data" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [(event["code"], event["count"]) for event in events] == [("rows-rejected", 1), ("few-rows", 29)]

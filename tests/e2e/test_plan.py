@@ -50,7 +50,7 @@ def test_no_torch_and_not_long_for_405_b(tmp_path: Path) -> None:
     took = time.perf_counter() - begun
     assert done.stdout.splitlines()[-2:] == ["code 2", "False False"]
     assert "TS704" in done.stderr
-    assert "8 of the 8 together" in done.stderr
+    assert "8 of the 8 H100 together" in done.stderr
     assert took < 8  # about 1.3 s where nothing else runs
 
 

@@ -134,5 +134,9 @@ def test_real_rows_add_up(tmp_path: Path, tiny_model: Path, shared_data: Path, f
     done = tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ledger = json.loads((tmp_path / "out" / "data" / "ledger.json").read_text(encoding="utf-8"))
-    assert ledger["rows_in"] == rows == ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_rejected"]
+    assert (
+        ledger["rows_in"]
+        == rows
+        == ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_unused"] + ledger["rows_rejected"]
+    )
     assert ledger["rows_train"] > 0

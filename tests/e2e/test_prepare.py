@@ -46,13 +46,14 @@ def read_arrow(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Path) -> Callable[[str], ResolvedRecipe]:
     def make(data: str) -> ResolvedRecipe:
-        return parse_recipe(f"model: {tiny_model}\ndata: {{heldout: 0.1, {data}}}\n", "recipe.yaml", tmp_path)
+        own = "" if "heldout:" in data else "heldout: 0.1, "
+        return parse_recipe(f"model: {tiny_model}\ndata: {{{own}{data}}}\n", "recipe.yaml", tmp_path)
 
     return make
 
 
 def balanced(ledger: dict[str, Any]) -> bool:
-    out: int = ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_rejected"]
+    out: int = ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_unused"] + ledger["rows_rejected"]
     return ledger["rows_in"] + ledger["rows_added"] == out
 
 
@@ -128,7 +129,7 @@ def test_several_sources_are_mixed_by_weight(tmp_path: Path, recipe: Any, write_
     assert balanced(ledger)
     kept = [source["rows_train"] + source["rows_heldout"] for source in ledger["sources"]]
     assert kept == [60, 20]
-    assert ledger["reasons"] == {"over-mixture": 80}
+    assert (ledger["reasons"], ledger["unused"]) == ({}, {"over-mixture": 80})
     assert ledger["formats"] == {"messages": 60, "prompt": 100}
     before = (run.path / "data" / "train.arrow").read_bytes()
     again = create_run(recipe(text), tmp_path / "again")
@@ -186,7 +187,7 @@ def test_balance_by_an_expression(tmp_path: Path, recipe: Any, write_rows: Any) 
     ledger = prepare(create_run(recipe("train: train.jsonl, balance: {label: answer_json.kind, cap: 12}"), tmp_path / "run"))
     assert balanced(ledger)
     assert ledger["balance"] == {"common": {"before": 54, "after": 12}, "rare": {"before": 6, "after": 6}}
-    assert ledger["reasons"]["balanced-out"] == 42
+    assert ledger["unused"]["balanced-out"] == 42
 
 
 def test_a_review_reaches_the_next_preparation(tmp_path: Path, recipe: Any, write_rows: Any) -> None:

@@ -55,7 +55,10 @@ def test_documents_in_pieces_share_their_documents_fate(tmp_path: Path, recipe: 
         run, ledger = prepared(recipe("pretrain", f"{asked}, workers: {workers}"), tmp_path / str(workers))
         runs.append({path.name: path.read_bytes() for path in (run.path / "data").iterdir()})
     assert runs[0] == runs[1]
-    assert ledger["reasons"] == {"duplicate": 2, "leaks-test": 1, "near-duplicate": 1, "over-max-rows": 10, "secret": 1}
+    assert ledger["reasons"] == {"duplicate": 2, "leaks-test": 1, "near-duplicate": 1, "secret": 1}
+    assert (ledger["unused"], ledger["rows_unused"]) == ({"over-max-rows": 10}, 10)
+    unused = [row["reason"] for row in read_jsonl(run.path / "data" / "unused.jsonl")]
+    assert unused == ["over-max-rows"] * 10
     assert (ledger["rows_train"], ledger["rows_heldout"], ledger["formats"]) == (40, 10, {"text": 65})
     assert ledger["notes"].keys() == {"document-split"}
     train, heldout = (read_arrow(run.path / "data" / f"{name}.arrow") for name in ("train", "heldout"))

@@ -26,7 +26,7 @@ def test_lora_learns_the_demo_task(tmp_path: Path, real_model: Path) -> None:
     overrides = ["method=lora", "train.learning_rate=0.001", "data.heldout=0.1", "evaluate.max_new_tokens=48"]
     run = create_run(load_recipe(recipe, overrides), tmp_path / "run")
     ledger = prepare(run)
-    assert ledger["rows_in"] == ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_rejected"]
+    assert ledger["rows_in"] == ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_unused"] + ledger["rows_rejected"]
     summary = train(run, QUIET)
     assert summary["last_loss"] < 0.5 * summary["first_loss"]
     proof = export(run)

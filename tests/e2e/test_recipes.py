@@ -54,7 +54,7 @@ def prepared(source: Path, folder: Path, shared_data: Path) -> tuple[dict[str, A
 
 
 def whole(ledger: dict[str, Any]) -> bool:
-    out = ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_rejected"]
+    out = ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_unused"] + ledger["rows_rejected"]
     return bool(ledger["rows_in"] + ledger["rows_added"] == out and sum(ledger["reasons"].values()) == ledger["rows_rejected"])
 
 

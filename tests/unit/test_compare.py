@@ -22,6 +22,8 @@ def row(method: str, score: float, interval: list[float] | None = None, **extra:
         "task_score": score,
         "effectiveness": None if interval is None else 100 * score,
         "effectiveness_interval": interval,
+        "of_best_interval": interval,
+        "train_seconds": 60.0,
     }
     return {**base, **extra}
 
@@ -73,4 +75,15 @@ def test_verdict_names_the_leanest_that_is_close_to_full() -> None:
     assert text.startswith("full scored best: 99.0 % of the task against 0.0 % for the base model")
     assert "lora reaches 97.0 %" in text
     assert "qlora" not in text
+    # What the interval does not tell apart is a tie, and the cheapest is named.
+    rows[2]["of_best_interval"] = [95.0, 101.0]
+    text = verdict(rows)
+    assert text.startswith("A tie: full 99.0 %, lora 97.0 % of the task against 0.0 % for the base model")
+    assert "lora took the least memory" not in text
+    assert "lora is the cheapest of them: 10 trainable parameters, 2.00 GiB at peak, 1.0 minutes of training" in text
+    rows[1]["train_seconds"] = 30.0
+    assert "lora took the least memory (10 trainable parameters, 2.00 GiB at peak, 1.0 minutes of training), " in verdict(rows)
+    assert verdict(rows).endswith("full the least time (0.5 minutes of training).")
+    rows[0].update(task_score=0.96, of_best_interval=[94.0, 100.5])
+    assert "do not tell full (99.0 % of the task) from the base model (96.0 %)" in verdict(rows)
     assert verdict([row("base", 0.5), row("lora", 0.5)]).startswith("No method beats the base model's 50.0 %")

@@ -1,4 +1,4 @@
-"""The compare stage: the article's table, measured on your data, one row for each model."""
+"""The compare stage: the usual table, measured on your data, one row for each model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
 
     `rows` begins with the base model, then one row for each run. *Effectiveness* is a model's task score over that of
     full fine-tuning, in percent, with a 95 % interval by paired bootstrap over the test rows; it is null where no run
-    is a full fine-tune. `mmlu` has a model's accuracy and what it lost of the base model's, null where it was not scored.
+    is a full fine-tune. `of_best_interval` is the same against the best score of a trained model. `mmlu` has a model's
+    accuracy and what it lost of the base model's, null where it was not scored.
     Raises RunError where a run is not evaluated, or the runs were scored on different rows or questions, or something
     else stands at `target`.
     """
@@ -36,6 +37,7 @@ def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
     rows = [] if base is None else [_row("base", None, None, base)]
     rows += [_run_row(run, results) for run, results in zip(runs, evaluated, strict=True)]
     _add_effectiveness(rows)
+    _add_ties(rows)
     add_changes(rows, {row["model"]: row["mmlu_answers"] for row in rows})
     curves = [read_jsonl(run.path / "train" / "metrics.jsonl") for run in runs]
     table = {
@@ -133,6 +135,7 @@ def _row(model: str, method: str | None, summary: dict[str, Any] | None, results
         "macro_f1": results.get("macro_f1"),
         "effectiveness": None,
         "effectiveness_interval": None,
+        "of_best_interval": None,
         "mmlu": _mmlu(results),
         "scores": results["scores"],
         "mmlu_answers": results["mmlu_answers"],
@@ -159,6 +162,14 @@ def _add_effectiveness(rows: list[dict[str, Any]]) -> None:
         row["effectiveness_interval"] = bootstrap_ratio(row["scores"], full["scores"])
 
 
+def _add_ties(rows: list[dict[str, Any]]) -> None:
+    """Fill in `of_best_interval`: each score against the best one of what was trained, where that is above 0."""
+    best = max((row for row in rows if row["method"] != "base"), key=lambda row: float(row["task_score"]))
+    if best["task_score"] > 0:
+        for row in rows:
+            row["of_best_interval"] = bootstrap_ratio(row["scores"], best["scores"])
+
+
 def bootstrap_ratio(scores: Sequence[float], reference: Sequence[float]) -> list[float]:
     """95 % percentile interval of 100 x mean(scores) / mean(reference), both drawn over the same rows.
 
@@ -178,7 +189,7 @@ def bootstrap_ratio(scores: Sequence[float], reference: Sequence[float]) -> list
 
 def _task_facts(run: Run, results: dict[str, Any]) -> dict[str, Any]:
     ledger = read_json(run.path / "data" / "ledger.json")
-    keys = ("rows_in", "rows_train", "rows_heldout", "rows_rejected", "reasons")
+    keys = ("rows_in", "rows_train", "rows_heldout", "rows_unused", "unused", "rows_rejected", "reasons")
     return {"base_model": Path(run.recipe.model).name, "test_rows": results["rows"], **{key: ledger[key] for key in keys}}
 
 

@@ -104,21 +104,52 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Which model scored best, and what the leanest one that comes close to full fine-tuning takes."""
+    """Which model scored best, or which are tied (the interval has equality), and what the cheapest that will do takes."""
     tuned = [row for row in rows if row["method"] != "base"]
     best = max(tuned, key=lambda row: row["task_score"])
-    sentence = f"{best['model']} scored best: {percent(best['task_score'])} of the task"
     base = next((row for row in rows if row["method"] == "base"), None)
     if base is not None and best["task_score"] <= base["task_score"]:
         return f"No method beats the base model's {percent(base['task_score'])} of the task: train longer, or on more rows."
-    if base is not None:
-        sentence += f" against {percent(base['task_score'])} for the base model"
+    if base is not None and _tied(base):
+        return (
+            f"The test rows do not tell {best['model']} ({percent(best['task_score'])} of the task) from the base model "
+            f"({percent(base['task_score'])}): test on more rows, or train longer."
+        )
+    tied = [row for row in tuned if row is best or _tied(row)]
+    against = "" if base is None else f" against {percent(base['task_score'])} for the base model"
+    if len(tied) > 1:
+        scores = ", ".join(f"{row['model']} {percent(row['task_score'])}" for row in tied)
+        return f"A tie: {scores} of the task{against}, and the test rows do not tell them apart. {_cheapest(tied)}."
+    sentence = f"{best['model']} scored best: {percent(best['task_score'])} of the task{against}"
     close = [row for row in tuned if row["method"] != "full" and (row["effectiveness"] or 0) >= CLOSE]
-    if close:
+    if close and close != [best]:
         lean = min(close, key=lambda row: row["peak_memory_bytes"])
-        share = f"{amount(lean['trainable_parameters'])} trainable parameters, {gigabytes(lean['peak_memory_bytes'])} at peak"
         sentence += (
             f". {lean['model']} reaches {lean['effectiveness']:.1f} % of full fine-tuning's score "
-            f"(95 % interval {interval(lean['effectiveness_interval'])}) with {share}"
+            f"(95 % interval {interval(lean['effectiveness_interval'])}) with {_share(lean)}"
         )
     return sentence + "."
+
+
+def _tied(row: Mapping[str, Any]) -> bool:
+    """Whether a score and the best one may be equal, by the 95 % interval."""
+    bounds = row["of_best_interval"]
+    return bounds is not None and bounds[0] <= 100 <= bounds[1]
+
+
+def _cheapest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which of the models took the least memory, and which the least time."""
+    lean = min(rows, key=lambda row: row["peak_memory_bytes"])
+    fast = min(rows, key=lambda row: row["train_seconds"])
+    if lean["train_seconds"] <= fast["train_seconds"]:
+        return f"{lean['model']} is the cheapest of them: {_share(lean)}, {_minutes(lean)}"
+    least = f"{lean['model']} took the least memory ({_share(lean)}, {_minutes(lean)})"
+    return f"{least}, {fast['model']} the least time ({_minutes(fast)})"
+
+
+def _minutes(row: Mapping[str, Any]) -> str:
+    return f"{row['train_seconds'] / 60:.1f} minutes of training"
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return f"{amount(row['trainable_parameters'])} trainable parameters, {gigabytes(row['peak_memory_bytes'])} at peak"

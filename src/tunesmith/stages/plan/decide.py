@@ -1,8 +1,11 @@
-"""Which method, and by which rule: the article's flow beside the exact answer. Every recommendation names its rule."""
+"""Which method, and by which rule: common practice beside the exact answer. Every recommendation names its rule.
+
+*Common practice* is what guides to fine-tuning agree on: memory as multiples of the weights, settings by the number of rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -14,16 +17,16 @@ from tunesmith.stages.plan.memory import sharded_bytes
 from tunesmith.stages.plan.options import OVERHEAD, Option
 from tunesmith.stages.plan.rows import DataFacts
 
-#: The article's rule of thumb: device memory over the weights in fp16 from which on a method is taken.
+#: The usual rule of thumb: device memory over the weights in fp16 from which on a method is taken.
 MULTIPLES: dict[Method, float] = {"full": 4.0, "lora": 1.5, "qlora": 0.5}
 
 #: What to expect of a method's score against full fine-tuning's, before `compare` has measured it. A rule of thumb.
 EXPECTED_QUALITY: dict[Method, float] = {"full": 1.0, "lora": 0.99, "qlora": 0.98}
 
-FEW_ROWS = 1_000  # below: expand the data first (the article)
+FEW_ROWS = 1_000  # below: expand the data first (common practice)
 MANY_ROWS = 100_000  # from here on full fine-tuning is worth its price where it fits (ours)
-LARGE_DATA = 1_000_000  # rows from which on a job is spread over devices (the article's "very large"; the number is ours)
-LARGE_MODEL = 30e9  # parameters above which a job is spread over devices (the article)
+LARGE_DATA = 1_000_000  # rows from which on a job is spread over devices (common practice for "very large"; the number is ours)
+LARGE_MODEL = 30e9  # parameters above which a job is spread over devices (common practice)
 
 #: Numbers of devices that are tried for a cluster.
 _CLUSTERS = (2, 4, 8, 16, 32, 64, 128)
@@ -51,10 +54,10 @@ class Reason:
         return {"rule": self.rule, "source": self.source, "text": self.text}
 
 
-def rule_of_thumb(architecture: Architecture, device: Device) -> Method | None:
-    """The article's answer: the richest method for which all devices' memory is enough times the fp16 weights."""
-    ratio = device.memory_bytes * device.count / (2 * architecture.parameters)
-    return next((method for method in get_args(Method) if ratio >= MULTIPLES[method]), None)
+def rule_of_thumb(architecture: Architecture, device: Device, methods: Collection[Method] = get_args(Method)) -> Method | None:
+    """The richest of the methods for which one device's memory is enough times the fp16 weights."""
+    ratio = device.memory_bytes / (2 * architecture.parameters)
+    return next((method for method in get_args(Method) if method in methods and ratio >= MULTIPLES[method]), None)
 
 
 def decide(
@@ -81,33 +84,43 @@ def _of_the_data(facts: DataFacts) -> list[Reason]:
     if facts.rows >= FEW_ROWS:
         return []
     text = f"{facts.rows:,} rows are fewer than {FEW_ROWS:,}: expand the data first, it decides more than the method does"
-    return [Reason("few-rows", "article", text)]
+    return [Reason("few-rows", "common practice", text)]
 
 
 def _of_memory(options: Mapping[Method, Option], architecture: Architecture, device: Device) -> Reason:
-    """The rule of thumb, and whether the computed bytes agree with it."""
+    """What fits by the rule of thumb, and by the computed bytes; what is recommended is another matter."""
     weights = 2 * architecture.parameters
-    memory = device.memory_bytes * device.count
-    thumb = rule_of_thumb(architecture, device)
-    exact = next((method for method, option in options.items() if option.fits), None)
-    text = f"memory is {memory / weights:.1f} x the fp16 weights ({weights / GIB:.1f} GiB): "
-    text += f"{thumb} by the rule of thumb (4 x full, 1.5 x LoRA, 0.5 x QLoRA)" if thumb else "none by the rule of thumb"
-    if thumb == exact:
-        return Reason("memory-multiples", "article", text + "; the computed bytes agree")
-    found = f"{exact} fits" if exact else "none fits"
-    return Reason("memory-multiples", "article", f"{text}; by the computed bytes {found} on one device, which is what counts")
+    thumb = rule_of_thumb(architecture, device, options)
+    exact = next((method for method in get_args(Method) if method in options and options[method].fits), None)
+    text = f"{device.memory_bytes / GIB:.1f} GiB are {device.memory_bytes / weights:.1f} x the fp16 weights "
+    text += f"({weights / GIB:.1f} GiB). What fits by the rule of thumb (full from 4 x, LoRA from 1.5 x, QLoRA from 0.5 x): "
+    text += f"{_and_smaller(thumb, options)}; by the computed bytes, which count: {_and_smaller(exact, options)}"
+    return Reason("memory-multiples", "common practice", text)
+
+
+def _and_smaller(richest: Method | None, options: Mapping[Method, Option]) -> str:
+    """A method and those that take less."""
+    if richest is None:
+        return "none"
+    order = [method for method in get_args(Method) if method in options]
+    return ", ".join(order[order.index(richest) :])
 
 
 def _refused(option: Option, asks: Asks) -> Reason | None:
     """Why a method that fits is left out."""
     if option.method == "qlora" and asks.latency_critical:
         text = "serving is latency-critical: not QLoRA, whose 4-bit base is dequantised in every product"
-        return Reason("latency-critical", "article", text)
+        return Reason("latency-critical", "common practice", text)
     if asks.budget is not None and option.cost > asks.budget:
         return Reason("budget", "asked", f"{option.method} costs ${option.cost:,.2f}, more than ${asks.budget:,.2f}")
     if asks.hours is not None and option.hours > asks.hours:
-        return Reason("deadline", "asked", f"{option.method} takes {option.hours:,.1f} h, more than {asks.hours:,.1f} h")
+        return Reason("deadline", "asked", f"{option.method} takes {option.hours:,.3g} h, more than {asks.hours:,.3g} h")
     return None
+
+
+def meets(option: Option, asks: Asks) -> bool:
+    """Whether an option fits and is what was asked for."""
+    return option.fits and _refused(option, asks) is None
 
 
 def _choose(usable: Mapping[Method, Option], facts: DataFacts) -> tuple[Method, Reason]:
@@ -118,27 +131,32 @@ def _choose(usable: Mapping[Method, Option], facts: DataFacts) -> tuple[Method, 
     if "lora" in usable:
         text = f"LoRA is expected to reach {100 * EXPECTED_QUALITY['lora']:.0f} % of full fine-tuning's score"
         if "full" in usable:
-            less = usable["full"].peak_memory_bytes / usable["lora"].peak_memory_bytes
-            text += f" with {less:.1f} x less memory; `tunesmith run --methods full,lora` measures it on your data"
+            least = [f"{usable[method].least_memory_bytes / GIB:.1f}" for method in ("lora", "full")]
+            text += f"; it takes at least {least[0]} GiB, and full {least[1]} GiB"
+            text += "; `tunesmith run --methods full,lora` measures both on your data"
         return "lora", Reason("adapter-is-enough", "tunesmith", text)
     if "qlora" in usable:
-        text = "of the methods that are left, QLoRA alone fits: the base in 4 bits, the adapter trained as in LoRA"
-        return "qlora", Reason("only-four-bit-fits", "article", text)
-    return "full", Reason("only-full-is-left", "tunesmith", "the other methods were left out above")
+        text = "QLoRA is what is left: the base in 4 bits, the adapter trained as in LoRA"
+        return "qlora", Reason("only-four-bit-is-left", "common practice", text)
+    return "full", Reason("only-full-is-left", "tunesmith", "full fine-tuning is what is left")
 
 
 def _of_settings(option: Option, facts: DataFacts) -> list[Reason]:
     """The tables behind the settings, and the levers that were needed."""
     chosen = option.settings
-    reasons = [Reason("learning-rate", "article", f"learning rate {chosen.learning_rate:g}: {chosen.reasons['learning_rate']}")]
+    reasons = [
+        Reason("learning-rate", "common practice", f"learning rate {chosen.learning_rate:g}: {chosen.reasons['learning_rate']}")
+    ]
     if option.method != "full":
         ours = chosen.reasons["r"] != "recipe" and 10_000 <= facts.rows < MANY_ROWS
-        source = "tunesmith" if ours else "article"
+        source = "tunesmith" if ours else "common practice"
         reasons.append(Reason("rank-by-rows", source, f"r {chosen.r}: {chosen.reasons['r']}; alpha {chosen.lora_alpha}"))
     batch = f"{chosen.effective_batch_size} rows a step: {chosen.reasons['effective_batch_size']}"
-    reasons.append(Reason("batch", "article", f"{batch}, as {chosen.per_device_train_batch_size} at once"))
+    reasons.append(Reason("batch", "common practice", f"{batch}, as {chosen.per_device_train_batch_size} at once"))
     rising = f"the learning rate rises over the first {chosen.warmup_steps:,}"
-    reasons.append(Reason("epochs", "article", f"{chosen.num_train_epochs:g} epochs are {chosen.max_steps:,} steps; {rising}"))
+    reasons.append(
+        Reason("epochs", "common practice", f"{chosen.num_train_epochs:g} epochs are {chosen.max_steps:,} steps; {rising}")
+    )
     if option.lever.gradient_checkpointing:
         what = "activations" if option.lever.gradient_checkpointing is True else "activations, but not attention,"
         text = f"{what} are computed again in the backward pass: memory demands it, or it buys a larger micro-batch"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -173,6 +174,12 @@ class Planner:
         own_attention = recipe.train.attn_implementation == "auto"
         self.packing = recipe.train.packing and own_attention and architecture.model_type in TREE_ARCHITECTURES
         self._batches: dict[tuple[int, int | None], list[list[Batch]]] = {}
+
+    def on(self, device: Device) -> Planner:
+        """The same for another device; what was computed of the data is shared."""
+        other = copy.copy(self)
+        other.device = device
+        return other
 
     def best(self, method: Method, *, free: bool = True) -> Option:
         """The fastest settings that fit; where none do, the ones that come nearest. `free` lets micro-batch and levers vary.

@@ -30,6 +30,7 @@ from tunesmith.stages.plan.decide import (
     Cluster,
     Reason,
     decide,
+    meets,
     rule_of_thumb,
     smallest_cluster,
 )
@@ -54,6 +55,7 @@ class Plan:
     reasons: Sequence[Reason]
     change: Sequence[str]
     clusters: Mapping[Method, Cluster]
+    elsewhere: Mapping[Method, tuple[Device, Option]]
 
     def as_dict(self) -> dict[str, Any]:
         """The content of plan.json; its keys are stable."""
@@ -92,6 +94,7 @@ class Plan:
             "recommended": self.recommended,
             "reasons": [reason.as_dict() for reason in self.reasons],
             "what_would_change_it": list(self.change),
+            "elsewhere": [_elsewhere_dict(*each) for each in self.elsewhere.values()],
         }
 
     def problem(self) -> Problem:
@@ -102,7 +105,8 @@ class Plan:
         if fitting:
             what = f"{' and '.join(fitting)} would fit, but not within what was asked for"
         else:
-            what = f"nothing fits: the smallest, {least.method}, needs {need:.1f} GiB of {have:.1f}"
+            one = "one card's " if self.device.count > 1 else ""
+            what = f"nothing fits: the smallest, {least.method}, needs {need:.1f} GiB of {one}{have:.1f}"
         fix = "; ".join(self.change) or "take a smaller model"
         return Problem("TS704", what, f"{self.model} on {self.device.name}", "training would run out of memory or money", fix)
 
@@ -140,6 +144,9 @@ def plan_for(
     recommended, reasons = decide(options, architecture, facts, device, asks)
     clusters = _clusters(options, architecture, device, gpus)
     reasons += _of_size(architecture, facts, clusters, recommended)
+    if device.count > 1:
+        text = f"times and money are of one of the {device.count} cards: a job over several is not planned yet"
+        reasons.append(Reason("one-card", "tunesmith", text))
     if recipe.train.activation_offloading:
         text = "activation_offloading is not counted: the peak will be lower than promised, a step longer"
         reasons.append(Reason("offloading-not-counted", "tunesmith", text))
@@ -147,8 +154,9 @@ def plan_for(
         largest = max(offloaded_bytes(architecture, option.scenario) for option in options.values())
         text = f"optimizer_offloading needs up to {largest / GIB:.1f} GiB of the machine's own memory"
         reasons.append(Reason("optimizer-offloading", "tunesmith", text))
-    change = _what_would_change_it(planner, options, recommended, gpus, clusters)
-    return Plan(recipe.model, source, architecture, device, facts, options, recommended, reasons, change, clusters)
+    elsewhere = _elsewhere(planner, options, gpus, asks, free=free)
+    change = _what_would_change_it(planner, options, recommended, elsewhere, clusters, asks)
+    return Plan(recipe.model, source, architecture, device, facts, options, recommended, reasons, change, clusters, elsewhere)
 
 
 def _clusters(
@@ -173,44 +181,74 @@ def _of_size(
     """A very large model or set of rows: several devices, and at least how many where the memory asks for them."""
     reasons = []
     if architecture.parameters > LARGE_MODEL:
-        text = f"{architecture.parameters / 1e9:.0f} B parameters are more than 30 B: spread the job over devices"
-        cluster = clusters.get(recommended or "full")
-        if cluster is not None:
-            text += f", at least {cluster.count} x {cluster.device} with {cluster.sharding}"
-        reasons.append(Reason("large-model", "article", text))
+        text = f"{architecture.parameters / 1e9:.0f} B parameters are more than 30 B: such a job is usually spread over devices"
+        if recommended is None and "full" in clusters:
+            cluster = clusters["full"]
+            text += f"; full takes at least {cluster.count} x {cluster.device} with {cluster.sharding} (not yet built in)"
+        reasons.append(Reason("large-model", "common practice", text))
     if facts.rows >= LARGE_DATA:
         text = f"{facts.rows:,} rows are a very large set: devices that each take a part of the rows divide the hours"
-        reasons.append(Reason("large-data", "article", text))
+        reasons.append(Reason("large-data", "common practice", text))
     return reasons
+
+
+def _elsewhere(
+    planner: Planner, options: Mapping[Method, Option], gpus: Mapping[str, Device], asks: Asks, *, free: bool
+) -> dict[Method, tuple[Device, Option]]:
+    """Of each method that is not to be had on the device, its option on the cheapest card where it is: planned, not guessed."""
+    found: dict[Method, tuple[Device, Option]] = {}
+    cards = [gpu for gpu in gpus.values() if gpu.flops["bfloat16"] and gpu.name != planner.device.name]
+    for method, option in options.items():
+        if meets(option, asks) or (method == "qlora" and asks.latency_critical):
+            continue
+        for gpu in sorted(cards, key=lambda gpu: (gpu.price, gpu.memory_bytes)):
+            there = planner.on(gpu).best(method, free=free)
+            if meets(there, asks):
+                found[method] = (gpu, there)
+                break
+    return found
+
+
+def _elsewhere_dict(device: Device, option: Option) -> dict[str, Any]:
+    return {
+        "method": option.method,
+        "device": device.name,
+        "memory_bytes": device.memory_bytes,
+        "price_an_hour": device.price,
+        "safe_memory_bytes": option.safe_memory_bytes,
+        "hours": option.hours,
+        "cost": option.cost,
+    }
 
 
 def _what_would_change_it(
     planner: Planner,
     options: Mapping[Method, Option],
     recommended: Method | None,
-    gpus: Mapping[str, Device],
+    elsewhere: Mapping[Method, tuple[Device, Option]],
     clusters: Mapping[Method, Cluster],
+    asks: Asks,
 ) -> list[str]:
-    """The cheapest card on which each method that does not fit would, or the smallest cluster."""
+    """The cheapest card that gives what each method lacks here, or the smallest cluster; each stands in plan.json too."""
     device, said = planner.device, list[str]()
     for method, option in options.items():
-        if option.fits:
-            continue
-        larger = [gpu for gpu in gpus.values() if gpu.memory_bytes >= option.safe_memory_bytes and gpu.flops["bfloat16"]]
-        if method in clusters and clusters[method].count <= device.count:
-            cluster = clusters[method]
+        cluster = clusters.get(method)
+        if not option.fits and cluster is not None and cluster.device == device.name and cluster.count <= device.count:
+            how = f"together, with {cluster.sharding}, which is not built in yet"
+            said.append(f"{method} would fit on {cluster.count} of the {device.count} {device.name} {how}")
+        elif method in elsewhere:
+            card, there = elsewhere[method]
+            takes = f"{there.hours:,.3g} h, ${there.cost:,.2f}"
             said.append(
-                f"{method} fits on {cluster.count} of the {device.count} together, {cluster.sharding} (not yet built in)"
+                f"{method} fits on one {card.name} ({card.memory_bytes / GIB:.0f} GiB, ${card.price:.2f} an hour): {takes}"
             )
-        elif larger:
-            gpu = min(larger, key=lambda gpu: (gpu.price, gpu.memory_bytes))
-            said.append(f"{method} fits on one {gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB, ${gpu.price:.2f} an hour)")
-        elif method in clusters:
-            cluster = clusters[method]
-            said.append(f"{method} takes {cluster.count} x {cluster.device} (${cluster.price_an_hour:,.2f} an hour)")
-    facts = planner.facts
-    if recommended == "lora" and options["lora"].fits and "full" in options and options["full"].fits and facts.rows < MANY_ROWS:
-        said.append(f"full would be taken from {MANY_ROWS:,} rows on")
+        elif not option.fits and cluster is not None:
+            how = f"with {cluster.sharding}, which is not built in yet"
+            said.append(f"{method} would take {cluster.count} x {cluster.device} (${cluster.price_an_hour:,.2f} an hour) {how}")
+    if recommended == "lora" and "full" in options and options["full"].fits and planner.facts.rows < MANY_ROWS:
+        said += [f"full would be taken from {MANY_ROWS:,} rows on"] if asks == Asks() else []
+    if recommended is None and not elsewhere and asks != Asks():
+        said.append("no single card that is known gives what was asked for")
     return said
 
 

@@ -11,23 +11,28 @@ from tunesmith.datasections import PartSection
 from tunesmith.errors import DataError, Problem
 
 _MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
+#: What becomes of rows, by the names of the counts.
+FATES = ("rows_train", "rows_heldout", "rows_unused", "rows_rejected")
 _QUANTILES = (50, 90, 95, 99, 100)
 
 
 @dataclass
 class Ledger:
-    """Counts that add up: rows_in + rows_added = rows_train + rows_heldout + rows_rejected.
+    """Counts that add up: rows_in + rows_added = rows_train + rows_heldout + rows_unused + rows_rejected.
 
+    Rejected is a row for what it is, unused a good one that is more than was asked for (`max_rows`, balance, mixture).
     Documents count as rows; `pieces` tells in how many rows they are trained on and held out.
     """
 
     sources: Sequence[PartSection]
-    rows_in: Counter[int] = field(default_factory=Counter)  # by number of the source, as the next three
+    rows_in: Counter[int] = field(default_factory=Counter)  # by number of the source, as the next four
     rows_train: Counter[int] = field(default_factory=Counter)
     rows_heldout: Counter[int] = field(default_factory=Counter)
+    rows_unused: Counter[int] = field(default_factory=Counter)
     rows_rejected: Counter[int] = field(default_factory=Counter)
     rows_added: int = 0  # by cutting rows in several
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)  # of rejected rows
+    unused: Counter[str] = field(default_factory=Counter)  # why rows are unused
     formats: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     overlong: Counter[str] = field(default_factory=Counter)
@@ -41,15 +46,15 @@ class Ledger:
 
     def as_dict(self) -> dict[str, Any]:
         """The content of ledger.json; `reasons` maps each reason to its count."""
-        counts = {name: getattr(self, name) for name in ("rows_in", "rows_train", "rows_heldout", "rows_rejected")}
+        counts = {name: getattr(self, name) for name in ("rows_in", *FATES)}
         totals = {name: counter.total() for name, counter in counts.items()}
-        out = totals["rows_train"] + totals["rows_heldout"] + totals["rows_rejected"]
-        if totals["rows_in"] + self.rows_added != out:
+        if totals["rows_in"] + self.rows_added != sum(totals[name] for name in FATES):
             raise AssertionError("rows in and rows out do not add up")
         return {
             **totals,
             "rows_added": self.rows_added,
             "reasons": _sorted(self.reasons),
+            "unused": _sorted(self.unused),
             "tokens_train": self.tokens_train,
             "tokens_trained_on": self.tokens_trained_on,
             "notes": _sorted(self.notes),

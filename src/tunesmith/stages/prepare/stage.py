@@ -104,6 +104,7 @@ class _Preparation:
         self._ledger = Ledger(self._data.parts)
         self._problems = Problems()
         self._rejects = Lines(target / "rejects.jsonl")
+        self._unused = Lines(target / "unused.jsonl")
         self._findings = Lines(target / "findings.jsonl")
         kind = "text" if self._objective == "pretrain" else "conversation"
         self._whole = WholeSet(self._data, self._recipe.seed, self._say, self._reject, kind)
@@ -139,6 +140,7 @@ class _Preparation:
             raise DataError(_nothing_left(ledger, data))
         written = write_sets(spool, self._whole, self._target, ledger, _SAMPLES, positions)
         self._rejects.close()
+        self._unused.close()
         self._findings.close()
         self._tell(worker)
         samples = (marked_sample(row, worker.tokenizer) for row in written.shown)
@@ -176,9 +178,15 @@ class _Preparation:
         self._findings.write({"where": where, "rule": finding.rule, "action": finding.action, "detail": finding.detail})
 
     def _reject(self, rejection: Rejection) -> None:
-        self._ledger.rows_rejected[rejection.source] += 1
-        self._ledger.reasons[rejection.reason] += 1
-        self._rejects.write({"where": rejection.where, "reason": rejection.reason, "detail": rejection.detail})
+        ledger = self._ledger
+        rows, reasons, lines = (
+            (ledger.rows_unused, ledger.unused, self._unused)
+            if rejection.unused
+            else (ledger.rows_rejected, ledger.reasons, self._rejects)
+        )
+        rows[rejection.source] += 1
+        reasons[rejection.reason] += 1
+        lines.write({"where": rejection.where, "reason": rejection.reason, "detail": rejection.detail})
 
     def _tell(self, worker: Worker) -> None:
         """What is told of the template, where there is one, and of the benchmarks."""
@@ -205,15 +213,16 @@ class _Preparation:
                 f"{beyond} rows are longer than the model's {positions} positions: lower data.max_length, or set rope_scaling"
             )
             event("rows-beyond-window", text, count=beyond, window=positions)
-        for reason, count in counts["reasons"].items():
-            event("rows-rejected", f"{count} rows left out: {reason}", reason=reason, count=count)
+        for key, code, said in (("reasons", "rows-rejected", "left out"), ("unused", "rows-unused", "not used")):
+            for reason, count in counts[key].items():
+                event(code, f"{count} rows {said}: {reason}", reason=reason, count=count)
         for note, count in counts["notes"].items():
             event(note, f"{count} rows: {NOTES[note]}", count=count)
         for decision, count in counts["overlong"].items():
             event("overlong", f"{count} {DECISIONS[decision]}", decision=decision, count=count)
-        for rule, actions in counts["findings"].items():
-            for action, count in actions.items():
-                event("finding", f"{count} times {rule}: {action}", rule=rule, action=action, count=count)
+        found = [(rule, *each) for rule, actions in counts["findings"].items() for each in actions.items()]
+        for rule, action, count in found:
+            event("finding", f"{count} times {rule}: {action}", rule=rule, action=action, count=count)
         for finding in self._probed.get("findings", ()):
             event("template", finding["detail"], rule=finding["rule"])
         rows = counts.get("pieces", {}).get("train", counts["rows_train"])
@@ -223,7 +232,7 @@ class _Preparation:
 
 def _nothing_left(ledger: Ledger, data: DataSection) -> Problem:
     why = f"{ledger.rows_in.total()} rows came in and {ledger.rows_rejected.total()} were rejected"
-    detail = ", ".join(f"{count} {reason}" for reason, count in ledger.reasons.items())
+    detail = ", ".join(f"{count} {reason}" for reason, count in [*ledger.reasons.items(), *ledger.unused.items()])
     return Problem("TS109", f"no row is left to train on ({detail})", data.parts[0].path, why, "correct the data")
 
 

@@ -97,19 +97,19 @@ class WholeSet:
         self._say(row.where, finding)
         return ("near-duplicate", finding.detail) if finding.action == "reject" else None
 
-    def _leave_out(self, number: int, reason: str, detail: str) -> None:
+    def _leave_out(self, number: int, reason: str, detail: str, *, unused: bool = False) -> None:
         self.fates[number] = OUT
-        self._reject(Rejection(self._places[number], self._sources[number], reason, detail))
+        self._reject(Rejection(self._places[number], self._sources[number], reason, detail, unused))
 
     def _left(self) -> list[int]:
         return [number for number, fate in enumerate(self.fates) if fate != OUT]
 
     def _keep(self, rows: Sequence[int], kept: Sequence[int], reason: str, detail: str) -> None:
-        """Leave out those of `rows` that do not stand at one of the `kept` indices."""
+        """Leave those of `rows` unused that do not stand at one of the `kept` indices."""
         chosen = set(kept)
         for index, number in enumerate(rows):
             if index not in chosen:
-                self._leave_out(number, reason, detail)
+                self._leave_out(number, reason, detail, unused=True)
 
     def settle(self, heldout: float) -> dict[str, dict[str, int]]:
         """Decide of all rows: set-wide findings, conflicts, balance, mixture, `max_rows`, held out. Returns classes' sizes."""

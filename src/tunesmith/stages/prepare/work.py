@@ -53,12 +53,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A row left out."""
+    """A row left out: for what it is, or `unused`, as there are more good ones than are asked for."""
 
     where: str
     source: int
     reason: str
     detail: str
+    unused: bool = False
 
 
 @dataclass(frozen=True)
