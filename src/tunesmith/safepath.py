@@ -1,4 +1,4 @@
-"""No code and no setting is taken from the folder that the command is called in: its files may be anybody's.
+"""No code is taken from the folder that the command is called in, whose files may be anybody's, and none from a hub.
 
 `python -m` puts that folder first on the module path, an empty or relative entry of PYTHONPATH, PATH or LD_LIBRARY_PATH means
 it, and each process that is started would do so again. Imports nothing but what Python has loaded by then.
@@ -20,6 +20,16 @@ def leave_working_folder() -> None:
     for name in _LISTS:
         _only_absolute(name)
     os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def leave_hub_kernels() -> None:
+    """Keep libraries from fetching compiled kernels from a hub and running them.
+
+    bitsandbytes does so as it is imported, transformers for some kinds of attention, where the package `kernels` is there.
+    None in `sys.modules` is how the import system says that a module is not to be had.
+    """
+    os.environ["USE_HUB_KERNELS"] = "0"
+    sys.modules["kernels"] = None  # type: ignore[assignment]
 
 
 def _only_absolute(name: str) -> None:

@@ -153,6 +153,26 @@ def _write_byte_code(path: Path, text: str) -> None:
     subprocess.run([sys.executable, "-P", "-c", code, str(path), text], check=True)
 
 
+def test_no_kernel_is_fetched_from_a_hub(tmp_path: Path) -> None:
+    """With the package that fetches them installed: it is not even imported."""
+    (tmp_path / "kernels.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'a').write('kernels')\n", encoding="utf-8")
+    code = (
+        "import sys\n"
+        "from tunesmith import cli\n"
+        "def main():\n"
+        "    import bitsandbytes, transformers\n"
+        "    from transformers.integrations.hub_kernels import _kernels_enabled\n"
+        "    assert not _kernels_enabled\n"
+        "    sys.exit(0)\n"
+        "cli.main = main\n"
+        "from tunesmith.__main__ import main\n"
+        "main()\n"
+    )
+    done = _called(tmp_path, [sys.executable, "-P", "-c", code], PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "canary").exists()
+
+
 @pytest.mark.parametrize("named", ["PYTHONPATH", "PATH", "LD_LIBRARY_PATH"])
 def test_a_relative_entry_of_a_path_is_dropped_and_an_absolute_one_stays(named: str, tmp_path: Path) -> None:
     (tmp_path / "colorsys.py").write_text("raise SystemExit(77)\n", encoding="utf-8")
