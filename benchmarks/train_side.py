@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from tunesmith.stages.train.objective import Sft
 from tunesmith.stages.train.setup import training_arguments
 
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+PEERS = ("trl_padded", "trl_padding_free", "transformers")
 _LONG = 100_000  # steps that the schedule is made for; turns end by being told so
 
 
@@ -42,36 +44,97 @@ def read_rows(folder: Path) -> Dataset:
     return Dataset.from_file(str(folder / "train.arrow"))
 
 
-def trl_side(asked: argparse.Namespace, *, tuned: bool, padding_free: bool) -> None:
-    """TRL's SFTTrainer on the same ids and masks; LoRA from the same start."""
+def in_order(rows: Dataset, batch: int, seed: int) -> Dataset:
+    """The rows as the engine draws them, those of a step by length: the fewest pads that micro-batches can have."""
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    lengths = rows["length"]
+    steps = (drawn[start : start + batch] for start in range(0, len(drawn), batch))
+    return rows.select([row for step in steps for row in sorted(step, key=lambda row: -lengths[row])])
+
+
+def labelled(row: dict[str, Any]) -> dict[str, Any]:
+    """What a trainer wants of a row: ids, and labels where it is trained on."""
+    pairs = zip(row["input_ids"], row["trained"], strict=True)
+    return {"labels": [token if trained else -100 for token, trained in pairs]}
+
+
+def peer_arguments(asked: argparse.Namespace, micro: int, steps: int) -> dict[str, Any]:
+    """What TRL's and transformers' trainers are told alike; bfloat16 is AMP, as TRL has it by default."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": asked.rows // micro,
+        "max_steps": steps,
+        "learning_rate": LEARNING_RATE[asked.method],
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": asked.seed,
+        "data_seed": asked.seed,
+        "dataloader_pin_memory": False,
+        "bf16": asked.dtype == "bfloat16",
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+    }
+
+
+def peer(asked: argparse.Namespace, model: Any, rows: Dataset, micro: int, steps: int) -> Any:
+    """A trainer of TRL's (its loss, padded or padding-free) or transformers' own (the model's loss by torch, padded)."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-    def with_labels(row: dict[str, Any]) -> dict[str, Any]:
-        pairs = zip(row["input_ids"], row["trained"], strict=True)
-        return {"labels": [token if trained else -100 for token, trained in pairs]}
+    arguments = peer_arguments(asked, micro, steps)
+    tokenizer = load_tokenizer(builtin.ensure())
+    if asked.side == "transformers":
+        collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+        return Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=rows, data_collator=collator)
+    config = SFTConfig(**arguments, max_length=None, padding_free=asked.side == "trl_padding_free")
+    return SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
 
-    rows = read_rows(asked.data).map(with_labels).select_columns(["input_ids", "labels"])
+
+def peer_side(asked: argparse.Namespace) -> None:
+    """A peer on the same ids and masks, with the same allocator settings; LoRA from the same start.
+
+    With `--screen` one step is timed for each of the sizes, on one model, and the process ends.
+    """
+    rows = in_order(read_rows(asked.data), asked.rows, asked.seed).map(labelled).select_columns(["input_ids", "labels"])
+    steady_memory()
+    meter = PeakMemory()
+    model = plain_model(asked, "bfloat16" if asked.dtype == "bfloat16" and asked.method != "full" else "float32")
+    turns = Turns(meter)
+    turns.answer(ready=True)
+    if not asked.screen:
+        trainer = peer(asked, model, rows, asked.micro, _LONG)
+        trainer.add_callback(turns)
+        trainer.train()
+    for micro in asked.screen:
+        trainer = peer(asked, model, rows, micro, 1)
+        begun = time.perf_counter()
+        trainer.train()
+        taken = time.perf_counter() - begun
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        turns.answer(micro=micro, seconds=taken, losses=losses)
+
+
+def defaults_side(asked: argparse.Namespace) -> None:
+    """TRL's SFTTrainer as it comes."""
+    from trl import SFTConfig, SFTTrainer
+
+    rows = read_rows(asked.data).map(labelled).select_columns(["input_ids", "labels"])
     meter = PeakMemory()
     model = plain_model(asked, "float32")
     turns = Turns(meter)
-    own: dict[str, Any] = {"bf16": asked.dtype == "bfloat16", "gradient_checkpointing": False, "padding_free": padding_free}
+    told = peer_arguments(asked, asked.micro, _LONG)
     config = SFTConfig(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=asked.micro,
-        gradient_accumulation_steps=asked.rows // asked.micro,
-        max_steps=_LONG,
-        learning_rate=LEARNING_RATE[asked.method],
-        lr_scheduler_type="constant",
+        **{
+            key: value
+            for key, value in told.items()
+            if key not in {"bf16", "gradient_checkpointing", "train_sampling_strategy"}
+        },
         max_length=None,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=asked.seed,
-        data_seed=asked.seed,
-        dataloader_pin_memory=False,
-        **(own if tuned else {}),
     )
     trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=load_tokenizer(builtin.ensure()))
     trainer.add_callback(turns)
@@ -117,6 +180,7 @@ def our_side(asked: argparse.Namespace) -> None:
         "lr_scheduler_type": "constant",
         "warmup_ratio": 0.0,
         "compute_dtype": asked.dtype,
+        **({} if asked.max_tokens is None else {"per_device_max_tokens": asked.max_tokens}),
     }
     values = {"model": builtin.NAME, "method": asked.method, "seed": asked.seed, "data": {"train": "rows"}, "train": train}
     recipe = Recipe.model_validate(values)
@@ -150,7 +214,7 @@ def our_side(asked: argparse.Namespace) -> None:
 def main() -> None:
     """Parse and train."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("side", choices=["tunesmith", "trl", "trl_padded", "trl_defaults"])
+    options.add_argument("side", choices=["tunesmith", *PEERS, "trl_defaults"])
     options.add_argument("--data", type=Path, required=True)
     options.add_argument("--method", choices=sorted(LEARNING_RATE), required=True)
     options.add_argument("--rows", type=int, required=True)
@@ -159,12 +223,16 @@ def main() -> None:
     options.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
     options.add_argument("--scratch", type=Path, required=True)
     options.add_argument("--seed", type=int, default=42)
+    options.add_argument("--max-tokens", type=int, help="ours: tokens at once; default as settled")
+    options.add_argument("--screen", type=int, nargs="*", default=[], help="peers: time a step with each micro-batch")
     asked = options.parse_args()
     set_seed(asked.seed)
     if asked.side == "tunesmith":
         our_side(asked)
+    elif asked.side == "trl_defaults":
+        defaults_side(asked)
     else:
-        trl_side(asked, tuned=asked.side != "trl_defaults", padding_free=asked.side == "trl")
+        peer_side(asked)
 
 
 if __name__ == "__main__":

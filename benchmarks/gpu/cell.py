@@ -299,7 +299,7 @@ def promised(case: Case, plan: Plan) -> tuple[Scenario, dict[str, Any]]:
     computing = time_correction(entries, device.name, case.method, scenario.dtype, architecture.hidden_size)
     found = corrected(roofline, computing, time_correction([], device.name, case.method, scenario.dtype, 1))
     return scenario, {
-        "planned_bytes": over.typical(made.total_bytes),
+        "planned_bytes": over.typical(made.total_bytes, made.breakdown),
         "planned_safe_bytes": over.safe(made.total_bytes),
         "planned_allocated_bytes": made.total_bytes,
         "planned_seconds": roofline.seconds * found.typical,

@@ -19,6 +19,7 @@ from tunesmith.io.atomic import read_json, write_json
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.models.architecture import Architecture, read_architecture
 from tunesmith.models.catalogue import known_models
+from tunesmith.packing.tree import Limits
 from tunesmith.planning import Request, facts_of, read_asks, recipe_of
 from tunesmith.recipe import Method, ResolvedRecipe, parse_recipe
 from tunesmith.stages.plan.building import make_optimizer
@@ -227,13 +228,13 @@ def test_shared_prefixes_are_read_from_the_data(tmp_path: Path) -> None:
     system = "A system prompt that every row begins with. " * 20
     shared = facts(tmp_path, [chat_row(f"{i} times?", "yes", system) for i in range(100)])
     assert shared.rows == 100
-    whole, padded = shared.batches(16, packing=True)[0][0], shared.batches(16, packing=False)[0][0]
+    whole, padded = shared.batches(16, Limits(), packing=True)[0][0], shared.batches(16, Limits(), packing=False)[0][0]
     assert whole.row_tokens > 16 * 200
     assert whole.tokens < whole.row_tokens / 4
     assert padded.tokens >= padded.row_tokens - 16  # each row's last label only has to be told
     assert whole.labelled == padded.labelled
     # The last one is of the longest rows, whose last labels only have to be told.
-    assert shared.batches(2, packing=False)[-1][0].tokens == 2 * (shared.longest - 1)
+    assert shared.batches(2, Limits(), packing=False)[-1][0].tokens == 2 * (shared.longest - 1)
 
 
 def test_rows_that_cannot_be_used_do_not_count(tmp_path: Path) -> None:
@@ -255,12 +256,12 @@ def test_pairs_count_both_sides_and_share_their_prompts(tmp_path: Path) -> None:
     pairs = read_facts(data, None, "dpo")
     assert (pairs.rows, pairs.as_dict()["sequences_per_row"]) == (100, 2)
     assert len(pairs.sequences) == 2 * len(pairs.sample)
-    whole, padded = pairs.batches(8, packing=True)[0][0], pairs.batches(8, packing=False)[0][0]
+    whole, padded = pairs.batches(8, Limits(), packing=True)[0][0], pairs.batches(8, Limits(), packing=False)[0][0]
     assert whole.row_tokens == pytest.approx(16 * pairs.mean_tokens, rel=0.2)
     assert whole.tokens < whole.row_tokens / 2
     assert padded.tokens >= padded.row_tokens - 16  # each row's last label only has to be told
     assert whole.labelled == padded.labelled
-    several = pairs.batches(8, 400, packing=True)[0]
+    several = pairs.batches(8, Limits(400), packing=True)[0]
     assert len(several) > 1
     assert sum(batch.row_tokens for batch in several) == whole.row_tokens
     with pytest.raises(DataError, match="no row of the sample"):
@@ -346,7 +347,7 @@ def test_a_real_gpu_is_predicted() -> None:
     planned_rows = [row for row in measured if 3 in row["tables"]]
     assert planned_rows
     for row in planned_rows:
-        over = OVERHEAD["cuda"].typical(row["planned_allocated_bytes"]) / row["nvidia_smi_bytes"]
+        over = OVERHEAD["cuda"].typical(row["planned_allocated_bytes"], {}) / row["nvidia_smi_bytes"]
         assert 1 <= over <= 1.05, row["part"]
         assert row["planned_allocated_bytes"] <= row["allocated_bytes"] <= row["reserved_bytes"]
 

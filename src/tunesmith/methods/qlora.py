@@ -35,9 +35,14 @@ class QLora(Lora):
         )
 
     def load_base(self) -> Any:
-        return load_model(
+        model = load_model(
             self.folder, dtype=self.compute_dtype, quantization_config=self.quantization(), rope_scaling=self.rope_scaling
         )
+        # On a CPU what was not quantised is a view of the file in memory, and would keep there what was: 2 bytes a parameter.
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
+        return model
 
     def load_trained(self, folder: Path) -> Any:
         import torch

@@ -26,6 +26,10 @@ REWARD_LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
 #: Tokens at once where the recipe leaves both rows and tokens open: enough for products at full speed, on a laptop too.
 MAX_TOKENS = 4096
 
+#: Tokens' time on a CPU that a micro-batch takes beside its own: weights are read once more, and what is trained is added up
+#: (full), or dequantised again (QLoRA). Measured by benchmarks/micro_batches.py.
+MICRO_BATCH_START = {"full": 60, "lora": 25, "qlora": 100}
+
 #: Rows at once where weights move in the backward pass, so that a step is one micro-batch.
 ROWS_IN_BACKWARD = 8
 
@@ -57,6 +61,7 @@ class Settings:
     gradient_accumulation_steps: int
     effective_batch_size: int
     per_device_max_tokens: int | None
+    micro_batch_start: int | None  # tokens' time that a micro-batch takes beside its tokens, where memory is weighed against it
     max_steps: int
     warmup_steps: int
     num_train_epochs: float
@@ -104,6 +109,10 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
     dtype = settled("compute_dtype", asked.compute_dtype, hardware.compute_dtype, hardware.compute_dtype_reason)
     micro, accumulation, batch = _batch(recipe, rows, reasons)
     tokens = _max_tokens(asked, reasons)
+    start = None
+    if hardware.device == "cpu" and tokens is not None and asked.per_device_max_tokens == "auto":
+        start = MICRO_BATCH_START[recipe.method]
+        reasons["per_device_max_tokens"] = "as few rows at once as cost no time, and no more than that holds"
     steps_per_epoch = math.ceil(rows / batch)
     steps = asked.max_steps or math.ceil(steps_per_epoch * asked.num_train_epochs)
     reasons["max_steps"] = "recipe" if asked.max_steps else f"{asked.num_train_epochs:g} epochs of {steps_per_epoch} steps"
@@ -113,6 +122,7 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
         gradient_accumulation_steps=accumulation,
         effective_batch_size=batch,
         per_device_max_tokens=tokens,
+        micro_batch_start=start,
         max_steps=steps,
         warmup_steps=math.ceil(asked.warmup_ratio * steps),
         num_train_epochs=steps / steps_per_epoch,

@@ -131,16 +131,38 @@ def build_tree(rows: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> T
 
 @dataclass(frozen=True)
 class Limits:
-    """What goes through the model at once at most: computed tokens and rows; None is no limit. A single row always goes."""
+    """What goes through the model at once at most: computed tokens and rows; None is no limit. A single row always goes.
+
+    `start` is how many tokens' time a micro-batch takes beside its tokens. Where it is given, micro-batches are the smallest
+    whose step takes little longer than the fastest's (`SLACK`), as memory grows with them; where not, the largest.
+    """
 
     tokens: int | None = None
     rows: int | None = None
+    start: int | None = None
 
     def hold(self, tokens: int, rows: int) -> bool:
         """Whether that many are within both."""
         return rows <= 1 or not (
             (self.tokens is not None and tokens > self.tokens) or (self.rows is not None and rows > self.rows)
         )
+
+
+#: Sizes of micro-batches in tokens that are tried where memory is weighed against time, and how much more of it they may take.
+SIZES = (256, 512, 1024, 2048)
+SLACK = 1.05
+
+
+def _leanest(
+    split: Callable[[Limits], list[list[int]]], cost: Callable[[Sequence[int]], int], limits: Limits
+) -> list[list[int]]:
+    """The groups of the smallest size that a step is nearly as fast with as with the best one."""
+    if limits.start is None:
+        raise AssertionError("there is nothing to weigh")
+    sizes = [size for size in SIZES if limits.tokens is None or size < limits.tokens]
+    tried = [split(Limits(size, limits.rows)) for size in (*sizes, limits.tokens)]
+    costs = [sum(cost(group) + limits.start for group in groups) for groups in tried]
+    return next(groups for groups, found in zip(tried, costs, strict=True) if found <= SLACK * min(costs))
 
 
 def split_for_trees(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
@@ -158,6 +180,8 @@ def split_units_for_trees(units: Sequence[Unit], limits: Limits) -> list[list[in
 
     Units are sorted by their first row: what the rows of a unit share among themselves, they have in common with others too.
     """
+    if limits.start is not None:
+        return _leanest(partial(split_units_for_trees, units), partial(_tree_tokens, units), limits)
     if limits.tokens is not None:
         limits = replace(limits, tokens=limits.tokens // FILL * FILL)  # trees are filled up
     order = sorted(range(len(units)), key=lambda index: list(units[index][0]))
@@ -179,11 +203,16 @@ def split_by_length(lengths: Sequence[int], limits: Limits, rows: int = 1) -> li
 
     Each unit is `rows` rows of at most its length; `limits.rows` counts units.
     """
+
+    def cost(some: Sequence[int]) -> int:
+        return rows * len(some) * max((lengths[index] for index in some), default=0)
+
+    if limits.start is not None:
+        return _leanest(lambda tried: split_by_length(lengths, tried, rows), cost, limits)
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    if limits.hold(rows * len(order) * max(lengths, default=0), len(order)):
+    if limits.hold(cost(order), len(order)):
         return [list(range(len(lengths)))]
-    least = rows * sum(lengths)
-    return _cut(order, limits, lambda some: rows * len(some) * max(lengths[index] for index in some), at_least=least)
+    return _cut(order, limits, cost, at_least=rows * sum(lengths))
 
 
 def _tree_tokens(units: Sequence[Unit], chosen: Sequence[int]) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunesmith.hardware.calibration import Bound, Correction, Entry, bytes_beside, time_correction
@@ -13,7 +13,7 @@ from tunesmith.hardware.catalogue import GIB, Device
 from tunesmith.methods import METHODS
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.architecture import Architecture
-from tunesmith.packing.tree import TREE_ARCHITECTURES
+from tunesmith.packing.tree import TREE_ARCHITECTURES, Limits
 from tunesmith.recipe import Checkpointing, Method, Recipe
 from tunesmith.sections import Auto
 from tunesmith.stages.plan.memory import Estimate, estimate, offloaded_bytes
@@ -32,17 +32,25 @@ from tunesmith.stages.plan.speed import (
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a device needs beyond what the allocator is asked for: a share of it, and a fixed part, of which a GPU's context."""
+    """What a device needs beyond what the allocator is asked for: a share of it, and a fixed part, of which a GPU's context.
+
+    `more` are further shares, of the parts of the breakdown.
+    """
 
     typical_share: float
     typical_bytes: int
     safe_share: float
     safe_bytes: int
     context_bytes: int = 0
+    more: Mapping[str, float] = field(default_factory=dict)
 
-    def typical(self, allocated: int, beside: int | None = None) -> int:
+    def grown(self, allocated: int, breakdown: Mapping[str, int]) -> float:
+        """Bytes that grow with the step: what the allocator is asked for, and what it keeps beside it."""
+        return allocated * self.typical_share + sum(share * breakdown.get(kind, 0) for kind, share in self.more.items())
+
+    def typical(self, allocated: int, breakdown: Mapping[str, int], beside: int | None = None) -> int:
         """The peak that the device will show; `beside` is the fixed part as runs found it."""
-        return round(allocated * self.typical_share + (self.typical_bytes if beside is None else max(0, beside)))
+        return round(self.grown(allocated, breakdown) + (self.typical_bytes if beside is None else max(0, beside)))
 
     def safe(self, allocated: int) -> int:
         """The peak that it will not exceed."""
@@ -50,10 +58,12 @@ class Overhead:
 
 
 #: GPU, seen on an H100: context and libraries 0.76 GiB, cuBLAS's workspaces 0.06; of segments that grow 0.05 to 0.2 GiB unused.
-#: CPU: what malloc keeps, and the libraries' own.
+#: CPU: the libraries' own and compiled products 90 MiB; of what comes and goes malloc keeps a share that does not fit what is
+#: asked for next, gradients are there twice while one is added to the other (benchmarks/process_memory.py).
+_KEPT_BY_MALLOC = {"activations": 0.2, "scratch": 0.2, "logits": 0.35, "gradients": 1.0, "optimizer": 0.03}
 OVERHEAD = {
     "cuda": Overhead(1.01, int(0.97 * GIB), 1.04, int(1.15 * GIB), int(0.76 * GIB)),
-    "cpu": Overhead(1.10, int(0.3 * GIB), 1.25, int(0.6 * GIB)),
+    "cpu": Overhead(1.0, 90 << 20, 1.25, int(0.6 * GIB), more=_KEPT_BY_MALLOC),
 }
 
 #: Micro-batches that are tried where the recipe leaves the choice.
@@ -173,7 +183,7 @@ class Planner:
         self.fixed = fixed
         own_attention = recipe.train.attn_implementation == "auto"
         self.packing = recipe.train.packing and own_attention and architecture.model_type in TREE_ARCHITECTURES
-        self._batches: dict[tuple[int, int | None], list[list[Batch]]] = {}
+        self._batches: dict[tuple[int, Limits], list[list[Batch]]] = {}
 
     def on(self, device: Device) -> Planner:
         """The same for another device; what was computed of the data is shared."""
@@ -232,11 +242,11 @@ class Planner:
             return (self.recipe.train.per_device_train_batch_size,)
         return [size for size in SIZES if size <= self.facts.rows] or [1]
 
-    def batches(self, size: int, max_tokens: int | None) -> list[list[Batch]]:
-        """So many rows as micro-batches of at most so many tokens, drawn several times; the last time the longest rows."""
-        key = (size, max_tokens)
+    def batches(self, size: int, limits: Limits) -> list[list[Batch]]:
+        """So many rows as micro-batches within the limits, drawn several times; the last time the longest rows."""
+        key = (size, limits)
         if key not in self._batches:
-            self._batches[key] = self.facts.batches(size, max_tokens, packing=self.packing)
+            self._batches[key] = self.facts.batches(size, limits, packing=self.packing)
         return self._batches[key]
 
     def settled(self, method: Method, size: int | Auto, lever: Lever) -> Settings:
@@ -250,8 +260,8 @@ class Planner:
     def option(self, method: Method, size: int | Auto, lever: Lever) -> Option:
         """What one choice of settings takes."""
         settings = self.settled(method, size, lever)
-        tokens = settings.per_device_max_tokens
-        drawn = self.batches(settings.per_device_train_batch_size, tokens)
+        limits = Limits(settings.per_device_max_tokens, None, settings.micro_batch_start)
+        drawn = self.batches(settings.per_device_train_batch_size, limits)
         largest = max((batch for batches in drawn for batch in batches), key=lambda batch: batch.tokens)
         several = settings.gradient_accumulation_steps > 1 or any(len(batches) > 1 for batches in drawn)
         scenario = self._scenario(method, largest, settings, lever, accumulating=several)
@@ -259,7 +269,7 @@ class Planner:
         typical = self._typical(method, worst)
         safe = max(OVERHEAD[self.device.kind].safe(worst.total_bytes), round(typical * 1.02))
         leanest = replace(lever, gradient_checkpointing=True)
-        (one,) = self.batches(1, None)[-1]
+        (one,) = self.batches(1, Limits())[-1]
         least = self._typical(method, estimate(self.a, self._scenario(method, one, settings, leanest, accumulating=several)))
         step, measured = self._step_seconds(method, drawn, settings, lever)
         rows = statistics.fmean(sum(batch.row_tokens for batch in batches) for batches in drawn[:-1])
@@ -287,7 +297,8 @@ class Planner:
 
     def _typical(self, method: Method, made: Estimate) -> int:
         """The peak that the device will show: allocated bytes, the allocator's share, and the context, as runs found it."""
-        return OVERHEAD[self.device.kind].typical(made.total_bytes, bytes_beside(self.entries, self.device.name, method))
+        beside = bytes_beside(self.entries, self.device.name, method)
+        return OVERHEAD[self.device.kind].typical(made.total_bytes, made.breakdown, beside)
 
     def _scenario(
         self, method: Method, batch: Batch, settings: Settings, lever: Lever, *, accumulating: bool = False

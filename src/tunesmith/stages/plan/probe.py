@@ -54,7 +54,8 @@ def calibrate(
     entries = []
     for method in methods:
         option = planner.best(method, free=free)
-        size, most = option.settings.per_device_train_batch_size, option.settings.per_device_max_tokens
+        size = option.settings.per_device_train_batch_size
+        most = Limits(option.settings.per_device_max_tokens, None, option.settings.micro_batch_start)
         rows = [side for row in facts.draw(size)[0] for side in row.sides]
         measured = step_seconds(values, option, rows, packing=planner.packing, device=device)
         mean = sum(len(row.ids) for row in rows) / len(rows)
@@ -119,7 +120,7 @@ def _stepper(
     model = build_model(config, scenario, str(where))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, option.scenario)
-    most = Limits(option.settings.per_device_max_tokens)
+    most = Limits(option.settings.per_device_max_tokens, None, option.settings.micro_batch_start)
     batches = [to_device(batch, where) for batch in _collate(rows, config.vocab_size, most, packing=packing)]
 
     def step() -> None:

@@ -115,11 +115,11 @@ class DataFacts:
         generator = random.Random(_SEED)
         return [generator.choices(self.sample, k=size) for _ in range(_DRAWS)]
 
-    def batches(self, size: int, max_tokens: int | None = None, *, packing: bool) -> list[list[Batch]]:
-        """`size` rows as micro-batches of at most `max_tokens`, drawn by a seed several times, and last the longest rows."""
+    def batches(self, size: int, limits: Limits, *, packing: bool) -> list[list[Batch]]:
+        """`size` rows as micro-batches within the limits, drawn by a seed several times, and last the longest rows."""
         longest = sorted(self.sample, key=lambda row: -sum(len(side.ids) for side in row.sides))
         picks = [*self.draw(size), [longest[i % len(longest)] for i in range(size)]]
-        return [_batches(rows, Limits(max_tokens), packing=packing and self.shares) for rows in picks]
+        return [_batches(rows, limits, packing=packing and self.shares) for rows in picks]
 
 
 def _sides(rows: Sequence[Row]) -> list[Row]:

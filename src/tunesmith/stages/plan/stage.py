@@ -375,7 +375,7 @@ def _scored(promise: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str,
 def _entry(planned: Mapping[str, Any], promise: Mapping[str, Any], summary: Mapping[str, Any]) -> Entry:
     """A run's measurement against the uncorrected predictions."""
     kind = planned["hardware"]["kind"]
-    allocated = promise["allocated_bytes"] * OVERHEAD[kind].typical_share
+    allocated = OVERHEAD[kind].grown(promise["allocated_bytes"], promise["breakdown"])
     unseen = OVERHEAD[kind].context_bytes  # the meter counts the allocator's bytes
     return Entry(
         device=planned["hardware"]["name"],

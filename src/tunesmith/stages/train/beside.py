@@ -240,7 +240,7 @@ def settle_beside(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
         for name in changes
     }
     reasons.pop("per_device_max_tokens", None)  # micro-batches go by rows
-    settings = replace(settings, reasons=reasons, per_device_max_tokens=None)
+    settings = replace(settings, reasons=reasons, per_device_max_tokens=None, micro_batch_start=None)
     if recipe.lora.r == "auto":
         rank = auto_rank(rows)
         alpha = 2 * rank if recipe.lora.lora_alpha == "auto" else settings.lora_alpha

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         others = [state for _, state in states]
         tensors = {"weights": weights, "optimizer": self.adamw.kept(names)}
         tensors |= {f"random-{rank}": generators for rank, (generators, _) in enumerate(states)}
-        limits = [self.batches.limits.tokens, self.batches.limits.rows]
+        limits = list(astuple(self.batches.limits))
         state = {"step": self.state.global_step, "random": others, "schedule": self.lr_scheduler.state_dict(), "limits": limits}
         state |= more
         if self.ranks.first:

@@ -41,7 +41,7 @@ def in_smaller_parts(batches: StepBatches, rows: Rows, made: int, tokens: int) -
     """
     while made < len(rows) and tokens > 1:
         tokens //= 2
-        batches.limits = Limits(tokens, batches.limits.rows)
+        batches.limits = Limits(tokens, batches.limits.rows)  # the largest that fit: memory has been weighed
         found = batches(rows)["micro_batches"]
         if len(found) > made:
             return found

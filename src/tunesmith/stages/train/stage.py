@@ -321,7 +321,8 @@ def _batches(run: Run, objective: Objective, model: Any, rows: Any, settings: Se
             run.event(folder, "attention-fallback", f"a dense mask in place of flex attention: {reason}", reason=reason)
     if run.recipe.train.neftune_noise_alpha is not None:
         EmbeddingNoise(model, run.recipe.train.neftune_noise_alpha)
-    return objective.batches(collator, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size))
+    limits = Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size, settings.micro_batch_start)
+    return objective.batches(collator, limits)
 
 
 def _collator(run: Run, model: Any, pad_id: int | None, longest: int, folder: Path) -> Collator:
