@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -45,10 +46,13 @@ class PeakMemory:
         self.baseline = 0 if self.cuda else int(psutil.Process().memory_info().rss)
 
     def reset(self) -> None:
-        """Forget earlier peaks, such as that of loading the model."""
+        """Forget earlier peaks, such as that of loading the model, and give back what that has freed."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        elif self.resettable:
+            return
+        gc.collect()
+        give_back_freed_memory()
+        if self.resettable:
             _resettable()
 
     def peak_bytes(self) -> int:
