@@ -60,7 +60,7 @@ class Overhead:
 #: GPU, seen on an H100: context and libraries 0.76 GiB, cuBLAS's workspaces 0.06; of segments that grow 0.05 to 0.2 GiB unused.
 #: CPU: the libraries' own and compiled products 90 MiB; of what comes and goes malloc keeps a share that does not fit what is
 #: asked for next, gradients are there twice while one is added to the other (benchmarks/process_memory.py).
-_KEPT_BY_MALLOC = {"activations": 0.2, "scratch": 0.2, "logits": 0.35, "gradients": 1.0, "optimizer": 0.03}
+_KEPT_BY_MALLOC = {"activations": 0.2, "scratch": 0.2, "logits": 0.35, "gradients": 1.0, "optimizer": 0.033}
 OVERHEAD = {
     "cuda": Overhead(1.01, int(0.97 * GIB), 1.04, int(1.15 * GIB), int(0.76 * GIB)),
     "cpu": Overhead(1.0, 90 << 20, 1.25, int(0.6 * GIB), more=_KEPT_BY_MALLOC),
