@@ -234,12 +234,15 @@ def create_run(resolved: ResolvedRecipe, path: Path) -> Run:
         new = _refuse_foreign(path)
         _refuse_edited(path / "recipe.yaml", resolved)
         path.mkdir(parents=True, exist_ok=True)
-        if new:
-            write_json(path / "run.json", {"format": 1, "stages": {}})
-        write_text(path / "recipe.yaml", _stamped(dump_recipe(resolved)))
+        run, text = Run(path, resolved), _stamped(dump_recipe(resolved))
+        if new or not (path / "recipe.yaml").is_file() or (path / "recipe.yaml").read_bytes() != text.encode():
+            with run._alone():  # not under the feet of a process that works by the earlier one
+                if new:
+                    write_json(path / "run.json", {"format": 1, "stages": {}})
+                write_text(path / "recipe.yaml", text)
     except OSError as error:
         raise RunError(Problem("TS013", f"cannot write: {error}", str(path), "a run is a folder", "choose another")) from error
-    return Run(path, resolved)
+    return run
 
 
 def _refuse_foreign(path: Path) -> bool:

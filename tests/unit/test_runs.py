@@ -56,3 +56,15 @@ def test_a_method_that_is_still_auto_is_refused(make_recipe: Any, tmp_path: Path
     with pytest.raises(RecipeError, match="still auto"):
         create_run(make_recipe(method="auto"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_of_a_run_that_is_worked_on_stays(make_recipe: Any, tmp_path: Path) -> None:
+    run = create_run(make_recipe(), tmp_path / "run")
+    before = (run.path / "recipe.yaml").read_bytes()
+    with run.perform("score", "score", {}):
+        create_run(make_recipe(), run.path)  # the same recipe: nothing to write
+        with pytest.raises(RunError, match="TS014"):
+            create_run(make_recipe(seed=7), run.path)
+        assert (run.path / "recipe.yaml").read_bytes() == before
+    create_run(make_recipe(seed=7), run.path)
+    assert (run.path / "recipe.yaml").read_bytes() != before

@@ -18,4 +18,13 @@ def parse_json(text: str) -> tuple[bool, Any]:
 def equal_fields(wanted: Mapping[str, Any], value: Any) -> dict[str, bool]:
     """For each field of the reference whether the answer's value, a JSON object, has it with the same value."""
     got = value if isinstance(value, dict) else {}
-    return {name: name in got and got[name] == want for name, want in wanted.items()}
+    return {name: name in got and canonical(got[name]) == canonical(want) for name, want in wanted.items()}
+
+
+def canonical(value: Any) -> str:
+    """One text for all spellings of a JSON value: 1 and 1.0 are the same number, true is none, keys have no order."""
+    return json.dumps(json.loads(json.dumps(value), parse_float=_number), sort_keys=True)
+
+
+def _number(text: str) -> float | int:
+    return int(float(text)) if float(text).is_integer() else float(text)

@@ -410,18 +410,20 @@ class InBackward:
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
         self.norms: list[torch.Tensor] = []
         self.only_tried = False  # gradients are freed, and no weight moves
-        for group in optimizer.param_groups:
+        for number, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(self._hook(group))
+                parameter.register_post_accumulate_grad_hook(self._hook(number))
 
-    def _hook(self, group: dict[str, Any]) -> Callable[[torch.Tensor], None]:
+    def _hook(self, number: int) -> Callable[[torch.Tensor], None]:
+        """The update of a parameter of that group, which is looked up each time: `load_state_dict` makes new ones."""
+
         def update(parameter: torch.Tensor) -> None:
             if self.only_tried:
                 parameter.grad = None
                 return
             norm = gradient_norm([parameter])
             self.norms.append(norm)
-            self.optimizer.update(parameter, group, clip=(norm, self.max_grad_norm))
+            self.optimizer.update(parameter, self.optimizer.param_groups[number], clip=(norm, self.max_grad_norm))
             parameter.grad = None
 
         return update

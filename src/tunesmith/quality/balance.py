@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tunesmith.datasections import BalanceSection
 from tunesmith.errors import Problem, RecipeError
@@ -22,7 +22,7 @@ class Label:
     def __init__(self, expression: str) -> None:
         self.expression = expression
         try:
-            self._compiled = SandboxedEnvironment().compile_expression(expression)
+            self._compiled = ImmutableSandboxedEnvironment().compile_expression(expression)
         except TemplateError as error:
             why, fix = "classes could not be told apart", "give a column, or an expression such as answer_json.intent"
             problem = Problem("TS003", f"not an expression: {error}", "data.balance.label", why, fix)

@@ -73,15 +73,28 @@ class NearDuplicates:
 
     def add(self, key: str, signature: np.ndarray) -> str | None:
         """The key of an earlier row that this one nearly equals; else None, and the row is remembered under `key`."""
+        earlier = self.find(signature)
+        if earlier is None:
+            self.remember(key, signature)
+        return earlier
+
+    def find(self, signature: np.ndarray) -> str | None:
+        """The key of a remembered row that this one nearly equals."""
         if self._records is None:
-            self._records = _Records()
+            return None
         bands, sketch = signature[: self.bands.count], signature[self.bands.count :]
         for row in self._table.candidates(bands):
             earlier, other = self._records.read(row)
             if similarity(sketch, other) >= self.threshold:
                 return earlier
-        self._table.put(bands, self._records.append(key, sketch))
         return None
+
+    def remember(self, key: str, signature: np.ndarray) -> None:
+        """Keep a row under `key`, also where it nearly equals another one."""
+        if self._records is None:
+            self._records = _Records()
+        bands, sketch = signature[: self.bands.count], signature[self.bands.count :]
+        self._table.put(bands, self._records.append(key, sketch))
 
     def __len__(self) -> int:
         return 0 if self._records is None else len(self._records)

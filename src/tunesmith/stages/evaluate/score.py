@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from jsonschema.exceptions import SchemaError
 from jsonschema.validators import validator_for
 
-from tunesmith.chat.fields import equal_fields, parse_json
+from tunesmith.chat.fields import canonical, equal_fields, parse_json
 from tunesmith.errors import EvaluateError, Problem
 
 
@@ -87,13 +86,13 @@ def summarise_json(scores: Sequence[dict[str, Any]], label: str | None, has_sche
 
 
 def macro_f1(scores: Sequence[dict[str, Any]], label: str) -> float:
-    """Macro-F1 of one field; values are compared as JSON text, so null and numbers are classes too."""
+    """Macro-F1 of one field; values are compared as JSON, so null and numbers are classes too."""
     from sklearn.metrics import f1_score
 
     if not all(label in score["wanted"] for score in scores):
         why = "its macro-F1 was asked for"
         raise EvaluateError(Problem("TS503", f"references without a field {label!r}", "evaluate.label", why, "check the name"))
     missing = "\0"  # no JSON text
-    truth = [json.dumps(score["wanted"][label]) for score in scores]
-    guess = [json.dumps(score["predicted"][label]) if label in score["predicted"] else missing for score in scores]
+    truth = [canonical(score["wanted"][label]) for score in scores]
+    guess = [canonical(score["predicted"][label]) if label in score["predicted"] else missing for score in scores]
     return float(f1_score(truth, guess, labels=sorted(set(truth)), average="macro", zero_division=0))

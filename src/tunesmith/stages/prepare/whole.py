@@ -20,7 +20,6 @@ from tunesmith.stages.prepare.work import Made, Rejection
 
 TRAIN, HELDOUT, OUT = 0, 1, 2
 _DIGITS = 10  # of a line number that takes more than 32 bits
-_TEST = "\x00"  # before the key of a test row among the near duplicates
 
 #: Why a row that passed alone is left out of the set, and what else is told.
 Say = Callable[[str, Finding], None]
@@ -37,6 +36,7 @@ class WholeSet:
         # An undesirable answer and a desirable one may be nearly the same: that is what they teach.
         threshold, num_perm = data.duplicates.threshold or 1.0, data.duplicates.num_perm
         self._near = {unwanted: NearDuplicates(threshold, num_perm) for unwanted in (False, True)}
+        self._near_tests = NearDuplicates(threshold, num_perm)
         self._first = _Keys()
         self._test_keys: set[int] = set()
         self._test_prompts: set[int] = set()
@@ -56,8 +56,7 @@ class WholeSet:
         if prompt is not None:
             self._test_prompts.add(int(prompt[:16], 16))
         if signature is not None:
-            for near in self._near.values():
-                near.add(_TEST + where, signature)
+            self._near_tests.remember(where, signature)
 
     def add(self, row: Made) -> None:
         """Take a row; an equal or nearly equal earlier one, or one of the test set, leaves it out at once."""
@@ -81,21 +80,27 @@ class WholeSet:
 
     def _alike(self, row: Made, number: int) -> tuple[str, str] | None:
         """Reason and detail of a row that another one makes superfluous."""
-        if row.key in self._test_keys:
-            return "leaks-test", f"the same {self._kind} as a test row"
-        if row.prompt is not None and int(row.prompt[:16], 16) in self._test_prompts:
-            return "leaks-test", "asks the same as a test row"
+        if (leak := self._leak(row)) is not None:
+            return "leaks-test", leak
         first = self._first.put(row.key, number)
         if first is not None:
             return "duplicate", f"the same {self._kind} as {self._places[first]}"
         earlier = None if row.signature is None else self._near[row.unwanted].add(row.where, row.signature)
         if earlier is None:
             return None
-        if earlier.startswith(_TEST):
-            return "leaks-test", f"nearly the same as test row {earlier[1:]}"
         finding = Finding("near-duplicate", self._actions["near-duplicate"], f"nearly the same as {earlier}")
         self._say(row.where, finding)
         return ("near-duplicate", finding.detail) if finding.action == "reject" else None
+
+    def _leak(self, row: Made) -> str | None:
+        """Why a row would tell of a test row."""
+        if row.key in self._test_keys:
+            return f"the same {self._kind} as a test row"
+        if row.prompt is not None and int(row.prompt[:16], 16) in self._test_prompts:
+            return "asks the same as a test row"
+        signature = row.signature if row.wanted_signature is None else row.wanted_signature
+        test = None if signature is None else self._near_tests.find(signature)
+        return None if test is None else f"nearly the same as test row {test}"
 
     def _leave_out(self, number: int, reason: str, detail: str, *, unused: bool = False) -> None:
         self.fates[number] = OUT
@@ -113,6 +118,7 @@ class WholeSet:
 
     def settle(self, heldout: float) -> dict[str, dict[str, int]]:
         """Decide of all rows: set-wide findings, conflicts, balance, mixture, `max_rows`, held out. Returns classes' sizes."""
+        self._near_tests = NearDuplicates()
         self._near.clear()  # the largest of what is kept, and no row is compared any more
         for number in self._left():
             self._find(number)

@@ -78,6 +78,7 @@ class Made:
     signature: np.ndarray | None
     findings: list[Finding]
     notes: tuple[str, ...]
+    wanted_signature: np.ndarray | None = None  # of a pair, without the rejected answer, which test rows have none of
 
 
 @dataclass
@@ -218,6 +219,7 @@ class Worker:
             self.signature(row),
             each.findings,
             self._notes(row),
+            self.signature(replace(row, rejected=None)) if row.rejected and self._settings.data.test_part else None,
         )
 
     def _notes(self, row: Candidate) -> tuple[str, ...]:

@@ -341,6 +341,13 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         check_finite(self.state.global_step + 1, float(self._tr_loss), norm)
         return norm
 
+    def losses(self) -> list[float]:
+        """The loss of each step that has ended, that of the last one too where its line is not written yet."""
+        losses = [step.loss for step in self.history]
+        if self.state.global_step > (self.history[-1].step if self.history else 0):
+            losses.append(float(self.accelerator.gather(self._tr_loss.detach()).mean()))
+        return losses
+
     def log(self, logs: dict[str, float], *_: Any, **__: Any) -> None:
         """Called by Trainer after each optimizer step; writes the step's line, and nothing else anywhere."""
         if "grad_norm" not in logs:

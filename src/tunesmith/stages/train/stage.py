@@ -284,7 +284,7 @@ def _watch(
         path=folder / "evals.jsonl",
         evaluate=evaluate,
         save=save,
-        losses=lambda: [step.loss for step in engine.history],
+        losses=engine.losses,
         tell=lambda code, text: run.event(folder, code, text),
     )
     watch.go_on(seen or NOTHING_SEEN)

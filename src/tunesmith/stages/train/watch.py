@@ -102,8 +102,7 @@ class HeldoutWatch(TrainerCallback):  # type: ignore[misc] # transformers is unt
         loss = self.evaluate()
         if self.best is None or loss < self.best.eval_loss:
             self.save(step)
-        # The step that has just ended is not among the losses yet.
-        since = self.losses()[self.history[-1].step if self.history else 0 :] or [loss]
+        since = self.losses()[self.history[-1].step if self.history else 0 :]
         look = Evaluation(step, loss, statistics.fmean(since), time.perf_counter() - begun)
         self.history.append(look)
         append_jsonl(self.path, vars(look))
