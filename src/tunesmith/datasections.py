@@ -88,12 +88,13 @@ def is_template(column: str) -> bool:
 def _checked_columns(given: dict[str, str]) -> dict[str, str]:
     """The mapping, whose templates can be parsed."""
     from jinja2 import TemplateError  # not needed by a recipe without templates
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from tunesmith.io.templates import BoundedEnvironment
 
     for ours, theirs in given.items():
         if is_template(theirs):
             try:
-                ImmutableSandboxedEnvironment().parse(theirs)
+                BoundedEnvironment().parse(theirs)
             except TemplateError as error:
                 raise ValueError(f"the template of {ours!r} cannot be read: {error}") from error
     return given

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tunesmith import cli
-from tunesmith.recipe import dump_recipe
+from tunesmith.recipe import dump_recipe, load_recipe
 from tunesmith.runs import create_run, open_run
 from tunesmith.stages.evaluate import evaluate
 from tunesmith.stages.export import export
@@ -37,7 +37,7 @@ evaluate: {{max_new_tokens: 4}}
 augment: {{out: more.jsonl}}
 """
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    run = create_run(cli.load_recipe(folder / "recipe.yaml"), folder / "run")
+    run = create_run(load_recipe(folder / "recipe.yaml"), folder / "run")
     prepare(run)
     train(run)
     export(run)
@@ -93,14 +93,14 @@ def _edit(folder: Path, name: str) -> Path:
 
 def _beside_changed(folder: Path, name: str, override: str) -> Path:
     """Somebody's file in a folder of the run, whose recipe wants that folder anew; the file's path."""
-    create_run(cli.load_recipe(folder / "run" / "recipe.yaml", [override]), folder / "run")
+    create_run(load_recipe(folder / "run" / "recipe.yaml", [override]), folder / "run")
     return _beside(folder, name)
 
 
 def _review_file(folder: Path) -> Path:
     """Somebody's file that a prepared run's recipe names as its review file; its path."""
     (folder / "run").rename(folder / "old")
-    prepare(create_run(cli.load_recipe(folder / "recipe.yaml", ["data.review=thesis.txt"]), folder / "run"))
+    prepare(create_run(load_recipe(folder / "recipe.yaml", ["data.review=thesis.txt"]), folder / "run"))
     return _thesis(folder)
 
 

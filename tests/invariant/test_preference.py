@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 from tests.invariant.test_packing import CONFIGS, SMALL, VOCABULARY, exact_model, ids
 from tests.invariant.test_training import METHODS, QUIET, metrics, weights
 from tests.pairs import PAIRS, sides
-from tunesmith.errors import DataError, TrainError
+from tunesmith.errors import RunError, TrainError
 from tunesmith.packing import chunks
 from tunesmith.packing.batch import PaddedCollator, collate_tree
 from tunesmith.packing.loss import use_tree_attention
@@ -337,7 +337,7 @@ def test_rows_prepared_for_another_objective_are_refused(
     recipes = {"sft": make_recipe, "dpo": make_pairs}
     other = "dpo" if prepared == "sft" else "sft"
     prepare(create_run(recipes[prepared](), tmp_path / "run"))
-    with pytest.raises(DataError, match="prepared for objective"):
+    with pytest.raises(RunError, match=r"TS012.*recipe has changed since 'prepare'"):
         train(create_run(recipes[other](), tmp_path / "run"), QUIET)
 
 

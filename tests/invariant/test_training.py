@@ -270,6 +270,11 @@ def test_second_run_does_nothing_and_a_change_redoes_its_stage(make_recipe: Make
     prepare(changed)
     assert (path / "data" / "train.arrow").stat().st_mtime_ns == before[path / "data" / "train.arrow"]
     assert train(changed, QUIET)["steps"] == 5
-    (path / "data" / "train.arrow").write_bytes(b"damaged")
+    made = (path / "data" / "train.arrow").read_bytes()
+    (path / "data" / "train.arrow").unlink()
     prepare(changed)
-    assert (path / "data" / "train.arrow").read_bytes() != b"damaged"
+    assert (path / "data" / "train.arrow").read_bytes() == made
+    (path / "data" / "train.arrow").write_bytes(b"somebody's")
+    with pytest.raises(RunError, match=r"TS015.*train.arrow"):
+        prepare(changed)
+    assert (path / "data" / "train.arrow").read_bytes() == b"somebody's"

@@ -134,8 +134,9 @@ def _change(final: Path) -> None:
     (final / "a").write_text("hand", encoding="utf-8")
 
 
-def _delete(final: Path) -> None:
+def _folder_in_its_place(final: Path) -> None:
     (final / "a").unlink()
+    (final / "a").mkdir()
 
 
 def _link(final: Path) -> None:
@@ -154,7 +155,7 @@ def _change_manifest(final: Path) -> None:
     (final / MANIFEST).write_text((final / MANIFEST).read_text(encoding="utf-8") + " ", encoding="utf-8")
 
 
-@pytest.mark.parametrize("touch", [_put_file, _change, _delete, _link, _empty, _drop_manifest, _change_manifest])
+@pytest.mark.parametrize("touch", [_put_file, _change, _folder_in_its_place, _link, _empty, _drop_manifest, _change_manifest])
 def test_a_folder_that_somebody_touched_is_not_replaced(tmp_path: Path, touch: Callable[[Path], None]) -> None:
     final = tmp_path / "out"
     with commit_folder(final, "test") as folder:
@@ -165,6 +166,17 @@ def test_a_folder_that_somebody_touched_is_not_replaced(tmp_path: Path, touch: C
         raise AssertionError("nothing begins")
     assert {p.name: p.is_file() and p.read_bytes() for p in final.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_lost_a_file_is_replaced(tmp_path: Path) -> None:
+    """There is nothing to lose in what is gone."""
+    final = tmp_path / "out"
+    for content in ("first", "second"):
+        with commit_folder(final, "test") as folder:
+            (folder / "a").write_text(content, encoding="utf-8")
+            (folder / "b").write_text(content, encoding="utf-8")
+        assert (final / "a").read_text(encoding="utf-8") == content
+        (final / "a").unlink()
 
 
 def test_what_appears_while_a_folder_is_filled_is_not_replaced(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import math
 import random
 import re
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import chat_row, random_llama
 from tunesmith.datasections import BalanceSection, DataSection
-from tunesmith.errors import RecipeError
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.quality import Label, RowFacts, balance
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import create_run, read_jsonl
@@ -267,6 +269,39 @@ def test_rows_equal_to_a_test_row_or_asking_the_same_are_left_out_without_near_d
     done = prepared({"train.jsonl": [*leaks, *others], "test.jsonl": tests}, "heldout: 0, duplicates: {threshold: null}")
     assert done.rejected("leaks-test") == [1, 2, 3, 4, 5]
     assert done.lines() == [6, 7, 8]
+
+
+@pytest.mark.parametrize("section", ["quality: {near-duplicate: 'off'}", "duplicates: {threshold: null}"])
+def test_a_row_near_a_test_row_leaks_also_where_near_rows_are_let_be(prepared: Prepare, section: str) -> None:
+    draw = random.Random(14)
+    questions = [drawn(draw, 50) for _ in range(2)]
+    answers = [drawn(draw, 50) for _ in range(2)]
+    near = [conversation(["so", *questions[n]], answers[n]) for n in range(2)]
+    rows = [
+        near[0],
+        near[1],
+        conversation(["and", *questions[1]], answers[1]),
+        conversation(questions[0][::2], answers[0][::2]),
+    ]
+    done = prepared({"train.jsonl": rows, "test.jsonl": [conversation(questions[0], answers[0])]}, f"heldout: 0, {section}")
+    assert done.rejected("leaks-test") == [1]
+    assert done.lines() == [2, 3, 4]
+
+
+def test_a_test_prompt_in_an_earlier_turn_leaks(prepared: Prepare) -> None:
+    def turns(*contents: str) -> Row:
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+    tests = [turns("Who wrote it?", "Anna."), turns("First here?", "One.", "Second here?", "Two.")]
+    rows = [
+        turns("Who wrote it?", "Anna.", "When was that, do you know?", "Last year, in the autumn."),
+        turns("First here?", "One.", "Second here?", "Three.", "And what of the third one?", "Nothing is known of it."),
+        turns("First here?", "One.", "Another second question?", "Two hundred, and some more."),
+        turns("Before all that, who came?", "Nobody came.", "Who wrote it?", "Anna, they say."),  # asked after something else
+    ]
+    done = prepared({"train.jsonl": rows, "test.jsonl": tests}, "heldout: 0")
+    assert done.rejected("leaks-test") == [1, 2]
+    assert done.lines() == [3, 4]
 
 
 def test_a_window_of_a_split_conversation_that_is_a_test_row_is_left_out(prepared: Prepare) -> None:
@@ -628,6 +663,24 @@ def test_a_label_reaches_no_more_than_the_row(expression: str) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert Label(expression)({"kind": "k"}, messages) is None
     assert Label("row.kind ~ answer ~ messages|length")({"kind": "k"}, messages) == "ka2"  # which is what it may reach
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["9**(9**9)", "9**999999999", "(2**20000)**(2**9)", "'a' * 10**9", "10**9 * 'a'", "row.kind * 10**9", "[1] * 10**9"],
+)
+def test_a_label_ends(expression: str) -> None:
+    begun = time.perf_counter()
+    assert Label(expression)({"kind": "k"}, []) is None
+    assert time.perf_counter() - begun < 1
+    assert Label("2**10 * 3 ~ 'ab' * 2 ~ 2.5**2")({}, []) == "3072abab6.25"  # what is small goes on
+
+
+def test_a_label_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[Label.__module__], "TEMPLATE_SECONDS", 0.05)
+    label = Label("range(99999)|map('string')|map('length')|sum + range(99999)|map('string')|map('length')|sum")
+    with pytest.raises(DataError, match=r"TS124.*does not end"):
+        label({}, [])
 
 
 def test_a_label_runs_no_code(tmp_path: Path) -> None:

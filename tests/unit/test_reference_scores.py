@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import chat_row, random_llama
 from tests.unit.test_reference_data import small_tokenizer
+from tunesmith.chat.fields import canonical
 from tunesmith.errors import RunError
 from tunesmith.models.load import model_digest
 from tunesmith.packing.batch import PaddedCollator, StepCollator, choose_collator
@@ -126,6 +127,15 @@ def test_score_of_a_json_answer(answer: str, parsed: bool, valid: bool, a: bool,
 @pytest.mark.parametrize(("wanted", "told"), [("1", "true"), ("false", "0"), ("[1]", "[true]"), ('{"x": 0}', '{"x": false}')])
 def test_a_number_is_no_boolean(wanted: str, told: str) -> None:
     assert score_json(Answer("f:1", f'{{"a": {wanted}}}', f'{{"a": {told}}}'), None)["score"] == 0.0
+
+
+def test_what_is_nested_without_end_equals_nothing() -> None:
+    deep = "[" * 900 + "]" * 900
+    assert score_json(Answer("f:1", '{"a": [], "b": 1}', f'{{"a": {deep}, "b": 1}}'), None)["score"] == 0.5
+    value: Any = []
+    for _ in range(200_000):
+        value = [value]
+    assert canonical(value) != canonical([value])
 
 
 @pytest.mark.parametrize(("wanted", "told"), [("1", "1.0"), ('{"x": 1, "y": 2}', '{"y": 2, "x": 1}')])
@@ -568,8 +578,10 @@ Finished = Callable[..., Run]
 def finished(tmp_path: Path, random_model: Path) -> Finished:
     """A run folder as the stages leave it, with scores by hand: only what `compare` reads, and no training behind it."""
 
-    def make(name: str, method: str, scores: Sequence[float], base: Sequence[float] | None = None, **results: Any) -> Run:
-        text = f"model: {random_model}\nmethod: {method}\ndata: {{train: train.jsonl}}\n"
+    def make(
+        name: str, method: str, scores: Sequence[float], base: Sequence[float] | None = None, recipe: str = "", **results: Any
+    ) -> Run:
+        text = f"model: {random_model}\nmethod: {method}\ndata: {{train: train.jsonl}}\n{recipe}"
         run = create_run(parse_recipe(text, "recipe.yaml", tmp_path), tmp_path / name)
         export = run.path / "export" / run.recipe.export.name
         export.mkdir(parents=True)
@@ -667,6 +679,22 @@ def test_runs_scored_on_different_rows_are_refused(
     with pytest.raises(RunError, match=rf"TS601.*{refused}"):
         compare(runs, tmp_path / "compare")
     assert not (tmp_path / "compare").exists()
+
+
+@pytest.mark.parametrize("way", ["label: intent", "json_schema: s.json", "max_new_tokens: 7", "task: text"])
+def test_runs_scored_in_different_ways_are_refused(finished: Finished, tmp_path: Path, way: str) -> None:
+    (tmp_path / "s.json").write_text("{}", encoding="utf-8")
+    asked, scores = f"evaluate: {{{way}}}\n", [1.0, 0.0]
+    runs = [finished("one", "full", scores), finished("two", "lora", scores, recipe=asked)]
+    with pytest.raises(RunError, match=r"TS601.*scored in different ways"):
+        compare(runs, tmp_path / "compare")
+    same = [runs[1], finished("three", "full", scores, recipe=asked.replace("}", ", mmlu_shots: 4}"))]
+    compare(same, tmp_path / "compare")  # what is scored besides the task is compared by its own digest
+
+
+def test_where_nothing_scored_no_winner_is_named(finished: Finished, tmp_path: Path) -> None:
+    runs = [finished("one", "full", [0.0, 0.0]), finished("two", "lora", [0.0, 0.0])]
+    assert verdict(compare(runs, tmp_path / "compare")["rows"]).startswith("No model scored above 0 %")
 
 
 def test_a_run_that_is_not_evaluated_is_refused(finished: Finished, tmp_path: Path) -> None:

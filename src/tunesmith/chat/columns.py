@@ -8,12 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, UndefinedError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tunesmith.chat.formats import wrong_columns
 from tunesmith.datasections import is_template
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.signals import TEMPLATE_SECONDS, TooLongError, cpu_limit
+from tunesmith.io.templates import BoundedEnvironment
 
 
 def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any] | Problem:
@@ -58,7 +58,7 @@ def _written(source: str, row: Mapping[str, Any], where: str) -> str | Problem:
 
 @lru_cache(maxsize=64)
 def _compiled(source: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = BoundedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["tojson"] = _json
     return environment.from_string(source)
 

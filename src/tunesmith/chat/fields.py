@@ -23,7 +23,10 @@ def equal_fields(wanted: Mapping[str, Any], value: Any) -> dict[str, bool]:
 
 def canonical(value: Any) -> str:
     """One text for all spellings of a JSON value: 1 and 1.0 are the same number, true is none, keys have no order."""
-    return json.dumps(json.loads(json.dumps(value), parse_float=_number), sort_keys=True)
+    try:
+        return json.dumps(json.loads(json.dumps(value), parse_float=_number), sort_keys=True)
+    except RecursionError:
+        return f"nested too deeply, at {id(value)}"  # equals nothing else
 
 
 def _number(text: str) -> float | int:

@@ -183,7 +183,7 @@ def _recover(final: Path) -> None:
 
 
 def check_replaceable(final: Path, kind: str) -> None:
-    """Raise RunError unless nothing stands at `final`, or an empty folder, or an unchanged one that was committed as `kind`.
+    """Raise RunError unless nothing stands at `final`, or an empty folder, or one that was committed as `kind`, unchanged.
 
     A link is followed. To be asked before long work, so that it is not done in vain.
     """
@@ -199,7 +199,7 @@ def check_replaceable(final: Path, kind: str) -> None:
         raise foreign(final, "it is the folder that you work in")
     if not any(final.iterdir()):
         return
-    found = changes(final, kind)
+    found = changes(final, kind, whole=False)  # what is gone cannot be lost
     if found:
         more = len(found) - _NAMED
         raise foreign(final, "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else ""))
@@ -212,8 +212,11 @@ def foreign(final: Path, what: str) -> RunError:
     return RunError(Problem("TS015", f"this cannot be replaced: {what}", str(final), why, fix))
 
 
-def changes(folder: Path, kind: str) -> list[str]:
-    """What tells a folder from the one that was committed as `kind`, in words; nothing where each byte is as it was."""
+def changes(folder: Path, kind: str, *, whole: bool = True) -> list[str]:
+    """What tells a folder from the one that was committed as `kind`, in words; nothing where each byte is as it was.
+
+    `whole`: what is not there any more is a change too.
+    """
     found = _read_manifest(folder)
     if found is None:
         held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:_NAMED])
@@ -221,7 +224,8 @@ def changes(folder: Path, kind: str) -> list[str]:
     if found["kind"] != kind:
         return [f"it is a folder of another kind ({found['kind']}, not {kind})"]
     files, here = found["files"], _entries(folder)
-    differences = (_difference(folder / name, name, files.get(name)) for name in sorted(here | set(files)))
+    names = here | set(files) if whole else here
+    differences = (_difference(folder / name, name, files.get(name)) for name in sorted(names))
     return [difference for difference in differences if difference is not None]
 
 
@@ -230,7 +234,9 @@ def _difference(path: Path, name: str, wanted: dict[str, Any] | None) -> str | N
         return f"{name} does not belong to it"
     if name.endswith("/"):
         return None if path.is_dir() and not path.is_symlink() else f"{name} is missing"
-    if not path.is_file() or path.is_symlink():
+    if path.is_symlink() or path.exists() != path.is_file():
+        return f"{name} is no file any more"
+    if not path.is_file():
         return f"{name} is missing"
     if path.stat().st_size != wanted["bytes"]:
         return f"{name} is cut off or longer"

@@ -9,20 +9,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tunesmith.datasections import BalanceSection
-from tunesmith.errors import Problem, RecipeError
+from tunesmith.errors import DataError, Problem, RecipeError
+from tunesmith.io.signals import TEMPLATE_SECONDS, TooLongError, cpu_limit
+from tunesmith.io.templates import BoundedEnvironment
 from tunesmith.quality.findings import Message, last_answer
 
 
 class Label:
-    """Reads a row's class by `data.balance.label`. Raises RecipeError for an expression that is not one."""
+    """Reads a row's class by `data.balance.label`.
+
+    Raises RecipeError for an expression that is not one, DataError for one that does not end.
+    """
 
     def __init__(self, expression: str) -> None:
         self.expression = expression
         try:
-            self._compiled = ImmutableSandboxedEnvironment().compile_expression(expression)
+            with cpu_limit(TEMPLATE_SECONDS):
+                self._compiled = BoundedEnvironment().compile_expression(expression)
+        except TooLongError as error:
+            raise _endless(error) from error
         except TemplateError as error:
             why, fix = "classes could not be told apart", "give a column, or an expression such as answer_json.intent"
             problem = Problem("TS003", f"not an expression: {error}", "data.balance.label", why, fix)
@@ -33,10 +40,18 @@ class Label:
         answer = last_answer(messages)
         names = {"messages": list(messages), "answer": answer, "answer_json": _json(answer), "row": dict(row)}
         try:
-            value = self._compiled(**{**row, **names})
+            with cpu_limit(TEMPLATE_SECONDS):
+                value = self._compiled(**{**row, **names})
+        except TooLongError as error:
+            raise _endless(error) from error
         except Exception:  # noqa: BLE001 - a user's expression may raise anything on foreign rows
             return None
         return None if value is None or value == "" else str(value)
+
+
+def _endless(error: TooLongError) -> DataError:
+    what, why = f"the expression does not end: {error}", "no row would come through"
+    return DataError(Problem("TS124", what, "data.balance.label", why, "write the expression so that it ends"))
 
 
 def _json(text: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import Problem, RunError
-from tunesmith.io.atomic import check_replaceable, commit_folder, read_json, write_json, write_text
+from tunesmith.io.atomic import check_replaceable, commit_folder, read_json, sha256_json, write_json, write_text
 from tunesmith.models.load import locate, model_digest
 from tunesmith.runs import Run, eval_folder, installed_versions, read_jsonl
 from tunesmith.stages.compare.forgetting import add_changes
@@ -16,6 +16,7 @@ BOOTSTRAP_DRAWS = 10_000
 BOOTSTRAP_SEED = 0
 
 COMPARISON = "comparison"  # what its folder is committed as
+_SCORED_BY = {"task", "json_schema", "label", "max_new_tokens"}  # of `evaluate`: what an answer is scored by
 _PER_ROW = ("scores", "mmlu_answers")  # what the table is made of and does not hold
 
 
@@ -90,9 +91,12 @@ def _evaluated(run: Run) -> dict[str, Any]:
 
 
 def _base_results(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """The evaluation of the untouched base model, from the first run that holds one."""
+    """The evaluation of the untouched base model, from the first run that holds one; None where the runs have several."""
+    digests = {run.path: model_digest(locate(run.recipe.model, run.recipe.revision)) for run in runs}
+    if len(set(digests.values())) > 1:
+        return None
     for run in runs:
-        results = _results(run, model_digest(locate(run.recipe.model, run.recipe.revision)))
+        results = _results(run, digests[run.path])
         if results is not None:
             return results
     return None
@@ -104,6 +108,11 @@ def _check_same_rows(runs: Sequence[Run], evaluated: Sequence[dict[str, Any]]) -
         why = "scores on different rows say nothing about the methods"
         fix = "give the runs the same data.test and evaluate section"
         raise RunError(Problem("TS601", "the runs were scored on different test rows", where, why, fix))
+    ways = {sha256_json(run.recipe.evaluate.model_dump(mode="json", include=_SCORED_BY)) for run in runs}
+    if len(ways) > 1:
+        why = "the same answer would get one score here and another there"
+        fix = f"give the runs the same {', '.join(f'evaluate.{name}' for name in sorted(_SCORED_BY))}"
+        raise RunError(Problem("TS601", "the runs were scored in different ways", where, why, fix))
     asked = {(mmlu["questions_digest"], mmlu["shots"]) for results in evaluated if (mmlu := results.get("mmlu"))}
     if len(asked) > 1:
         why = "what was forgotten shows on the same questions alone"

@@ -115,6 +115,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
             f"The test rows do not tell {best['model']} ({percent(best['task_score'])} of the task) from the base model "
             f"({percent(base['task_score'])}): test on more rows, or train longer."
         )
+    if base is None and best["task_score"] <= 0:
+        return "No model scored above 0 % of the task: train longer, or on more rows."
     tied = [row for row in tuned if row is best or _tied(row)]
     against = "" if base is None else f" against {percent(base['task_score'])} for the base model"
     if len(tied) > 1:

@@ -39,7 +39,7 @@ def write_test(
             if not isinstance(made, Problem):
                 compared = worker.cleaned(made)
                 key, prompt, _ = digests(compared)
-                whole.add_test(key, prompt, worker.signature(compared), row.where)
+                whole.add_test(key, prompt, worker.test_signature(compared), row.where)
                 counts["rows_test"] += 1
                 out.write(made)
             elif data.on_bad_row == "reject" or made.code == "TS502":

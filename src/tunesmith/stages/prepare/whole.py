@@ -16,7 +16,7 @@ from tunesmith.datasections import DataSection
 from tunesmith.quality import Conflicts, Finding, NearDuplicates, RowFacts, SetStatistics, balance
 from tunesmith.rowrules import QUALITY, settled
 from tunesmith.stages.prepare.mixture import kept_of_each
-from tunesmith.stages.prepare.work import Made, Rejection
+from tunesmith.stages.prepare.work import Made, Rejection, near_tests
 
 TRAIN, HELDOUT, OUT = 0, 1, 2
 _DIGITS = 10  # of a line number that takes more than 32 bits
@@ -36,7 +36,7 @@ class WholeSet:
         # An undesirable answer and a desirable one may be nearly the same: that is what they teach.
         threshold, num_perm = data.duplicates.threshold or 1.0, data.duplicates.num_perm
         self._near = {unwanted: NearDuplicates(threshold, num_perm) for unwanted in (False, True)}
-        self._near_tests = NearDuplicates(threshold, num_perm)
+        self._near_tests = near_tests(data)
         self._first = _Keys()
         self._test_keys: set[int] = set()
         self._test_prompts: set[int] = set()
@@ -98,8 +98,9 @@ class WholeSet:
             return f"the same {self._kind} as a test row"
         if row.prompt is not None and int(row.prompt[:16], 16) in self._test_prompts:
             return "asks the same as a test row"
-        signature = row.signature if row.wanted_signature is None else row.wanted_signature
-        test = None if signature is None else self._near_tests.find(signature)
+        if any(int(prompt[:16], 16) in self._test_prompts for prompt in row.earlier):
+            return "asks the same as a test row, in an earlier turn"
+        test = None if row.test_signature is None else self._near_tests.find(row.test_signature)
         return None if test is None else f"nearly the same as test row {test}"
 
     def _leave_out(self, number: int, reason: str, detail: str, *, unused: bool = False) -> None:

@@ -15,7 +15,7 @@ from tunesmith.chat.columns import mapped
 from tunesmith.chat.document import DocumentEncoder
 from tunesmith.chat.formats import Message, detected
 from tunesmith.chat.template import ChatTemplate
-from tunesmith.datasections import DataSection, SourceSection
+from tunesmith.datasections import DataSection, DuplicatesSection, SourceSection
 from tunesmith.errors import CODES, Problem
 from tunesmith.io.atomic import sha256_json
 from tunesmith.io.rows import Row
@@ -78,7 +78,8 @@ class Made:
     signature: np.ndarray | None
     findings: list[Finding]
     notes: tuple[str, ...]
-    wanted_signature: np.ndarray | None = None  # of a pair, without the rejected answer, which test rows have none of
+    test_signature: np.ndarray | None = None  # for comparing with test rows, which have no rejected answer
+    earlier: frozenset[str] = frozenset()  # as `prompt`, of its answers before the last one
 
 
 @dataclass
@@ -119,6 +120,7 @@ class Worker:
         self._quality = settled(data.quality, QUALITY)
         near = data.duplicates.threshold is not None and "near-duplicate" in self._quality
         self._near = NearDuplicates(data.duplicates.threshold or 1.0, data.duplicates.num_perm) if near else None
+        self._near_tests = near_tests(data) if data.test_part else None
         self._overlap = Overlap(data.overlap)
         self._label = Label(data.balance.label) if data.balance.label else None
         self.tokenizer = load_tokenizer(settings.model_folder)
@@ -216,10 +218,11 @@ class Worker:
             row.unwanted,
             each.label,
             RowFacts(0, None) if row.unwanted else row_facts(row.messages),
-            self.signature(row),
+            self._signature(row),
             each.findings,
             self._notes(row),
-            self.signature(replace(row, rejected=None)) if row.rejected and self._settings.data.test_part else None,
+            self.test_signature(row),
+            earlier_prompts(row),
         )
 
     def _notes(self, row: Candidate) -> tuple[str, ...]:
@@ -230,16 +233,29 @@ class Worker:
             notes.add("no-end-of-document")
         return tuple(sorted(notes))
 
-    def signature(self, row: Candidate) -> np.ndarray | None:
+    def _signature(self, row: Candidate) -> np.ndarray | None:
         """What near duplicates are told by; None where they are not looked for."""
         if self._near is None:
             return None
         both = [*row.messages, *(row.rejected[-1:] if row.rejected else [])]
-        return self._near.signature(row_text(both, self._settings.common) if row.text is None else row.text)
+        return self._near.signature(self._text(both, row))
+
+    def test_signature(self, row: Candidate) -> np.ndarray | None:
+        """What a row that nearly equals a test row is told by, whatever is done to near duplicates; None without a test set."""
+        return None if self._near_tests is None else self._near_tests.signature(self._text(row.messages, row))
+
+    def _text(self, messages: Sequence[Message], row: Candidate) -> str:
+        return row_text(messages, self._settings.common) if row.text is None else row.text
 
     def cleaned(self, row: Candidate) -> Candidate:
         """The row as a train row would be cleaned, for comparing with those."""
         return self._clean(row)[0]
+
+
+def near_tests(data: DataSection) -> NearDuplicates:
+    """An index of test rows: with a threshold also where `data.duplicates` has none."""
+    threshold = data.duplicates.threshold or DuplicatesSection.model_fields["threshold"].default
+    return NearDuplicates(threshold, data.duplicates.num_perm)
 
 
 def read(row: Row, part: SourceSection, settings: Settings, formats: Counter[str]) -> Candidate | Problem:
@@ -278,3 +294,11 @@ def digests(row: Candidate) -> tuple[int, str | None, str | None]:
     learnt = bool(answer) and not row.unwanted
     key = int(row.key[:16], 16)
     return key, sha256_json(prompt) if prompt else None, sha256_json([answer, row.rejected]) if learnt else None
+
+
+def earlier_prompts(row: Candidate) -> frozenset[str]:
+    """Digests of what stands before each answer but the last, where anything is asked."""
+    messages = list(row.messages)
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = [messages[:number] for number in answers[:-1]]
+    return frozenset(sha256_json(each) for each in prompts if any(message["role"] == "user" for message in each))
