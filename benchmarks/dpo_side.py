@@ -1,7 +1,8 @@
-"""One side of dpo_speed.py: for each prepared run that its input names, trains on the run's pairs and answers what that took.
+"""One side of dpo_speed.py: for each line of its input, `MICRO RUN`, trains on the pairs of a prepared run, so many at once.
 
 Answers are lines of JSON: `seconds` (reference and all steps), `losses`, `margins` (of rewards), `peak_memory_bytes`. Imports,
-loading the model and making the trainer are in no one's time.
+loading the model and making the trainer are in no one's time. Both sides have the same allocator settings; ours settles its
+micro-batches itself.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
 
+from tunesmith.hardware.freed import steady_memory
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.methods import make_method
 from tunesmith.models.load import load_model, load_tokenizer, locate
@@ -60,7 +63,7 @@ def trl_side(run: Run, micro: int, *, precompute: bool) -> Answer:
             return made
 
     model = plain_model(run)
-    rows = Dataset.from_list([cut(row) for row in Dataset.from_file(str(run.path / "data" / "train.arrow"))])
+    rows = in_order(Dataset.from_file(str(run.path / "data" / "train.arrow")), run)
     tokenizer = load_tokenizer(locate(run.recipe.model, None))
     meter = PeakMemory()
     meter.reset()
@@ -86,7 +89,7 @@ def trl_side(run: Run, micro: int, *, precompute: bool) -> Answer:
 
 
 def arguments(run: Run, micro: int, scratch: str, *, precompute: bool) -> Any:
-    """TRL's arguments as tuned as they get on a CPU: float32, no checkpointing."""
+    """TRL's arguments without checkpointing, in the recipe's type; bfloat16 is AMP, as TRL has it by default."""
     from trl import DPOConfig
 
     asked = run.recipe.train
@@ -101,7 +104,8 @@ def arguments(run: Run, micro: int, scratch: str, *, precompute: bool) -> Any:
         beta=run.recipe.dpo.beta,
         max_length=None,
         precompute_ref_log_probs=precompute,
-        bf16=False,
+        bf16=asked.compute_dtype == "bfloat16",
+        train_sampling_strategy="sequential",
         gradient_checkpointing=False,
         logging_steps=1,
         save_strategy="no",
@@ -112,6 +116,15 @@ def arguments(run: Run, micro: int, scratch: str, *, precompute: bool) -> Any:
         data_seed=run.recipe.seed,
         dataloader_pin_memory=False,
     )
+
+
+def in_order(rows: Dataset, run: Run) -> Dataset:
+    """The pairs as the engine draws them, those of a step by length: the fewest pads that micro-batches can have."""
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.recipe.seed)).tolist()
+    lengths = [max(len(row["input_ids"]), len(row["rejected_input_ids"])) for row in rows]
+    batch = int(run.recipe.train.effective_batch_size)
+    steps = (drawn[start : start + batch] for start in range(0, len(drawn), batch))
+    return Dataset.from_list([cut(rows[row]) for step in steps for row in sorted(step, key=lambda row: -lengths[row])])
 
 
 def cut(row: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +144,7 @@ def plain_model(run: Run) -> Any:
     start = make_method(run.recipe, folder, compute_dtype="float32", r=int(lora.r), lora_alpha=int(lora.lora_alpha)).build()
     drawn = {name.replace(".default", ""): value for name, value in start.state_dict().items() if "lora_" in name}
     config = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.lora_alpha, target_modules="all-linear")
-    made = get_peft_model(load_model(folder, dtype="float32"), config)
+    made = get_peft_model(load_model(folder, dtype=str(run.recipe.train.compute_dtype)), config)
     set_peft_model_state_dict(made, drawn)
     return made
 
@@ -140,14 +153,15 @@ def main() -> None:
     """Answer until the input ends."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("side", choices=["tunesmith", "trl", "trl_precomputed"])
-    options.add_argument("--micro", type=int, required=True)
     asked = options.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries may print; answers go where nothing else does
+    steady_memory()
     for line in sys.stdin:
-        run = open_run(Path(line.strip()))
+        micro, _, path = line.strip().partition(" ")
+        run = open_run(Path(path))
         ours = asked.side == "tunesmith"
-        answer = our_side(run) if ours else trl_side(run, asked.micro, precompute=asked.side == "trl_precomputed")
+        answer = our_side(run) if ours else trl_side(run, int(micro), precompute=asked.side == "trl_precomputed")
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -1,21 +1,24 @@
-"""Speed of DPO side by side with TRL: the same pairs, the same masks, the same global batch, the same start, in turns.
+"""Speed of DPO side by side with TRL: the same pairs, masks, start and global batch, in turns, the peer at its best.
 
-    python benchmarks/dpo_speed.py --json benchmarks/results/dpo_speed.json
+    python benchmarks/dpo_speed.py --json benchmarks/results/dpo_speed.json      # an hour on two cores
 
-SmolLM2-135M, LoRA, float32, pairs of hh-rlhf (helpful and harmless conversations). In each turn every side trains from the
-start on the turn's pairs, its reference included: ours takes the reference's log-probabilities before the first step; TRL
-takes part twice, with the adapter off in every step, and with precompute_ref_log_probs. What counts is the median over the
-turns of the ratio of their times, against the faster TRL of the turn. Losses of all steps are compared too.
+SmolLM2-135M, LoRA, pairs of hh-rlhf (helpful and harmless conversations). TRL's settings are searched for: (adapter off in each
+step, precompute_ref_log_probs) x (bfloat16, float32) x (1, 2, 4, 8 pairs at once, those of a step by length), one step of each.
+Then, in each turn, every side trains from the start on the turn's pairs, its reference included. What counts is the median over
+the turns of the ratio of their times: each side in the type that it is fastest in, and both in float32. Losses and margins are
+compared too, and every turn's seconds are kept.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +27,29 @@ from sides import Side
 
 from tunesmith.chat.preference import to_pair
 from tunesmith.errors import Problem
+from tunesmith.hardware import detect
 from tunesmith.io.rows import read_rows
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import create_run
 from tunesmith.stages.prepare import prepare
 
 HH = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf" / "test.jsonl.gz"
-SIDES = ("tunesmith", "trl", "trl_precomputed")
+TRL = ("trl", "trl_precomputed")
+DTYPES = ("bfloat16", "float32")
+SIZES = (1, 2, 4, 8)  # pairs at once that are tried
 R = 16
 RATE = 1e-4  # ten times the default, so that the losses move within a few steps
 
-Answers = Mapping[str, Mapping[str, Any]]
+Answer = Mapping[str, Any]
 
 
-@contextmanager
-def sides(micro: int) -> Iterator[list[Side]]:
-    """One process for each side."""
-    with ExitStack() as stack:
-        made = []
-        for name in SIDES:
-            made.append(Side(name, "dpo_side.py", ["--micro", str(micro)]))
-            stack.callback(made[-1].end)
-        yield made
+@dataclass(frozen=True)
+class Setting:
+    """One way to train: whose code, in which type, with how many pairs at once (TRL's)."""
+
+    side: str
+    dtype: str
+    micro: int = 0
 
 
 def drawn_rows(source: Path, count: int, seed: int) -> list[dict[str, Any]]:
@@ -54,8 +58,8 @@ def drawn_rows(source: Path, count: int, seed: int) -> list[dict[str, Any]]:
     return random.Random(seed).sample(usable, count)
 
 
-def prepared(rows: Sequence[Mapping[str, Any]], folder: Path, batch: int, seed: int) -> Path:
-    """A run over the rows, prepared; one pass over them."""
+def prepared(rows: Sequence[Mapping[str, Any]], folder: Path, batch: int, seed: int, dtype: str) -> Path:
+    """A run over the rows in one of the types, prepared; one pass over them."""
     folder.mkdir(parents=True)
     raw = folder / "pairs.jsonl"
     raw.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -67,7 +71,7 @@ seed: {seed}
 data: {{train: {raw}, heldout: 0}}
 lora: {{r: {R}, lora_alpha: {2 * R}}}
 train: {{max_steps: {len(rows) // batch}, effective_batch_size: {batch}, learning_rate: {RATE}, warmup_ratio: 0,
-  lr_scheduler_type: constant, compute_dtype: float32}}
+  lr_scheduler_type: constant, compute_dtype: {dtype}}}
 """
     run = create_run(parse_recipe(text, "dpo_speed", folder), folder / "run")
     ledger = prepare(run)
@@ -76,61 +80,86 @@ train: {{max_steps: {len(rows) // batch}, effective_batch_size: {batch}, learnin
     return run.path
 
 
-def row_of(turn: int, pairs: int, tokens: int, answers: Answers) -> dict[str, Any]:
-    """What one turn measured."""
-    values = {name: {**answer, "pairs_per_second": pairs / answer["seconds"]} for name, answer in answers.items()}
-    return {"turn": turn, "pairs": pairs, "tokens": tokens, "sides": values}
+class Sides:
+    """A process for each side that is asked, and a prepared run for each type."""
+
+    def __init__(self, stack: ExitStack, folder: Path, batch: int, seed: int) -> None:
+        self._stack, self._folder, self._batch, self._seed = stack, folder, batch, seed
+        self._processes: dict[Setting, Side] = {}
+
+    def runs(self, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Path]:
+        return {dtype: prepared(rows, self._folder / f"{name}-{dtype}", self._batch, self._seed, dtype) for dtype in DTYPES}
+
+    def ask(self, setting: Setting, runs: Mapping[str, Path]) -> dict[str, Any]:
+        if setting not in self._processes:
+            self._processes[setting] = Side(setting.side, "dpo_side.py", [])
+            self._stack.callback(self._processes[setting].end)
+        return self._processes[setting].ask(f"{setting.micro} {runs[setting.dtype]}")
+
+    def end(self, setting: Setting) -> None:
+        self._processes.pop(setting).end()
 
 
-def ratio(row: Mapping[str, Any], *others: str) -> float:
-    """How many times as many pairs a second as the faster of the others."""
-    seconds = {name: side["seconds"] for name, side in row["sides"].items()}
-    return float(min(seconds[name] for name in others) / seconds["tunesmith"])
+def screened(sides: Sides, runs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Seconds of TRL's settings for one step, the fastest first."""
+    found = []
+    for side, dtype, micro in itertools.product(TRL, DTYPES, SIZES):
+        setting = Setting(side, dtype, micro)
+        found.append({**asdict(setting), "seconds": sides.ask(setting, runs)["seconds"]})
+        sides.end(setting)
+        print(found[-1], flush=True)
+    return sorted(found, key=lambda each: each["seconds"])
+
+
+def settings_of(found: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Setting, Setting]]:
+    """Ours and TRL's fastest, by the claim that they are for: each in its own type, and both in float32."""
+    best = [Setting(each["side"], each["dtype"], each["micro"]) for each in found]
+    single = next(each for each in best if each.dtype == "float32")
+    return {"": (Setting("tunesmith", detect().compute_dtype), best[0]), "_float32": (Setting("tunesmith", "float32"), single)}
 
 
 def claims_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over the turns of ratios within a turn, and how far losses and margins are apart."""
-    claims = [
-        claim("dpo_pairs_per_second_ratio", statistics.median(ratio(row, *SIDES[1:]) for row in rows), "x"),
-        *(claim(f"dpo_ratio_to_{name}", statistics.median(ratio(row, name) for row in rows), "x") for name in SIDES[1:]),
-    ]
-    for name in SIDES:
-        speeds = [row["sides"][name]["pairs_per_second"] for row in rows]
-        claims.append(claim(f"dpo_pairs_per_second_{name}", statistics.median(speeds), "pairs/s"))
-        peak = max(row["sides"][name]["peak_memory_bytes"] for row in rows)
-        claims.append(claim(f"dpo_peak_memory_{name}", peak / 2**30, "GiB"))
-    apart_by = {key: max(apart(row, key) for row in rows) for key in ("losses", "margins")}
-    return [*claims, *(claim(f"dpo_largest_difference_of_{key}", value, "nats") for key, value in apart_by.items())]
-
-
-def apart(row: Mapping[str, Any], key: str) -> float:
-    """The largest difference of a step's figure between us and either TRL."""
-    ours = row["sides"]["tunesmith"][key]
-    return max(abs(a - b) for name in SIDES[1:] for a, b in zip(ours, row["sides"][name][key], strict=True))
+    """Medians over the turns of ratios within a turn, and how far losses and margins are apart in float32."""
+    claims = []
+    for suffix in ("", "_float32"):
+        pairs = [(row[f"ours{suffix}"], row[f"trl{suffix}"]) for row in rows]
+        times = statistics.median(theirs["seconds"] / ours["seconds"] for ours, theirs in pairs)
+        memory = max(ours["peak_memory_bytes"] for ours, _ in pairs) / max(theirs["peak_memory_bytes"] for _, theirs in pairs)
+        claims.append(claim(f"dpo_pairs_per_second_ratio{suffix}", times, "x"))
+        claims.append(claim(f"dpo_peak_memory_ratio{suffix}", memory, "x"))
+    for key in ("losses", "margins"):
+        apart = (abs(a - b) for row in rows for a, b in zip(row["ours_float32"][key], row["trl_float32"][key], strict=True))
+        claims.append(claim(f"dpo_largest_difference_of_{key}", max(apart), "nats"))
+    return claims
 
 
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--pairs", type=int, default=16, help="of an optimizer step")
-    options.add_argument("--steps", type=int, default=4, help="of a turn")
+    options.add_argument("--steps", type=int, default=2, help="of a turn")
     options.add_argument("--turns", type=int, default=3)
-    options.add_argument("--micro", type=int, default=4, help="pairs at once for TRL")
     options.add_argument("--seed", type=int, default=42)
     asked = options.parse_args()
     each, results = asked.pairs * asked.steps, []
-    # The first step of a process also allocates, so a step that does not count comes before.
     rows = drawn_rows(HH, asked.pairs + asked.turns * each, asked.seed)
-    with tempfile.TemporaryDirectory() as scratch, sides(asked.micro) as processes:
-        for turn in range(asked.turns + 1):
-            begin = 0 if turn == 0 else asked.pairs + (turn - 1) * each
-            mine = rows[begin : begin + (asked.pairs if turn == 0 else each)]
-            run = prepared(mine, Path(scratch) / f"turn-{turn}", asked.pairs, asked.seed)
-            tokens = json.loads((run / "data" / "ledger.json").read_text(encoding="utf-8"))["tokens_train"]
-            answers = {side.name: side.ask(str(run)) for side in processes}
-            if turn > 0:
-                results.append(row_of(turn, len(mine), tokens, answers))
-                print(f"turn {turn}: " + ", ".join(f"{name} {a['seconds']:.1f} s" for name, a in answers.items()), flush=True)
-    report(asked.json, claims_of(results), results)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        sides = Sides(stack, Path(scratch), asked.pairs, asked.seed)
+        first = sides.runs(rows[: asked.pairs], "first")
+        found = screened(sides, first)
+        chosen = settings_of(found)
+        for pair in chosen.values():
+            for setting in pair:
+                sides.ask(setting, first)  # what the first step allocates
+        for turn in range(asked.turns):
+            begin = asked.pairs + turn * each
+            runs = sides.runs(rows[begin : begin + each], f"turn-{turn}")
+            row: dict[str, Any] = {"part": "turns", "turn": turn, "pairs": each}
+            for suffix, (ours, theirs) in chosen.items():
+                row |= {f"ours{suffix}": asdict(ours) | sides.ask(ours, runs)}
+                row |= {f"trl{suffix}": asdict(theirs) | sides.ask(theirs, runs)}
+            results.append(row)
+            print(turn, {key: value["seconds"] for key, value in row.items() if isinstance(value, dict)}, flush=True)
+    report(asked.json, claims_of(results), [{"part": "screened", "settings": found}, *results])
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from turns import Turns
+from turns import Turns, in_order
 
 from tunesmith.hardware.memory import PeakMemory
 
 _LONG = 100_000  # steps that the schedule is made for; turns end by being told so
 
 
-def save_rows(data: Path, target: Path) -> None:
-    """The prepared rows as LLaMA-Factory keeps tokenized data."""
+def save_rows(data: Path, target: Path, batch: int, seed: int) -> None:
+    """The prepared rows as LLaMA-Factory keeps tokenized data, in the engine's order, those of a step by length."""
 
     def columns(row: dict[str, Any]) -> dict[str, Any]:
         pairs = zip(row["input_ids"], row["trained"], strict=True)
@@ -27,12 +27,12 @@ def save_rows(data: Path, target: Path) -> None:
             "labels": [token if trained else -100 for token, trained in pairs],
         }
 
-    rows = Dataset.from_file(str(data / "train.arrow")).map(columns)
+    rows = in_order(Dataset.from_file(str(data / "train.arrow")), batch, seed).map(columns)
     DatasetDict({"train": rows.select_columns(["input_ids", "attention_mask", "labels"])}).save_to_disk(str(target))
 
 
 def settings(asked: argparse.Namespace, tokenized: Path) -> dict[str, Any]:
-    """Its recipe: float32, no checkpointing, the same adapter, batch and rate."""
+    """Its recipe: no checkpointing, the same adapter, batch, rows and rate."""
     return {
         "stage": "sft",
         "do_train": True,
@@ -47,6 +47,8 @@ def settings(asked: argparse.Namespace, tokenized: Path) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "flash_attn": "sdpa",
         "disable_gradient_checkpointing": True,
+        "disable_shuffling": True,
+        "bf16": asked.dtype == "bfloat16",
         "per_device_train_batch_size": asked.micro,
         "gradient_accumulation_steps": asked.rows // asked.micro,
         "max_steps": _LONG,
@@ -74,7 +76,7 @@ def main() -> None:
     options.add_argument("--rows", type=int, required=True)
     options.add_argument("--micro", type=int, required=True)
     options.add_argument("--r", type=int, required=True)
-    options.add_argument("--dtype", choices=["float32"], required=True)
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
     options.add_argument("--scratch", type=Path, required=True)
     options.add_argument("--seed", type=int, default=42)
     asked = options.parse_args()
@@ -82,7 +84,7 @@ def main() -> None:
     from llamafactory.train.tuner import run_exp
 
     tokenized = asked.scratch / "tokenized"
-    save_rows(asked.data, tokenized)
+    save_rows(asked.data, tokenized, asked.rows, asked.seed)
     turns.answer(ready=True)
     run_exp(args=settings(asked, tokenized), callbacks=[turns])
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, set_seed
-from turns import Turns
+from turns import Turns, in_order
 
 from tunesmith.hardware import detect
 from tunesmith.hardware.freed import steady_memory
@@ -42,14 +42,6 @@ _LONG = 100_000  # steps that the schedule is made for; turns end by being told 
 def read_rows(folder: Path) -> Dataset:
     """The prepared rows."""
     return Dataset.from_file(str(folder / "train.arrow"))
-
-
-def in_order(rows: Dataset, batch: int, seed: int) -> Dataset:
-    """The rows as the engine draws them, those of a step by length: the fewest pads that micro-batches can have."""
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    lengths = rows["length"]
-    steps = (drawn[start : start + batch] for start in range(0, len(drawn), batch))
-    return rows.select([row for step in steps for row in sorted(step, key=lambda row: -lengths[row])])
 
 
 def labelled(row: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +186,7 @@ def our_side(asked: argparse.Namespace) -> None:
     use_tree_attention(model, on=True)
     turns = Turns(meter)
     scratch = Path(tempfile.mkdtemp())
-    limits = Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size)
+    limits = Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size, settings.micro_batch_start)
     engine = Engine(
         Sft(),
         model,

@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Any, get_args, get_origin
@@ -141,100 +143,151 @@ def _values(name: str) -> dict[str, float]:
     return {claim["name"]: claim["value"] for claim in _result(name)["claims"]} if measured else {}
 
 
-_SETS = {"demo": "rows with one long instruction", "alpaca": "alpaca_demo, nothing shared but a system turn"}
-_TIMES = "{:.1f} x"
+_SETS = {"demo": "rows with one long instruction", "alpaca": "alpaca_demo"}
+_TIMES, _SHARE = "{:.1f} x", "{:.2f} x"
 _METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 
-#: The rows of docs/speed.md: result, what, claim, how it is written.
-SPEED_CLAIMS = (
+
+@dataclass(frozen=True)
+class Speed:
+    """A row of the tables of speed: what is compared, in which result, and its claims with how they are written."""
+
+    what: str
+    result: str
+    cells: tuple[tuple[str, str], ...]
+    short: bool = False  # whether the README has it
+
+
+def _pair(what: str, result: str, time: str, memory: str, suffix: str = "") -> Speed:
+    """A row with rows a second and peak memory, as it comes and in float32."""
+    names = ((time + suffix, _TIMES), (memory + suffix, _SHARE))
+    return Speed(what, result, names, short=not suffix)
+
+
+#: Against peers: what, rows a second, peak memory.
+SPEED_PEERS = (
     *(
-        ("train_speed", f"{label}, {data}: rows a second against tuned TRL", f"rows_per_second_ratio_{key}_{method}", _TIMES)
+        _pair(
+            f"{label}, {data}{text}",
+            "train_speed",
+            f"rows_per_second_ratio_{key}_{method}",
+            f"peak_memory_ratio_{key}_{method}",
+            suffix,
+        )
         for key, data in _SETS.items()
         for method, label in _METHODS.items()
+        for suffix, text in (("", ""), ("_float32", ", both in float32"))
     ),
-    ("train_speed", "LoRA, one long instruction: against TRL's defaults", "rows_per_second_ratio_to_trl_defaults", _TIMES),
-    (
+    Speed(
+        "LoRA, rows with one long instruction: against TRL as it comes",
         "train_speed",
-        "the same where oneDNN may not use bfloat16 instructions",
-        "rows_per_second_ratio_to_trl_defaults_without_bf16",
-        _TIMES,
+        (("rows_per_second_ratio_to_trl_defaults", _TIMES), ("peak_memory_ratio_to_trl_defaults", _SHARE)),
     ),
-    (
-        "train_speed",
-        "LoRA, one long instruction: against LLaMA-Factory, float32",
-        "rows_per_second_ratio_to_llamafactory_demo_lora",
-        _TIMES,
+    *(
+        _pair(
+            f"LoRA, {data}: against LLaMA-Factory at its best",
+            "train_speed",
+            f"rows_per_second_ratio_to_llamafactory_{key}_lora",
+            f"peak_memory_ratio_to_llamafactory_{key}_lora",
+        )
+        for key, data in _SETS.items()
     ),
-    (
-        "train_speed",
-        "LoRA, alpaca_demo: against LLaMA-Factory, float32",
-        "rows_per_second_ratio_to_llamafactory_alpaca_lora",
-        _TIMES,
+    *(
+        _pair(f"DPO, LoRA, hh-rlhf{text}", "dpo_speed", "dpo_pairs_per_second_ratio", "dpo_peak_memory_ratio", suffix)
+        for suffix, text in (("", ""), ("_float32", ", both in float32"))
     ),
-    ("train_speed", "LoRA, one long instruction: peak memory, share of tuned TRL's", "peak_memory_ratio_demo_lora", "{:.2f}"),
-    ("train_speed", "LoRA, alpaca_demo: peak memory, share of tuned TRL's", "peak_memory_ratio_alpaca_lora", "{:.2f}"),
-    ("train_speed", "full: share of the FLOP floor, at oneDNN's rate", "flop_floor_fraction_full", "{:.0%}"),
-    ("train_speed", "LoRA: share of the FLOP floor, at oneDNN's rate", "flop_floor_fraction_lora", "{:.0%}"),
-    ("train_speed", "full: the same at the rate of torch's own operators", "flop_floor_fraction_full_at_torch_rate", "{:.0%}"),
-    ("train_speed", "LoRA: the same at the rate of torch's own operators", "flop_floor_fraction_lora_at_torch_rate", "{:.0%}"),
-    ("train_speed", "losses of 50 steps against TRL's, largest difference (nats)", "loss_max_abs_diff_to_trl", "{:.1e}"),
-    ("train_speed", "gradients of trees, float64, largest relative difference", "packed_gradient_max_rel_diff_fp64", "{:.1e}"),
-    ("kernels", "attention along trees against PyTorch's kernel, forward", "attention_time_ratio", _TIMES),
-    ("kernels", "attention along trees against PyTorch's kernel, backward", "attention_backward_time_ratio", _TIMES),
-    ("kernels", "a weight's gradient against torch's operator", "weight_gradient_time_ratio", _TIMES),
-    ("kernels", "a weight's gradient against oneDNN", "weight_gradient_time_ratio_to_onednn", _TIMES),
-    ("kernels", "norms, gates and rotations against torch's operators", "number_by_number_time_ratio", _TIMES),
-    ("kernels", "loss of a frozen head against torch's linear_cross_entropy", "frozen_head_loss_time_ratio", _TIMES),
-    ("kernels", "loss of kept logits against torch's operators", "kept_logits_loss_time_ratio", _TIMES),
-    ("dpo_speed", "DPO, LoRA, hh-rlhf: pairs a second against the faster TRL", "dpo_pairs_per_second_ratio", _TIMES),
-    ("mmlu_scoring", "MMLU 5-shot scoring against lm-evaluation-harness", "mmlu_scoring_ratio_to_lm_eval", _TIMES),
-    ("mmlu_scoring", "log-likelihoods against its, largest difference (nats)", "mmlu_scoring_max_abs_diff", "{:.1e}"),
+    Speed(
+        "MMLU 5-shot scoring against lm-evaluation-harness",
+        "mmlu_scoring",
+        (("mmlu_scoring_ratio_to_lm_eval", _TIMES),),
+        short=True,
+    ),
+    Speed(
+        "preparing rows, all rules on, against TRL's tokenizing",
+        "prepare",
+        (("rows_per_second_ratio_to_trl", _SHARE),),
+        short=True,
+    ),
 )
-README_CLAIMS = (
-    "demo_full",
-    "demo_lora",
-    "demo_qlora",
-    "alpaca_full",
-    "alpaca_lora",
-    "alpaca_qlora",
-    "dpo_",
-    "mmlu_scoring_ratio",
+
+#: Against the machine and against other code: what, figure.
+SPEED_PARTS = (
+    *(
+        Speed(f"{label}: {text}", "train_speed", ((f"flop_floor_fraction_{method}{suffix}", "{:.0%}"),))
+        for suffix, text in (
+            ("", "share of the FLOP floor, at oneDNN's rate"),
+            ("_at_torch_rate", "the same at the rate of torch's own operators"),
+        )
+        for method, label in (("full", "full"), ("lora", "LoRA"))
+    ),
+    Speed(
+        "losses of 50 steps against TRL's, largest difference (nats)", "train_speed", (("loss_max_abs_diff_to_trl", "{:.1e}"),)
+    ),
+    Speed(
+        "gradients of trees, float64, largest relative difference",
+        "train_speed",
+        (("packed_gradient_max_rel_diff_fp64", "{:.1e}"),),
+    ),
+    Speed(
+        "DPO: losses against TRL's, largest difference (nats)", "dpo_speed", (("dpo_largest_difference_of_losses", "{:.1e}"),)
+    ),
+    Speed(
+        "log-likelihoods against lm-evaluation-harness's, largest difference (nats)",
+        "mmlu_scoring",
+        (("mmlu_scoring_max_abs_diff", "{:.1e}"),),
+    ),
+    *(
+        Speed(what, "kernels", ((name, _TIMES),))
+        for what, name in (
+            ("attention along trees against PyTorch's kernel, forward", "attention_time_ratio"),
+            ("attention along trees against PyTorch's kernel, backward", "attention_backward_time_ratio"),
+            ("a weight's gradient against torch's operator", "weight_gradient_time_ratio"),
+            ("a weight's gradient against oneDNN", "weight_gradient_time_ratio_to_onednn"),
+            ("norms, gates and rotations against torch's operators", "number_by_number_time_ratio"),
+            ("loss of a frozen head against torch's linear_cross_entropy", "frozen_head_loss_time_ratio"),
+            ("loss of kept logits against torch's operators", "kept_logits_loss_time_ratio"),
+        )
+    ),
 )
 
 
 #: How the processors of the results are called, by what tells them apart.
-_GENERATIONS = {"family 25, model 17": "AMD Zen 4", "family 26": "AMD Zen 5"}
+_GENERATIONS = {
+    "family 6, model 207": "Intel Xeon, 5th generation",
+    "family 25, model 17": "AMD Zen 4",
+    "family 26": "AMD Zen 5",
+}
 
 
 def _generation(result: str) -> str:
-    processor = _result(result)["hardware"]["processor"]
+    processor = _result(result)["hardware"].get("processor", "")
     return next((name for told, name in _GENERATIONS.items() if told in processor), processor)
 
 
-def _speed(*, short: bool) -> list[str]:
-    """The README's few rows, or all of them, with what other processors gave."""
-    folder = FOLDER.parent / "benchmarks" / "results"
-    others = [] if short else sorted(path.stem for path in folder.glob("train_speed_*.json"))
-    measured = "measured" if short else f"on {_generation('train_speed')}"
-    head = ["what", measured, *(f"on {_generation(other)}, earlier code" for other in others)]
-    rows = []
-    for result, what, name, form in SPEED_CLAIMS:
-        asked = not short or any(part in name for part in README_CLAIMS if not name.startswith("peak"))
-        values = [_values(result), *(_values(each) if result == "train_speed" else {} for each in others)]
-        if asked and any(name in found for found in values):
-            cells = [form.format(found[name]) if name in found else "" for found in values]
-            rows.append(f"| {' | '.join([what, *cells])} |")
-    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows]
+def _speed(rows: Sequence[Speed], columns: Sequence[str], *, short: bool = False) -> list[str]:
+    """The rows that were measured, each with the processor it was measured on."""
+    lines = [f"| what | {' | '.join(columns)} | on |", "|---|" + "---|" * len(columns) + "---|"]
+    for row in rows:
+        found = _values(row.result)
+        cells = [form.format(found[name]) if name in found else "" for name, form in row.cells]
+        cells += [""] * (len(columns) - len(cells))
+        if any(cells) and (row.short or not short):
+            lines.append(f"| {' | '.join([row.what, *cells, _generation(row.result)])} |")
+    return lines
+
+
+_PEER_COLUMNS = ("speed, times theirs", "peak memory, times theirs")
 
 
 def speed_page() -> str:
-    """docs/speed.md with its table."""
-    return _with_tables("speed.md", {"speed": _speed(short=False)})
+    """docs/speed.md with its tables."""
+    tables = {"speed": _speed(SPEED_PEERS, _PEER_COLUMNS), "parts": _speed(SPEED_PARTS, ("measured",))}
+    return _with_tables("speed.md", tables)
 
 
 def readme() -> str:
-    """README.md with its table of speeds."""
-    return _with_tables("../README.md", {"speed": _speed(short=True)})
+    """README.md with its table of speeds, wins and losses alike."""
+    return _with_tables("../README.md", {"speed": _speed(SPEED_PEERS, _PEER_COLUMNS, short=True)})
 
 
 def plan_page() -> str:
