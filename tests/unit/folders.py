@@ -26,6 +26,14 @@ def link_out(folder: Path) -> None:
     (folder / "extra.json").symlink_to(folder.parent / "secret.json")
 
 
+def link_to_blobs(folder: Path) -> None:
+    """As the hub's cache has links, but to a folder of somebody else's that is called like its own."""
+    private = folder.parent / "else" / "blobs"
+    private.mkdir(parents=True)
+    (private / "secret.json").write_text("{}", encoding="utf-8")
+    (folder / "extra.json").symlink_to(private / "secret.json")
+
+
 def text(name: str, content: str) -> Spoil:
     return lambda folder: (folder / name).write_text(content, encoding="utf-8")
 
@@ -132,6 +140,7 @@ HOSTILE: dict[str, tuple[str, Spoil]] = {
     "index without a map": ("TS202", text("model.safetensors.index.json", "{}")),
     "index that is a list": ("TS202", text("model.safetensors.index.json", "[]")),
     "link out": ("TS205", link_out),
+    "link to somebody's blobs": ("TS205", link_to_blobs),
     "link out among the templates": (
         "TS205",
         lambda f: ((f / "additional_chat_templates").mkdir(), (f / "additional_chat_templates/x.jinja").symlink_to(outside(f))),

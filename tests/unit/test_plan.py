@@ -237,6 +237,23 @@ def test_shared_prefixes_are_read_from_the_data(tmp_path: Path) -> None:
     assert shared.batches(2, Limits(), packing=False)[-1][0].tokens == 2 * (shared.longest - 1)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_bound_is_of_the_longest_rows_however_few_they_are(tmp_path: Path, method: Method) -> None:
+    """One row of 4,000 is long: no draw is likely to have it, and a run will meet it."""
+    short = [chat_row(f"{i}?", "yes") for i in range(3_999)]
+    settings = ("train.per_device_train_batch_size=2", "train.packing=false")
+    card = find_device("24GB", GPUS)
+    bounds = []
+    for rows in ([*short, chat_row("again? " * 900, "no")], short):
+        made = facts(tmp_path, rows)
+        asked = recipe("Qwen/Qwen2-7B", *settings).recipe
+        option = plan_for(asked, made, card, GPUS, methods=[method], entries=[], free=False).options[method]
+        assert option.scenario.tokens >= 2 * (made.longest - 1)
+        bounds.append((option.peak_memory_bytes, option.safe_memory_bytes))
+    assert bounds[0][0] > bounds[1][0]
+    assert bounds[0][1] > bounds[1][1]
+
+
 def test_rows_that_cannot_be_used_do_not_count(tmp_path: Path) -> None:
     rows: list[Any] = [chat_row("a?", "b") for _ in range(30)] + [{"nothing": 1}] * 10
     assert facts(tmp_path, rows).rows == 30

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tunesmith.recipe import parse_recipe
+from tunesmith.stages.train.ppo import Answers, Policy, Ppo
 from tunesmith.stages.train.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
 
 MASK = torch.tensor([[1.0, 1, 1], [1, 0, 0]])
@@ -59,3 +65,39 @@ def test_whitened_values() -> None:
     found = whiten(torch.tensor([[1.0, 3.0, 2.0], [2.0, 50.0, 50.0]]), MASK)
     root = math.sqrt(0.5)
     torch.testing.assert_close(found, torch.tensor([[-1 / root, 1 / root, 0], [0, 0, 0]]))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5])
+def test_an_update_weighs_each_token_alike_however_many_answers_go_at_once(at_once: int) -> None:
+    """Loss, gradient and clipped share against one pass over all tokens by the formulas above."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    draw = torch.Generator().manual_seed(1)
+    answers = [torch.randint(1, 50, (length,), generator=draw).tolist() for length in (1, 9, 3, 6, 2)]
+    prompts = [torch.randint(1, 50, (4,), generator=draw).tolist() for _ in answers]
+    mask = torch.tensor([[float(place < len(answer)) for place in range(9)] for answer in answers])
+    policy = Policy(model, temperature=0.9)
+    torch.nn.init.normal_(policy.value_head.weight)
+    with torch.no_grad():
+        logprobs, values = policy(prompts, answers, 9)
+    shifted = logprobs + torch.randn(mask.shape, generator=draw) * mask * 0.3
+    known = Answers(prompts, answers, shifted, shifted, values, mask)
+    gain, goal = (torch.randn(mask.shape, generator=draw) * mask for _ in range(2))
+    recipe = parse_recipe("model: m\nobjective: ppo\ndata: {train: t}\ntrain: {max_grad_norm: 1.0e+9}", "r", Path("/nowhere"))
+    ppo = Ppo.__new__(Ppo)
+    ppo.policy, ppo.asked = policy, recipe.recipe.ppo
+    ppo.work = SimpleNamespace(  # type: ignore[assignment]
+        model=model, settings=SimpleNamespace(per_device_train_batch_size=at_once), run=SimpleNamespace(recipe=recipe.recipe)
+    )
+    ppo.adamw = torch.optim.SGD(policy.parameters(), lr=0.0)  # type: ignore[assignment]
+    loss, norm, clipped = ppo._update(1, known, gain, goal)
+    logprobs, now = policy(prompts, answers, 9)
+    told, cut = policy_loss(logprobs, shifted, gain, mask, ppo.asked.cliprange)
+    whole = (told + ppo.asked.vf_coef * value_loss(now, values, goal, mask, ppo.asked.cliprange_value)) / mask.sum()
+    whole.backward()
+    expected = torch.stack([each.grad.norm() for each in policy.parameters() if each.grad is not None]).norm()
+    assert 0 < clipped < 1
+    assert loss == pytest.approx(float(whole.detach()), rel=1e-5)
+    assert norm == pytest.approx(float(expected), rel=1e-4)
+    assert clipped == pytest.approx(float(cut) / 21)

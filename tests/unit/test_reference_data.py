@@ -298,9 +298,10 @@ def test_a_test_prompt_in_an_earlier_turn_leaks(prepared: Prepare) -> None:
         turns("First here?", "One.", "Second here?", "Three.", "And what of the third one?", "Nothing is known of it."),
         turns("First here?", "One.", "Another second question?", "Two hundred, and some more."),
         turns("Before all that, who came?", "Nobody came.", "Who wrote it?", "Anna, they say."),  # asked after something else
+        turns("Who wrote it?", "Somebody else.", "In what year?", "In May.", "Which?", "Ten years ago.", "So?", "So it is."),
     ]
     done = prepared({"train.jsonl": rows, "test.jsonl": tests}, "heldout: 0")
-    assert done.rejected("leaks-test") == [1, 2]
+    assert done.rejected("leaks-test") == [1, 2, 5]
     assert done.lines() == [3, 4]
 
 

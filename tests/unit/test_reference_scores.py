@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,11 @@ def test_score_of_a_json_answer(answer: str, parsed: bool, valid: bool, a: bool,
 @pytest.mark.parametrize(("wanted", "told"), [("1", "true"), ("false", "0"), ("[1]", "[true]"), ('{"x": 0}', '{"x": false}')])
 def test_a_number_is_no_boolean(wanted: str, told: str) -> None:
     assert score_json(Answer("f:1", f'{{"a": {wanted}}}', f'{{"a": {told}}}'), None)["score"] == 0.0
+
+
+@pytest.mark.parametrize(("answer", "score"), [("{}", 0), ("", 0), ("null", 0), ('{"b": 1}', 0.5), ('{"a": null, "b": 1}', 1)])
+def test_an_absent_field_is_not_null(answer: str, score: float) -> None:
+    assert score_json(Answer("f:1", '{"a": null, "b": 1}', answer), None)["score"] == score
 
 
 def test_what_is_nested_without_end_equals_nothing() -> None:
@@ -463,9 +469,11 @@ def parrot(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return folder
 
 
-def evaluated(folder: Path, parrot: Path, references: Sequence[str], more: str = "") -> tuple[Row, list[Row]]:
+def evaluated(
+    folder: Path, parrot: Path, references: Sequence[str], more: str = "", asked: str = "question"
+) -> tuple[Row, list[Row]]:
     """What `evaluate` says of the parrot, and its samples."""
-    test = [chat_row(f"question {i}", reference) for i, reference in enumerate(references)]
+    test = [chat_row(f"{asked} {i}", reference) for i, reference in enumerate(references)]
     train = [chat_row(f"another question {i}", '{"a":1}') for i in range(4)]
     for name, rows in (("train", train), ("test", test)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -509,6 +517,18 @@ def test_texts_and_rows_are_told_apart_by_what_they_hold(
     assert results["task_score"] == pytest.approx(2 / 5)
     assert results["rows"] == by_fields[0]["rows"]
     assert results["rows_digest"] != by_fields[0]["rows_digest"]
+
+
+def test_test_rows_changed_in_place_are_others(tmp_path: Path, parrot: Path) -> None:
+    """The same file names and lines, the same scores: the digest is of the questions and of the references."""
+
+    def digest(references: Sequence[str], asked: str) -> str:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return str(evaluated(tmp_path, parrot, references, asked=asked)[0]["rows_digest"])
+
+    first, again = (digest(REFERENCES[:2], "question") for _ in range(2))
+    assert first == again
+    assert len({first, digest(REFERENCES[:2], "problem"), digest(REFERENCES[1::-1], "question")}) == 3
 
 
 def all_resamples(scores: Sequence[float], reference: Sequence[float]) -> np.ndarray:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import OPTConfig, OPTForCausalLM
 
 from tests.unit.folders import HOSTILE, edit_json
 from tunesmith.errors import ModelError
-from tunesmith.models.load import load_tokenizer, locate, model_digest
+from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -25,6 +27,35 @@ def test_hostile_folder_is_refused(tmp_path: Path, tiny_model: Path, name: str) 
         load_tokenizer(locate(str(folder)))
     assert code in {problem.code for problem in caught.value.problems}
     assert time.perf_counter() - begun < 10
+
+
+@pytest.mark.parametrize(("layers", "what"), [(1, "are of no layer that it has"), (3, "missing|numbers, and a model")])
+def test_layers_of_other_architectures_are_counted_too(tmp_path: Path, tokenizer: Any, layers: int, what: str) -> None:
+    """One whose shapes no table of ours has."""
+    folder, sizes = tmp_path / "model", {"hidden_size": 32, "ffn_dim": 32, "word_embed_proj_dim": 32, "num_attention_heads": 2}
+    OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), num_hidden_layers=2, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    load_model(locate(str(folder)), dtype="float32")
+    edit_json(folder / "config.json", num_hidden_layers=layers)
+    with pytest.raises(ModelError, match=rf"TS215.*({what})"):
+        load_model(locate(str(folder)), dtype="float32")
+
+
+def test_a_hub_s_cache_links_to_its_blobs(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "models--a--b" / "snapshots" / "0123"
+    elsewhere = tmp_path / "models--c--d" / "snapshots" / "0123"
+    shutil.copytree(tiny_model, folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}", encoding="utf-8")
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(each for each in folder.rglob("*") if each.is_file())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    assert locate(str(folder)) == folder
+    shutil.copytree(folder, elsewhere, symlinks=True)  # whose blobs are another repository's
+    with pytest.raises(ModelError, match="TS205"):
+        locate(str(elsewhere))
 
 
 def test_missing_folder_is_named() -> None:

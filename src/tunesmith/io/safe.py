@@ -149,9 +149,9 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _hub_link(path: Path) -> bool:
-    """The hub's cache links snapshots/<commit>/<file> to ../../blobs/<sha>: a link of its own making."""
-    target = Path(os.path.realpath(path))
-    return target.parent.name == "blobs" and path.parent.parent.name == "snapshots"
+    """The hub's cache links snapshots/<commit>/<file> to blobs/<sha> beside it: a link of its own making."""
+    named = (parent.parent for parent in path.absolute().parents[1:3] if parent.name == "snapshots")
+    return Path(os.path.realpath(path)).parent in {Path(os.path.realpath(repository)) / "blobs" for repository in named}
 
 
 def _settings_problems(path: Path) -> Iterator[Problem]:

@@ -27,8 +27,13 @@ REWARD_LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
 MAX_TOKENS = 4096
 
 #: Tokens' time on a CPU that a micro-batch takes beside its own: weights are read once more, and what is trained is added up
-#: (full), or dequantised again (QLoRA). Measured by benchmarks/micro_batches.py.
-MICRO_BATCH_START = {"full": 60, "lora": 25, "qlora": 100}
+#: (full), or dequantised again (QLoRA). Twice as many where tokens take half the time. Measured by benchmarks/micro_batches.py:
+#: on a processor with AMX in float32 and bfloat16; one without (Zen 4) had 60, 25 and 100 in float32.
+MICRO_BATCH_START = {
+    "full": {"float32": 65, "bfloat16": 150},
+    "lora": {"float32": 60, "bfloat16": 200},
+    "qlora": {"float32": 130, "bfloat16": 340},
+}
 
 #: Rows at once where weights move in the backward pass, so that a step is one micro-batch.
 ROWS_IN_BACKWARD = 8
@@ -111,7 +116,7 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
     tokens = _max_tokens(asked, reasons)
     start = None
     if hardware.device == "cpu" and tokens is not None and asked.per_device_max_tokens == "auto":
-        start = MICRO_BATCH_START[recipe.method]
+        start = MICRO_BATCH_START[recipe.method][dtype]
         reasons["per_device_max_tokens"] = "as few rows at once as cost no time, and no more than that holds"
     steps_per_epoch = math.ceil(rows / batch)
     steps = asked.max_steps or math.ceil(steps_per_epoch * asked.num_train_epochs)

@@ -1,10 +1,13 @@
 """What the plan needs to know of the data: how many rows, how long, how much of them is trained on, how much they share.
 
-Read from a prepared run exactly, from raw rows by a seeded sample. No torch here.
+Read from a prepared run exactly, from raw rows by a seeded sample, to which the longest of all rows come: what a step takes at
+most is decided by them, however few they are. No torch here.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
 import random
 import statistics
@@ -27,6 +30,8 @@ from tunesmith.recipe import Objective
 from tunesmith.sections import ON_TREES, SAMPLED
 
 SAMPLE = 1_000  # rows looked at closely
+TAIL = 32  # of the longest rows
+_LONG = 1_000  # rows among which those are found, the longest by their characters
 _DRAWS = 24  # micro-batches drawn to see what their rows share
 _SEED = 0
 _END = -1  # stands for the id at the end of a document
@@ -82,6 +87,7 @@ class DataFacts:
     sample: tuple[Row, ...] = field(repr=False)
     counted: str
     shares: bool = True  # whether rows may have a prefix in common
+    tail: tuple[Row, ...] = field(default=(), repr=False)  # the longest rows of all
 
     @property
     def sequences(self) -> list[Row]:
@@ -95,8 +101,8 @@ class DataFacts:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence of the sample."""
-        return max(len(row.ids) for row in self.sequences)
+        """Tokens of the longest sequence of all rows."""
+        return max(len(row.ids) for row in _sides([*self.sample, *self.tail]))
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON value."""
@@ -117,13 +123,17 @@ class DataFacts:
 
     def batches(self, size: int, limits: Limits, *, packing: bool) -> list[list[Batch]]:
         """`size` rows as micro-batches within the limits, drawn by a seed several times, and last the longest rows."""
-        longest = sorted(self.sample, key=lambda row: -sum(len(side.ids) for side in row.sides))
+        longest = sorted(self.tail or self.sample, key=lambda row: -_tokens(row))
         picks = [*self.draw(size), [longest[i % len(longest)] for i in range(size)]]
         return [_batches(rows, limits, packing=packing and self.shares) for rows in picks]
 
 
 def _sides(rows: Sequence[Row]) -> list[Row]:
     return [side for row in rows for side in row.sides]
+
+
+def _tokens(row: Row) -> int:
+    return sum(len(side.ids) for side in row.sides)
 
 
 def _batches(rows: Sequence[Row], limits: Limits, *, packing: bool) -> list[Batch]:
@@ -170,11 +180,13 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
     Raises DataError where the file is missing, or no sampled row can be used.
     """
     refuse_unplanned(objective)
-    total, raw = 0, list[tuple[Any, SourceSection]]()
+    total, raw, long = 0, list[tuple[Any, SourceSection]](), list[tuple[int, int, Any, SourceSection]]()
     for part in data.parts:
-        for value in _values(part, reader_of(objective)):
+        for value, size, drawn_too in _values(part, reader_of(objective)):
             total += 1
             if value is not None:
+                _keep_longest(long, (size, total, value, part))
+            if value is not None and drawn_too:
                 raw.append((value, part))
     drawn = _drawn(raw, SAMPLE)
     sample = [row for value, part in drawn for row in _rows(value, part, data, encode, objective)]
@@ -190,28 +202,70 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
         each = max(1.0, share) if objective == "pretrain" else 1.0  # pieces of a document
         rows = min(rows, round(data.max_rows * each))
     counted = "the model's tokenizer" if encode is not None else f"{_CHARACTERS} characters a token"
-    return DataFacts(rows, tuple(_drawn(sample, SAMPLE)), counted)
+    longest = [(value, part) for _, _, value, part in sorted(long, key=lambda each: each[:2], reverse=True)]
+    tail = _longest((row for value, part in longest for row in _rows(value, part, data, encode, objective)), data)
+    return DataFacts(rows, tuple(_drawn(sample, SAMPLE)), counted, tail=tail)
+
+
+def _keep_longest(heap: list[tuple[int, int, Any, SourceSection]], row: tuple[int, int, Any, SourceSection]) -> None:
+    """Add a row, which begins with its size and its number, unless so many are longer."""
+    if len(heap) < _LONG:
+        heapq.heappush(heap, row)
+    elif row[0] > heap[0][0]:
+        heapq.heapreplace(heap, row)
+
+
+def _longest(rows: Iterable[Row], data: DataSection) -> tuple[Row, ...]:
+    """The first rows that fit, or are cut so that they do."""
+    fitting = (row if max(len(side.ids) for side in row.sides) <= data.max_length else _cut(row, data) for row in rows)
+    return tuple(itertools.islice((row for row in fitting if row is not None), TAIL))
+
+
+def _cut(row: Row, data: DataSection) -> Row | None:
+    """What is left of a row that is too long, as far as its tokens count; None where it is left out."""
+    if data.overlong == "reject":
+        return None
+    rejected = None if row.rejected is None else _cut(row.rejected, data)
+    return replace(row, ids=row.ids[: data.max_length], labelled=min(row.labelled, data.max_length - 1), rejected=rejected)
 
 
 def _values(
     part: SourceSection, read: Callable[[Path | str, str | None], Iterable[FileRow]]
-) -> Iterator[dict[str, Any] | None]:
-    """Each row's value; of a large .jsonl file only a share is decoded, None stands for the others."""
+) -> Iterator[tuple[dict[str, Any] | None, int, bool]]:
+    """Each row's value, its characters, and whether it belongs to a fair sample.
+
+    Of a large .jsonl file only a share is decoded, and what is long; None stands for the others.
+    """
     path = Path(part.path)
     if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size < _LARGE:
-        yield from (row.value for row in read(part.path, part.split))
+        for row in read(part.path, part.split):
+            yield row.value, _characters(row.value), True
         return
     generator = random.Random(_SEED)
     share = min(1.0, _LARGE / path.stat().st_size)
+    sizes: list[int] = []  # the largest so far
     with path.open("rb") as handle:
         for line in handle:
             if not line.strip():
                 continue
+            drawn = generator.random() < share
+            long = len(sizes) < _LONG or len(line) > sizes[0]
+            if long:
+                (heapq.heappush if len(sizes) < _LONG else heapq.heapreplace)(sizes, len(line))
             try:
-                value = json.loads(line) if generator.random() < share else None
-            except ValueError:
+                value = json.loads(line) if drawn or long else None
+            except (ValueError, RecursionError):
                 value = None
-            yield value if isinstance(value, dict) else None
+            yield value if isinstance(value, dict) else None, len(line), drawn
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def _drawn(values: Sequence[Any], count: int) -> Sequence[Any]:
@@ -268,14 +322,19 @@ def _encoded(text: str, encode: Encoder | None) -> Sequence[int]:
 
 def prepared_facts(folder: Path) -> DataFacts:
     """Facts of a prepared run's `data/` folder, exact but for the sample; of pairs where it holds pairs."""
+    import numpy as np
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     with pa.memory_map(str(folder / "train.arrow")) as source:
         table = pa.ipc.open_stream(source).read_all()
         picked = sorted(_drawn(range(len(table)), SAMPLE))
         rows = table.take(picked).to_pylist()
-    sample = tuple(_prepared(row) for row in rows)
-    return DataFacts(len(table), sample, "prepared rows")
+        names = [name for name in ("input_ids", "rejected_input_ids") if name in table.column_names]
+        lengths = np.sum([pc.list_value_length(table[name]).to_numpy() for name in names], axis=0)
+        longest = table.take(np.argsort(-lengths, kind="stable")[:TAIL]).to_pylist()
+    sample, tail = (tuple(_prepared(row) for row in some) for some in (rows, longest))
+    return DataFacts(len(table), sample, "prepared rows", tail=tail)
 
 
 def _prepared(row: dict[str, Any]) -> Row:
