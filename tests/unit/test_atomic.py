@@ -216,6 +216,18 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "far").iterdir()) == [MANIFEST, "b"]
 
 
+def test_removal_of_what_has_no_manifest_goes_by_the_names(tmp_path: Path) -> None:
+    """As power cuts leave folders: only where all files are of the kinds that are written there."""
+    for name, files in {"ours": ["a.json", "b.safetensors"], "mixed": ["a.json", "mine.txt"]}.items():
+        with commit_folder(tmp_path / name, "test") as folder:
+            for file in files:
+                (folder / file).write_text("a", encoding="utf-8")
+        (tmp_path / name / MANIFEST).write_text("", encoding="utf-8")
+        remove_folder(tmp_path / name, (".json", ".safetensors"))
+    assert [p.name for p in tmp_path.iterdir()] == ["mixed"]
+    assert (tmp_path / "mixed" / "mine.txt").is_file()
+
+
 def test_removal_spares_what_was_put_there(tmp_path: Path) -> None:
     for name in ("own", "shared"):
         with commit_folder(tmp_path / "live" / name, "test") as folder:

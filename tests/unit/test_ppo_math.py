@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.recipe import parse_recipe
-from tunesmith.stages.train.ppo import Answers, Policy, Ppo
+from tunesmith.stages.train.ppo import Answers, Ppo
 from tunesmith.stages.train.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
 
 MASK = torch.tensor([[1.0, 1, 1], [1, 0, 0]])
@@ -67,37 +67,79 @@ def test_whitened_values() -> None:
     torch.testing.assert_close(found, torch.tensor([[-1 / root, 1 / root, 0], [0, 0, 0]]))
 
 
+class FiveAnswers:
+    """Five sampled answers of different lengths, and a run as far as an update looks at it."""
+
+    def __init__(self, at_once: int, max_grad_norm: float = 1e9, weight_decay: float = 0.1) -> None:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        self.model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+        draw = torch.Generator().manual_seed(1)
+        answers = [torch.randint(1, 50, (length,), generator=draw).tolist() for length in (1, 9, 3, 6, 2)]
+        prompts = [torch.randint(1, 50, (4,), generator=draw).tolist() for _ in answers]
+        self.mask = torch.tensor([[float(place < len(answer)) for place in range(9)] for answer in answers])
+        train = f"train: {{max_grad_norm: {max_grad_norm}, weight_decay: {weight_decay}}}"
+        text = f"model: m\nobjective: ppo\ndata: {{train: t}}\n{train}\nppo: {{temperature: 0.9}}"
+        settings = SimpleNamespace(per_device_train_batch_size=at_once, learning_rate=1e-3, warmup_steps=0, max_steps=5)
+        work: Any = SimpleNamespace(
+            model=self.model,
+            settings=settings,
+            run=SimpleNamespace(recipe=parse_recipe(text, "r", Path("/nowhere")).recipe),
+            tokenizer=SimpleNamespace(eos_token_id=2),
+            method=SimpleNamespace(reference=lambda: None),
+        )
+        self.ppo = Ppo(work)
+        torch.nn.init.normal_(self.ppo.policy.value_head.weight)
+        with torch.no_grad():
+            logprobs, values = self.ppo.policy(prompts, answers, 9)
+        noise, self.gain, self.goal = (torch.randn(self.mask.shape, generator=draw) * self.mask for _ in range(3))
+        shifted = logprobs + 0.3 * noise
+        self.known = Answers(prompts, answers, shifted, shifted, values, self.mask)
+        self.stepped: list[torch.Tensor] = []  # the gradients that the optimizer sees
+        self.ppo.adamw = SimpleNamespace(step=self._step, zero_grad=lambda **_: self.ppo.policy.zero_grad())  # type: ignore[assignment]
+
+    def _step(self) -> None:
+        self.stepped = [each.grad.clone() for each in self.ppo.policy.parameters() if each.grad is not None]
+
+    def update(self) -> tuple[float, float, float]:
+        return self.ppo._update(1, self.known, self.gain, self.goal)
+
+
+def norm_of(gradients: list[torch.Tensor]) -> float:
+    return float(torch.stack([each.norm() for each in gradients]).norm())
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5])
 def test_an_update_weighs_each_token_alike_however_many_answers_go_at_once(at_once: int) -> None:
     """Loss, gradient and clipped share against one pass over all tokens by the formulas above."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
-    draw = torch.Generator().manual_seed(1)
-    answers = [torch.randint(1, 50, (length,), generator=draw).tolist() for length in (1, 9, 3, 6, 2)]
-    prompts = [torch.randint(1, 50, (4,), generator=draw).tolist() for _ in answers]
-    mask = torch.tensor([[float(place < len(answer)) for place in range(9)] for answer in answers])
-    policy = Policy(model, temperature=0.9)
-    torch.nn.init.normal_(policy.value_head.weight)
-    with torch.no_grad():
-        logprobs, values = policy(prompts, answers, 9)
-    shifted = logprobs + torch.randn(mask.shape, generator=draw) * mask * 0.3
-    known = Answers(prompts, answers, shifted, shifted, values, mask)
-    gain, goal = (torch.randn(mask.shape, generator=draw) * mask for _ in range(2))
-    recipe = parse_recipe("model: m\nobjective: ppo\ndata: {train: t}\ntrain: {max_grad_norm: 1.0e+9}", "r", Path("/nowhere"))
-    ppo = Ppo.__new__(Ppo)
-    ppo.policy, ppo.asked = policy, recipe.recipe.ppo
-    ppo.work = SimpleNamespace(  # type: ignore[assignment]
-        model=model, settings=SimpleNamespace(per_device_train_batch_size=at_once), run=SimpleNamespace(recipe=recipe.recipe)
-    )
-    ppo.adamw = torch.optim.SGD(policy.parameters(), lr=0.0)  # type: ignore[assignment]
-    loss, norm, clipped = ppo._update(1, known, gain, goal)
-    logprobs, now = policy(prompts, answers, 9)
-    told, cut = policy_loss(logprobs, shifted, gain, mask, ppo.asked.cliprange)
-    whole = (told + ppo.asked.vf_coef * value_loss(now, values, goal, mask, ppo.asked.cliprange_value)) / mask.sum()
+    run = FiveAnswers(at_once)
+    loss, norm, clipped = run.update()
+    known, asked, mask = run.known, run.ppo.asked, run.mask
+    logprobs, now = run.ppo.policy(known.prompts, known.answers, 9)
+    told, cut = policy_loss(logprobs, known.logprobs, run.gain, mask, asked.cliprange)
+    whole = (told + asked.vf_coef * value_loss(now, known.values, run.goal, mask, asked.cliprange_value)) / mask.sum()
     whole.backward()
-    expected = torch.stack([each.grad.norm() for each in policy.parameters() if each.grad is not None]).norm()
+    expected = [each.grad for each in run.ppo.policy.parameters() if each.grad is not None]
     assert 0 < clipped < 1
     assert loss == pytest.approx(float(whole.detach()), rel=1e-5)
-    assert norm == pytest.approx(float(expected), rel=1e-4)
+    assert norm == pytest.approx(norm_of(expected), rel=1e-4)
     assert clipped == pytest.approx(float(cut) / 21)
+    for mine, each in zip(run.stepped, expected, strict=True):
+        torch.testing.assert_close(mine, each, rtol=1e-4, atol=1e-6)
+
+
+def test_the_value_head_is_clipped_with_the_model() -> None:
+    run = FiveAnswers(5, max_grad_norm=0.01)
+    _, norm, _ = run.update()
+    assert norm > 0.1  # told as it was before
+    assert norm_of(run.stepped) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_matrices_alone_decay() -> None:
+    run = FiveAnswers(5)
+    adamw = Ppo(run.ppo.work).adamw
+    decays = {id(each): group["weight_decay"] for group in adamw.param_groups for each in group["params"]}
+    named = dict(run.model.named_parameters())
+    assert {decays[id(each)] for each in named.values() if each.ndim == 2} == {0.1}
+    assert {decays[id(each)] for each in named.values() if each.ndim == 1} == {0.0}
+    assert len(decays) == len(named) + 2

@@ -361,6 +361,20 @@ def test_a_prompt_that_is_held_out_is_not_trained_on(prepared: Prepare) -> None:
     assert drawn_lines[0] != drawn_lines[1]
 
 
+def test_a_prompt_that_is_held_out_is_not_trained_on_by_its_bad_answers(prepared: Prepare) -> None:
+    """Rows of `kto` whose answers are not to be learned ask the same all the same."""
+    rows = [
+        {"prompt": f"question {number}", "completion": f"{'good' if label else 'bad'} {number}", "label": label}
+        for number in range(20)
+        for label in (True, False)
+    ]
+    done = prepared({"train.jsonl": rows}, "heldout: 0.2, duplicates: {threshold: null}", "objective: kto")
+    held = {(line - 1) // 2 for line in done.lines("heldout")}
+    assert len(held) >= 4
+    assert not held & {(line - 1) // 2 for line in done.lines()}
+    assert len(done.rejected("leaks-heldout")) == 2 * len(held) - len(done.lines("heldout")) > 0
+
+
 def made_row(number: int, prompt: str | None) -> Made:
     digest = None if prompt is None else sha256(prompt.encode()).hexdigest()
     answer = sha256(str(number).encode()).hexdigest()

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.chat.template import ChatTemplate, Encoded
+from tunesmith.datasections import DataSection
 from tunesmith.errors import ModelError, Problem
+from tunesmith.stages.prepare.candidate import Candidate
+from tunesmith.stages.prepare.overlong import fitted
 
 USER_FIRST = [
     {"role": "user", "content": "Hello"},
@@ -298,6 +301,22 @@ def test_tool_calls_are_trained_and_what_comes_back_is_not(tokenizer: Any) -> No
     assert isinstance(row, Encoded)
     assert tokenizer.decode(row.input_ids) == template.render(_tool_row("Rome"))
     assert '"weather"' in tokenizer.decode(row.input_ids[:30])
+
+
+@pytest.mark.parametrize("opening", [[], [{"role": "system", "content": "Be brief."}]])
+def test_each_part_of_a_split_conversation_keeps_the_tools(tokenizer: Any, opening: list[dict[str, Any]]) -> None:
+    template, row = ChatTemplate(tokenizer, TOOL_TEMPLATE), [turn for city in ("Rome", "Oslo") for turn in _tool_row(city)]
+    tools = row[0]["tools"]
+    turns = [{key: value for key, value in turn.items() if key != "tools"} for turn in (*opening, *row)]
+    whole = [{**turns[0], "tools": tools}, *turns[1:]]
+    data = DataSection(train="t", overlong="split", max_length=90)
+    made = fitted(Candidate("f:1", whole), template, data)
+    assert made.decision == "split"
+    assert [each.where for each in made.rows] == ["f:1#1", "f:1#2"]
+    for part in made.rows:
+        assert part.messages[0]["tools"] == tools
+        assert part.encoded is not None
+        assert tokenizer.decode(part.encoded.input_ids) == template.render(part.messages)
 
 
 def test_forged_turn_in_a_tool_call_and_lost_calls_are_refused(tokenizer: Any) -> None:
