@@ -698,6 +698,29 @@ def test_a_label_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) ->
         label({}, [])
 
 
+@pytest.mark.parametrize(("value", "told"), [(0, "0"), (False, "False"), (0.0, "0.0"), ("0", "0"), (None, None), ("", None)])
+def test_a_class_may_be_nought(prepared: Prepare, value: Any, told: str | None) -> None:
+    assert Label("row.kind")({"kind": value}, []) == told
+    assert Label("kind")({"kind": value}, []) == told
+    rows = [chat_row(f"q {number} of this set", f"a {number} then") | {"kind": value} for number in range(4)]
+    others = [chat_row(f"other {number} it is", f"b {number} so") | {"kind": "x"} for number in range(2)]
+    section = "heldout: 0, balance: {label: kind, ratio: 1}, duplicates: {threshold: null}"
+    done = prepared({"train.jsonl": [*rows, *others]}, section)
+    assert len(done.lines()) == (6 if told is None else 4)
+
+
+def test_all_findings_of_a_rejected_row_are_told(prepared: Prepare) -> None:
+    draw = random.Random(15)
+    bad = chat_row("Write to anna.b@mail.org and say\u200b hello", " \u200b ")  # an address, what is invisible, and no answer
+    done = prepared({"train.jsonl": [conversation(drawn(draw, 9), drawn(draw, 9)), bad]}, "heldout: 0")
+    assert done.rejected("empty-answer") == [2]
+    found = {row["rule"]: row["action"] for row in read_jsonl(done.folder / "findings.jsonl") if line_of(row["where"]) == 2}
+    assert found["empty-answer"] == "reject"
+    assert found["email"] == "warn"
+    assert "fix" in found.values()
+    assert {rule: done.ledger["findings"][rule] for rule in found} == {rule: {action: 1} for rule, action in found.items()}
+
+
 def test_a_label_runs_no_code(tmp_path: Path) -> None:
     planted = tmp_path / "planted"
     for reach in ("lipsum.__globals__['os']", "cycler.__init__.__globals__.os", "joiner.__init__.__globals__['os']"):

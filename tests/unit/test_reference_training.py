@@ -48,7 +48,7 @@ from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train
 from tunesmith.stages.train.ppo import _order
-from tunesmith.stages.train.savepoints import Savepoints
+from tunesmith.stages.train.savepoints import KEPT, Savepoints
 
 QUIET = Console(quiet=True)
 Weights = dict[str, torch.Tensor]
@@ -650,6 +650,20 @@ def test_a_savepoint_needs_its_bytes_and_a_margin(
             savepoints.write(tensors, {}, {"step": 2})
         assert no_room(caught) == (414, 413 + MARGIN)
         assert list(tmp_path.iterdir()) == [before]
+
+
+def test_the_last_savepoints_stay_and_the_last_at_multiples(tmp_path: Path) -> None:
+    """After a signal there are savepoints in between; going back needs one where the others would have been."""
+    savepoints = Savepoints(tmp_path, lambda *_: None, every=10)
+    kept = []
+    for step in (5, 10, 20, 30, 31, 32, 33):
+        savepoints.write({"weights": {"a": torch.ones(1)}}, {}, {"step": step})
+        kept.append(sorted(int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()))
+    assert KEPT == 2
+    assert kept == [[5], [5, 10], [10, 20], [20, 30], [20, 30, 31], [20, 30, 31, 32], [20, 30, 32, 33]]
+    newest = savepoints.newest(10)
+    assert newest is not None
+    assert newest.step == 30
 
 
 #: Bytes of the random generators' states: Python's and NumPy's words as int64, torch's.
