@@ -189,3 +189,17 @@ def test_a_relative_entry_of_a_path_is_dropped_and_an_absolute_one_stays(named: 
     assert value == "/absolute"
     assert not {"", ".", str(tmp_path), str(tmp_path / "sub")} & set(path)
     assert ("/absolute" in path) == (named == "PYTHONPATH")
+
+
+@pytest.mark.parametrize("named", ["PYTHONPATH", "PATH", "LD_LIBRARY_PATH"])
+def test_a_path_of_relative_entries_alone_is_taken_away(named: str, tmp_path: Path) -> None:
+    code = (
+        "import os\n"
+        "from tunesmith.safepath import leave_working_folder\n"
+        "leave_working_folder()\n"
+        f"print(os.environ.get({named!r}, ''))\n"
+    )
+    for value in (".", "sub", os.pathsep.join(["", ".", "sub"])):
+        done = _called(tmp_path, [sys.executable, "-c", code], **{named: value})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == ""
