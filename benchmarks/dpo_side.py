@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
+from turns import in_order
 
 from tunesmith.hardware.freed import steady_memory
 from tunesmith.hardware.memory import PeakMemory
@@ -63,7 +63,7 @@ def trl_side(run: Run, micro: int, *, precompute: bool) -> Answer:
             return made
 
     model = plain_model(run)
-    rows = in_order(Dataset.from_file(str(run.path / "data" / "train.arrow")), run)
+    rows = pairs_in_order(run)
     tokenizer = load_tokenizer(locate(run.recipe.model, None))
     meter = PeakMemory()
     meter.reset()
@@ -118,13 +118,12 @@ def arguments(run: Run, micro: int, scratch: str, *, precompute: bool) -> Any:
     )
 
 
-def in_order(rows: Dataset, run: Run) -> Dataset:
-    """The pairs as the engine draws them, those of a step by length: the fewest pads that micro-batches can have."""
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.recipe.seed)).tolist()
+def pairs_in_order(run: Run) -> Dataset:
+    """The pairs in TRL's columns, as the engine draws them, those of a step by length."""
+    rows = Dataset.from_file(str(run.path / "data" / "train.arrow"))
     lengths = [max(len(row["input_ids"]), len(row["rejected_input_ids"])) for row in rows]
-    batch = int(run.recipe.train.effective_batch_size)
-    steps = (drawn[start : start + batch] for start in range(0, len(drawn), batch))
-    return Dataset.from_list([cut(rows[row]) for step in steps for row in sorted(step, key=lambda row: -lengths[row])])
+    drawn = in_order(rows, lengths, int(run.recipe.train.effective_batch_size), run.recipe.seed)
+    return Dataset.from_list([cut(row) for row in drawn])
 
 
 def cut(row: dict[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,6 @@ SIZES = (1, 2, 4, 8)  # pairs at once that are tried
 R = 16
 RATE = 1e-4  # ten times the default, so that the losses move within a few steps
 
-Answer = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Setting:

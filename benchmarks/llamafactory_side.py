@@ -27,7 +27,8 @@ def save_rows(data: Path, target: Path, batch: int, seed: int) -> None:
             "labels": [token if trained else -100 for token, trained in pairs],
         }
 
-    rows = in_order(Dataset.from_file(str(data / "train.arrow")), batch, seed).map(columns)
+    rows = Dataset.from_file(str(data / "train.arrow"))
+    rows = in_order(rows, rows["length"], batch, seed).map(columns)
     DatasetDict({"train": rows.select_columns(["input_ids", "attention_mask", "labels"])}).save_to_disk(str(target))
 
 

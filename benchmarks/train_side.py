@@ -92,7 +92,8 @@ def peer_side(asked: argparse.Namespace) -> None:
 
     With `--screen` one step is timed for each of the sizes, on one model, and the process ends.
     """
-    rows = in_order(read_rows(asked.data), asked.rows, asked.seed).map(labelled).select_columns(["input_ids", "labels"])
+    rows = read_rows(asked.data)
+    rows = in_order(rows, rows["length"], asked.rows, asked.seed).map(labelled).select_columns(["input_ids", "labels"])
     steady_memory()
     meter = PeakMemory()
     model = plain_model(asked, "bfloat16" if asked.dtype == "bfloat16" and asked.method != "full" else "float32")

@@ -141,13 +141,8 @@ def screened(data: Path, name: str, method: str) -> tuple[list[Peer], Row]:
 
 def one_step(data: Path, peer: Peer) -> float:
     """Seconds of a peer's first step."""
-    told = ["--data", str(data), "--method", "lora", "--rows", str(ROWS), "--r", str(R), "--scratch", str(data)]
-    side = side_of(peer.side, [*told, "--dtype", peer.dtype, "--micro", str(peer.micro)])
-    try:
-        side.read()
+    with processes([peer.side], data, "lora", rows=ROWS, micro=peer.micro, dtype=peer.dtype) as (side,):
         seconds = float(side.ask("1")["seconds"])
-    finally:
-        side.end()
     print(peer.side, peer.dtype, peer.micro, f"{seconds:.1f} s", flush=True)
     return seconds
 

@@ -1,4 +1,4 @@
-"""What the sides of train_speed.py share, LLaMA-Factory's too: the order of rows, and the callback by which they take turns."""
+"""What the sides of the speed benchmarks share, LLaMA-Factory's too: the order of rows, and the callback for turns."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,9 @@ from transformers import TrainerCallback
 from tunesmith.hardware.memory import PeakMemory
 
 
-def in_order(rows: Dataset, batch: int, seed: int) -> Dataset:
+def in_order(rows: Dataset, lengths: Sequence[int], batch: int, seed: int) -> Dataset:
     """The rows as the engine draws them, those of a step by length: the fewest pads that micro-batches can have."""
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    lengths = rows["length"]
     steps = (drawn[start : start + batch] for start in range(0, len(drawn), batch))
     return rows.select([row for step in steps for row in sorted(step, key=lambda row: -lengths[row])])
 

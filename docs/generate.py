@@ -211,43 +211,45 @@ SPEED_PEERS = (
 )
 
 #: Against the machine and against other code: what, figure.
-SPEED_PARTS = (
-    *(
-        Speed(f"{label}: {text}", "train_speed", ((f"flop_floor_fraction_{method}{suffix}", "{:.0%}"),))
-        for suffix, text in (
-            ("", "share of the FLOP floor, at oneDNN's rate"),
-            ("_at_torch_rate", "the same at the rate of torch's own operators"),
-        )
-        for method, label in (("full", "full"), ("lora", "LoRA"))
-    ),
-    Speed(
-        "losses of 50 steps against TRL's, largest difference (nats)", "train_speed", (("loss_max_abs_diff_to_trl", "{:.1e}"),)
-    ),
-    Speed(
-        "gradients of trees, float64, largest relative difference",
-        "train_speed",
-        (("packed_gradient_max_rel_diff_fp64", "{:.1e}"),),
-    ),
-    Speed(
-        "DPO: losses against TRL's, largest difference (nats)", "dpo_speed", (("dpo_largest_difference_of_losses", "{:.1e}"),)
-    ),
-    Speed(
-        "log-likelihoods against lm-evaluation-harness's, largest difference (nats)",
-        "mmlu_scoring",
-        (("mmlu_scoring_max_abs_diff", "{:.1e}"),),
-    ),
-    *(
-        Speed(what, "kernels", ((name, _TIMES),))
-        for what, name in (
-            ("attention along trees against PyTorch's kernel, forward", "attention_time_ratio"),
-            ("attention along trees against PyTorch's kernel, backward", "attention_backward_time_ratio"),
-            ("a weight's gradient against torch's operator", "weight_gradient_time_ratio"),
-            ("a weight's gradient against oneDNN", "weight_gradient_time_ratio_to_onednn"),
-            ("norms, gates and rotations against torch's operators", "number_by_number_time_ratio"),
-            ("loss of a frozen head against torch's linear_cross_entropy", "frozen_head_loss_time_ratio"),
-            ("loss of kept logits against torch's operators", "kept_logits_loss_time_ratio"),
-        )
-    ),
+SPEED_PARTS = tuple(
+    Speed(what, result, ((name, form),))
+    for result, what, name, form in (
+        ("train_speed", "full: share of the FLOP floor, at oneDNN's rate", "flop_floor_fraction_full", "{:.0%}"),
+        ("train_speed", "LoRA: share of the FLOP floor, at oneDNN's rate", "flop_floor_fraction_lora", "{:.0%}"),
+        (
+            "train_speed",
+            "full: the same at the rate of torch's own operators",
+            "flop_floor_fraction_full_at_torch_rate",
+            "{:.0%}",
+        ),
+        (
+            "train_speed",
+            "LoRA: the same at the rate of torch's own operators",
+            "flop_floor_fraction_lora_at_torch_rate",
+            "{:.0%}",
+        ),
+        ("train_speed", "losses of 50 steps against TRL's, largest difference (nats)", "loss_max_abs_diff_to_trl", "{:.1e}"),
+        (
+            "train_speed",
+            "gradients of trees, float64, largest relative difference",
+            "packed_gradient_max_rel_diff_fp64",
+            "{:.1e}",
+        ),
+        ("dpo_speed", "DPO: losses against TRL's, largest difference (nats)", "dpo_largest_difference_of_losses", "{:.1e}"),
+        (
+            "mmlu_scoring",
+            "log-likelihoods against lm-evaluation-harness's, largest difference (nats)",
+            "mmlu_scoring_max_abs_diff",
+            "{:.1e}",
+        ),
+        ("kernels", "attention along trees against PyTorch's kernel, forward", "attention_time_ratio", _TIMES),
+        ("kernels", "attention along trees against PyTorch's kernel, backward", "attention_backward_time_ratio", _TIMES),
+        ("kernels", "a weight's gradient against torch's operator", "weight_gradient_time_ratio", _TIMES),
+        ("kernels", "a weight's gradient against oneDNN", "weight_gradient_time_ratio_to_onednn", _TIMES),
+        ("kernels", "norms, gates and rotations against torch's operators", "number_by_number_time_ratio", _TIMES),
+        ("kernels", "loss of a frozen head against torch's linear_cross_entropy", "frozen_head_loss_time_ratio", _TIMES),
+        ("kernels", "loss of kept logits against torch's operators", "kept_logits_loss_time_ratio", _TIMES),
+    )
 )
 
 

@@ -173,6 +173,11 @@ def conversation(question: Words, answer: Words, system: str = "Answer in one wo
     return chat_row(" ".join(question), " ".join(answer), system)
 
 
+def turns(*contents: str) -> Row:
+    """A conversation that a user begins."""
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+
 @pytest.mark.parametrize(("objective", "action"), [("sft", "reject"), ("sft", "warn"), ("kto", "warn")])
 def test_no_row_nearly_the_same_as_a_test_row_is_trained_on(prepared: Prepare, objective: str, action: str) -> None:
     """Each train row is held against each test row, and against each train row before it, by its own Jaccard index.
@@ -241,9 +246,6 @@ def test_a_pair_whose_chosen_side_is_nearly_a_test_row_is_not_trained_on(prepare
 def test_rows_equal_to_a_test_row_or_asking_the_same_are_left_out_without_near_duplicates(prepared: Prepare) -> None:
     """Compared as train rows are cleaned, whichever of the two sides needs it."""
 
-    def turns(*contents: str) -> Row:
-        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
-
     def told(text: str) -> Row:
         return {"messages": [{"role": "assistant", "content": text}]}
 
@@ -289,9 +291,6 @@ def test_a_row_near_a_test_row_leaks_also_where_near_rows_are_let_be(prepared: P
 
 
 def test_a_test_prompt_in_an_earlier_turn_leaks(prepared: Prepare) -> None:
-    def turns(*contents: str) -> Row:
-        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
-
     tests = [turns("Who wrote it?", "Anna."), turns("First here?", "One.", "Second here?", "Two.")]
     rows = [
         turns("Who wrote it?", "Anna.", "When was that, do you know?", "Last year, in the autumn."),

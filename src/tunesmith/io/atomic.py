@@ -234,10 +234,10 @@ def _difference(path: Path, name: str, wanted: dict[str, Any] | None) -> str | N
         return f"{name} does not belong to it"
     if name.endswith("/"):
         return None if path.is_dir() and not path.is_symlink() else f"{name} is missing"
-    if path.is_symlink() or path.exists() != path.is_file():
-        return f"{name} is no file any more"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return f"{name} is missing"
+    if path.is_symlink() or not path.is_file():
+        return f"{name} is no file any more"
     if path.stat().st_size != wanted["bytes"]:
         return f"{name} is cut off or longer"
     return None if sha256_file(path) == wanted["sha256"] else f"{name} is changed"

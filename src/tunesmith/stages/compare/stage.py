@@ -92,32 +92,40 @@ def _evaluated(run: Run) -> dict[str, Any]:
 
 def _base_results(runs: Sequence[Run]) -> dict[str, Any] | None:
     """The evaluation of the untouched base model, from the first run that holds one; None where the runs have several."""
-    digests = {run.path: model_digest(locate(run.recipe.model, run.recipe.revision)) for run in runs}
-    if len(set(digests.values())) > 1:
+    folders = {locate(run.recipe.model, run.recipe.revision) for run in runs}
+    digests = {model_digest(folder) for folder in folders}
+    if len(digests) > 1:
         return None
-    for run in runs:
-        results = _results(run, digests[run.path])
-        if results is not None:
-            return results
-    return None
+    (digest,) = digests
+    return next((results for run in runs if (results := _results(run, digest)) is not None), None)
 
 
 def _check_same_rows(runs: Sequence[Run], evaluated: Sequence[dict[str, Any]]) -> None:
-    where = ", ".join(run.path.name for run in runs)
-    if len({results["rows_digest"] for results in evaluated}) > 1:
-        why = "scores on different rows say nothing about the methods"
-        fix = "give the runs the same data.test and evaluate section"
-        raise RunError(Problem("TS601", "the runs were scored on different test rows", where, why, fix))
-    ways = {sha256_json(run.recipe.evaluate.model_dump(mode="json", include=_SCORED_BY)) for run in runs}
-    if len(ways) > 1:
-        why = "the same answer would get one score here and another there"
-        fix = f"give the runs the same {', '.join(f'evaluate.{name}' for name in sorted(_SCORED_BY))}"
-        raise RunError(Problem("TS601", "the runs were scored in different ways", where, why, fix))
-    asked = {(mmlu["questions_digest"], mmlu["shots"]) for results in evaluated if (mmlu := results.get("mmlu"))}
-    if len(asked) > 1:
-        why = "what was forgotten shows on the same questions alone"
-        fix = "give the runs the same evaluate.mmlu, mmlu_subjects, mmlu_questions and mmlu_shots"
-        raise RunError(Problem("TS601", "the runs were scored on different MMLU questions", where, why, fix))
+    ways = (run.recipe.evaluate.model_dump(mode="json", include=_SCORED_BY) for run in runs)
+    mmlu = (results["mmlu"] for results in evaluated if results.get("mmlu"))
+    for found, how, why, fix in (
+        (
+            {results["rows_digest"] for results in evaluated},
+            "on different test rows",
+            "scores on different rows say nothing about the methods",
+            "data.test and evaluate section",
+        ),
+        (
+            {sha256_json(way) for way in ways},
+            "in different ways",
+            "the same answer would get one score here and another there",
+            ", ".join(f"evaluate.{name}" for name in sorted(_SCORED_BY)),
+        ),
+        (
+            {(each["questions_digest"], each["shots"]) for each in mmlu},
+            "on different MMLU questions",
+            "what was forgotten shows on the same questions alone",
+            "evaluate.mmlu, mmlu_subjects, mmlu_questions and mmlu_shots",
+        ),
+    ):
+        if len(found) > 1:
+            where = ", ".join(run.path.name for run in runs)
+            raise RunError(Problem("TS601", f"the runs were scored {how}", where, why, f"give the runs the same {fix}"))
 
 
 def _settings(run: Run) -> dict[str, Any]:

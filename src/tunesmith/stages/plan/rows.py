@@ -123,17 +123,13 @@ class DataFacts:
 
     def batches(self, size: int, limits: Limits, *, packing: bool) -> list[list[Batch]]:
         """`size` rows as micro-batches within the limits, drawn by a seed several times, and last the longest rows."""
-        longest = sorted(self.tail or self.sample, key=lambda row: -_tokens(row))
+        longest = sorted(self.tail or self.sample, key=lambda row: -sum(len(side.ids) for side in row.sides))
         picks = [*self.draw(size), [longest[i % len(longest)] for i in range(size)]]
         return [_batches(rows, limits, packing=packing and self.shares) for rows in picks]
 
 
 def _sides(rows: Sequence[Row]) -> list[Row]:
     return [side for row in rows for side in row.sides]
-
-
-def _tokens(row: Row) -> int:
-    return sum(len(side.ids) for side in row.sides)
 
 
 def _batches(rows: Sequence[Row], limits: Limits, *, packing: bool) -> list[Batch]:
@@ -181,13 +177,19 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
     """
     refuse_unplanned(objective)
     total, raw, long = 0, list[tuple[Any, SourceSection]](), list[tuple[int, int, Any, SourceSection]]()
+
+    def is_long(size: int) -> bool:
+        return len(long) < _LONG or size > long[0][0]
+
     for part in data.parts:
-        for value, size, drawn_too in _values(part, reader_of(objective)):
+        for value, size, is_drawn in _values(part, reader_of(objective), is_long):
             total += 1
-            if value is not None:
-                _keep_longest(long, (size, total, value, part))
-            if value is not None and drawn_too:
+            if value is None:
+                continue
+            if is_drawn:
                 raw.append((value, part))
+            if is_long(size):
+                (heapq.heappush if len(long) < _LONG else heapq.heapreplace)(long, (size, total, value, part))
     drawn = _drawn(raw, SAMPLE)
     sample = [row for value, part in drawn for row in _rows(value, part, data, encode, objective)]
     sample = [row for row in sample if max(len(side.ids) for side in row.sides) <= data.max_length] or sample[:1]
@@ -207,14 +209,6 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
     return DataFacts(rows, tuple(_drawn(sample, SAMPLE)), counted, tail=tail)
 
 
-def _keep_longest(heap: list[tuple[int, int, Any, SourceSection]], row: tuple[int, int, Any, SourceSection]) -> None:
-    """Add a row, which begins with its size and its number, unless so many are longer."""
-    if len(heap) < _LONG:
-        heapq.heappush(heap, row)
-    elif row[0] > heap[0][0]:
-        heapq.heapreplace(heap, row)
-
-
 def _longest(rows: Iterable[Row], data: DataSection) -> tuple[Row, ...]:
     """The first rows that fit, or are cut so that they do."""
     fitting = (row if max(len(side.ids) for side in row.sides) <= data.max_length else _cut(row, data) for row in rows)
@@ -222,19 +216,18 @@ def _longest(rows: Iterable[Row], data: DataSection) -> tuple[Row, ...]:
 
 
 def _cut(row: Row, data: DataSection) -> Row | None:
-    """What is left of a row that is too long, as far as its tokens count; None where it is left out."""
+    """What is left of a row that is too long, as far as its tokens count; None where it is left out, as pairs always are."""
     if data.overlong == "reject":
         return None
-    rejected = None if row.rejected is None else _cut(row.rejected, data)
-    return replace(row, ids=row.ids[: data.max_length], labelled=min(row.labelled, data.max_length - 1), rejected=rejected)
+    return replace(row, ids=row.ids[: data.max_length], labelled=min(row.labelled, data.max_length - 1))
 
 
 def _values(
-    part: SourceSection, read: Callable[[Path | str, str | None], Iterable[FileRow]]
+    part: SourceSection, read: Callable[[Path | str, str | None], Iterable[FileRow]], is_long: Callable[[int], bool]
 ) -> Iterator[tuple[dict[str, Any] | None, int, bool]]:
     """Each row's value, its characters, and whether it belongs to a fair sample.
 
-    Of a large .jsonl file only a share is decoded, and what is long; None stands for the others.
+    Of a large .jsonl file only a share is decoded, and what `is_long`; None stands for the others.
     """
     path = Path(part.path)
     if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size < _LARGE:
@@ -243,17 +236,13 @@ def _values(
         return
     generator = random.Random(_SEED)
     share = min(1.0, _LARGE / path.stat().st_size)
-    sizes: list[int] = []  # the largest so far
     with path.open("rb") as handle:
         for line in handle:
             if not line.strip():
                 continue
             drawn = generator.random() < share
-            long = len(sizes) < _LONG or len(line) > sizes[0]
-            if long:
-                (heapq.heappush if len(sizes) < _LONG else heapq.heapreplace)(sizes, len(line))
             try:
-                value = json.loads(line) if drawn or long else None
+                value = json.loads(line) if drawn or is_long(len(line)) else None
             except (ValueError, RecursionError):
                 value = None
             yield value if isinstance(value, dict) else None, len(line), drawn

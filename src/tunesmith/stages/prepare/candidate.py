@@ -117,10 +117,19 @@ def prompt_of(candidate: Candidate) -> list[Message] | None:
     """What the answer is given to; None where nothing is asked, so that nothing can be told alike."""
     if isinstance(candidate.more, Asked):
         return candidate.more.prompt
-    messages = candidate.messages
-    last = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-    prompt = list(messages[:last])
-    return prompt if any(message["role"] == "user" for message in prompt) else None
+    prompts = prompts_of(candidate.messages)
+    return prompts[-1] if prompts else None
+
+
+def prompts_of(messages: Sequence[Message]) -> list[list[Message]]:
+    """What stands before each of the answers, where anything is asked."""
+    asked = False
+    found = []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" and asked:
+            found.append(list(messages[:number]))
+        asked = asked or message["role"] == "user"
+    return found
 
 
 def encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[Candidate | Problem]:

@@ -30,6 +30,7 @@ from tunesmith.stages.prepare.candidate import (
     encoded,
     encoded_documents,
     prompt_of,
+    prompts_of,
     with_messages,
 )
 from tunesmith.stages.prepare.files import spool_batch
@@ -208,6 +209,7 @@ class Worker:
 
     def _made(self, row: Candidate, each: _Checked) -> Made:
         key, prompt, answer = digests(row)
+        signature, tested = self._signature(row), self._near_tests is not None
         return Made(
             row.where,
             each.source,
@@ -218,11 +220,11 @@ class Worker:
             row.unwanted,
             each.label,
             RowFacts(0, None) if row.unwanted else row_facts(row.messages),
-            self._signature(row),
+            signature,
             each.findings,
             self._notes(row),
-            self.test_signature(row),
-            earlier_prompts(row),
+            signature if signature is not None and row.rejected is None else self.test_signature(row),
+            frozenset(map(sha256_json, prompts_of(row.messages)[:-1])) if tested else frozenset(),
         )
 
     def _notes(self, row: Candidate) -> tuple[str, ...]:
@@ -294,11 +296,3 @@ def digests(row: Candidate) -> tuple[int, str | None, str | None]:
     learnt = bool(answer) and not row.unwanted
     key = int(row.key[:16], 16)
     return key, sha256_json(prompt) if prompt else None, sha256_json([answer, row.rejected]) if learnt else None
-
-
-def earlier_prompts(row: Candidate) -> frozenset[str]:
-    """Digests of what stands before each answer but the last, where anything is asked."""
-    messages = list(row.messages)
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    prompts = [messages[:number] for number in answers[:-1]]
-    return frozenset(sha256_json(each) for each in prompts if any(message["role"] == "user" for message in each))
