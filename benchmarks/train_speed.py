@@ -3,9 +3,10 @@
     python benchmarks/train_speed.py --json benchmarks/results/train_speed.json      # three hours on two cores
 
 The peer's settings are searched for, not chosen: (bfloat16, float32) x (1, 2, 4, 8, 16 rows at once, those of a step by length)
-x (TRL padded, TRL padding-free, transformers' Trainer with torch's loss), one step of each; the fastest go on, in processes of
-their own. They have the same allocator settings as we do. Each side holds its model and waits; they take turns of an optimizer
-step (A B A B ...), and what counts is the median of the ratios of turns that follow each other. Every turn's seconds are kept.
+x (TRL padded, TRL padding-free, transformers' Trainer with torch's loss), one step of each; where more rows at once have become
+1.25 x as slow, still more are not tried. The fastest go on, in processes of their own, with the same allocator settings as ours.
+Each side holds its model and waits; they take turns of an optimizer step (A B A B ...), and what counts is the median of the
+ratios of turns that follow each other. Every turn's seconds are kept.
 
 Claimed are two ratios: each side in the type that it is fastest in, and both in float32. `trl_defaults` is TRL as it comes.
 LLaMA-Factory trains in an environment of its own (llamafactory_env.py). `--only PART` does one part and leaves the others'
@@ -20,9 +21,9 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_demo"
 ROWS = 16  # of an optimizer step
 MICRO = 8  # rows at once of TRL as it comes
 SIZES = (1, 2, 4, 8, 16)  # rows at once that are tried
+SLOWER = 1.25  # ends the search along the sizes
 DTYPES = ("bfloat16", "float32")
 FINALISTS = 2  # of each type, that are measured in turn with ours
 TURNS = 3
@@ -121,7 +123,7 @@ class Peer:
 
 
 def screened(data: Path, name: str, method: str) -> tuple[list[Peer], Row]:
-    """All settings of the peers, the fastest first, by one step each. What a peer refuses is left out, and told."""
+    """Settings of the peers, the fastest first, by one step each. What a peer refuses is left out, and told."""
     found, failed = list[Peer](), list[str]()
     for side, dtype in itertools.product(PEERS, DTYPES):
         arguments = ["--data", str(data), "--method", method, "--rows", str(ROWS), "--micro", "1", "--r", str(R)]
@@ -129,22 +131,34 @@ def screened(data: Path, name: str, method: str) -> tuple[list[Peer], Row]:
         process = Side(side, "train_side.py", arguments)
         try:
             process.read()
-            found += [Peer(side, dtype, made["micro"], made["seconds"]) for made in (process.read() for _ in SIZES)]
+            found += until_slower(Peer(side, dtype, made["micro"], made["seconds"]) for made in (process.read() for _ in SIZES))
         except RuntimeError as error:
             failed.append(f"{side} in {dtype}: {error}")
         finally:
             process.end()
-        print(side, dtype, [f"{each.micro}: {each.seconds:.1f} s" for each in found[-len(SIZES) :]], flush=True)
     found.sort(key=lambda each: each.seconds)
     return found, {"part": f"{name}-{method}-screened", "settings": [asdict(each) for each in found], "failed": failed}
 
 
-def one_step(data: Path, peer: Peer) -> float:
-    """Seconds of a peer's first step."""
-    with processes([peer.side], data, "lora", rows=ROWS, micro=peer.micro, dtype=peer.dtype) as (side,):
-        seconds = float(side.ask("1")["seconds"])
-    print(peer.side, peer.dtype, peer.micro, f"{seconds:.1f} s", flush=True)
-    return seconds
+def until_slower(tried: Iterable[Peer]) -> Iterator[Peer]:
+    """The settings that are tried, by size, up to the first that is clearly slower than the fastest before it."""
+    fastest = math.inf
+    for peer in tried:
+        print(peer.side, peer.dtype, peer.micro, f"{peer.seconds:.1f} s", flush=True)
+        yield peer
+        if peer.seconds > SLOWER * fastest:
+            return
+        fastest = min(fastest, peer.seconds)
+
+
+def one_step(data: Path, peer: Peer) -> Peer:
+    """The peer with the seconds of its first step, which are infinite where it refuses the setting."""
+    try:
+        with processes([peer.side], data, "lora", rows=ROWS, micro=peer.micro, dtype=peer.dtype) as (side,):
+            return replace(peer, seconds=float(side.ask("1")["seconds"]))
+    except RuntimeError as error:
+        print(f"{peer}: {error}", flush=True)
+        return replace(peer, seconds=math.inf)
 
 
 def compared(data: Path, name: str, method: str, peer: Peer, ours: str, *, turns: int = TURNS) -> Row:
@@ -213,9 +227,11 @@ def llamafactory(folder: Path) -> tuple[Claims, list[Row]]:
     claims, rows = [], []
     for name in ("demo", "alpaca"):
         data = prepared(name, folder)
-        tried = [Peer("llamafactory", dtype, micro, 0.0) for dtype, micro in itertools.product(DTYPES, SIZES)]
-        found = sorted(tried, key=lambda peer: one_step(data, peer))[:FINALISTS]
-        made = [compared(data, name, "lora", peer, detect().compute_dtype) for peer in found]
+        found = list[Peer]()
+        for dtype in DTYPES:
+            found += until_slower(one_step(data, Peer("llamafactory", dtype, micro, math.inf)) for micro in SIZES)
+        found = sorted((peer for peer in found if peer.seconds < math.inf), key=lambda peer: peer.seconds)
+        made = [compared(data, name, "lora", peer, detect().compute_dtype) for peer in found[:FINALISTS]]
         best = min(made, key=lambda each: each["time_ratio"])
         claims.append(claim(f"rows_per_second_ratio_to_llamafactory_{name}_lora", best["time_ratio"], "x"))
         claims.append(claim(f"peak_memory_ratio_to_llamafactory_{name}_lora", best["memory_ratio"], "x"))

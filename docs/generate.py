@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -132,15 +132,21 @@ def _plan_qwen() -> list[str]:
     return ["| way | GiB on one GPU |", "|---|---|", *rows, *stock]
 
 
+_RESULTS = FOLDER.parent / "benchmarks" / "results"
+
+
 def _result(name: str) -> Any:
-    path = FOLDER.parent / "benchmarks" / "results" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _values(name: str) -> dict[str, float]:
-    """The claims of a result; none where it was not measured yet."""
-    measured = (FOLDER.parent / "benchmarks" / "results" / f"{name}.json").is_file()
-    return {claim["name"]: claim["value"] for claim in _result(name)["claims"]} if measured else {}
+    """The claims of a result."""
+    return {claim["name"]: claim["value"] for claim in _result(name)["claims"]}
+
+
+def _measured(name: str) -> list[str]:
+    """A result's files, one for each processor: NAME.json, NAME_PROCESSOR.json; none where it was not measured yet."""
+    return sorted(path.stem for path in (*_RESULTS.glob(f"{name}.json"), *_RESULTS.glob(f"{name}_*.json")))
 
 
 _SETS = {"demo": "rows with one long instruction", "alpaca": "alpaca_demo"}
@@ -267,15 +273,21 @@ def _generation(result: str) -> str:
 
 
 def _speed(rows: Sequence[Speed], columns: Sequence[str], *, short: bool = False) -> list[str]:
-    """The rows that were measured, each with the processor it was measured on."""
+    """The rows that were measured, with the processors they were measured on."""
     lines = [f"| what | {' | '.join(columns)} | on |", "|---|" + "---|" * len(columns) + "---|"]
     for row in rows:
-        found = _values(row.result)
-        cells = [form.format(found[name]) if name in found else "" for name, form in row.cells]
-        cells += [""] * (len(columns) - len(cells))
-        if any(cells) and (row.short or not short):
-            lines.append(f"| {' | '.join([row.what, *cells, _generation(row.result)])} |")
+        if row.short or not short:
+            lines += [f"| {' | '.join([row.what, *cells])} |" for cells in _cells(row, len(columns))]
     return lines
+
+
+def _cells(row: Speed, columns: int) -> Iterator[list[str]]:
+    """A row's figures on each processor that it was measured on, and that processor."""
+    for result in _measured(row.result):
+        found = _values(result)
+        cells = [form.format(found[name]) if name in found else "" for name, form in row.cells]
+        if any(cells):
+            yield [*cells, *[""] * (columns - len(cells)), _generation(result)]
 
 
 _PEER_COLUMNS = ("speed, times theirs", "peak memory, times theirs")

@@ -53,7 +53,7 @@ def test_wrong_config_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(ModelError) as caught:
         read_architecture(*find_config(str(tmp_path)))
-    assert caught.value.problems[0].code in {"TS202", "TS208"}
+    assert caught.value.problems[0].code in {"TS202", "TS208", "TS211"}
     assert "config.json" in caught.value.problems[0].where
 
 
@@ -139,3 +139,9 @@ def test_this_cpu_multiplies_as_training_will() -> None:
     assert cpu.compute_dtype == here.compute_dtype
     assert cpu.name == here.name
     assert torch.cpu.get_capabilities()
+
+
+@pytest.mark.parametrize("flags", [{}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_amx_keeps_compiled_products(monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool]) -> None:
+    monkeypatch.setattr("tunesmith.hardware.catalogue._cpu_flags", lambda: flags)
+    assert (this_cpu().product_bytes > 0) == ("amx_bf16" in flags)

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import ROOT, chat_row
 from tunesmith.errors import DataError, PlanError, RecipeError
 from tunesmith.hardware.calibration import ROOFLINE, Correction, Entry, add_entries, bytes_beside, read_entries, time_correction
-from tunesmith.hardware.catalogue import GIB, find_device, read_gpus
+from tunesmith.hardware.catalogue import GIB, Device, find_device, read_gpus
 from tunesmith.io.atomic import read_json, write_json
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.models.architecture import Architecture, read_architecture
@@ -431,6 +431,22 @@ def test_what_a_run_took_beside_its_tensors_is_added_and_not_multiplied() -> Non
         for entries in ([], known)
     )
     assert found.peak_memory_bytes - plain.peak_memory_bytes == 2**30 - OVERHEAD["cuda"].typical_bytes
+
+
+def test_what_products_keep_is_added_in_bfloat16_until_runs_tell() -> None:
+    cpu = Device("cpu", "a CPU", 1, 2**35, {"float32": 1e11, "bfloat16": 2e11}, 2e10, 0.0)
+    with_amx = replace(cpu, product_bytes=2**27)
+    known = [replace(entry(1.0), device=cpu.name, bytes_beside=2**30)]
+
+    def peaks(resolved: ResolvedRecipe, entries: list[Entry]) -> list[int]:
+        facts = assumed(100, 512)
+        made = (plan_for(resolved.recipe, facts, device, GPUS, entries=entries, free=False) for device in (cpu, with_amx))
+        return [plan.options["lora"].peak_memory_bytes for plan in made]
+
+    without, more = peaks(recipe("SmolLM2-135M"), [])
+    assert more - without == 2**27
+    assert len({*peaks(recipe("SmolLM2-135M"), known)}) == 1
+    assert len({*peaks(recipe("SmolLM2-135M", "train.compute_dtype=float32"), [])}) == 1
 
 
 # --- what was typed ---

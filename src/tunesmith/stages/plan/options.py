@@ -266,11 +266,12 @@ class Planner:
         several = settings.gradient_accumulation_steps > 1 or any(len(batches) > 1 for batches in drawn)
         scenario = self._scenario(method, largest, settings, lever, accumulating=several)
         worst = estimate(self.a, scenario)
-        typical = self._typical(method, worst)
+        typical = self._typical(scenario, worst)
         safe = max(OVERHEAD[self.device.kind].safe(worst.total_bytes), round(typical * 1.02))
         leanest = replace(lever, gradient_checkpointing=True)
         (one,) = self.batches(1, Limits())[-1]
-        least = self._typical(method, estimate(self.a, self._scenario(method, one, settings, leanest, accumulating=several)))
+        smallest = self._scenario(method, one, settings, leanest, accumulating=several)
+        least = self._typical(smallest, estimate(self.a, smallest))
         step, measured = self._step_seconds(method, drawn, settings, lever)
         rows = statistics.fmean(sum(batch.row_tokens for batch in batches) for batches in drawn[:-1])
         rows *= settings.gradient_accumulation_steps
@@ -295,10 +296,13 @@ class Planner:
             seconds_before=self._seconds_before(method, drawn, settings, lever) * measured.typical,
         )
 
-    def _typical(self, method: Method, made: Estimate) -> int:
+    def _typical(self, scenario: Scenario, made: Estimate) -> int:
         """The peak that the device will show: allocated bytes, the allocator's share, and the context, as runs found it."""
-        beside = bytes_beside(self.entries, self.device.name, method)
-        return OVERHEAD[self.device.kind].typical(made.total_bytes, made.breakdown, beside)
+        over = OVERHEAD[self.device.kind]
+        beside = bytes_beside(self.entries, self.device.name, scenario.method)
+        if beside is None and scenario.dtype == "bfloat16":
+            beside = over.typical_bytes + self.device.product_bytes
+        return over.typical(made.total_bytes, made.breakdown, beside)
 
     def _scenario(
         self, method: Method, batch: Batch, settings: Settings, lever: Lever, *, accumulating: bool = False
