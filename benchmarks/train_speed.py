@@ -4,7 +4,7 @@
 
 The peer's settings are searched for, not chosen: (bfloat16, float32) x (1, 2, 4, 8, 16 rows at once, those of a step by length)
 x (TRL padded, TRL padding-free, transformers' Trainer with torch's loss), one step of each; where more rows at once have become
-1.25 x as slow, still more are not tried. The fastest go on, in processes of their own, with the same allocator settings as ours.
+1.25 x as slow, more are not tried. The fastest go on, in processes of their own, with the same allocator settings as ours.
 Each side holds its model and waits; they take turns of an optimizer step (A B A B ...), and what counts is the median of the
 ratios of turns that follow each other. Every turn's seconds are kept.
 
