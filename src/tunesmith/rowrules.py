@@ -22,7 +22,7 @@ class Rule:
 
 #: What `data.quality` may name.
 QUALITY: dict[str, Rule] = {
-    "empty-answer": Rule("reject", "an answer without a letter, digit or symbol, or none at all"),
+    "empty-answer": Rule("reject", "an answer of spaces and control characters alone, or none at all"),
     "one-word-answer": Rule("off", "an answer of one word (right for classification, hence off)"),
     "answer-repeats-prompt": Rule("reject", "an answer that is the question again, of five words or more"),
     "cut-off-answer": Rule("warn", "an answer that stops in mid-sentence, or in an open code block or bracket"),

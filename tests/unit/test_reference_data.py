@@ -290,6 +290,22 @@ def test_a_row_near_a_test_row_leaks_also_where_near_rows_are_let_be(prepared: P
     assert done.lines() == [2, 3, 4]
 
 
+def test_a_prompt_near_a_test_rows_prompt_leaks_with_and_without_a_reference(prepared: Prepare) -> None:
+    draw = random.Random(15)
+    questions = [" ".join(drawn(draw, 50)) for _ in range(2)]
+    long_answer = " ".join(drawn(draw, 200))
+    rows = [
+        {"prompt": f"so {questions[0]}"},
+        {"prompt": f"and {questions[0]}", "answer": "another answer"},
+        {"prompt": questions[1], "answer": long_answer},  # of the test row it has the answer alone
+    ]
+    tests = [{"prompt": questions[0], "answer": long_answer}]
+    grpo = "objective: grpo\ngrpo: {reward_funcs: ['length:1-9']}"
+    done = prepared({"train.jsonl": rows, "test.jsonl": tests}, "heldout: 0", grpo)
+    assert done.rejected("leaks-test") == [1, 2]
+    assert done.lines() == [3]
+
+
 def test_a_test_prompt_in_an_earlier_turn_leaks(prepared: Prepare) -> None:
     tests = [turns("Who wrote it?", "Anna."), turns("First here?", "One.", "Second here?", "Two.")]
     rows = [

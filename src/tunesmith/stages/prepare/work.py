@@ -14,6 +14,7 @@ import pyarrow as pa
 from tunesmith.chat.columns import mapped
 from tunesmith.chat.document import DocumentEncoder
 from tunesmith.chat.formats import Message, detected
+from tunesmith.chat.judged import Asked
 from tunesmith.chat.template import ChatTemplate
 from tunesmith.datasections import DataSection, DuplicatesSection, SourceSection
 from tunesmith.errors import CODES, Problem
@@ -223,7 +224,7 @@ class Worker:
             signature,
             each.findings,
             self._notes(row),
-            signature if signature is not None and row.rejected is None else self.test_signature(row),
+            signature if signature is not None and compared_whole(row) else self.test_signature(row),
             frozenset(map(sha256_json, prompts_of(row.messages)[:-1])) if tested else frozenset(),
         )
 
@@ -243,8 +244,12 @@ class Worker:
         return self._near.signature(self._text(both, row))
 
     def test_signature(self, row: Candidate) -> np.ndarray | None:
-        """What a row that nearly equals a test row is told by, whatever is done to near duplicates; None without a test set."""
-        return None if self._near_tests is None else self._near_tests.signature(self._text(row.messages, row))
+        """What a row that nearly equals a test row is told by, whatever is done to near duplicates; None without a test set.
+
+        A pair's chosen conversation; of a prompt that answers are sampled to, the prompt, whether or not it has a reference.
+        """
+        asked = row.more.prompt if isinstance(row.more, Asked) else row.messages
+        return None if self._near_tests is None else self._near_tests.signature(self._text(asked, row))
 
     def _text(self, messages: Sequence[Message], row: Candidate) -> str:
         return row_text(messages, self._settings.common) if row.text is None else row.text
@@ -252,6 +257,11 @@ class Worker:
     def cleaned(self, row: Candidate) -> Candidate:
         """The row as a train row would be cleaned, for comparing with those."""
         return self._clean(row)[0]
+
+
+def compared_whole(row: Candidate) -> bool:
+    """Whether a row is compared with test rows by what it is compared with other train rows by."""
+    return row.rejected is None and not isinstance(row.more, Asked)
 
 
 def near_tests(data: DataSection) -> NearDuplicates:
