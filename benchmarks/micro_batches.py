@@ -25,7 +25,7 @@ from tunesmith.models.builtin import NAME
 from tunesmith.packing.batch import Batch, collate_tree
 from tunesmith.packing.loss import use_tree_attention
 from tunesmith.recipe import Recipe
-from tunesmith.stages.train.objective import Sft
+from tunesmith.stages.train.losses import TokenLoss
 
 METHODS = ("full", "lora", "qlora")
 LENGTH = 240  # of a row, the second half trained
@@ -50,13 +50,13 @@ def seconds(method: str, dtype: str) -> dict[int, list[float]]:
     recipe = Recipe.model_validate({"model": NAME, "method": method, "data": {"train": "rows"}})
     model = make_method(recipe, builtin.ensure(), compute_dtype=dtype, r=R, lora_alpha=2 * R).build()
     use_tree_attention(model, on=True)
-    loss_model = Sft().loss_model(model)
+    loss_model = TokenLoss().loss_model(model)
     taken: dict[int, list[float]] = {LENGTH * count: [] for count in AT_ONCE}
     given = batches()
     for turn in range(TURNS + 1):
         for count, batch in given.items():
             begun = time.perf_counter()
-            Sft().read(loss_model(**batch))[0].backward()
+            TokenLoss().read(loss_model(**batch))[0].backward()
             if turn > 0:
                 taken[LENGTH * count].append(time.perf_counter() - begun)
     return taken

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from tests.hostile import HOSTILE, forged_turns
 
 from tunesmith.chat.named import named_template
-from tunesmith.datasections import NAMED_TEMPLATES, DataSection
 from tunesmith.io.rows import Row
 from tunesmith.models.load import locate
 from tunesmith.quality.review import Decisions
+from tunesmith.recipe import NAMED_TEMPLATES, DataSection
 from tunesmith.stages.prepare.work import Settings, Worker
 
 ROWS = 10  # of an example
@@ -33,7 +33,8 @@ def main() -> None:
     options = asked.parse_args()
     data, folder = DataSection(train="rows.jsonl"), locate("smollm2-135m-instruct")
     workers = [
-        Worker(Settings(data, "sft", folder, named_template(name), frozenset(), Decisions())) for name in NAMED_TEMPLATES
+        Worker(Settings(data, "conversation", folder, named_template(name), frozenset(), Decisions()))
+        for name in NAMED_TEMPLATES
     ]
     counts = dict.fromkeys(("tried", "encoded", "rejected", "lost", "forged"), 0)
 

@@ -31,8 +31,8 @@ from tunesmith.packing.loss import use_tree_attention
 from tunesmith.packing.tree import Limits
 from tunesmith.recipe import Recipe
 from tunesmith.stages.train.engine import Engine
-from tunesmith.stages.train.objective import Sft
-from tunesmith.stages.train.setup import training_arguments
+from tunesmith.stages.train.losses import TokenLoss
+from tunesmith.stages.train.recorder import Recorder
 
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 PEERS = ("trl_padded", "trl_padding_free", "transformers")
@@ -179,7 +179,7 @@ def our_side(asked: argparse.Namespace) -> None:
     recipe = Recipe.model_validate(values)
     steady_memory()
     meter = PeakMemory()
-    settings = settle(recipe, len(rows), LEARNING_RATE[asked.method], detect())
+    settings = settle(recipe, len(rows), detect())
     method = make_method(recipe, builtin.ensure(), compute_dtype=asked.dtype, r=asked.r, lora_alpha=2 * asked.r)
     model = method.build()
     if asked.method != "full":
@@ -188,17 +188,18 @@ def our_side(asked: argparse.Namespace) -> None:
     turns = Turns(meter)
     scratch = Path(tempfile.mkdtemp())
     limits = Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size, settings.micro_batch_start)
+    recorder = Recorder(scratch / "metrics.jsonl", settings.max_steps)
     engine = Engine(
-        Sft(),
+        TokenLoss(),
         model,
-        training_arguments(recipe, settings, scratch, cpu=True),
-        recipe,
         rows,
         StepCollator(collate_tree, limits),
-        metrics_path=scratch / "metrics.jsonl",
+        settings,
+        recorder,
+        scratch=scratch,
         tell=lambda code, text: print(code, text, file=sys.stderr),
     )
-    engine.on_step.append(lambda m, _: turns.note(m.loss, m.grad_norm, m.computed_tokens, m.labelled_tokens))
+    recorder.on_step.append(lambda m, _: turns.note(m.loss, m.grad_norm, m.computed_tokens, m.labelled_tokens))
     engine.add_callback(turns)
     turns.answer(ready=True)
     engine.train()

@@ -18,9 +18,7 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from tunesmith.errors import CODES
-from tunesmith.recipe import Recipe
-from tunesmith.rowrules import QUALITY, SCREENING, Rule
-from tunesmith.sections import Section
+from tunesmith.recipe import QUALITY, SCREENING, Recipe, Rule, Section
 
 FOLDER = Path(__file__).resolve().parent
 COMMANDS = ("", "demo", "run", "plan", "augment", "prepare", "review", "train", "export", "evaluate", "compare")
@@ -67,7 +65,7 @@ def recipe_page() -> str:
     lines = [
         "# The recipe",
         "",
-        "Made by `make docs` from `src/tunesmith/recipe.py`. A recipe is YAML; keys that it does not name have their defaults,",
+        "Made by `make docs` from `src/tunesmith/recipe/`. A recipe is YAML; keys that it does not name have their defaults,",
         "unknown keys are refused. `--set section.key=value` changes a key on the command line. `auto` is settled by the stage",
         "that knows the facts, which records the value and the reason.",
         "",

@@ -47,8 +47,8 @@ from tunesmith.stages.plan.trace import trace
 from tunesmith.stages.plan.traced import trace_peak
 from tunesmith.stages.train.compiling import fuse_asked
 from tunesmith.stages.train.engine import Engine
-from tunesmith.stages.train.objective import Sft
-from tunesmith.stages.train.setup import training_arguments
+from tunesmith.stages.train.losses import TokenLoss
+from tunesmith.stages.train.recorder import Recorder
 
 UNKNOWN, END = "<unknown>", "<end>"  # for a tokenizer that TRL asks for and nobody uses
 TIMED_AFTER = 1  # steps that only allocate and compile
@@ -171,31 +171,30 @@ def seen_by_nvidia_smi() -> int | None:
         return None
 
 
-def train_ours(
-    case: Case, recipe: Recipe, scenario: Scenario, values: dict[str, Any], rows: Rows, plan: Plan, meter: Meter
-) -> dict[str, Any]:
+def train_ours(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows, plan: Plan, meter: Meter) -> dict[str, Any]:
     """The engine as the train stage runs it, on a model that was built from its config."""
     model = build_model(make_config(values), scenario, on_device())
     use_tree_attention(model, on=True)
-    fuse_asked(recipe.train, causal_of(model))
+    settings = plan.options[case.method].settings
+    fuse_asked(settings, causal_of(model))
     from datasets import Dataset
 
-    settings = plan.options[case.method].settings
     scratch = Path(tempfile.mkdtemp())
+    recorder = Recorder(scratch / "metrics.jsonl", settings.max_steps)
     engine = Engine(
-        Sft(),
+        TokenLoss(),
         model,
-        training_arguments(recipe, settings, scratch, cpu=on_device() == "cpu"),
-        recipe,
         Dataset.from_list(rows),
         StepCollator(collate_tree, Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size)),
-        metrics_path=scratch / "metrics.jsonl",
+        settings,
+        recorder,
+        scratch=scratch,
         tell=lambda code, text: print(code, text, file=sys.stderr),
     )
-    engine.on_step.append(lambda _, __: meter.step())
+    recorder.on_step.append(lambda _, __: meter.step())
     meter.start()
     engine.train()
-    return {**meter.result(), "losses": [step.loss for step in engine.history]}
+    return {**meter.result(), "losses": [step.loss for step in recorder.history]}
 
 
 def train_stock(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows, meter: Meter) -> dict[str, Any]:
@@ -358,7 +357,7 @@ def main() -> None:
         torch.manual_seed(0)
         meter = Meter(case, asked.profile)
         if case.side == "tunesmith":
-            measured = train_ours(case, recipe, scenario, values, rows, plan, meter)
+            measured = train_ours(case, scenario, values, rows, plan, meter)
         else:
             measured = (train_stock if case.side == "stock" else train_trl)(case, scenario, values, rows, meter)
         line = {**described, **promise, **measured}

@@ -265,10 +265,10 @@ def _method_names(methods: str | None) -> list[Method]:
     unknown = [name for name in names if name not in ALL_METHODS]
     why, fix = "nothing could be trained", f"use {', '.join(ALL_METHODS)}"
     if unknown or not names:
-        raise TunesmithError(Problem("TS003", f"unknown method {', '.join(unknown) or '(none)'}", "--methods", why, fix))
+        raise TunesmithError(Problem("TS020", f"unknown method {', '.join(unknown) or '(none)'}", "--methods", why, fix))
     if len(set(names)) < len(names):
         why, fix = "it would be trained and compared with itself", "name each once"
-        raise TunesmithError(Problem("TS003", f"a method stands twice: {methods}", "--methods", why, fix))
+        raise TunesmithError(Problem("TS020", f"a method stands twice: {methods}", "--methods", why, fix))
     return [method for method in names if method in ALL_METHODS]
 
 

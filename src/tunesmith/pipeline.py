@@ -11,10 +11,10 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.errors import ModelError, PlanError, StageFailedError
+from tunesmith.errors import ExportError, ModelError, PlanError, RecipeError, StageFailedError
 from tunesmith.io.atomic import check_replaceable, read_json
 from tunesmith.io.signals import handling
-from tunesmith.recipe import Method, Origin, ResolvedRecipe
+from tunesmith.recipe import OBJECTIVES, Method, Origin, Recipe, ResolvedRecipe, export_problems, hardware_problems
 from tunesmith.runs import Run, create_run
 
 #: Rules of the plan that choose a method.
@@ -52,11 +52,26 @@ def settle_method(resolved: ResolvedRecipe, console: Console) -> ResolvedRecipe:
 
 
 def run(resolved: ResolvedRecipe, path: Path, console: Console) -> Run:
-    """prepare, plan, train, export and evaluate in the run folder `path`; stages that are up to date do nothing."""
+    """prepare, plan, train, export and evaluate in the run folder `path`; stages that are up to date do nothing.
+
+    Raises RecipeError before anything runs for a key that this machine cannot honour, and ExportError for what could be trained
+    and not exported.
+    """
+    _check(resolved.recipe)
     this = create_run(settle_method(resolved, console), path)
     prepare_shown(this, console)
     _tune(this, console)
     return this
+
+
+def _check(recipe: Recipe) -> None:
+    """What shows before a run that would end it hours later."""
+    from tunesmith.hardware.catalogue import read_gpus, this_device
+
+    if problems := hardware_problems(recipe.train, cpu=this_device(read_gpus()).kind == "cpu"):
+        raise RecipeError(problems)
+    if problems := export_problems(recipe):
+        raise ExportError(problems)
 
 
 def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], console: Console) -> dict[str, Any]:
@@ -64,6 +79,8 @@ def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], 
     from tunesmith.stages.compare import COMPARISON, compare
     from tunesmith.stages.evaluate.stage import evaluate_base
 
+    for method in methods:
+        _check(with_method(resolved, method).recipe)
     check_replaceable(folder / "compare", COMPARISON)  # before hours of training, not after
     runs = [create_run(with_method(resolved, method), folder / method) for method in methods]
     for this in runs:
@@ -186,7 +203,7 @@ def _export(this: Run, console: Console) -> None:
     from tunesmith.stages.export import export
 
     proof = export(this)
-    if this.recipe.objective == "reward":
+    if OBJECTIVES[this.recipe.objective].scorer:
         apart = proof["max_reward_difference"]
         _say(console, "export", f"export/{this.recipe.export.name}, a reward model; rewards differ by {apart:.1e} at most")
         return
@@ -201,7 +218,7 @@ def _export(this: Run, console: Console) -> None:
 def _evaluate(this: Run, console: Console) -> None:
     from tunesmith.stages.evaluate import evaluate
 
-    if this.recipe.objective == "reward":
+    if OBJECTIVES[this.recipe.objective].scorer:
         _say(console, "evaluate", "nothing: a reward model answers no question")
         return
     results = evaluate(this, console=console)

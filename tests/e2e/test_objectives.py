@@ -26,7 +26,7 @@ from tunesmith.stages.export import export
 from tunesmith.stages.plan.stage import plan
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train
-from tunesmith.stages.train.rewards import make_reward
+from tunesmith.stages.train.loops.rewards import make_reward
 
 pytest.importorskip("trl", reason="the extra tunesmith[trl] is not installed")
 

@@ -65,7 +65,7 @@ def test_no_torch_and_not_long_for_405_b(tmp_path: Path) -> None:
         (("Qwen/Qwen2-7B", "--gpu", "24GB", "--deadline", "soon"), "TS703"),
         (("Qwen/Qwen2-7B", "--gpu", "24GB", "--rows", "-1"), "TS703"),
         (("Qwen/Qwen2-7B", "--gpu", "24GB", "--data", "none.jsonl"), "TS101"),
-        (("Qwen/Qwen2-7B", "--gpu", "24GB", "--methods", "lora,best"), "TS003"),
+        (("Qwen/Qwen2-7B", "--gpu", "24GB", "--methods", "lora,best"), "TS020"),
         (("Qwen/Qwen2-7B", "--gpu", "24GB", "--gpus", "none.toml"), "TS702"),
         (("Qwen/Qwen2-7B", "--gpu", "24GB", "--calibrate"), "TS703"),
     ],

@@ -19,7 +19,7 @@ from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.export import export
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train
-from tunesmith.stages.train.ppo import Policy
+from tunesmith.stages.train.loops.ppo import Policy
 
 
 def run_of(tmp_path: Path, model: Path, method: str, ppo: str, train_more: str = "") -> Run:
@@ -72,12 +72,6 @@ def test_values_and_probabilities_do_not_depend_on_the_padding(tiny_model: Path)
     direct = [float(expected[start - 1 + place, token]) for place, token in enumerate(answers[1])]
     assert logprobs[1, : len(direct)].tolist() == pytest.approx(direct, abs=1e-4)
     assert not logprobs[1, len(direct) :].any()
-
-
-def test_a_run_without_a_reward_is_refused(tmp_path: Path, tiny_model: Path) -> None:
-    run = run_of(tmp_path, tiny_model, "lora", "cliprange: 0.3", ", max_steps: 1")
-    with pytest.raises(TrainError, match="no reward"):
-        train(run, Console(quiet=True))
 
 
 def test_json_rewards_without_references_are_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from tests.conftest import COLOURS, chat_row
 from tests.hostile import HOSTILE, forged_turns
 from tunesmith.chat.named import named_template
-from tunesmith.datasections import NAMED_TEMPLATES, DataSection
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.io.rows import Row
 from tunesmith.quality.review import Decisions, row_digest
-from tunesmith.recipe import ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
+from tunesmith.recipe import NAMED_TEMPLATES, DataSection, ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
 from tunesmith.runs import create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.prepare.mixture import shares, targets
@@ -221,7 +220,7 @@ def test_the_page_shows_everything_and_runs_nothing(tmp_path: Path, recipe: Any,
 def workers(tiny_model: Path) -> list[Worker]:
     data = DataSection(train="rows.jsonl")
     sources = [None, *(named_template(name) for name in NAMED_TEMPLATES)]
-    return [Worker(Settings(data, "sft", tiny_model, source, frozenset(), Decisions())) for source in sources]
+    return [Worker(Settings(data, "conversation", tiny_model, source, frozenset(), Decisions())) for source in sources]
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -116,7 +116,7 @@ def test_what_rows_of_an_objective_cannot_have_is_refused(recipe: Any, objective
     with pytest.raises(RecipeError) as caught:
         recipe(objective, f"train: a.jsonl, {data}")
     assert [(problem.code, problem.what) for problem in caught.value.problems] == [
-        ("TS003", f"{key} with objective: {objective}")
+        ("TS005", f"{key} with objective: {objective}")
     ]
 
 

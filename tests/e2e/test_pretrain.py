@@ -77,8 +77,8 @@ def test_keys_of_conversations_are_refused(tmp_path: Path, base: Path) -> None:
     write(tmp_path / "texts" / "a.txt", "one two")
     recipe = write(tmp_path / "r.yaml", recipe_text(base, "train: texts, system: Hi", "evaluate: {label: x}\n"))
     done = tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path)
-    check_readable(done, "TS003", "data.system")
-    check_readable(done, "TS003", "evaluate.label")
+    check_readable(done, "TS005", "data.system")
+    check_readable(done, "TS005", "evaluate.label")
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from tests.conftest import chat_row
 from tests.promises.training import differing_bits, lines, signalled
 from tunesmith.errors import RecipeError, StageFailedError, TrainError
+from tunesmith.hardware import detect
+from tunesmith.methods.settings import settle
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run
 from tunesmith.stages.prepare import prepare
@@ -100,14 +102,15 @@ def test_going_back_undoes_it_whenever_it_is_interrupted(make_run: Callable[...,
 
 def test_a_loss_that_spikes_again_and_again_ends_the_training() -> None:
     """Three times training goes back; a fourth spike within the window ends it, one after it does not."""
-    asked = parse_recipe("model: m\ndata: {train: t}\ntrain: {on_spike: rollback, save_steps: 2}", "r", Path()).recipe.train
+    asked = parse_recipe("model: m\ndata: {train: t}\ntrain: {on_spike: rollback, save_steps: 2}", "r", Path()).recipe
+    settings = settle(asked, 100, detect())
     back: list[int] = []
     earlier: Any = SimpleNamespace(savepoints=SimpleNamespace(newest=lambda every: SimpleNamespace(step=every)))
     engine: Any = SimpleNamespace(roll_back=lambda saved: back.append(saved.step))
-    watch = SpikeWatch(asked, earlier, lambda *_, **__: None)
+    watch = SpikeWatch(settings, earlier, lambda *_, **__: None)
     for step in (20, 30, 40):
         watch._roll_back(engine, step)
-    after = SpikeWatch(asked, earlier, lambda *_, **__: None)
+    after = SpikeWatch(settings, earlier, lambda *_, **__: None)
     after.go_on(watch.as_dict())
     with pytest.raises(TrainError, match="has spiked at step 50 after going back at steps 20, 30, 40") as caught:
         watch._roll_back(engine, 50)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.datasections import CleanSection
 from tunesmith.quality.clean import clean
+from tunesmith.recipe import CleanSection
 
 ALL = CleanSection()
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from tunesmith.chat.judged import Asked, Judged, to_asked, to_judged
-from tunesmith.errors import Problem, RecipeError
+from tunesmith.errors import Problem, RecipeError, TrainError
 from tunesmith.hardware import detect
-from tunesmith.recipe import Recipe, parse_recipe
-from tunesmith.stages.train import beside
-from tunesmith.stages.train.beside import require_trl, settle_beside
+from tunesmith.recipe import OBJECTIVES, Recipe, parse_recipe
+from tunesmith.stages.train import loops
+from tunesmith.stages.train.loops.padded import settle_padded
 
 USER, GOOD = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "S"}
@@ -107,7 +107,7 @@ def test_keys_that_would_be_ignored_are_refused(text: str, told: str) -> None:
 
 def test_batches_are_whole_groups() -> None:
     hardware = detect()
-    settings = settle_beside(recipe("objective: grpo\ngrpo: {num_generations: 6}"), 100, hardware)
+    settings = settle_padded(recipe("objective: grpo\ngrpo: {num_generations: 6, reward_funcs: [valid-json]}"), 100, hardware)
     assert settings.effective_batch_size % 6 == 0
     assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == settings.effective_batch_size
     assert settings.per_device_train_batch_size <= 8
@@ -117,17 +117,20 @@ def test_batches_are_whole_groups() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("objective: grpo\ntrain: {effective_batch_size: 12}", "groups of 8"),
-        ("objective: rloo\ntrain: {effective_batch_size: 64}", "32 prompts a step, but there are 10"),
+        ("objective: grpo\ngrpo: {reward_funcs: [valid-json]}\ntrain: {effective_batch_size: 12}", "groups of 8"),
+        (
+            "objective: rloo\nrloo: {reward_funcs: [valid-json]}\ntrain: {effective_batch_size: 64}",
+            "32 prompts a step, but there are 10",
+        ),
         ("objective: kto\ntrain: {per_device_train_batch_size: 1}", "one row at a time"),
     ],
 )
 def test_batches_that_cannot_be_are_refused(text: str, told: str) -> None:
     with pytest.raises(RecipeError, match=told):
-        settle_beside(recipe(text), 10, detect())
+        settle_padded(recipe(text), 10, detect())
 
 
 def test_without_trl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(Exception, match=r"tunesmith\[trl\]"):
-        require_trl("kto")
+    monkeypatch.setattr(loops.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(TrainError, match=r"tunesmith\[trl\]"):
+        loops.loop_of(OBJECTIVES["kto"])

@@ -90,7 +90,7 @@ def test_what_is_missing_is_named() -> None:
 
 def test_a_cpu_has_kernels_of_our_own() -> None:
     with pytest.raises(RecipeError, match="use_liger_kernel without a GPU"):
-        settle(recipe(use_liger_kernel="true"), 100, 2e-4, CPU)
+        settle(recipe(use_liger_kernel="true"), 100, CPU)
 
 
 def test_one_of_two_makes_the_kernels() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tunesmith.chat.named import named_template
 from tunesmith.chat.probe import probe
 from tunesmith.chat.template import ChatTemplate, Encoded
-from tunesmith.datasections import NAMED_TEMPLATES
+from tunesmith.recipe import NAMED_TEMPLATES
 
 TALK = [
     {"role": "system", "content": "S"},

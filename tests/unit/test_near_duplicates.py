@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.datasections import BalanceSection, OverlapSection
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.quality import Conflicts, Label, NearDuplicates, Overlap, balance, common_segments, duplicates, row_text
 from tunesmith.quality.duplicates import RUN, choose_bands
 from tunesmith.quality.words import words
+from tunesmith.recipe import BalanceSection, OverlapSection
 
 WORDS = [f"{a}{b}" for a in "bcdfghklmnprst" for b in ("ala", "eno", "iru", "oso", "uta", "aki")]
 

@@ -10,14 +10,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tunesmith.hardware import Hardware
+from tunesmith.methods.settings import Settings, settle
 from tunesmith.packing.batch import PaddedCollator, StepCollator
 from tunesmith.packing.tree import Limits
-from tunesmith.recipe import Recipe, parse_recipe
+from tunesmith.recipe import parse_recipe
 from tunesmith.stages.train.out_of_memory import in_smaller_parts, is_out_of_memory, next_lever, out_of_memory
 
 
-def recipe_of(more: str) -> Recipe:
-    return parse_recipe(f"model: m\ndata: {{train: t}}\n{more}", "r", Path()).recipe
+def settings_of(more: str) -> Settings:
+    """As on a GPU, which honours all keys."""
+    gpu = Hardware("cuda", "a card", 8, 2**36, 1, 2**34, "bfloat16", "it multiplies it fastest")
+    return settle(parse_recipe(f"model: m\ndata: {{train: t}}\n{more}", "r", Path()).recipe, 100, gpu)
 
 
 @pytest.fixture(scope="module")
@@ -52,35 +56,35 @@ def test_the_same_rows_in_smaller_parts() -> None:
 
 def test_the_next_lever_is_named_with_bytes(model: Any) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
-    first = next_lever(recipe_of("method: full"), model, 50)
+    first = next_lever(settings_of("method: full"), model, 50)
     assert (
         first == f"train.gradient_checkpointing: true (keeps {3 * 50 * 8 * 2:,} bytes of the row, and computes the rest again)"
     )
-    assert next_lever(recipe_of("method: full\ntrain: {gradient_checkpointing: keep_attention}"), model, 50) == first
+    assert next_lever(settings_of("method: full\ntrain: {gradient_checkpointing: keep_attention}"), model, 50) == first
     checkpointing = "train: {gradient_checkpointing: true}"
-    second = next_lever(recipe_of(f"method: full\n{checkpointing}"), model, 50)
+    second = next_lever(settings_of(f"method: full\n{checkpointing}"), model, 50)
     assert second is not None
     assert f"instead of {12 * count:,}" in second  # two float32 states and a master
     assert second.startswith("train.optim: adamw_8bit")
-    third = next_lever(recipe_of("method: full\ntrain: {gradient_checkpointing: true, optim: adamw_8bit}"), model, 50)
+    third = next_lever(settings_of("method: full\ntrain: {gradient_checkpointing: true, optim: adamw_8bit}"), model, 50)
     assert third is not None
     assert third.startswith("method: lora")
     elsewhere = copy.deepcopy(model).to("meta")  # as on a GPU: not where the machine's memory is
     full = "method: full\ntrain: {gradient_checkpointing: true, optim: adamw_8bit"
-    assert str(next_lever(recipe_of(f"{full}}}"), elsewhere, 50)).startswith("train.optimizer_offloading: true")
-    assert next_lever(recipe_of(f"{full}, optimizer_offloading: true}}"), elsewhere, 50) == third
-    fourth = next_lever(recipe_of(f"method: lora\n{checkpointing}"), model, 50)
+    assert str(next_lever(settings_of(f"{full}}}"), elsewhere, 50)).startswith("train.optimizer_offloading: true")
+    assert next_lever(settings_of(f"{full}, optimizer_offloading: true}}"), elsewhere, 50) == third
+    fourth = next_lever(settings_of(f"method: lora\n{checkpointing}"), model, 50)
     assert fourth is not None
     assert fourth.startswith("method: qlora")
     assert f"instead of {2 * count:,}" in fourth
-    assert next_lever(recipe_of(f"method: qlora\n{checkpointing}"), model, 50) is None
-    assert next_lever(recipe_of("method: lora"), model, 0) == fourth  # no row has been computed: activations are not it
+    assert next_lever(settings_of(f"method: qlora\n{checkpointing}"), model, 50) is None
+    assert next_lever(settings_of("method: lora"), model, 0) == fourth  # no row has been computed: activations are not it
 
 
 def test_the_error_says_what_and_how(model: Any) -> None:
-    (problem,) = out_of_memory(recipe_of("method: lora"), model, 50, "CUDA out of memory. Tried\nto allocate").problems
+    (problem,) = out_of_memory(settings_of("method: lora"), model, 50, "CUDA out of memory. Tried\nto allocate").problems
     assert problem.code == "TS312"
     assert "one row of 50 tokens" in problem.what
     assert "Tried to allocate" in problem.why
-    (problem,) = out_of_memory(recipe_of("train: {optimizer_in_backward: true}"), model, 50, "").problems
+    (problem,) = out_of_memory(settings_of("train: {optimizer_in_backward: true}"), model, 50, "").problems
     assert "lower train.per_device_train_batch_size" in problem.fix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tunesmith.recipe import parse_recipe
-from tunesmith.stages.train.ppo import Answers, Ppo
-from tunesmith.stages.train.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
+from tunesmith.hardware import detect
+from tunesmith.recipe import PpoSection, parse_recipe
+from tunesmith.stages.train.loops.padded import settle_padded
+from tunesmith.stages.train.loops.ppo import Answers, Ppo
+from tunesmith.stages.train.loops.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
 
 MASK = torch.tensor([[1.0, 1, 1], [1, 0, 0]])
 
@@ -79,16 +82,15 @@ class FiveAnswers:
         prompts = [torch.randint(1, 50, (4,), generator=draw).tolist() for _ in answers]
         self.mask = torch.tensor([[float(place < len(answer)) for place in range(9)] for answer in answers])
         train = f"train: {{max_grad_norm: {max_grad_norm}, weight_decay: {weight_decay}}}"
-        text = f"model: m\nobjective: ppo\ndata: {{train: t}}\n{train}\nppo: {{temperature: 0.9}}"
-        settings = SimpleNamespace(per_device_train_batch_size=at_once, learning_rate=1e-3, warmup_steps=0, max_steps=5)
+        text = f"model: m\nobjective: ppo\ndata: {{train: t}}\n{train}\nppo: {{temperature: 0.9, reward_funcs: [valid-json]}}"
+        recipe = parse_recipe(text, "r", Path("/nowhere")).recipe
+        settings = replace(settle_padded(recipe, 5, detect()), per_device_train_batch_size=at_once, max_steps=5)
         work: Any = SimpleNamespace(
             model=self.model,
             settings=settings,
-            run=SimpleNamespace(recipe=parse_recipe(text, "r", Path("/nowhere")).recipe),
-            tokenizer=SimpleNamespace(eos_token_id=2),
             method=SimpleNamespace(reference=lambda: None),
         )
-        self.ppo = Ppo(work)
+        self.ppo = Ppo(work, recipe.own(PpoSection), SimpleNamespace(eos_token_id=2), [], [])
         torch.nn.init.normal_(self.ppo.policy.value_head.weight)
         with torch.no_grad():
             logprobs, values = self.ppo.policy(prompts, answers, 9)
@@ -137,7 +139,7 @@ def test_the_value_head_is_clipped_with_the_model() -> None:
 
 def test_matrices_alone_decay() -> None:
     run = FiveAnswers(5)
-    adamw = Ppo(run.ppo.work).adamw
+    adamw = Ppo(run.ppo.work, run.ppo.asked, run.ppo.tokenizer, [], []).adamw
     decays = {id(each): group["weight_decay"] for group in adamw.param_groups for each in group["params"]}
     named = dict(run.model.named_parameters())
     assert {decays[id(each)] for each in named.values() if each.ndim == 2} == {0.1}

@@ -22,10 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import chat_row, random_llama
-from tunesmith.datasections import BalanceSection, DataSection
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.quality import Label, RowFacts, balance
-from tunesmith.recipe import parse_recipe
+from tunesmith.recipe import BalanceSection, DataSection, parse_recipe
 from tunesmith.runs import create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.prepare.ledger import length_facts

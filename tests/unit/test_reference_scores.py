@@ -47,7 +47,7 @@ from tunesmith.stages.evaluate.score import (
 )
 from tunesmith.stages.evaluate.stage import heldout_loss
 from tunesmith.stages.prepare import prepare
-from tunesmith.stages.train.objective import Sft
+from tunesmith.stages.train.losses import TokenLoss
 from tunesmith.stages.train.watch import mean_loss
 
 Row = dict[str, Any]
@@ -330,7 +330,7 @@ def test_held_out_loss_of_many_rows_and_in_training(tmp_path: Path, small: Any, 
     assert reason is None
     for collate in (tree, PaddedCollator(0)):
         use_tree_attention(small, on=collate is tree)
-        watched = mean_loss(Sft(), LossModel(small), rows, StepCollator(collate, Limits(256)))
+        watched = mean_loss(TokenLoss(), LossModel(small), rows, StepCollator(collate, Limits(256)))
         assert watched == pytest.approx(expected, rel=1e-5)
     use_tree_attention(small, on=False)
     small.eval()

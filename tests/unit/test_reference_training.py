@@ -47,7 +47,7 @@ from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train
-from tunesmith.stages.train.ppo import _order
+from tunesmith.stages.train.loops.ppo import _order
 from tunesmith.stages.train.savepoints import KEPT, Savepoints
 
 QUIET = Console(quiet=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.errors import TrainError
-from tunesmith.sections import GrpoSection, PpoSection, absolute_reward
+from tunesmith.errors import RecipeError, TrainError
+from tunesmith.recipe import GrpoSection, PpoSection, absolute_reward, parse_recipe
 from tunesmith.stages.evaluate.score import Answer, score_json
-from tunesmith.stages.train.rewards import check_references, make_reward, make_rewards
+from tunesmith.stages.train.loops.rewards import check_references, make_reward, make_rewards
 
 PROMPTS = [[{"role": "user", "content": "?"}]] * 3
 REFERENCE = '{"a": 1, "b": "x"}'
@@ -50,7 +50,7 @@ def test_what_is_no_reward_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("body", ["[1.0]", "[float('nan')] * 3"])
 def test_what_is_no_number_for_each_answer_is_refused(body: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(f"def f(prompts, completions, references):\n    return {body}\n")
-    (reward,), weights = make_rewards(PpoSection(reward_funcs=[absolute_reward("mine.py:f", tmp_path)]), "ppo")
+    (reward,), weights = make_rewards(PpoSection(reward_funcs=[absolute_reward("mine.py:f", tmp_path)]))
     assert weights == [1.0]
     with pytest.raises(TrainError, match="TS303"):
         reward(PROMPTS, ["a", "b", "c"], [None] * 3)
@@ -76,11 +76,16 @@ def test_what_fails_in_the_users_file_is_told_with_its_line(source: str, where: 
     assert what in problem.what
 
 
-def test_no_reward_or_weights_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(TrainError, match="no reward"):
-        make_rewards(GrpoSection(), "grpo")
-    with pytest.raises(TrainError, match="2 weights for 1"):
-        make_rewards(GrpoSection(reward_funcs=["valid-json"], reward_weights=[1, 2]), "grpo")
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [("{}", "no reward"), ("{reward_funcs: [valid-json], reward_weights: [1, 2]}", "2 weights for 1 rewards")],
+)
+def test_no_reward_or_weights_that_do_not_fit_are_refused(objective: str, section: str, told: str) -> None:
+    text = f"model: m\nobjective: {objective}\n{objective}: {section}\ndata: {{train: t}}"
+    with pytest.raises(RecipeError, match=told) as caught:
+        parse_recipe(text, "r", Path())
+    assert caught.value.problems[0].code == "TS303"
 
 
 @pytest.mark.parametrize("reference", [None, "red", "{}"])

@@ -6,13 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.datasections import DataSection
 from tunesmith.errors import RecipeError
 from tunesmith.quality import Checker, SetStatistics, row_facts
 from tunesmith.quality.language import language
 from tunesmith.quality.screening import is_card, is_iban
-from tunesmith.recipe import parse_recipe
-from tunesmith.rowrules import QUALITY, SCREENING
+from tunesmith.recipe import QUALITY, SCREENING, DataSection, parse_recipe
 
 
 def row(question: str, answer: str = "It is blue.") -> list[dict[str, str]]:

@@ -31,7 +31,7 @@ def test_batch_by_rows() -> None:
 
 
 def test_defaults_of_the_methods() -> None:
-    settings = settle(recipe(), 5_000, 2e-4, CPU)
+    settings = settle(recipe(), 5_000, CPU)
     assert (settings.learning_rate, settings.r, settings.lora_alpha) == (2e-4, 16, 32)
     assert settings.effective_batch_size == 32
     assert settings.max_steps == math.ceil(5_000 / 32) * 3
@@ -41,14 +41,14 @@ def test_defaults_of_the_methods() -> None:
 
 
 def test_raw_text_is_learned_at_the_rate_of_answers() -> None:
-    settings = settle(recipe().model_copy(update={"objective": "pretrain"}), 5_000, 2e-4, CPU)
+    settings = settle(recipe().model_copy(update={"objective": "pretrain"}), 5_000, CPU)
     assert (settings.learning_rate, settings.reasons["learning_rate"]) == (2e-4, "default of lora")
 
 
 @pytest.mark.parametrize(("method", "rate"), [("full", 1e-6), ("lora", 1e-5), ("qlora", 1e-5)])
 def test_preference_pairs_get_a_twentieth_of_the_rate(method: str, rate: float) -> None:
     asked = recipe().model_copy(update={"objective": "dpo", "method": method})
-    settings = settle(asked, 5_000, 20 * rate, CPU)
+    settings = settle(asked, 5_000, CPU)
     assert settings.learning_rate == rate
     assert settings.reasons["learning_rate"] == f"default of {method} with DPO"
 
@@ -57,7 +57,7 @@ def test_recipe_wins() -> None:
     asked = recipe(
         learning_rate=0.01, max_steps=5, effective_batch_size=6, per_device_train_batch_size=4, compute_dtype="bfloat16"
     )
-    settings = settle(asked, 100, 2e-4, CPU)
+    settings = settle(asked, 100, CPU)
     assert (settings.learning_rate, settings.max_steps, settings.compute_dtype) == (0.01, 5, "bfloat16")
     assert settings.reasons["learning_rate"] == "recipe"
 
@@ -65,7 +65,7 @@ def test_recipe_wins() -> None:
 @given(rows=st.integers(1, 500), micro=st.integers(1, 40), batch=st.integers(1, 200), epochs=st.floats(0.1, 5))
 def test_batch_arithmetic(rows: int, micro: int, batch: int, epochs: float) -> None:
     asked = recipe(per_device_train_batch_size=micro, effective_batch_size=batch, num_train_epochs=epochs)
-    settings = settle(asked, rows, 2e-4, CPU)
+    settings = settle(asked, rows, CPU)
     assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == settings.effective_batch_size
     assert 1 <= settings.per_device_train_batch_size <= min(micro, rows)
     assert settings.max_steps >= 1

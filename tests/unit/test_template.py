@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.chat.template import ChatTemplate, Encoded
-from tunesmith.datasections import DataSection
 from tunesmith.errors import ModelError, Problem
+from tunesmith.recipe import DataSection
 from tunesmith.stages.prepare.candidate import Candidate
 from tunesmith.stages.prepare.overlong import fitted
 

@@ -50,12 +50,12 @@ import sys
 from tunesmith.stages.prepare import pool
 from tunesmith.stages.prepare.work import Settings
 from tunesmith.chat.named import named_template
-from tunesmith.datasections import DataSection
+from tunesmith.recipe import DataSection
 from tunesmith.io.rows import Row
 from tunesmith.models.load import locate
 from tunesmith.quality.review import Decisions
 folder = locate("smollm2-135m-instruct")
-pool._start(Settings(DataSection(train="x"), "sft", folder, named_template("chatml"), frozenset(), Decisions()))
+pool._start(Settings(DataSection(train="x"), "conversation", folder, named_template("chatml"), frozenset(), Decisions()))
 made = pool._work([(0, Row("f:1", {"prompt": "What is asked here?", "completion": "What is answered here, in short."}))])
 assert len(made.made) == 1, made
 print(sys.modules["torch"])

@@ -10,10 +10,10 @@ from typing import Any
 from jinja2 import StrictUndefined, Template, UndefinedError
 
 from tunesmith.chat.formats import wrong_columns
-from tunesmith.datasections import is_template
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.signals import TEMPLATE_SECONDS, TooLongError, cpu_limit
 from tunesmith.io.templates import BoundedEnvironment
+from tunesmith.recipe import is_template
 
 
 def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any] | Problem:

@@ -18,5 +18,5 @@ from importlib import resources
 
 
 def named_template(name: str) -> str:
-    """The Jinja source of one of `tunesmith.datasections.NAMED_TEMPLATES`."""
+    """The Jinja source of one of `tunesmith.recipe.NAMED_TEMPLATES`."""
     return (resources.files("tunesmith.chat") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")

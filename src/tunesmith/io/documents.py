@@ -32,9 +32,9 @@ def read_documents(path: Path | str, split: str | None = None) -> Iterator[Row]:
     return read_rows(path, split)
 
 
-def reader_of(objective: str) -> Callable[[Path | str, str | None], Iterator[Row]]:
-    """What reads the rows of an objective: path and split to rows."""
-    return read_documents if objective == "pretrain" else read_rows
+def reader_of(*, documents: bool) -> Callable[[Path | str, str | None], Iterator[Row]]:
+    """What reads rows, or documents: path and split to rows."""
+    return read_documents if documents else read_rows
 
 
 def plain_files(folder: Path) -> list[Path]:

@@ -13,7 +13,6 @@ class Full(Method):
     """All weights, in the compute dtype; the optimizer keeps float32 masters, so that small updates are not rounded away."""
 
     name: ClassVar[str] = "full"
-    default_learning_rate: ClassVar[float] = 2e-5
 
     def build(self) -> Any:
         from tunesmith.methods.blocks import fuse_blocks

@@ -83,7 +83,6 @@ class Lora(Method):
     """Frozen base in the compute dtype; adapters kept in float32, multiplied in the compute dtype."""
 
     name: ClassVar[str] = "lora"
-    default_learning_rate: ClassVar[float] = 2e-4
 
     def load_base(self) -> Any:
         """The frozen base model."""

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.hardware import Hardware
-from tunesmith.recipe import Recipe, TrainSection
+from tunesmith.recipe import OBJECTIVES, Checkpointing, Recipe, TrainSection, hardware_problems
 
 #: Rank by number of train rows: (rows below, r). More data can fill a larger update. The row 10k-100k is ours.
 RANKS: tuple[tuple[float, int], ...] = ((1_000, 8), (10_000, 16), (100_000, 32), (math.inf, 64))
 
-#: Learning rates for preference pairs, by method: those that TRL's DPOConfig and its page on adapters start from, a twentieth
-#: of what SFT takes. The gradient pulls two answers apart, also where the model knows both; the paper's runs took 1e-6 too.
-DPO_LEARNING_RATES = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
-
-#: The same of the other objectives: the defaults of TRL's KTO, ORPO, GRPO and RLOO are 1e-6 too, that of its RewardConfig is
-#: 1e-4, and its pages take ten times as much for adapters. PPO takes what GRPO does.
-REWARD_LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
-
-#: Effective batch: the first one whose run has at least that many optimizer steps; small data gets a smaller batch
-#: rather than too few steps to learn from.
 #: Tokens at once where the recipe leaves both rows and tokens open: enough for products at full speed, on a laptop too.
 MAX_TOKENS = 4096
 
@@ -38,29 +28,20 @@ MICRO_BATCH_START = {
 #: Rows at once where weights move in the backward pass, so that a step is one micro-batch.
 ROWS_IN_BACKWARD = 8
 
+#: Effective batch: the first one whose run has at least that many optimizer steps; small data gets a smaller batch
+#: rather than too few steps to learn from.
 BATCHES: tuple[tuple[int, int], ...] = ((128, 2_000), (64, 500), (32, 100), (16, 50), (8, 0))
-
-
-#: What is for GPUs alone: the key, why, and what there is instead.
-_FOR_GPUS = (
-    (
-        "activation_offloading",
-        "on a CPU activations are in the machine's memory already",
-        ", or use train.gradient_checkpointing: true to hold fewer of them",
-    ),
-    (
-        "optimizer_offloading",
-        "on a CPU the optimizer's states are in the machine's memory already",
-        ", or use train.optim: adamw_8bit for smaller ones",
-    ),
-    ("use_liger_kernel", "Triton compiles for GPUs", ": on a CPU tunesmith's own kernels do the same"),
-)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settled training settings; `reasons` tells for each settled value why it is what it is."""
+    """All that decides how a run trains: the recipe's `train` keys, none of them `auto`, and what belongs to them.
 
+    `reasons` tells for each value that the recipe may leave open why it is what it is.
+    """
+
+    method: str
+    seed: int
     learning_rate: float
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
@@ -73,11 +54,36 @@ class Settings:
     compute_dtype: str
     r: int
     lora_alpha: int
+    lr_scheduler_type: str
+    weight_decay: float
+    max_grad_norm: float
+    packing: bool
+    shifted_sparse_attention: int | None
+    optim: str
+    optimizer_in_backward: bool
+    optimizer_offloading: bool
+    gradient_checkpointing: Checkpointing
+    activation_offloading: bool
+    attn_implementation: str
+    torch_compile: bool
+    use_liger_kernel: bool
+    neftune_noise_alpha: float | None
+    eval_steps: int | None
+    early_stopping_patience: int | None
+    save_steps: int | Literal["auto"] | None  # `auto` goes by the clock
+    on_spike: str
     reasons: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON value."""
         return asdict(self)
+
+
+#: Keys of the recipe that `settle` settles; all others are taken as they are.
+_SETTLED = {
+    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "effective_batch_size"),
+    *("per_device_max_tokens", "max_steps", "num_train_epochs", "compute_dtype"),
+}
 
 
 def auto_rank(rows: int) -> int:
@@ -90,12 +96,11 @@ def auto_batch(rows_seen: float) -> int:
     return next(batch for batch, steps in BATCHES if rows_seen / batch >= steps)
 
 
-def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Hardware) -> Settings:
-    """All settings of a run over `rows` train rows on one device."""
-    asked, reasons = recipe.train, dict[str, str]()
-    for name, why, instead in _FOR_GPUS:
-        if getattr(asked, name) and hardware.device == "cpu":
-            raise RecipeError(Problem("TS003", f"{name} without a GPU", "train", why, f"leave it out{instead}"))
+def settle(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
+    """All settings of a run over `rows` train rows on one device. Raises RecipeError for what the device cannot do."""
+    asked, reasons, objective = recipe.train, dict[str, str](), OBJECTIVES[recipe.objective]
+    if problems := hardware_problems(asked, cpu=hardware.device == "cpu"):
+        raise RecipeError(problems)
 
     def settled(name: str, value: Any, auto: Any, reason: str) -> Any:
         if value == "auto":
@@ -104,11 +109,9 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
         reasons[name] = "recipe"
         return value
 
-    default, reason = default_learning_rate, f"default of {recipe.method}"
-    if recipe.objective not in {"sft", "pretrain"}:
-        rates = REWARD_LEARNING_RATES if recipe.objective == "reward" else DPO_LEARNING_RATES
-        default, reason = rates[recipe.method], f"{reason} with {recipe.objective.upper()}"
-    rate = settled("learning_rate", asked.learning_rate, default, reason)
+    told_whole = objective.rows in {"conversation", "document"}
+    reason = f"default of {recipe.method}" + ("" if told_whole else f" with {objective.name.upper()}")
+    rate = settled("learning_rate", asked.learning_rate, objective.learning_rates[recipe.method], reason)
     rank = settled("r", recipe.lora.r, auto_rank(rows), f"{rows} train rows")
     alpha = settled("lora_alpha", recipe.lora.lora_alpha, 2 * rank, "2 r")
     dtype = settled("compute_dtype", asked.compute_dtype, hardware.compute_dtype, hardware.compute_dtype_reason)
@@ -121,7 +124,11 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
     steps_per_epoch = math.ceil(rows / batch)
     steps = asked.max_steps or math.ceil(steps_per_epoch * asked.num_train_epochs)
     reasons["max_steps"] = "recipe" if asked.max_steps else f"{asked.num_train_epochs:g} epochs of {steps_per_epoch} steps"
+    given = {each.name for each in fields(Settings)} & set(TrainSection.model_fields)
     return Settings(
+        **{name: getattr(asked, name) for name in given - _SETTLED},
+        method=recipe.method,
+        seed=recipe.seed,
         learning_rate=rate,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
@@ -140,13 +147,11 @@ def settle(recipe: Recipe, rows: int, default_learning_rate: float, hardware: Ha
 
 def _one_micro_batch(asked: TrainSection, micro: int) -> None:
     """Raise RecipeError where an update in the backward pass was asked for together with several micro-batches a step."""
-    steps, batch, tokens = asked.gradient_accumulation_steps, asked.effective_batch_size, asked.per_device_max_tokens
-    if steps not in {"auto", 1} or batch not in {"auto", micro} or tokens != "auto":
-        given = f"gradient_accumulation_steps {steps}, effective_batch_size {batch}, per_device_max_tokens {tokens}"
-        what = f"{given}: not all of it goes with optimizer_in_backward"
+    if asked.effective_batch_size not in {"auto", micro}:
+        what = f"effective_batch_size {asked.effective_batch_size} with optimizer_in_backward, where a step is {micro} rows"
         why = "weights move with each micro-batch, there is nothing left to accumulate"
-        fix = f"leave them to auto, or use optimizer_in_backward: false (one step is {micro} rows)"
-        raise RecipeError(Problem("TS003", what, "train", why, fix))
+        fix = "leave it to auto, or use optimizer_in_backward: false"
+        raise RecipeError(Problem("TS006", what, "train", why, fix))
 
 
 def _max_tokens(asked: TrainSection, reasons: dict[str, str]) -> int | None:

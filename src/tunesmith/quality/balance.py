@@ -10,11 +10,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from tunesmith.datasections import BalanceSection
 from tunesmith.errors import DataError, Problem, RecipeError
 from tunesmith.io.signals import TEMPLATE_SECONDS, TooLongError, cpu_limit
 from tunesmith.io.templates import BoundedEnvironment
 from tunesmith.quality.findings import Message, last_answer
+from tunesmith.recipe import BalanceSection
 
 
 class Label:

@@ -5,12 +5,11 @@ Raw text is screened and nothing else.
 
 from __future__ import annotations
 
-from tunesmith.datasections import DataSection
 from tunesmith.quality.clean import clean
 from tunesmith.quality.findings import Finding, Message
 from tunesmith.quality.rules import ROW_RULES, merged_turns
 from tunesmith.quality.screening import BEFORE_CLEANING, SCREENED, screen
-from tunesmith.rowrules import QUALITY, SCREENING, settled
+from tunesmith.recipe import QUALITY, SCREENING, DataSection, settled
 
 
 class Checker:

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 import ftfy
 from ftfy.badness import is_bad
 
-from tunesmith.datasections import CleanSection
 from tunesmith.quality.findings import Finding, Message, places, texts
 from tunesmith.quality.markup import html_to_text, is_about_html
+from tunesmith.recipe import CleanSection
 
 #: Fenced blocks (an open one to the end), inline code, maths of at most a thousand characters; dollars must hug what they hold.
 _KEPT = re.compile(

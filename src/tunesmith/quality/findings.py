@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.rowrules import Action
+from tunesmith.recipe import Action
 
 #: {"role": ..., "content": text}; what else a turn holds is kept as it is.
 Message = dict[str, Any]

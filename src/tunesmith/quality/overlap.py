@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tunesmith.datasections import OverlapSection
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.rows import read_rows
 from tunesmith.quality.words import run_hashes, words
+from tunesmith.recipe import OverlapSection
 
 RUN = 13  # words
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tunesmith.quality.findings import Finding, Message, places, texts
 from tunesmith.quality.injection import injection_score
-from tunesmith.rowrules import Action
+from tunesmith.recipe import Action
 
 Places = Iterator[tuple[int, int]]  # start and end of what was found in a text
 

@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunesmith.datasections import DataSection
 from tunesmith.quality.findings import Finding, Message, texts
 from tunesmith.quality.language import language
-from tunesmith.rowrules import QUALITY, settled
+from tunesmith.recipe import QUALITY, DataSection, settled
 
 _SHARE = 0.9  # of the answers whose language is told: then it is the set's language
 _LEAST_ROWS = 50  # fewer rows are no statistics

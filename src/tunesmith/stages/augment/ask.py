@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.datasections import AugmentSection
 from tunesmith.errors import AugmentError, Problem
 from tunesmith.io.atomic import append_jsonl, foreign, sha256_json
+from tunesmith.recipe import AugmentSection
 
 _TIMEOUT = 120.0  # seconds for one answer
 _ENTRY = '{"key": '  # how a line of the cache begins

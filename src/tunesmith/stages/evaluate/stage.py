@@ -25,6 +25,7 @@ from tunesmith.packing.generate import generate, without_stop
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.packing.products import use_products
 from tunesmith.packing.tree import Limits
+from tunesmith.recipe import OBJECTIVES
 from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
 from tunesmith.stages.evaluate.documents import document_rows, score_documents
 from tunesmith.stages.evaluate.mmlu import Subject, files_digest, read_subjects, score_mmlu
@@ -59,7 +60,7 @@ def evaluate(run: Run, model: Path | None = None, console: Console | None = None
     folder = eval_folder(digest)
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:
-            work = _evaluate_documents if recipe.objective == "pretrain" else _evaluate
+            work = _evaluate_documents if OBJECTIVES[recipe.objective].rows == "document" else _evaluate
             work(run, model, digest, target, console or make_console(stderr=True))
     results: dict[str, Any] = read_json(run.path / folder / "results.json")
     return results

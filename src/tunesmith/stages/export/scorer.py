@@ -12,21 +12,11 @@ from tunesmith.methods import Method
 from tunesmith.methods.scorer import load_trained_scorer
 from tunesmith.models.load import load_scorer, load_tokenizer
 from tunesmith.models.scores import rewards_of
-from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 
 _PROBE_PAIRS = 16
 #: Largest difference of a reward between what was trained and what was written; both are float32.
 _MAX_DIFFERENCE = 1e-3
-
-
-def refuse_unmergeable(recipe: Recipe) -> None:
-    """Raise ExportError for a reward model on a 4-bit base."""
-    if recipe.objective == "reward" and recipe.method == "qlora":
-        what = "a reward model of QLoRA has its head and adapter on 4-bit weights, and these are not merged"
-        why = "merged into other weights it would give other rewards"
-        fix = "use the checkpoint (PEFT opens adapter and head on the 4-bit base), or train with method: lora"
-        raise ExportError(Problem("TS402", what, "export", why, fix))
 
 
 def export_scorer(run: Run, method: Method, checkpoint: Path, target: Path) -> None:

@@ -16,8 +16,9 @@ from tunesmith.methods.rounding import round_model
 from tunesmith.models.load import load_model, load_tokenizer, locate, stop_ids
 from tunesmith.packing.batch import PaddedCollator, to_device
 from tunesmith.packing.loss import labelled_logits
+from tunesmith.recipe import OBJECTIVES, export_problems
 from tunesmith.runs import Run
-from tunesmith.stages.export.scorer import export_scorer, refuse_unmergeable
+from tunesmith.stages.export.scorer import export_scorer
 
 PROBE_ROWS = 16
 #: Largest mean KL divergence (nats a token) between trained and exported; stochastic rounding to bf16
@@ -33,12 +34,13 @@ def export(run: Run) -> dict[str, Any]:
     Raises ExportError, and leaves nothing behind, when the written model does not compute what was trained.
     """
     recipe = run.recipe
-    refuse_unmergeable(recipe)
+    if problems := export_problems(recipe):
+        raise ExportError(problems)
     inputs = {"recipe": recipe.stage_digest("export"), "train": run.outputs_digest("train")}
     folder = f"export/{recipe.export.name}"
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:
-            work = export_scorer if recipe.objective == "reward" else _export
+            work = export_scorer if OBJECTIVES[recipe.objective].scorer else _export
             work(run, *trained_method(run), target)
     proof: dict[str, Any] = read_json(run.path / folder / "proof.json")
     return proof
@@ -65,7 +67,7 @@ def _export(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
     expected = log_probabilities(model, probe)
     merged = round_model(method.merge(model), run.recipe.seed)
     stops = _learned_stops(probe) if taught else []
-    if run.recipe.objective == "pretrain":
+    if OBJECTIVES[run.recipe.objective].rows == "document":
         stops = [token for token in stops if token == tokenizer.eos_token_id]  # other rows go on in a next piece
     added = _teach_stops(merged.generation_config, tokenizer, stops)
     merged.save_pretrained(target, max_shard_size=run.recipe.export.max_shard_size)

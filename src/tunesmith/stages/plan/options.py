@@ -10,12 +10,10 @@ from typing import Any
 
 from tunesmith.hardware.calibration import Bound, Correction, Entry, bytes_beside, time_correction
 from tunesmith.hardware.catalogue import GIB, Device
-from tunesmith.methods import METHODS
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.architecture import Architecture
 from tunesmith.packing.tree import TREE_ARCHITECTURES, Limits
-from tunesmith.recipe import Checkpointing, Method, Recipe
-from tunesmith.sections import Auto
+from tunesmith.recipe import OBJECTIVES, Auto, Checkpointing, Method, Recipe
 from tunesmith.stages.plan.memory import Estimate, estimate, offloaded_bytes
 from tunesmith.stages.plan.rows import Batch, DataFacts
 from tunesmith.stages.plan.scenario import Attention, Optim, Scenario
@@ -183,6 +181,7 @@ class Planner:
         self.fixed = fixed
         own_attention = recipe.train.attn_implementation == "auto"
         self.packing = recipe.train.packing and own_attention and architecture.model_type in TREE_ARCHITECTURES
+        self._pairs = OBJECTIVES[recipe.objective].rows == "pair"  # compared with what the untrained model says of them
         self._batches: dict[tuple[int, Limits], list[list[Batch]]] = {}
 
     def on(self, device: Device) -> Planner:
@@ -255,7 +254,7 @@ class Planner:
             update={"per_device_train_batch_size": size, "optimizer_in_backward": lever.optimizer_in_backward}
         )
         recipe = self.recipe.model_copy(update={"method": method, "train": train})
-        return settle(recipe, self.facts.rows, METHODS[method].default_learning_rate, self.device.as_hardware())
+        return settle(recipe, self.facts.rows, self.device.as_hardware())
 
     def option(self, method: Method, size: int | Auto, lever: Lever) -> Option:
         """What one choice of settings takes."""
@@ -319,7 +318,7 @@ class Planner:
             optimizer_in_backward=lever.optimizer_in_backward,
             accumulating=accumulating,
             attention=self._attention(),
-            logits_twice=self.recipe.objective == "dpo",
+            logits_twice=self._pairs,
             modules_to_save=tuple(self.recipe.lora.modules_to_save),
             optimizer_offloading=self.recipe.train.optimizer_offloading,
         )
@@ -342,7 +341,7 @@ class Planner:
 
     def _seconds_before(self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever) -> float:
         """Seconds of the reference's forward pass over all pairs by the roofline; none without a reference."""
-        if self.recipe.objective != "dpo":
+        if not self._pairs:
             return 0.0
         scenario = self._scenario(method, mean_batch(drawn[:-1]), settings, lever)
         work = forward_work(self.a, scenario, estimate(self.a, scenario), self.facts.mean_tokens)

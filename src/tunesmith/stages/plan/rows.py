@@ -21,13 +21,11 @@ from tunesmith.chat.columns import mapped
 from tunesmith.chat.document import to_document, to_pieces
 from tunesmith.chat.formats import Message, to_messages
 from tunesmith.chat.preference import to_pair
-from tunesmith.datasections import DataSection, SourceSection
 from tunesmith.errors import DataError, PlanError, Problem
 from tunesmith.io.documents import reader_of
 from tunesmith.io.rows import Row as FileRow
 from tunesmith.packing.tree import Limits, build_tree, computed_length, filled, split_by_length, split_units_for_trees
-from tunesmith.recipe import Objective
-from tunesmith.sections import ON_TREES, SAMPLED
+from tunesmith.recipe import OBJECTIVES, DataSection, Objective, RowKind, SourceSection
 
 SAMPLE = 1_000  # rows looked at closely
 TAIL = 32  # of the longest rows
@@ -149,40 +147,41 @@ def _batch(rows: Sequence[Row], *, packing: bool) -> Batch:
     return Batch(filled(computed), filled(max(1, labelled)), total)
 
 
-def refuse_unplanned(objective: Objective) -> None:
-    """Raise PlanError for an objective whose steps the plan does not account for."""
-    if objective in ON_TREES:
-        return
-    sampled = "answers are sampled and scored in each step" if objective in SAMPLED else "its steps run in TRL"
-    what = f"no plan for objective: {objective}: {sampled}, which the account of bytes and seconds does not cover"
+def refuse_unplanned(name: str) -> Objective:
+    """The objective of this name. Raises PlanError where the plan does not account for its steps."""
+    objective = OBJECTIVES[name]
+    if objective.planned:
+        return objective
+    sampled = "answers are sampled and scored in each step" if objective.sampled else "its steps run in TRL"
+    what = f"no plan for objective: {name}: {sampled}, which the account of bytes and seconds does not cover"
     why = "a promise of memory or time would be wrong"
     raise PlanError(Problem("TS705", what, "objective", why, "name the method and train without a plan"))
 
 
-def assumed(rows: int, length: int, objective: Objective = "sft") -> DataFacts:
+def assumed(rows: int, length: int, objective: str = "sft") -> DataFacts:
     """Rows, or pairs, of one length that share nothing and carry loss everywhere: what is assumed where no data is given."""
-    refuse_unplanned(objective)
+    kind = refuse_unplanned(objective).rows
     count = 64
     made = [Row(range(number * length, (number + 1) * length), length - 1) for number in range(2 * count)]
     first, second = made[:count], made[count:]
-    if objective == "dpo":
+    if kind == "pair":
         first = [replace(chosen, rejected=rejected) for chosen, rejected in zip(first, second, strict=True)]
     return DataFacts(rows, tuple(first), "assumed", shares=False)
 
 
-def read_facts(data: DataSection, encode: Encoder | None, objective: Objective = "sft") -> DataFacts:
+def read_facts(data: DataSection, encode: Encoder | None, objective: str = "sft") -> DataFacts:
     """Facts of the recipe's train rows, or of its pairs. Without an encoder four characters count as a token.
 
     Raises DataError where the file is missing, or no sampled row can be used.
     """
-    refuse_unplanned(objective)
+    kind = refuse_unplanned(objective).rows
     total, raw, long = 0, list[tuple[Any, SourceSection]](), list[tuple[int, int, Any, SourceSection]]()
 
     def is_long(size: int) -> bool:
         return len(long) < _LONG or size > long[0][0]
 
     for part in data.parts:
-        for value, size, is_drawn in _values(part, reader_of(objective), is_long):
+        for value, size, is_drawn in _values(part, reader_of(documents=kind == "document"), is_long):
             total += 1
             if value is None:
                 continue
@@ -191,7 +190,7 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
             if is_long(size):
                 (heapq.heappush if len(long) < _LONG else heapq.heapreplace)(long, (size, total, value, part))
     drawn = _drawn(raw, SAMPLE)
-    sample = [row for value, part in drawn for row in _rows(value, part, data, encode, objective)]
+    sample = [row for value, part in drawn for row in _rows(value, part, data, encode, kind)]
     sample = [row for row in sample if max(len(side.ids) for side in row.sides) <= data.max_length] or sample[:1]
     if not sample:
         why = "the plan's time and memory depend on the rows' lengths"
@@ -201,11 +200,11 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: Objective =
     share = len(sample) / min(len(raw), SAMPLE)
     rows = max(1, round(total * share * (1 - data.heldout)))
     if data.max_rows:
-        each = max(1.0, share) if objective == "pretrain" else 1.0  # pieces of a document
+        each = max(1.0, share) if kind == "document" else 1.0  # pieces of a document
         rows = min(rows, round(data.max_rows * each))
     counted = "the model's tokenizer" if encode is not None else f"{_CHARACTERS} characters a token"
     longest = [(value, part) for _, _, value, part in sorted(long, key=lambda each: each[:2], reverse=True)]
-    tail = _longest((row for value, part in longest for row in _rows(value, part, data, encode, objective)), data)
+    tail = _longest((row for value, part in longest for row in _rows(value, part, data, encode, kind)), data)
     return DataFacts(rows, tuple(_drawn(sample, SAMPLE)), counted, tail=tail)
 
 
@@ -261,15 +260,13 @@ def _drawn(values: Sequence[Any], count: int) -> Sequence[Any]:
     return values if len(values) <= count else random.Random(_SEED).sample(values, count)
 
 
-def _rows(
-    value: dict[str, Any], part: SourceSection, data: DataSection, encode: Encoder | None, objective: Objective
-) -> list[Row]:
+def _rows(value: dict[str, Any], part: SourceSection, data: DataSection, encode: Encoder | None, kind: RowKind) -> list[Row]:
     """The rows that a value gives: one or none, or the pieces of a document (with one id more, for its end)."""
     named = mapped(value, part.columns or {}, "")
     if isinstance(named, Problem):
         return []
-    if objective != "pretrain":
-        row = _row(named, part.format or "auto", data.system, encode, objective)
+    if kind != "document":
+        row = _row(named, part.format or "auto", data.system, encode, kind)
         return [] if row is None else [row]
     document = to_document(named, "")
     if isinstance(document, Problem):
@@ -278,11 +275,9 @@ def _rows(
     return [Row(piece.input_ids, sum(piece.trained)) for piece in pieces]
 
 
-def _row(
-    value: Mapping[str, Any], row_format: str, system: str | None, encode: Encoder | None, objective: Objective
-) -> Row | None:
+def _row(value: Mapping[str, Any], row_format: str, system: str | None, encode: Encoder | None, kind: RowKind) -> Row | None:
     """A row rendered in ChatML, which is about as long as any template; None where it is no conversation, or no pair."""
-    if objective == "sft":
+    if kind == "conversation":
         messages = to_messages(value, "", row_format, system)
         return None if isinstance(messages, Problem) else _rendered(messages, encode)
     pair = to_pair(value, "", row_format, system)

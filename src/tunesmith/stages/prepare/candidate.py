@@ -13,7 +13,7 @@ from tunesmith.chat.preference import Pair, chosen_messages, equal_answers, to_p
 from tunesmith.chat.template import ChatTemplate, Encoded
 from tunesmith.errors import Problem
 from tunesmith.io.atomic import sha256_json
-from tunesmith.sections import ON_PAIRS, SAMPLED
+from tunesmith.recipe import RowKind
 
 #: What a row may be read as.
 ReadRow = list[Message] | Pair | Judged | Asked | Document
@@ -21,21 +21,21 @@ ReadRow = list[Message] | Pair | Judged | Asked | Document
 #: Makes one of them out of a row: (row, where, format, system).
 Reader = Callable[[Mapping[str, Any], str, str, str | None], ReadRow | Problem]
 
-#: Which rows each objective reads.
-READERS: dict[str, Reader] = {
-    "sft": to_messages,
-    "pretrain": to_document,
-    **dict.fromkeys(ON_PAIRS, to_pair),
-    "kto": to_judged,
-    **dict.fromkeys(SAMPLED, to_asked),
+#: What reads each kind of row.
+READERS: dict[RowKind, Reader] = {
+    "conversation": to_messages,
+    "document": to_document,
+    "pair": to_pair,
+    "judged": to_judged,
+    "prompt": to_asked,
 }
 
-#: Which rows a test set of each objective may have: conversations and preference rows, or its own.
-TEST_READERS: dict[str, Reader] = {
-    **dict.fromkeys(("sft", *ON_PAIRS), chosen_messages),
-    "pretrain": to_document,
-    "kto": judged_or_plain,
-    **dict.fromkeys(SAMPLED, to_asked),
+#: The same of a test set, which may also have conversations beside pairs and judged answers, and pairs beside conversations.
+TEST_READERS: dict[RowKind, Reader] = {
+    **READERS,
+    "conversation": chosen_messages,
+    "pair": chosen_messages,
+    "judged": judged_or_plain,
 }
 
 

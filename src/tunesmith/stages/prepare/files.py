@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from tunesmith.chat.judged import Asked, Judged
 from tunesmith.chat.template import Encoded
-from tunesmith.sections import ON_PAIRS, SAMPLED
+from tunesmith.recipe import RowKind
 
 SCHEMA = pa.schema(
     [
@@ -40,24 +40,21 @@ JUDGED_SCHEMA = pa.schema([*SCHEMA, ("label", pa.bool_())])
 #: A prompt: the ids that are asked, the same as messages (JSON), and the reference answer where there is one.
 PROMPT_SCHEMA = pa.schema([*SCHEMA, ("prompt_ids", pa.list_(pa.int32())), ("prompt", pa.string()), ("reference", pa.string())])
 
-_SCHEMAS = {
-    **dict.fromkeys(ON_PAIRS, PAIR_SCHEMA),
-    "kto": JUDGED_SCHEMA,
-    **dict.fromkeys(SAMPLED, PROMPT_SCHEMA),
+SCHEMAS: Mapping[RowKind, pa.Schema] = {
+    "conversation": SCHEMA,
+    "document": SCHEMA,
+    "pair": PAIR_SCHEMA,
+    "judged": JUDGED_SCHEMA,
+    "prompt": PROMPT_SCHEMA,
 }
 
 #: Beside them, while rows stand in the spool: what is kept of a row as a line of JSON, null in a document's further pieces.
 _SHOWN = pa.field("shown", pa.string())
 
 
-def schema_of(objective: str) -> pa.Schema:
-    """The columns of the rows that an objective trains on."""
-    return _SCHEMAS.get(objective, SCHEMA)
-
-
-def spool_schema(objective: str) -> pa.Schema:
-    """The same with what is kept of each row."""
-    return schema_of(objective).append(_SHOWN)
+def spool_schema(kind: RowKind) -> pa.Schema:
+    """The columns that are trained on, with what is kept of each row."""
+    return SCHEMAS[kind].append(_SHOWN)
 
 
 class EncodedRow(Protocol):
@@ -70,7 +67,7 @@ class EncodedRow(Protocol):
 
 
 class SpooledRow(EncodedRow, Protocol):
-    """The same with what its objective has beside the ids, what is kept of it, and the rows that it is trained on as."""
+    """The same with what its kind of row has beside the ids, what is kept of it, and the rows that it is trained on as."""
 
     @property
     def more(self) -> Judged | Asked | None: ...
@@ -90,9 +87,9 @@ class ShownRow:
     sides: list[Encoded]
 
 
-def spool_batch(made: Sequence[SpooledRow], objective: str) -> pa.RecordBatch:
+def spool_batch(made: Sequence[SpooledRow], kind: RowKind) -> pa.RecordBatch:
     """Encoded rows, or the pieces of documents, as one Arrow batch: the columns that are trained on, and `shown`."""
-    schema = spool_schema(objective)
+    schema = spool_schema(kind)
     rows = [row for each in made for row in each.rows]
     columns: list[list[Any]] = [[row.where for row in rows]]
     for side in range(2 if "rejected_length" in schema.names else 1):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tunesmith.datasections import PartSection
 from tunesmith.errors import DataError, Problem
+from tunesmith.recipe import PartSection
 
 _MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
 #: What becomes of rows, by the names of the counts.

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from tunesmith.datasections import DataSection
+from tunesmith.recipe import DataSection
 
 
 def shares(sizes: Sequence[int], data: DataSection) -> list[float] | None:

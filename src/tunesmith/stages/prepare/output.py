@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tunesmith.sections import SAMPLED
-from tunesmith.stages.prepare.files import ArrowWriter, ShownRow, schema_of, shown_rows, spool_schema
+from tunesmith.recipe import RowKind
+from tunesmith.stages.prepare.files import SCHEMAS, ArrowWriter, ShownRow, shown_rows, spool_schema
 from tunesmith.stages.prepare.ledger import Ledger
 from tunesmith.stages.prepare.whole import HELDOUT, TRAIN, WholeSet
 
@@ -37,10 +37,10 @@ class Lines:
 class Spool:
     """Encoded rows on disk between the two passes; `close` it, then `batches` reads them back, and it is gone."""
 
-    def __init__(self, folder: Path, objective: str) -> None:
-        self.schema, self.objective = schema_of(objective), objective
+    def __init__(self, folder: Path, kind: RowKind) -> None:
+        self.schema, self.kind = SCHEMAS[kind], kind
         self._path = folder / "spool.arrow"
-        self._writer = ArrowWriter(self._path, spool_schema(objective))
+        self._writer = ArrowWriter(self._path, spool_schema(kind))
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Append rows."""
@@ -74,7 +74,7 @@ def write_sets(spool: Spool, whole: WholeSet, target: Path, ledger: Ledger, show
     ledger.rows_train.update(sources[fates == TRAIN].tolist())
     ledger.rows_heldout.update(sources[fates == HELDOUT].tolist())
     fates = np.repeat(fates, whole.pieces)
-    if spool.objective == "pretrain":
+    if spool.kind == "document":
         ledger.pieces = {"train": int((fates == TRAIN).sum()), "heldout": int((fates == HELDOUT).sum())}
     written = Written()
     start = 0
@@ -82,7 +82,7 @@ def write_sets(spool: Spool, whole: WholeSet, target: Path, ledger: Ledger, show
         fate = fates[start : start + batch.num_rows]
         start += batch.num_rows
         trained = batch.filter(pa.array(fate == TRAIN))
-        _count_tokens(trained, ledger, spool.objective)
+        _count_tokens(trained, ledger, spool.kind)
         written.shown += shown_rows(trained, shown - len(written.shown))
         train.write(trained)
         kept = batch.filter(pa.array(fate == HELDOUT))
@@ -101,10 +101,10 @@ def _sides(batch: pa.RecordBatch) -> tuple[str, ...]:
     return ("", "rejected_") if "rejected_length" in batch.schema.names else ("",)
 
 
-def _count_tokens(batch: pa.RecordBatch, ledger: Ledger, objective: str) -> None:
+def _count_tokens(batch: pa.RecordBatch, ledger: Ledger, kind: RowKind) -> None:
     for side in _sides(batch):
         ledger.tokens_train += pc.sum(batch[f"{side}length"]).as_py() or 0
-        if objective not in SAMPLED:  # a reference is compared with what is sampled; nothing of it is trained on
+        if kind != "prompt":  # a reference is compared with what is sampled; nothing of it is trained on
             ledger.tokens_trained_on += pc.sum(pc.list_flatten(batch[f"{side}trained"])).as_py() or 0
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from tunesmith.chat.formats import Message
 from tunesmith.chat.template import ChatTemplate, Encoded
-from tunesmith.datasections import DataSection
 from tunesmith.errors import Problem
+from tunesmith.recipe import DataSection
 from tunesmith.stages.prepare.candidate import Candidate
 
 #: What was decided of an overlong row, as `ledger.json` spells it.

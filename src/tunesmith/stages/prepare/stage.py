@@ -18,7 +18,6 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from tunesmith.chat.named import named_template
 from tunesmith.chat.probe import probe
-from tunesmith.datasections import NAMED_TEMPLATES, DataSection
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_text
 from tunesmith.io.documents import folder_digest, reader_of
@@ -29,7 +28,7 @@ from tunesmith.models.load import locate, model_digest
 from tunesmith.models.rope import check_scalable, window
 from tunesmith.quality import Finding, Overlap, common_segments
 from tunesmith.quality.review import read_decisions
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import NAMED_TEMPLATES, OBJECTIVES, DataSection, Recipe, RowKind
 from tunesmith.runs import Run
 from tunesmith.stages.prepare.candidate import Candidate
 from tunesmith.stages.prepare.files import marked_sample
@@ -78,7 +77,7 @@ def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
     rows = {} if test is None else {"test": test.path}
     rows |= {f"train {number}" if number else "train": part.path for number, part in enumerate(recipe.data.parts)}
     others = {"chat_template": recipe.data.chat_template} | {f"overlap {name}": path for name, path in recipe.data.overlap}
-    documents = recipe.objective == "pretrain"
+    documents = OBJECTIVES[recipe.objective].rows == "document"
     inputs |= {name: _path_digest(path, documents=documents) for name, path in rows.items()}
     return inputs | {name: _path_digest(path) for name, path in others.items() if path is not None}
 
@@ -100,13 +99,13 @@ class _Preparation:
 
     def __init__(self, run: Run, model_folder: Path, target: Path) -> None:
         self._run, self._recipe, self._data, self._target = run, run.recipe, run.recipe.data, target
-        self._folder, self._objective = model_folder, run.recipe.objective
+        self._folder, self._kind = model_folder, OBJECTIVES[run.recipe.objective].rows
         self._ledger = Ledger(self._data.parts)
         self._problems = Problems()
         self._rejects = Lines(target / "rejects.jsonl")
         self._unused = Lines(target / "unused.jsonl")
         self._findings = Lines(target / "findings.jsonl")
-        kind = "text" if self._objective == "pretrain" else "conversation"
+        kind = "text" if self._kind == "document" else "conversation"
         self._whole = WholeSet(self._data, self._recipe.seed, self._say, self._reject, kind)
         self._probed: dict[str, Any] = {}
 
@@ -115,15 +114,15 @@ class _Preparation:
         data, ledger = self._data, self._ledger
         positions = _positions(self._recipe, self._folder)
         settings = Settings(
-            data, self._objective, self._folder, _template_source(data), frozenset(), read_decisions(Path(data.review))
+            data, self._kind, self._folder, _template_source(data), frozenset(), read_decisions(Path(data.review))
         )
-        rows = _rows(data, self._objective)
+        rows = _rows(data, self._kind)
         head = list(itertools.islice(rows, _COMMON_ROWS))
         settings = _with_common(settings, head)
         worker = Worker(settings)
         if (test := data.test_part) is not None:
-            ledger.test = write_test(test, data, self._objective, worker, self._whole, self._target)
-        spool = Spool(self._target, self._objective)
+            ledger.test = write_test(test, data, self._kind, worker, self._whole, self._target)
+        spool = Spool(self._target, self._kind)
         with _progress() as progress:
             task = progress.add_task("rows", total=None)
             for chunk in worked(chunked(itertools.chain(head, rows)), worker, settings):
@@ -244,9 +243,9 @@ def _positions(recipe: Recipe, folder: Path) -> int | None:
     return window(config, recipe.rope_scaling)
 
 
-def _rows(data: DataSection, objective: str) -> Iterator[tuple[int, Row]]:
+def _rows(data: DataSection, kind: RowKind) -> Iterator[tuple[int, Row]]:
     """All rows of all sources in order, each with the number of its source."""
-    read = reader_of(objective)
+    read = reader_of(documents=kind == "document")
     for number, part in enumerate(data.parts):
         for row in read(part.path, part.split):
             yield number, row

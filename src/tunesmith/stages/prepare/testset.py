@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.chat.columns import mapped
-from tunesmith.datasections import DataSection, PartSection
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.documents import reader_of
 from tunesmith.io.rows import Row
+from tunesmith.recipe import DataSection, PartSection, RowKind
 from tunesmith.stages.prepare.candidate import TEST_READERS, Candidate, candidate_of, encoded_documents
 from tunesmith.stages.prepare.files import SCHEMA, ArrowWriter, spool_batch
 from tunesmith.stages.prepare.ledger import Problems
@@ -21,7 +21,7 @@ from tunesmith.stages.prepare.work import REASONS, Worker, digests
 
 
 def write_test(
-    part: PartSection, data: DataSection, objective: str, worker: Worker, whole: WholeSet, target: Path
+    part: PartSection, data: DataSection, kind: RowKind, worker: Worker, whole: WholeSet, target: Path
 ) -> dict[str, Any]:
     """Write test.jsonl, or test.arrow of documents, and return its counts; `whole` learns the rows, so that none is trained on.
 
@@ -33,9 +33,9 @@ def write_test(
     reasons: Counter[str] = Counter()
     problems = Problems()
     out = _Documents(target) if worker.encoder is not None else _Conversations(target)
-    for row in reader_of(objective)(part.path, part.split):
+    for row in reader_of(documents=kind == "document")(part.path, part.split):
         counts["rows_in"] += 1
-        for made in _encoded(_reference(row, part, data.system, objective), worker, data):
+        for made in _encoded(_reference(row, part, data.system, kind), worker, data):
             if not isinstance(made, Problem):
                 compared = worker.cleaned(made)
                 key, prompt, _ = digests(compared)
@@ -80,7 +80,7 @@ class _Documents:
         self._rows = ArrowWriter(target / "test.arrow", SCHEMA)
 
     def write(self, row: Candidate) -> None:
-        self._rows.write(spool_batch([row], "pretrain"))
+        self._rows.write(spool_batch([row], "document"))
 
     def close(self) -> None:
         self._rows.close()
@@ -94,14 +94,14 @@ def _encoded(row: Candidate | Problem, worker: Worker, data: DataSection) -> Ite
         yield from encoded_documents([row], worker.encoder, data.max_length)
 
 
-def _reference(row: Row, part: PartSection, system: str | None, objective: str) -> Candidate | Problem:
+def _reference(row: Row, part: PartSection, system: str | None, kind: RowKind) -> Candidate | Problem:
     """The conversation of a test row, which ends with its reference answer; or its document."""
     if row.problem is not None:
         return row.problem
     value = mapped(row.value or {}, part.columns or {}, row.where)
     if isinstance(value, Problem):
         return value
-    made = TEST_READERS[objective](value, row.where, part.format or "auto", system)
+    made = TEST_READERS[kind](value, row.where, part.format or "auto", system)
     if isinstance(made, Problem):
         return made
     candidate = candidate_of(row.where, made)

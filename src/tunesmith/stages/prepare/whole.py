@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tunesmith.datasections import DataSection
 from tunesmith.quality import Conflicts, Finding, NearDuplicates, RowFacts, SetStatistics, balance
-from tunesmith.rowrules import QUALITY, settled
+from tunesmith.recipe import QUALITY, DataSection, settled
 from tunesmith.stages.prepare.mixture import kept_of_each
 from tunesmith.stages.prepare.work import Made, Rejection, near_tests
 

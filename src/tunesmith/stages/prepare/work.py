@@ -16,14 +16,13 @@ from tunesmith.chat.document import DocumentEncoder
 from tunesmith.chat.formats import Message, detected
 from tunesmith.chat.judged import Asked
 from tunesmith.chat.template import ChatTemplate
-from tunesmith.datasections import DataSection, DuplicatesSection, SourceSection
 from tunesmith.errors import CODES, Problem
 from tunesmith.io.atomic import sha256_json
 from tunesmith.io.rows import Row
 from tunesmith.models.load import load_tokenizer
 from tunesmith.quality import Checker, Finding, Label, NearDuplicates, Overlap, RowFacts, row_facts, row_text
 from tunesmith.quality.review import Decisions
-from tunesmith.rowrules import QUALITY, SCREENING, settled
+from tunesmith.recipe import QUALITY, SCREENING, DataSection, DuplicatesSection, RowKind, SourceSection, settled
 from tunesmith.stages.prepare.candidate import (
     READERS,
     Candidate,
@@ -46,7 +45,7 @@ class Settings:
     """What a process needs to work on rows; small, and sent to it once."""
 
     data: DataSection
-    objective: str
+    kind: RowKind
     model_folder: Path
     template_source: str | None
     common: frozenset[str]
@@ -117,7 +116,7 @@ class Worker:
         self._settings = settings
         data = settings.data
         self._parts = data.parts
-        self._read = READERS[settings.objective]
+        self._read = READERS[settings.kind]
         self._checker = Checker(data)
         self._quality = settled(data.quality, QUALITY)
         near = data.duplicates.threshold is not None and "near-duplicate" in self._quality
@@ -126,7 +125,7 @@ class Worker:
         self._overlap = Overlap(data.overlap)
         self._label = Label(data.balance.label) if data.balance.label else None
         self.tokenizer = load_tokenizer(settings.model_folder)
-        documents, name = settings.objective == "pretrain", str(settings.model_folder)
+        documents, name = settings.kind == "document", str(settings.model_folder)
         self.encoder = DocumentEncoder(self.tokenizer) if documents else None
         self.template = None if documents else ChatTemplate(self.tokenizer, settings.template_source, name)
 
@@ -145,7 +144,7 @@ class Worker:
                 kept.append(row)
                 chunk.made.append(self._made(row, each))
         if kept:
-            chunk.batch = spool_batch(kept, self._settings.objective)
+            chunk.batch = spool_batch(kept, self._settings.kind)
         return chunk
 
     def _encoded(self, chunk: Sequence[Candidate]) -> Iterator[Candidate | Problem]:
@@ -276,10 +275,10 @@ def read(row: Row, part: SourceSection, settings: Settings, formats: Counter[str
     if isinstance(value, Problem):
         return value
     asked = part.format or "auto"
-    made = READERS[settings.objective](value, row.where, asked, settings.data.system)
+    made = READERS[settings.kind](value, row.where, asked, settings.data.system)
     if isinstance(made, Problem):
         return made
-    documents = settings.objective == "pretrain"
+    documents = settings.kind == "document"
     formats["text" if documents else asked if asked != "auto" else _detected(value)] += 1
     return candidate_of(row.where, made)
 

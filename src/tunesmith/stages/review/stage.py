@@ -21,6 +21,7 @@ from tunesmith.io.atomic import read_json, sha256_file, write_json
 from tunesmith.io.documents import folder_digest, reader_of
 from tunesmith.models.load import load_tokenizer, locate
 from tunesmith.quality.review import LEAST_ROWS, VERDICTS, add_decisions, draw_sample, read_decisions, row_digest
+from tunesmith.recipe import OBJECTIVES
 from tunesmith.runs import Run, read_jsonl
 
 #: What `prepare` puts behind a row's place where it makes several rows of it.
@@ -71,7 +72,7 @@ class Review:
         for where in self.places:
             origins.setdefault(_PART.sub("", where), []).append(where)
         found: dict[str, dict[str, Any]] = {}
-        read = reader_of(self.run.recipe.objective)
+        read = reader_of(documents=self._documents)
         parts = self.run.recipe.data.parts
         inputs = self.run.status()["stages"]["prepare"]["inputs"]
         for number, part in enumerate(parts):
@@ -89,7 +90,11 @@ class Review:
         """What `prepare` knows a file or a folder of documents by; None for other sources."""
         if path.is_file():
             return sha256_file(path)
-        return folder_digest(path) if path.is_dir() and self.run.recipe.objective == "pretrain" else None
+        return folder_digest(path) if path.is_dir() and self._documents else None
+
+    @property
+    def _documents(self) -> bool:
+        return OBJECTIVES[self.run.recipe.objective].rows == "document"
 
     def _earlier(self) -> dict[str, dict[str, Any]]:
         """Decisions of this session where it is of the same data, and what was accepted before.

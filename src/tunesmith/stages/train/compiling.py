@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from tunesmith import gpu, native
 from tunesmith.methods.blocks import fuse_blocks, fusible
 from tunesmith.methods.elementwise import compiled
 from tunesmith.methods.liger import liger
+from tunesmith.methods.settings import Settings
 from tunesmith.packing.loss import causal_of
-from tunesmith.recipe import TrainSection
-from tunesmith.runs import Run
 
 
-def compile_blocks(run: Run, model: Any, folder: Path) -> None:
+def compile_blocks(settings: Settings, model: Any, tell: Callable[..., None]) -> None:
     """Have torch.compile, or Liger, make the block's small operators where the recipe asks for it; an event where it cannot be.
 
     An event also where kernels of ours cannot be compiled, and training takes longer for it.
@@ -22,24 +21,21 @@ def compile_blocks(run: Run, model: Any, folder: Path) -> None:
     causal = causal_of(model)
     reason = native.reason_against() if model.device.type == "cpu" else gpu.reason_against(model.device)
     if reason is not None:
-        run.event(
-            folder, "kernels-off", f"PyTorch's kernels in place of tunesmith's, which are faster: {reason}", reason=reason
-        )
-    train = run.recipe.train
+        tell("kernels-off", f"PyTorch's kernels in place of tunesmith's, which are faster: {reason}", reason=reason)
     try:
-        fuse_asked(train, causal)
+        fuse_asked(settings, causal)
     except RuntimeError as error:
-        code, what = ("liger-off", "no Liger") if train.use_liger_kernel else ("compile-off", "blocks are not compiled")
-        run.event(folder, code, f"{what}: {error}", reason=str(error))
+        code, what = ("liger-off", "no Liger") if settings.use_liger_kernel else ("compile-off", "blocks are not compiled")
+        tell(code, f"{what}: {error}", reason=str(error))
 
 
-def fuse_asked(train: TrainSection, causal: Any) -> None:
-    """Compiled operators, or Liger's, in the blocks of a causal language model, where `train` asks for them.
+def fuse_asked(settings: Settings, causal: Any) -> None:
+    """Compiled operators, or Liger's, in the blocks of a causal language model, where the settings ask for them.
 
     Raises RuntimeError where that cannot be.
     """
-    if not (train.torch_compile or train.use_liger_kernel):
+    if not (settings.torch_compile or settings.use_liger_kernel):
         return
     if not fusible(causal.config):
         raise RuntimeError(f"blocks of the architecture {causal.config.model_type!r} run as transformers has them")
-    fuse_blocks(causal, (liger if train.use_liger_kernel else compiled)(causal.device))
+    fuse_blocks(causal, (liger if settings.use_liger_kernel else compiled)(causal.device))

@@ -8,7 +8,6 @@ global batch (labelled tokens, or pairs), whatever the accumulation.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, astuple, dataclass
@@ -18,21 +17,21 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
-from tunesmith.io.atomic import append_jsonl, indented_json
+from tunesmith.io.atomic import indented_json
 from tunesmith.methods.offload import ActivationOffload
 from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
+from tunesmith.methods.settings import Settings
 from tunesmith.packing.batch import Batch, Rows
 from tunesmith.packing.tree import Limits
-from tunesmith.recipe import Recipe
 from tunesmith.stages.train.finite import NotFiniteError, check_finite, check_weights
-from tunesmith.stages.train.metrics import StepMetrics
-from tunesmith.stages.train.objective import Objective, StepBatches
+from tunesmith.stages.train.losses import Loss, StepBatches
 from tunesmith.stages.train.out_of_memory import in_smaller_parts, is_out_of_memory, out_of_memory, release
 from tunesmith.stages.train.ranks import Ranks
+from tunesmith.stages.train.recorder import Recorder
 from tunesmith.stages.train.savepoints import Savepoint, Savepoints, random_state, set_random_state
-from tunesmith.stages.train.setup import make_adamw
+from tunesmith.stages.train.setup import make_adamw, training_arguments
 
 
 @dataclass(frozen=True)
@@ -44,43 +43,38 @@ class StepRows:
 
 
 class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
-    """`Trainer` over an objective's loss: its mean over the global batch, metrics for each step, finite or stopped."""
+    """`Trainer` over a loss: its mean over the global batch, metrics for each step, finite or stopped."""
 
     def __init__(
         self,
-        objective: Objective,
+        loss: Loss,
         model: Any,
-        arguments: TrainingArguments,
-        recipe: Recipe,
         rows: Any,
         batches: StepBatches,
+        settings: Settings,
+        recorder: Recorder,
         *,
-        metrics_path: Path,
+        scratch: Path,
         tell: Callable[[str, str], None],
         ranks: Ranks = Ranks(),
         resumed: Savepoint | None = None,
-        history: Sequence[StepMetrics] = (),
     ) -> None:
-        """`tell` writes an event: code and message."""
-        super().__init__(model=objective.loss_model(model), args=arguments, train_dataset=rows, data_collator=self._collated)
-        self.objective, self.base, self.recipe, self.batches, self.tell = objective, model, recipe, batches, tell
-        self.ranks = ranks
+        """`tell` writes an event: code and message. What `Trainer` writes goes into `scratch`."""
+        arguments = training_arguments(settings, scratch, cpu=model.device.type == "cpu")
+        super().__init__(model=loss.loss_model(model), args=arguments, train_dataset=rows, data_collator=self._collated)
+        self.loss, self.base, self.settings, self.batches, self.tell = loss, model, settings, batches, tell
+        self.recorder, self.ranks = recorder, ranks
         # What Trainer reads off the signature of a transformers model: our loss divides by the global count.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
-        self.metrics_path = metrics_path
-        #: Called with each step once its line of metrics is written, and how many steps there will be.
-        self.on_step: list[Callable[[StepMetrics, int], None]] = []
-        self.history = list(history)
         self.resumed = resumed
         #: The rows of the step that is being computed, or was last.
         self.step_rows: Rows = ()
         self.adamw: AdamW | None = None
         self.in_backward: InBackward | None = None
-        self.offload = ActivationOffload(self.model) if recipe.train.activation_offloading else None
+        self.offload = ActivationOffload(self.model) if settings.activation_offloading else None
         self._tried, self._blank = False, False
         self._start_counting()
-        self._begun = time.perf_counter()
 
     def _collated(self, rows: Rows) -> dict[str, Any]:
         share = self.ranks.share(rows)
@@ -107,7 +101,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Run all steps, or those after the savepoint; the clock of the first one starts here."""
-        self._begun = time.perf_counter()
+        self.recorder.start()
         if self.resumed is not None:
             self.batches.limits = Limits(*self.resumed.state["limits"])
         path = None if self.resumed is None else str(self.resumed.path)
@@ -191,10 +185,6 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             raise AssertionError("there is nothing to save before training")
         return self.adamw.unloaded()
 
-    def leave_out(self, seconds: float) -> None:
-        """Count so many seconds that have just gone by to no step."""
-        self._begun += seconds
-
     def training_step(
         self,
         model: torch.nn.Module,
@@ -223,9 +213,9 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             self.adamw.allocate()
         except Exception as error:
             if is_out_of_memory(error):
-                raise out_of_memory(self.recipe, self.base, 0, str(error)) from error
+                raise out_of_memory(self.settings, self.base, 0, str(error)) from error
             raise
-        lengths = self.objective.lengths(self.train_dataset)
+        lengths = self.loss.lengths(self.train_dataset)
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         rows = [self.train_dataset[index] for index in order[: self.args.per_device_train_batch_size]]
         batches = self.batches(rows)["micro_batches"]
@@ -234,7 +224,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             self.in_backward.only_tried = True
         largest = max(batches, key=lambda batch: int(batch["input_ids"].numel()))
         with getattr(model, "no_sync", nullcontext)():  # of DistributedDataParallel
-            self._within_memory(model, rows, [largest], torch.tensor(max(1, self.objective.count(largest))), of=len(batches))
+            self._within_memory(model, rows, [largest], torch.tensor(max(1, self.loss.count(largest))), of=len(batches))
         if self.in_backward is not None:
             self.in_backward.only_tried = False
         model.zero_grad(set_to_none=True)
@@ -267,8 +257,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             whole = self.in_backward is not None or self.ranks.world > 1  # other processes have gone on
             smaller = None if whole else in_smaller_parts(self.batches, rows, made, tokens)
             if smaller is None:
-                longest = max(self.objective.lengths(self.train_dataset))
-                raise out_of_memory(self.recipe, self.base, longest, told)
+                longest = max(self.loss.lengths(self.train_dataset))
+                raise out_of_memory(self.settings, self.base, longest, told)
             limit = self.batches.limits.tokens
             text = f"micro-batches of {tokens:,} tokens do not fit: at most {limit:,} from here on, of the same rows a step"
             self.tell("out-of-memory", text)
@@ -299,9 +289,9 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             self._computed += inputs["input_ids"].numel()
             self._tokens += tokens
             self._labelled += inputs["labelled"]
-            self._counted += self.objective.count(inputs)
+            self._counted += self.loss.count(inputs)
         with self.offload or nullcontext():
-            summed, sums = self.objective.read(model(**inputs))
+            summed, sums = self.loss.read(model(**inputs))
         if self._blank:
             return summed * 0.0
         self._sums = {name: value + self._sums.get(name, 0) for name, value in sums.items()}
@@ -314,8 +304,8 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in the format that the recipe names; weight decay on matrices only."""
-        self.adamw = make_adamw(self, model or self.model, self.recipe.train)
-        if self.recipe.train.optimizer_in_backward:
+        self.adamw = make_adamw(self, model or self.model, self.settings)
+        if self.settings.optimizer_in_backward:
             self.in_backward = InBackward(self.adamw, self.args.max_grad_norm)
         self.optimizer: torch.optim.Optimizer = self.adamw
         return self.optimizer
@@ -332,7 +322,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
         """What the objective counts in the global batch: in all micro-batches, on all ranks."""
         batches = [batch for sample in batch_samples if not sample["rows"].blank for batch in sample["micro_batches"]]
-        count = torch.tensor(sum(map(self.objective.count, batches)), device=device)
+        count = torch.tensor(sum(map(self.loss.count, batches)), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
@@ -343,8 +333,9 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
 
     def losses(self) -> list[float]:
         """The loss of each step that has ended, that of the last one too where its line is not written yet."""
-        losses = [step.loss for step in self.history]
-        if self.state.global_step > (self.history[-1].step if self.history else 0):
+        history = self.recorder.history
+        losses = [step.loss for step in history]
+        if self.state.global_step > len(history):
             losses.append(float(self.accelerator.gather(self._tr_loss.detach()).mean()))
         return losses
 
@@ -352,28 +343,14 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         """Called by Trainer after each optimizer step; writes the step's line, and nothing else anywhere."""
         if "grad_norm" not in logs:
             return  # the summary at the end, which `train` makes itself
-        now = time.perf_counter()
+        seconds = self.recorder.elapsed
         sums = {name: float(total) for name, total in self._sums.items()}
         all_of_it = self.ranks.gathered((self._tokens, self._computed, self._labelled, self._counted, sums))
         tokens, computed, labelled, counted = (sum(each[place] for each in all_of_it) for place in range(4))
         names = dict.fromkeys(name for each in all_of_it for name in each[4])
-        metrics = StepMetrics(
-            step=self.state.global_step,
-            loss=logs["loss"],
-            grad_norm=float(logs["grad_norm"]),
-            learning_rate=float(logs["learning_rate"]),
-            tokens=tokens,
-            computed_tokens=computed,
-            labelled_tokens=labelled,
-            seconds=self.ranks.agreed(now - self._begun),
-            figures={name: sum(each[4].get(name, 0.0) for each in all_of_it) / counted for name in names},
-        )
-        self._begun = now
+        figures = {name: sum(each[4].get(name, 0.0) for each in all_of_it) / counted for name in names}
         self._start_counting()
-        self.history.append(metrics)
-        append_jsonl(self.metrics_path, metrics.as_dict())
-        for call in self.on_step:
-            call(metrics, self.state.max_steps)
+        self.recorder.record(logs, (tokens, computed, labelled), figures, self.ranks.agreed(seconds))
 
 
 def _trainer_state(state: Any) -> str:

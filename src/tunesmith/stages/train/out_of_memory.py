@@ -9,11 +9,11 @@ import torch
 
 from tunesmith.errors import Problem, TrainError
 from tunesmith.hardware.freed import give_back_freed_memory
+from tunesmith.methods.settings import Settings
 from tunesmith.methods.sizes import NF4_BYTES, master_bytes, state_bytes
 from tunesmith.packing.batch import Batch, Rows
 from tunesmith.packing.tree import Limits
-from tunesmith.recipe import Recipe
-from tunesmith.stages.train.objective import StepBatches
+from tunesmith.stages.train.losses import StepBatches
 
 #: In the errors of CUDA, of torch on a CPU and of the standard library; and in those of oneDNN, which give no reason.
 _TEXTS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "could not create a", "could not execute a")
@@ -48,7 +48,7 @@ def in_smaller_parts(batches: StepBatches, rows: Rows, made: int, tokens: int) -
     return None
 
 
-def next_lever(recipe: Recipe, model: Any, longest: int) -> str | None:
+def next_lever(settings: Settings, model: Any, longest: int) -> str | None:
     """What to change next and what it does in bytes, the cheapest first; None where all is used.
 
     `longest` is in tokens, or 0 where no row has been computed yet.
@@ -56,29 +56,29 @@ def next_lever(recipe: Recipe, model: Any, longest: int) -> str | None:
     parameters = list(model.parameters())
     trained = [each for each in parameters if each.requires_grad]
     count, weights = sum(each.numel() for each in trained), sum(each.numel() * each.element_size() for each in parameters)
-    if longest and recipe.train.gradient_checkpointing is not True:
+    if longest and settings.gradient_checkpointing is not True:
         kept = model.config.num_hidden_layers * longest * model.config.hidden_size * trained[0].element_size()
         return f"train.gradient_checkpointing: true (keeps {kept:,} bytes of the row, and computes the rest again)"
     rounded = sum(each.numel() for each in trained if each.dtype == torch.bfloat16)
-    states = int(count * state_bytes(recipe.train.optim) + rounded * master_bytes(recipe.train.optim))
-    if recipe.method == "full" and recipe.train.optim != "adamw_8bit":
+    states = int(count * state_bytes(settings.optim) + rounded * master_bytes(settings.optim))
+    if settings.method == "full" and settings.optim != "adamw_8bit":
         fewer = int(count * state_bytes("adamw_8bit"))
         return f"train.optim: adamw_8bit (optimizer states of {fewer:,} bytes instead of {states:,})"
-    if recipe.method == "full" and trained[0].device.type != "cpu" and not recipe.train.optimizer_offloading:
+    if settings.method == "full" and trained[0].device.type != "cpu" and not settings.optimizer_offloading:
         return f"train.optimizer_offloading: true (optimizer states of {states:,} bytes go to the machine's memory)"
-    if recipe.method == "full":
+    if settings.method == "full":
         return f"method: lora ({states + weights:,} bytes of optimizer states and gradients less)"
-    if recipe.method == "lora":
+    if settings.method == "lora":
         fewer = int(NF4_BYTES * sum(each.numel() for each in parameters))
         return f"method: qlora (weights of about {fewer:,} bytes instead of {weights:,})"
     return None
 
 
-def out_of_memory(recipe: Recipe, model: Any | None, longest: int, error: str) -> TrainError:
+def out_of_memory(settings: Settings | None, model: Any | None, longest: int, error: str) -> TrainError:
     """The error of a training that does not fit: with one row of `longest` tokens, or where that is 0 before any."""
-    lever = None if model is None else next_lever(recipe, model, longest)
+    lever = None if settings is None or model is None else next_lever(settings, model, longest)
     fix = f"set {lever}" if lever else "take a smaller model, method: qlora, or a smaller data.max_length"
-    if longest and recipe.train.optimizer_in_backward and recipe.train.per_device_train_batch_size != 1:
+    if longest and settings is not None and settings.optimizer_in_backward and settings.per_device_train_batch_size != 1:
         what = "out of memory, and a step whose weights move in the backward pass cannot be cut"
         fix = "lower train.per_device_train_batch_size"
     else:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import Problem, RecipeError
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import OBJECTIVES, Recipe
 from tunesmith.runs import Run
-from tunesmith.sections import ON_TREES
 
 #: What a training writes into its folder.
 FILES = (
@@ -68,12 +67,12 @@ def join(recipe: Recipe, *, cpu: bool) -> Ranks:
         return Ranks()
     problems = []
     why = "the processes would not train one model"
-    if recipe.objective not in ON_TREES:
+    if not OBJECTIVES[recipe.objective].on_engine:
         what = f"objective: {recipe.objective} in several processes"
-        problems.append(Problem("TS003", what, "objective", why, "start it in one: its loop is not the engine's"))
+        problems.append(Problem("TS009", what, "objective", why, "start it in one: its loop is not the engine's"))
     if recipe.train.optimizer_in_backward:
         what = "optimizer_in_backward in several processes: weights would move before gradients are summed"
-        problems.append(Problem("TS003", what, "train.optimizer_in_backward", why, "set it to false, or start one process"))
+        problems.append(Problem("TS009", what, "train.optimizer_in_backward", why, "set it to false, or start one process"))
     if problems:
         raise RecipeError(problems)
     from accelerate import PartialState

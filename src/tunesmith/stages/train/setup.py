@@ -9,34 +9,40 @@ from transformers import TrainingArguments
 
 from tunesmith.methods.optimizers import AdamW, store_of
 from tunesmith.methods.settings import Settings
-from tunesmith.recipe import Recipe, TrainSection
 
 
-def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu: bool) -> TrainingArguments:
-    """Transformers' arguments for the settled settings; saving, logging and reporting are ours."""
+def common_arguments(settings: Settings, scratch: Path, *, cpu: bool) -> dict[str, Any]:
+    """What every `Trainer` is told of the settled settings, its batches apart; saving, logging and reporting are ours."""
+    return {
+        "output_dir": str(scratch),
+        "max_steps": settings.max_steps,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": not cpu,
+        "use_cpu": cpu,
+    }
+
+
+def training_arguments(settings: Settings, scratch: Path, *, cpu: bool) -> TrainingArguments:
+    """The engine's arguments."""
     arguments = TrainingArguments(
-        output_dir=str(scratch),
+        **common_arguments(settings, scratch, cpu=cpu),
         # One batch of `Trainer` is all rows of an optimizer step; the collator makes micro-batches of them.
         per_device_train_batch_size=settings.effective_batch_size,
         gradient_accumulation_steps=1,
-        max_steps=settings.max_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=recipe.train.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=recipe.train.weight_decay,
-        max_grad_norm=recipe.train.max_grad_norm,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
         remove_unused_columns=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=not cpu,
-        use_cpu=cpu,
         ddp_find_unused_parameters=False,
     )
     # With several GPUs in one process Trainer would wrap the model in DataParallel, which cannot split a tree.
@@ -44,8 +50,8 @@ def training_arguments(recipe: Recipe, settings: Settings, scratch: Path, *, cpu
     return arguments
 
 
-def make_adamw(trainer: Any, model: Any, asked: TrainSection) -> AdamW:
-    """The optimizer of a `Trainer`'s model in the format that the recipe names; weight decay on matrices only."""
+def make_adamw(trainer: Any, model: Any, settings: Settings) -> AdamW:
+    """The optimizer of a `Trainer`'s model in the format that the settings name; weight decay on matrices only."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = set(trainer.get_decay_parameter_names(model)) & trained.keys()
     groups = [
@@ -53,5 +59,5 @@ def make_adamw(trainer: Any, model: Any, asked: TrainSection) -> AdamW:
         {"params": [trained[name] for name in trained if name not in decayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    store = store_of(offloading=asked.optimizer_offloading)
-    return AdamW.named(asked.optim, groups, lr=trainer.args.learning_rate, seed=trainer.args.seed, store=store)
+    store = store_of(offloading=settings.optimizer_offloading)
+    return AdamW.named(settings.optim, groups, lr=trainer.args.learning_rate, seed=trainer.args.seed, store=store)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.errors import Problem, TrainError
-from tunesmith.recipe import TrainSection
+from tunesmith.methods.settings import Settings
+from tunesmith.stages.train.earlier import Earlier
 from tunesmith.stages.train.engine import Engine
-from tunesmith.stages.train.going_on import Earlier
 from tunesmith.stages.train.metrics import StepMetrics
 from tunesmith.stages.train.summary import first_of
 from tunesmith.stages.train.watch import mean_loss
@@ -35,9 +35,9 @@ def is_spike(loss: float, before: list[float]) -> bool:
 class SpikeWatch:
     """Looks at each step's loss, once its line of metrics is written."""
 
-    def __init__(self, asked: TrainSection, earlier: Earlier, tell: Any) -> None:
+    def __init__(self, settings: Settings, earlier: Earlier, tell: Any) -> None:
         """`tell` writes an event: code, message and facts."""
-        self.asked, self.earlier, self.tell = asked, earlier, tell
+        self.settings, self.earlier, self.tell = settings, earlier, tell
         self.undone: list[int] = []  # steps at which training went back
 
     def as_dict(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class SpikeWatch:
 
     def after_step(self, engine: Engine, step: StepMetrics) -> None:
         """Raises TrainError where going back has not helped three times in a row."""
-        before = [each.loss for each in engine.history[:-1]]
+        before = [each.loss for each in engine.recorder.history[:-1]]
         if not is_spike(step.loss, before):
             return
         middle = statistics.median(before[-WINDOW:])
@@ -58,17 +58,17 @@ class SpikeWatch:
         named = first_of(rows, _ROWS)
         text = f"loss {step.loss:.4g} at step {step.step}, {middle:.4g} before; its rows, the worst first: {named}"
         self.tell("loss-spike", text, step=step.step, loss=step.loss, median=middle, rows=rows)
-        if self.asked.on_spike == "rollback":
+        if self.settings.on_spike == "rollback":
             self._roll_back(engine, step.step)
 
     def _rows(self, engine: Engine) -> list[str]:
         """Where the step's rows stand, by their loss on their own."""
-        own = {str(row["where"]): mean_loss(engine.objective, engine.model, [row], engine.batches) for row in engine.step_rows}
+        own = {str(row["where"]): mean_loss(engine.loss, engine.model, [row], engine.batches) for row in engine.step_rows}
         losses = {where: loss for each in engine.ranks.gathered(own) for where, loss in each.items()}
         return sorted(losses, key=lambda where: -losses[where])
 
     def _roll_back(self, engine: Engine, step: int) -> None:
-        every = self.asked.save_steps
+        every = self.settings.save_steps
         saved = self.earlier.savepoints.newest(every=every if isinstance(every, int) else 1)
         if saved is None:
             self.tell("not-rolled-back", f"no savepoint was made before step {step}: train.save_steps is {every}", step=step)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from tunesmith.io.atomic import append_jsonl, write_jsonl
 from tunesmith.packing.batch import to_device
-from tunesmith.stages.train.objective import Objective, StepBatches
+from tunesmith.stages.train.losses import Loss, StepBatches
 
 #: What `HeldoutWatch.as_dict` gives before the first look.
 NOTHING_SEEN: Mapping[str, Any] = {"history": [], "best": None, "stopped": False}
@@ -24,8 +24,8 @@ _AT_ONCE = 128  # held-out rows that are laid out together
 _RISES = 2  # evaluations in a row with a higher held-out and a lower train loss that count as overfitting
 
 
-def mean_loss(objective: Objective, model: torch.nn.Module, rows: Sequence[Any], batches: StepBatches) -> float:
-    """The objective's mean loss over rows, in eval mode and without gradients; `model` is back in training mode after it.
+def mean_loss(loss: Loss, model: torch.nn.Module, rows: Sequence[Any], batches: StepBatches) -> float:
+    """The mean loss over rows, in eval mode and without gradients; `model` is back in training mode after it.
 
     Nothing random is drawn, so that training goes on as if nobody had looked.
     """
@@ -35,8 +35,8 @@ def mean_loss(objective: Objective, model: torch.nn.Module, rows: Sequence[Any],
     with torch.no_grad():
         for start in range(0, len(rows), _AT_ONCE):
             for batch in batches(rows[start : start + _AT_ONCE])["micro_batches"]:
-                count += objective.count(batch)
-                total += float(objective.read(model(**to_device(batch, device)))[0])
+                count += loss.count(batch)
+                total += float(loss.read(model(**to_device(batch, device)))[0])
     model.train()
     return total / count
 

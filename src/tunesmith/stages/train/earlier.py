@@ -12,7 +12,7 @@ from rich.console import Console
 from tunesmith.errors import Problem, StageFailedError, TrainError
 from tunesmith.io.atomic import append_jsonl, write_jsonl
 from tunesmith.methods.settings import Settings
-from tunesmith.recipe import Recipe, TrainSection
+from tunesmith.recipe import Recipe
 from tunesmith.runs import Run, read_jsonl
 from tunesmith.stages.train.engine import Engine
 from tunesmith.stages.train.metrics import StepMetrics, step_metrics
@@ -107,9 +107,9 @@ class Saver:
     """
 
     def __init__(
-        self, asked: TrainSection, earlier: Earlier, signals: StopSignals, ranks: Ranks, more: Callable[[], Mapping[str, Any]]
+        self, settings: Settings, earlier: Earlier, signals: StopSignals, ranks: Ranks, more: Callable[[], Mapping[str, Any]]
     ) -> None:
-        self.every, self.earlier, self.signals, self.ranks, self.more = asked.save_steps, earlier, signals, ranks, more
+        self.every, self.earlier, self.signals, self.ranks, self.more = settings.save_steps, earlier, signals, ranks, more
         self.stopped_training = False
         self._last, self._took = time.perf_counter(), 0.0
 
@@ -127,7 +127,7 @@ class Saver:
         engine.save_to(self.earlier.savepoints, {"made_of": self.earlier.made, **self.more()})
         self._last = time.perf_counter()
         self._took = self._last - begun
-        engine.leave_out(self._took)
+        engine.recorder.leave_out(self._took)
 
     def stopped(self, step: int, console: Console) -> StageFailedError:
         """The error of a training that a signal stopped after this step."""

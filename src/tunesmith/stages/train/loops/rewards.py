@@ -19,7 +19,9 @@ from tunesmith.chat.fields import equal_fields, parse_json
 from tunesmith.chat.formats import Message
 from tunesmith.chat.template import ChatTemplate
 from tunesmith.errors import Problem, TrainError
-from tunesmith.sections import NAMED_REWARDS, SamplingSection
+from tunesmith.io.atomic import sha256_file
+from tunesmith.models.load import model_digest
+from tunesmith.recipe import NAMED_REWARDS, OBJECTIVES, Recipe, SamplingSection
 
 Prompts = Sequence[list[Message]]
 References = Sequence[str | None]
@@ -139,19 +141,23 @@ def make_reward(name: str) -> Reward:
     return user_reward(Path(path), function) if colon else model_reward(Path(name))
 
 
-def make_rewards(asked: SamplingSection, objective: str) -> tuple[list[Reward], list[float]]:
-    """The rewards of a section and their weights. Raises TrainError where there is none, or the weights are not as many."""
-    if not asked.reward_funcs:
-        fix = f"name {objective}.reward_funcs, such as [valid-json]"
-        raise TrainError(
-            Problem("TS303", "no reward", f"{objective}.reward_funcs", "there would be nothing to learn from", fix)
-        )
-    weights = asked.reward_weights or [1.0] * len(asked.reward_funcs)
-    if len(weights) != len(asked.reward_funcs):
-        what = f"{len(weights)} weights for {len(asked.reward_funcs)} rewards"
-        raise TrainError(Problem("TS303", what, f"{objective}.reward_weights", _WHY, "give each reward one weight"))
+def make_rewards(asked: SamplingSection) -> tuple[list[Reward], list[float]]:
+    """The rewards of a section and their weights."""
     rewards = [checked(name, make_reward(name)) for name in asked.reward_funcs]
-    return rewards, weights
+    return rewards, asked.reward_weights or [1.0] * len(rewards)
+
+
+def reward_digests(recipe: Recipe) -> dict[str, str]:
+    """Digests of the files and folders that the recipe's rewards come from."""
+    if not OBJECTIVES[recipe.objective].sampled:
+        return {}
+    digests = {}
+    for name in recipe.own(SamplingSection).reward_funcs:
+        if name in NAMED_REWARDS or name.startswith("length:"):
+            continue
+        path = Path(name.rpartition(":")[0] or name)
+        digests[f"reward {name}"] = sha256_file(path) if path.is_file() else model_digest(path) if path.is_dir() else "missing"
+    return digests
 
 
 def checked(name: str, reward: Reward) -> Reward:

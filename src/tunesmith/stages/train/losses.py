@@ -1,4 +1,4 @@
-"""What training minimises: the loss model, its batches, and what its mean is over. The engine knows this interface alone."""
+"""What the engine minimises: the loss model, its batches, and what its mean is over. It knows this interface alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import save
 
-from tunesmith.errors import DataError, Problem, TrainError
+from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import write_bytes
 from tunesmith.packing.batch import Batch, Collator, Rows, StepCollator
 from tunesmith.packing.loss import LossModel
 from tunesmith.packing.preference import PairCollator, Preference, PreferenceModel, pair_count, reference_logprobs
 from tunesmith.packing.tree import Limits
-from tunesmith.recipe import DpoSection, Recipe
+from tunesmith.recipe import OBJECTIVES, DpoSection, Recipe
 
 Sums = Mapping[str, torch.Tensor]  # figures of a batch, each summed over what `count` counts
 
@@ -32,12 +32,8 @@ class StepBatches(Protocol):
         ...
 
 
-class Objective(Protocol):
+class Loss(Protocol):
     """A loss over rows; its mean over the global batch is minimised."""
-
-    def checked(self, rows: Any) -> Any:
-        """The dataset if it has this objective's columns. Raises DataError where it was prepared for another one."""
-        ...
 
     def lengths(self, rows: Any) -> list[int]:
         """Tokens of each row's longest sequence."""
@@ -64,14 +60,8 @@ class Objective(Protocol):
         ...
 
 
-class Sft:
+class TokenLoss:
     """Cross-entropy over labelled tokens: answers, or with `objective: pretrain` whole documents."""
-
-    def checked(self, rows: Any) -> Any:
-        for column, other in (("rejected_input_ids", "dpo"), ("label", "kto"), ("prompt_ids", "grpo, rloo or ppo")):
-            if column in rows.column_names:
-                raise DataError(_prepared_for(other, "sft"))
-        return rows
 
     def lengths(self, rows: Any) -> list[int]:
         return list(rows["length"])
@@ -93,7 +83,7 @@ class Sft:
         return count
 
 
-class Dpo:
+class PairLoss:
     """The preference loss over pairs, against the model as it was before the first step.
 
     That model is the reference of the paper: an adapter starts as zero, so it is the base, and with full fine-tuning it is the
@@ -103,11 +93,6 @@ class Dpo:
 
     def __init__(self, asked: DpoSection) -> None:
         self.asked = asked
-
-    def checked(self, rows: Any) -> Any:
-        if "rejected_input_ids" not in rows.column_names:
-            raise DataError(_prepared_for("sft", "dpo"))
-        return rows
 
     def lengths(self, rows: Any) -> list[int]:
         return list(map(max, rows["length"], rows["rejected_length"]))
@@ -138,15 +123,9 @@ class Dpo:
         return pair_count(batch)
 
 
-def make_objective(recipe: Recipe) -> Objective:
-    """The objective that the recipe names."""
-    return Dpo(recipe.dpo) if recipe.objective == "dpo" else Sft()
-
-
-def _prepared_for(other: str, asked: str) -> Problem:
-    why = "what a row's columns mean depends on the objective"
-    fix = "run `tunesmith prepare` again"
-    return Problem("TS113", f"the rows were prepared for objective: {other}, not {asked}", "data/train.arrow", why, fix)
+def loss_of(recipe: Recipe) -> Loss:
+    """The loss of the recipe's objective: over pairs, or over labelled tokens."""
+    return PairLoss(recipe.own(DpoSection)) if OBJECTIVES[recipe.objective].rows == "pair" else TokenLoss()
 
 
 def _reference_problem(where: str, rows: int) -> Problem:

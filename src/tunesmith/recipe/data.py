@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from tunesmith.errors import Problem
-from tunesmith.rowrules import OF_TEXTS, QUALITY, SCREENING, Rule, Setting, unknown_rules
-from tunesmith.sections import Auto, PositiveInt, Section
+from tunesmith.recipe.rules import QUALITY, SCREENING, Rule, Setting, unknown_rules
+from tunesmith.recipe.sections import Auto, PositiveInt, Section
 
 #: Chat templates that need no file.
 NAMED_TEMPLATES = ("chatml", "llama2", "llama3", "qwen", "chatglm", "mistral", "gemma", "phi")
@@ -250,32 +249,3 @@ class AugmentSection(Section):
     """Most answers to pay for, with those of earlier runs into the same file; an attempt that failed does not count."""
     max_tokens: PositiveInt = 1_000_000
     """Most tokens, prompts and answers, with those of earlier runs; requests on their way when it is reached still count."""
-
-
-#: Keys that speak of turns and answers, which raw text does not have, and what leaves each at rest.
-_OF_CONVERSATIONS: dict[str, Any] = {
-    "data.format": "auto",
-    "data.system": None,
-    "data.chat_template": None,
-    "data.clean": CleanSection().model_dump(mode="json"),
-    "evaluate.json_schema": None,
-    "evaluate.label": None,
-}
-
-
-def unread_problems(values: Mapping[str, Any], source: str) -> Iterator[Problem]:
-    """The keys of a dumped recipe that say something of its rows which rows of its objective do not have."""
-    objective, data = values["objective"], values["data"]
-    if objective != "sft" and data["overlong"] != "reject":
-        why, fix = "of other rows than conversations nothing can be cut", "remove data.overlong, or raise data.max_length"
-        if objective == "pretrain":
-            why = "documents that are longer go on in further rows"
-        yield Problem("TS003", f"data.overlong with objective: {objective}", source, why, fix)
-    if objective != "pretrain":
-        return
-    asked = [key for key, rest in _OF_CONVERSATIONS.items() if values[key.split(".")[0]][key.split(".")[1]] != rest]
-    asked += [f"data.quality.{rule}" for rule in data["quality"] if rule not in OF_TEXTS]
-    why = "raw text has no turns and no answers, so the key would be without effect"
-    for key in asked:
-        fix = "remove it, or train on conversations with objective: sft"
-        yield Problem("TS003", f"{key} with objective: pretrain", source, why, fix)

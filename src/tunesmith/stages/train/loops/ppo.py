@@ -22,9 +22,13 @@ from transformers import get_scheduler
 from tunesmith.methods.optimizers import AdamW, gradient_norm, store_of
 from tunesmith.models.load import stop_ids
 from tunesmith.packing.generate import generate
-from tunesmith.stages.train.beside import Work
+from tunesmith.recipe import PpoSection
 from tunesmith.stages.train.finite import check_finite
-from tunesmith.stages.train.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
+from tunesmith.stages.train.loops.base import Work
+from tunesmith.stages.train.loops.padded import PaddedLoop
+from tunesmith.stages.train.loops.ppo_math import advantages_of, policy_loss, token_rewards, value_loss, whiten
+from tunesmith.stages.train.loops.rewards import Reward
+from tunesmith.stages.train.recorder import Recorder
 
 
 @dataclass
@@ -81,36 +85,38 @@ class Policy(torch.nn.Module):
 class Ppo:
     """One run: what is sampled from, what is updated, and what rewards."""
 
-    def __init__(self, work: Work) -> None:
-        self.work, self.asked = work, work.run.recipe.ppo
+    def __init__(
+        self, work: Work, asked: PpoSection, tokenizer: Any, rewards: Sequence[Reward], weights: Sequence[float]
+    ) -> None:
+        self.work, self.asked, self.tokenizer, self.rewards, self.weights = work, asked, tokenizer, rewards, weights
         for module in work.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # probabilities before and after an update are compared
         self.policy = Policy(work.model, self.asked.temperature)
         self.stops = stop_ids(work.model.generation_config)
-        if work.tokenizer.eos_token_id not in self.stops:
-            self.stops.append(work.tokenizer.eos_token_id)
+        if tokenizer.eos_token_id not in self.stops:
+            self.stops.append(tokenizer.eos_token_id)
         self.other = work.method.reference()
-        train = work.run.recipe.train
+        settings = work.settings
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        rate, seed, store = work.settings.learning_rate, work.run.recipe.seed, store_of(offloading=train.optimizer_offloading)
-        self.adamw = AdamW.named(train.optim, groups, lr=rate, seed=seed, store=store)
-        self.scheduler = get_scheduler(train.lr_scheduler_type, self.adamw, work.settings.warmup_steps, work.settings.max_steps)
+        rate, store = settings.learning_rate, store_of(offloading=settings.optimizer_offloading)
+        self.adamw = AdamW.named(settings.optim, groups, lr=rate, seed=settings.seed, store=store)
+        self.scheduler = get_scheduler(settings.lr_scheduler_type, self.adamw, settings.warmup_steps, settings.max_steps)
 
-    def steps(self) -> None:
+    def steps(self, rows: Any, recorder: Recorder) -> None:
         """All steps; raises TrainError where a loss or gradient is no number."""
-        settings, order = self.work.settings, _order(len(self.work.rows), self.work.run.recipe.seed)
-        self.work.recorder.start()
+        settings, order = self.work.settings, _order(len(rows), self.work.settings.seed)
         for number in range(1, settings.max_steps + 1):
-            rows = [self.work.rows[next(order)] for _ in range(settings.effective_batch_size)]
-            self._step(number, rows)
+            drawn = [rows[next(order)] for _ in range(settings.effective_batch_size)]
+            recorder.record(*self._step(number, drawn))
 
-    def _step(self, number: int, rows: Sequence[Any]) -> None:
+    def _step(self, number: int, rows: Sequence[Any]) -> tuple[dict[str, float], tuple[int, int, int], dict[str, float]]:
+        """One step; what is recorded of it."""
         answers, cut = self._sample([row["prompt_ids"] for row in rows])
         scores = self._scores(rows, answers)
         known = self._known([row["prompt_ids"] for row in rows], answers)
@@ -130,7 +136,7 @@ class Ppo:
             "policy_clipped": sum(update[2] for update in updates) / len(updates),
         }
         values = {"loss": updates[0][0], "grad_norm": updates[-1][1], "learning_rate": rate}
-        self.work.recorder.record(values, (tokens, tokens, labelled), figures)
+        return values, (tokens, tokens, labelled), figures
 
     def _micro(self, count: int) -> Iterator[slice]:
         size = self.work.settings.per_device_train_batch_size
@@ -151,10 +157,10 @@ class Ppo:
 
     def _scores(self, rows: Sequence[Any], answers: Sequence[list[int]]) -> torch.Tensor:
         """The weighted sum of the rewards of each answer (B,)."""
-        texts = self.work.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         prompts, references = [json.loads(row["prompt"]) for row in rows], [row["reference"] for row in rows]
         total = torch.zeros(len(rows))
-        for reward, weight in zip(self.work.rewards, self.work.weights, strict=True):
+        for reward, weight in zip(self.rewards, self.weights, strict=True):
             total += weight * torch.tensor(list(reward(prompts, texts, references)))
         return total
 
@@ -199,7 +205,7 @@ class Ppo:
             total, clipped = total + float(loss.detach()), clipped + float(cut)
         norm = gradient_norm(self.policy.parameters())
         check_finite(number, total, float(norm))
-        torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.work.run.recipe.train.max_grad_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.work.settings.max_grad_norm, norm)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return total, float(norm), clipped / float(count)
@@ -212,8 +218,13 @@ def _order(count: int, seed: int) -> Iterator[int]:
         yield from generator.sample(range(count), count)
 
 
-def train_ppo(work: Work) -> AbstractContextManager[None]:
-    """All steps; then the context in which the model can be saved."""
-    loop = Ppo(work)
-    loop.steps()
-    return loop.adamw.unloaded()
+class PpoLoop(PaddedLoop):
+    """Sampled answers, a value head, and updates that are clipped."""
+
+    def steps(self, recorder: Recorder) -> AbstractContextManager[None]:
+        ppo = Ppo(self.work, self.run.recipe.own(PpoSection), self.tokenizer, self.rewards, self.weights)
+        ppo.steps(self.rows, recorder)
+        return ppo.adamw.unloaded()
+
+
+LOOP = PpoLoop

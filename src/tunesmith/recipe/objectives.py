@@ -1,26 +1,31 @@
-"""The recipe's sections of the objectives beside `sft` and `dpo`, in TRL's words, and the base of all sections."""
+"""The objectives: what each trains on, by which loop, and what of the recipe goes with it. One row each, and its section.
+
+Everything that differs by objective is asked of its row here, or done by the loop that the row names. A further objective is
+a row, its section, and a module of `stages.train.loops` where no loop that is there trains it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from tunesmith.errors import Problem
+from tunesmith.recipe.sections import NotNegative, Positive, PositiveInt, Section, Share
 
-Auto = Literal["auto"]
-PositiveInt = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+#: What a row is: a conversation, a document, two answers to one prompt, an answer that was judged, or a prompt.
+RowKind = Literal["conversation", "document", "pair", "judged", "prompt"]
 
 
-class Section(BaseModel):
-    """A frozen part of the recipe; unknown keys are refused."""
+class DpoSection(Section):
+    """Direct preference optimization, in TRL's words: the sigmoid loss (Rafailov et al. 2023, arXiv 2305.18290, eq. 7)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    beta: Positive = 0.1
+    """How strongly the model is held to where it started: rewards are beta x the change of an answer's log-probability."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs taken to be labelled the wrong way round."""
 
 
 class KtoSection(Section):
@@ -51,7 +56,7 @@ class RewardSection(Section):
 class SamplingSection(Section):
     """What objectives share that sample answers to prompts and score them."""
 
-    reward_funcs: list[str] = []
+    reward_funcs: list[str] = Field(default_factory=list)
     """What scores an answer, summed: `json-fields`, `valid-json`, `length:LOW-HIGH` (characters), `FILE.py:FUNCTION`, or the
     folder of an exported reward model."""
     reward_weights: list[float] | None = None
@@ -121,17 +126,8 @@ def absolute_reward(name: str, base: Path) -> str:
     return f"{(base / path).resolve()}:{function}"
 
 
-#: Objectives that the engine trains itself, on prefix trees, and that `plan` accounts for.
-ON_TREES = ("sft", "pretrain", "dpo")
-
-#: Objectives on pairs of answers.
-ON_PAIRS = ("dpo", "orpo", "reward")
-
-#: Objectives that sample answers.
-SAMPLED = ("grpo", "rloo", "ppo")
-
-#: Keys that the loops of these objectives do not honour: what leaves each at rest, and why.
-_NOT_HONOURED: dict[str, tuple[Any, str]] = {
+#: Keys that only the engine honours: the value that leaves each at rest, and why the other loops do not.
+_ENGINE_ONLY: Mapping[str, tuple[Any, str]] = {
     "train.optimizer_in_backward": (False, "gradients are accumulated over micro-batches"),
     "train.eval_steps": (None, "the held-out loss is not taken while training"),
     "train.early_stopping_patience": (None, "the held-out loss is not taken while training"),
@@ -145,37 +141,60 @@ _NOT_HONOURED: dict[str, tuple[Any, str]] = {
     "lora.lora_dropout": (0.0, "dropout is switched off, for answers are compared with each other"),
 }
 
+#: Peak learning rates by method. Of preferences: what TRL's DPOConfig and its page on adapters start from, a twentieth of
+#: SFT's; the gradient pulls two answers apart, also where the model knows both. The defaults of TRL's KTO, ORPO, GRPO and RLOO
+#: are 1e-6 too, that of its RewardConfig is 1e-4, and its pages take ten times as much for adapters. PPO takes what GRPO does.
+_SFT = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+_PREFERENCE = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
+_REWARD = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
 
-def ignored_problems(values: Mapping[str, Any], source: str) -> Iterator[Problem]:
-    """The keys of a dumped recipe that would be without effect: of another objective, or not honoured by this one."""
-    objective, why = values["objective"], "a key that nothing reads would be silently without effect"
-    sections: dict[str, type[Section]] = {
-        "kto": KtoSection,
-        "orpo": OrpoSection,
-        "reward": RewardSection,
-        "grpo": GrpoSection,
-        "rloo": RlooSection,
-        "ppo": PpoSection,
-    }
-    for name, section in sections.items():
-        if name != objective and values[name] != section().model_dump(mode="json"):
-            fix = f"remove the section, or set objective: {name}"
-            yield Problem("TS003", f"{name}: it is for objective: {name}, not {objective}", source, why, fix)
-    train = values["train"]
-    if train["torch_compile"] and train["use_liger_kernel"]:
-        what, only = "torch_compile with use_liger_kernel", "both make the same operators, and one of them would not be used"
-        yield Problem("TS003", what, source, only, "leave one of them out")
-    if train["gradient_checkpointing"] == "keep_attention" and train["attn_implementation"] == "eager":
-        what = "gradient_checkpointing: keep_attention with attn_implementation: eager, which has no one result to keep"
-        yield Problem("TS003", what, source, why, "set train.gradient_checkpointing: true, or another attn_implementation")
-    if objective == "reward" and values["rope_scaling"] is not None:
-        yield Problem(
-            "TS003", "rope_scaling with objective: reward", source, why, "scale the positions when the policy is trained"
-        )
-    if objective not in sections:
-        return
-    for key, (rest, reason) in _NOT_HONOURED.items():
-        section_name, _, name = key.partition(".")
-        if values[section_name][name] != rest:
-            what = f"{key} with objective: {objective}: {reason}"
-            yield Problem("TS003", what, source, why, f"leave {key} at {rest!r}")
+
+@dataclass(frozen=True)
+class Objective:
+    """One objective.
+
+    `what` it does, after its name; `rows` is what it learns from, `loop` the module of `stages.train.loops` that trains it,
+    `section` its own part of the recipe, under its name. `planned`: `plan` accounts for its bytes and seconds. `scorer`: what
+    it makes is a reward model, which is exported as one and answers nothing. `extra` is the extra of this package that its loop
+    is installed with. `unsupported` are dotted keys that its loop does not honour, each with the value that leaves it at rest
+    and the reason.
+    """
+
+    name: str
+    what: str
+    rows: RowKind
+    loop: str
+    learning_rates: Mapping[str, float]
+    section: type[Section] | None = None
+    planned: bool = False
+    scorer: bool = False
+    extra: str | None = None
+    unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+
+    @property
+    def on_engine(self) -> bool:
+        """Whether the engine trains it: on prefix trees, in several processes, going on where it was interrupted."""
+        return self.loop == "engine"
+
+    @property
+    def sampled(self) -> bool:
+        """Whether answers are sampled while training and scored by rewards."""
+        return self.rows == "prompt"
+
+
+_IN_TRL: Mapping[str, Any] = {"extra": "trl", "unsupported": _ENGINE_ONLY}
+_SAMPLES = "samples answers and learns from their rewards"
+
+_ROWS = (
+    Objective("sft", "learns the answers", "conversation", "engine", _SFT, planned=True),
+    Objective("dpo", "learns which of two answers is preferred", "pair", "engine", _PREFERENCE, DpoSection, planned=True),
+    Objective("pretrain", "learns every token of raw text (continued pre-training)", "document", "engine", _SFT, planned=True),
+    Objective("kto", "learns from answers judged good or bad", "judged", "kto", _PREFERENCE, KtoSection, **_IN_TRL),
+    Objective("orpo", "learns answers and preferences in one", "pair", "orpo", _PREFERENCE, OrpoSection, **_IN_TRL),
+    Objective("reward", "learns to score answers", "pair", "reward", _REWARD, RewardSection, scorer=True, **_IN_TRL),
+    Objective("grpo", f"{_SAMPLES}, against the others' of a group", "prompt", "grpo", _PREFERENCE, GrpoSection, **_IN_TRL),
+    Objective("rloo", f"{_SAMPLES}, against the others' mean", "prompt", "rloo", _PREFERENCE, RlooSection, **_IN_TRL),
+    Objective("ppo", f"{_SAMPLES}, with a value head", "prompt", "ppo", _PREFERENCE, PpoSection, unsupported=_ENGINE_ONLY),
+)
+
+OBJECTIVES: Mapping[str, Objective] = {row.name: row for row in _ROWS}

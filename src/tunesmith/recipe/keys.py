@@ -9,9 +9,9 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from tunesmith.datasections import SourceSection
 from tunesmith.errors import Problem
-from tunesmith.sections import Section
+from tunesmith.recipe.data import SourceSection
+from tunesmith.recipe.sections import Section
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

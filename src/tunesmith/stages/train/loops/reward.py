@@ -1,0 +1,35 @@
+"""Reward models by TRL's trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trl import RewardConfig, RewardTrainer
+
+from tunesmith.methods import Method
+from tunesmith.methods.scorer import build_scorer
+from tunesmith.recipe import RewardSection
+from tunesmith.stages.train.loops.trl import TrlLoop, Watched
+
+_NAMES = {"input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
+
+
+class _Reward(Watched, RewardTrainer):  # type: ignore[misc] # TRL is untyped here
+    pass
+
+
+class Reward(TrlLoop):
+    """Pairs of answers, scored by one number each."""
+
+    def build(self, method: Method) -> Any:
+        return build_scorer(method, self.tokenizer.pad_token_id)
+
+    def trainer(self, arguments: Mapping[str, Any], **more: Any) -> Any:
+        asked = self.run.recipe.own(RewardSection)
+        config = RewardConfig(**arguments, center_rewards_coefficient=asked.center_rewards_coefficient, max_length=None)
+        rows = self.rows.select_columns(list(_NAMES)).rename_columns(_NAMES)
+        return _Reward(args=config, train_dataset=rows, **more)
+
+
+LOOP = Reward
