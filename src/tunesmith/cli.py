@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from rich.text import Text
 
 from tunesmith import __version__
 from tunesmith.demodata import MAX_ROWS, TEST_ROWS
-from tunesmith.errors import Problem, StageFailedError, TunesmithError
+from tunesmith.errors import ERRORS_TO, EndedError, Problem, TunesmithError, error_as_json
 from tunesmith.hardware.freed import grow_segments, keep_few_products
 from tunesmith.io.terminal import make_console, plain
 
@@ -333,14 +334,18 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal's encoding lacks
+    told_to = os.environ.pop(ERRORS_TO, None)
     try:
         app()
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 0 if left.code is None else 1
-    except StageFailedError as error:
+    except EndedError as error:
         code = error.exit_code
     except TunesmithError as error:
-        show_problems(error.problems)
+        if told_to is None:
+            show_problems(error.problems)
+        else:
+            Path(told_to).write_text(json.dumps(error_as_json(error)), encoding="utf-8")
         code = 2
     except OSError as error:
         code = _told(error)

@@ -7,8 +7,9 @@ exit code 2; anything else that escapes is a defect of tunesmith and keeps its t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 #: Stable codes. A code is never re-used for another meaning.
@@ -170,15 +171,45 @@ class EvaluateError(TunesmithError):
     """A task cannot be scored as the recipe asks."""
 
 
-class StageFailedError(TunesmithError):
-    """A stage that ran as a process of its own ended with an error, which it has printed itself."""
+#: Names the file that a stage's process writes an error into, for the one that has started it to raise it again.
+ERRORS_TO = "TUNESMITH_ERRORS_TO"
+
+
+class EndedError(TunesmithError):
+    """A stage did not come to its end, and no problem of the user's is why; `exit_code` is the process's."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__([])
         self.exit_code = exit_code
 
     def __reduce__(self) -> tuple[type[TunesmithError], Any]:
-        return StageFailedError, (self.exit_code,)
+        return type(self), (self.exit_code,)
+
+
+class StageFailedError(EndedError):
+    """A stage that ran as a process of its own died, or met a defect, which it has printed itself."""
+
+    def __str__(self) -> str:
+        return f"the stage's process ended with exit code {self.exit_code}; what it printed says why"
+
+
+class StoppedError(EndedError):
+    """A signal stopped the stage, which goes on from there when it is called again."""
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.exit_code - 128).name}"
+
+
+def error_as_json(error: TunesmithError) -> dict[str, Any]:
+    """An error as another process can raise it again."""
+    kind = next(each for each in type(error).__mro__ if each.__module__ == __name__)
+    return {"error": kind.__name__, "problems": [asdict(problem) for problem in error.problems]}
+
+
+def error_of_json(values: Mapping[str, Any]) -> TunesmithError:
+    """The error that `error_as_json` wrote."""
+    kinds = {kind.__name__: kind for kind in TunesmithError.__subclasses__()}
+    return kinds[values["error"]]([Problem(**problem) for problem in values["problems"]])
 
 
 def first_line(error: BaseException) -> str:

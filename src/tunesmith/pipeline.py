@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -11,11 +14,23 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.errors import ExportError, ModelError, PlanError, RecipeError, StageFailedError
+from tunesmith.errors import (
+    ERRORS_TO,
+    ExportError,
+    ModelError,
+    PlanError,
+    RecipeError,
+    StageFailedError,
+    StoppedError,
+    error_of_json,
+)
 from tunesmith.io.atomic import check_replaceable, read_json
 from tunesmith.io.signals import handling
 from tunesmith.recipe import OBJECTIVES, Method, Origin, Recipe, ResolvedRecipe, export_problems, hardware_problems
 from tunesmith.runs import Run, create_run
+
+#: Exit codes of a training that a signal has stopped between two steps.
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 #: Rules of the plan that choose a method.
 CHOICES = ("many-rows", "adapter-is-enough", "only-four-bit-fits", "only-full-is-left")
@@ -179,15 +194,23 @@ def score_shown(this: Run, console: Console) -> None:
 
 
 def train_apart(this: Run, console: Console) -> None:
-    """`train` in a process of its own: its memory is all given back, and its peak is its own. Raises StageFailedError.
+    """`train` in a process of its own: its memory is all given back, and its peak is its own.
 
-    Its progress and errors go to this process's standard error; its facts are told here in a line.
+    Its progress goes to this process's standard error; its facts are told here in a line. Raises its errors as `train` does,
+    and StageFailedError where it has died.
     """
     command = [sys.executable, "-P", "-m", "tunesmith", "train", str(this.path)]
-    # In a session of its own it gets a signal once: from here, and this process waits for what it makes of it.
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    with handling(lambda number, _: child.send_signal(number)):
-        code = child.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "error.json"
+        # In a session of its own it gets a signal once: from here, and this process waits for what it makes of it.
+        environment = {**os.environ, ERRORS_TO: str(told)}
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=environment)
+        with handling(lambda number, _: child.send_signal(number)):
+            code = child.wait()
+        if told.is_file():
+            raise error_of_json(read_json(told))
+    if code in STOPPED:
+        raise StoppedError(code)
     if code != 0:
         raise StageFailedError(code if code > 0 else 128 - code)
     facts = read_json(this.path / "train" / "summary.json")

@@ -14,6 +14,7 @@ from tests.pairs import PAIRS
 from tests.policy import REWARD, share_towards_reward
 from tunesmith.errors import TrainError
 from tunesmith.models.load import load_model, load_tokenizer
+from tunesmith.pipeline import train_apart
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.export import export
@@ -76,5 +77,7 @@ def test_values_and_probabilities_do_not_depend_on_the_padding(tiny_model: Path)
 
 def test_json_rewards_without_references_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     run = run_of(tmp_path, tiny_model, "lora", "reward_funcs: [json-fields]", ", max_steps: 1")
+    with pytest.raises(TrainError, match="no JSON object"):  # in a process of its own too
+        train_apart(run, Console(quiet=True))
     with pytest.raises(TrainError, match="no JSON object"):
         train(run, Console(quiet=True))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.gpu.conftest import WORDS
 from tests.promises.training import signalled, steps_of
-from tunesmith.errors import StageFailedError
+from tunesmith.errors import StoppedError
 from tunesmith.methods import METHODS
 from tunesmith.models.load import make_config
 from tunesmith.packing.batch import Batch, to_device
@@ -64,7 +64,7 @@ def test_an_interrupted_training_goes_on(tmp_path: Path, word_model: Path, metho
     """
     whole, parts = (run_of(tmp_path, word_model, name, method, "save_steps: 2") for name in ("whole", "parts"))
     train(whole)
-    with pytest.raises(StageFailedError):
+    with pytest.raises(StoppedError):
         signalled(parts, signal.SIGTERM, 5)
     train(parts)
     assert steps_of(parts) == list(range(1, STEPS + 1))

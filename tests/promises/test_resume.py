@@ -23,7 +23,7 @@ from tests.promises.training import (
     steps_of,
     wait_for_steps,
 )
-from tunesmith.errors import RunError, StageFailedError, TrainError
+from tunesmith.errors import RunError, StoppedError, TrainError
 from tunesmith.runs import Run, read_jsonl
 from tunesmith.stages.train import train
 
@@ -41,7 +41,7 @@ def test_the_same_bits_as_without_interruption(make_run: Callable[..., Run], pro
             train(whole)
         with last_savepoint_kept(parts) as found:
             for signal_number, after in ((signal.SIGTERM, 4), (signal.SIGINT, 11)):
-                with pytest.raises(StageFailedError) as caught:
+                with pytest.raises(StoppedError) as caught:
                     signalled(parts, signal_number, after)
                 assert caught.value.exit_code == 128 + signal_number
             train(parts)
@@ -58,7 +58,7 @@ def test_the_same_bits_as_without_interruption(make_run: Callable[..., Run], pro
 
 
 def stopped(run: Run, after: int = 8) -> None:
-    with pytest.raises(StageFailedError):
+    with pytest.raises(StoppedError):
         signalled(run, signal.SIGTERM, after)
 
 

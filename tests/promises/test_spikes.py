@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import chat_row
 from tests.promises.training import differing_bits, lines, signalled
-from tunesmith.errors import RecipeError, StageFailedError, TrainError
+from tunesmith.errors import RecipeError, StoppedError, TrainError
 from tunesmith.hardware import detect
 from tunesmith.methods.settings import settle
 from tunesmith.recipe import parse_recipe
@@ -86,7 +86,7 @@ def test_going_back_undoes_it_whenever_it_is_interrupted(make_run: Callable[...,
     assert all(event["to"] < event["step"] and event["to"] % 2 == 0 for event in back)
     first = back[0]["step"]
     for after in (first - 2, first):  # just before, and once it is undone
-        with pytest.raises(StageFailedError):
+        with pytest.raises(StoppedError):
             signalled(parts, signal.SIGTERM, after)
     train(parts)
     assert lines(parts.path / "train" / "metrics.jsonl") == lines(whole.path / "train" / "metrics.jsonl")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import signal
 
 import pytest
 
-from tunesmith.errors import ModelError, Problem, StageFailedError
+from tunesmith.errors import ModelError, Problem, StoppedError, TrainError, TunesmithError, error_as_json, error_of_json
 from tunesmith.io.signals import TooLongError, cpu_limit
+from tunesmith.stages.train.finite import NotFiniteError
 
 
 def endless() -> None:
@@ -36,4 +38,15 @@ def test_errors_of_another_process_keep_their_problems() -> None:
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - as between processes
     assert type(again) is ModelError
     assert again.problems == error.problems
-    assert pickle.loads(pickle.dumps(StageFailedError(143))).exit_code == 143  # noqa: S301
+    stopped = pickle.loads(pickle.dumps(StoppedError(143)))  # noqa: S301
+    assert (type(stopped), stopped.exit_code, str(stopped)) == (StoppedError, 143, "stopped by SIGTERM")
+
+
+@pytest.mark.parametrize("kind", [ModelError, NotFiniteError])
+def test_errors_of_a_process_of_its_own_are_raised_again(kind: type[TunesmithError]) -> None:
+    """As JSON; of a class that stands elsewhere, as the one of this tree that it is made of."""
+    problem = Problem("TS301", "what", "where", "why", "fix")
+    error = ModelError(problem) if kind is ModelError else NotFiniteError(3, 1.0, 2.0)
+    again = error_of_json(json.loads(json.dumps(error_as_json(error))))
+    assert type(again) is (ModelError if kind is ModelError else TrainError)
+    assert again.problems == error.problems

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tunesmith.errors import Problem, StageFailedError, TrainError
+from tunesmith.errors import Problem, StoppedError, TrainError
 from tunesmith.io.atomic import append_jsonl, write_jsonl
 from tunesmith.methods.settings import Settings
 from tunesmith.recipe import Recipe
@@ -129,13 +129,13 @@ class Saver:
         self._took = self._last - begun
         engine.recorder.leave_out(self._took)
 
-    def stopped(self, step: int, console: Console) -> StageFailedError:
+    def stopped(self, step: int, console: Console) -> StoppedError:
         """The error of a training that a signal stopped after this step."""
         if self.signals.asked is None:
             raise AssertionError("no signal came")
         name = self.signals.asked.name
         console.print(f"train: stopped by {name} after step {step}, which is saved; run it again to go on")
-        return StageFailedError(128 + self.signals.asked)
+        return StoppedError(128 + self.signals.asked)
 
     def _is_time(self, step: int) -> bool:
         if self.every == "auto":

@@ -42,7 +42,7 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
     Raises TrainError when loss or gradients stop being finite (with a folder in `train/incidents`), one row does not fit in
     memory, the loss spikes again and again, a reward or TRL cannot be used, or something has changed since an interrupted
     training's savepoint; RunError when `prepare` has not run, another process works on the run, or the recipe wants its data
-    signed off and nobody has; StageFailedError with exit code 130 or 143 once SIGINT or SIGTERM has stopped it.
+    signed off and nobody has; StoppedError once SIGINT or SIGTERM has stopped it, with exit code 130 or 143.
     """
     recipe = run.recipe
     if recipe.data.require_review:

@@ -52,7 +52,7 @@ class EngineLoop(Loop):
         return super().before(work) + seconds
 
     def train(self, recorder: Recorder) -> None:
-        """Raises StageFailedError once a signal has stopped it."""
+        """Raises StoppedError once a signal has stopped it."""
         work, settings, earlier = self.work, self.work.settings, self.work.earlier
         with StopSignals() as signals:
             engine = Engine(
