@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tunesmith.methods.settings import Settings, settle
 from tunesmith.packing.batch import PaddedCollator, StepCollator
 from tunesmith.packing.tree import Limits
 from tunesmith.recipe import parse_recipe
+from tunesmith.stages.train import out_of_memory as out_of_memory_module
 from tunesmith.stages.train.out_of_memory import in_smaller_parts, is_out_of_memory, next_lever, out_of_memory
 
 
@@ -37,6 +39,20 @@ def test_what_is_out_of_memory() -> None:
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("sizes of tensors must match"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize("text", ["could not create a primitive", "could not execute a primitive"])
+def test_an_error_without_a_reason_is_out_of_memory_only_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    error = RuntimeError(text)
+    assert not is_out_of_memory(error)
+    with monkeypatch.context() as patch:
+        patch.setattr(out_of_memory_module, "_ROOM", 1 << 60)  # more than any machine has
+        assert is_out_of_memory(error)
+    monkeypatch.setattr(out_of_memory_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    monkeypatch.setattr(out_of_memory_module.torch, "empty", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no room")))
+    assert is_out_of_memory(error)
 
 
 def test_the_same_rows_in_smaller_parts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import psutil
 import torch
 
 from tunesmith.errors import Problem, TrainError
@@ -15,15 +16,35 @@ from tunesmith.packing.batch import Batch, Rows
 from tunesmith.packing.tree import Limits
 from tunesmith.stages.train.losses import StepBatches
 
-#: In the errors of CUDA, of torch on a CPU and of the standard library; and in those of oneDNN, which give no reason.
-_TEXTS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "could not create a", "could not execute a")
+#: In the errors of CUDA, of torch on a CPU and of the standard library.
+_TEXTS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc")
+
+#: In those of oneDNN, which give no reason: it may also be a product that the processor cannot have.
+_NO_REASON = ("could not create a", "could not execute a")
+
+_ROOM = 1 << 30  # bytes: where so much can be had, an error without a reason has another one
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has run out, on a GPU or in the machine."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(text in str(error) for text in _NO_REASON):
+        return _is_short()
+    return any(text in str(error) for text in _TEXTS)
+
+
+def _is_short() -> bool:
+    """Whether the machine has little memory left, or does not give it to this process."""
+    if psutil.virtual_memory().available < _ROOM:
+        return True
+    try:
+        torch.empty(_ROOM, dtype=torch.uint8)
+    except RuntimeError:
+        return True
+    return False
 
 
 def release() -> None:
