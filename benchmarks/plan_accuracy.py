@@ -29,8 +29,8 @@ from tunesmith.hardware.catalogue import read_gpus, this_device
 from tunesmith.methods import make_method
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.models import builtin
-from tunesmith.models.architecture import read_architecture
 from tunesmith.models.catalogue import find_config, known_models
+from tunesmith.models.families import read_architecture
 from tunesmith.models.load import make_config
 from tunesmith.packing.batch import Batch, collate_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention

@@ -36,9 +36,9 @@ import tunesmith
 from tunesmith.demodata import write_input
 from tunesmith.hardware import detect
 from tunesmith.models import builtin
-from tunesmith.models.architecture import read_architecture
 from tunesmith.models.builtin import NAME
 from tunesmith.models.catalogue import find_config
+from tunesmith.models.families import read_architecture
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.packing.products import linear
 from tunesmith.recipe import ResolvedRecipe, load_recipe, parse_recipe

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tunesmith.models.architecture import read_architecture
+from tunesmith.models.families import read_architecture
 from tunesmith.stages.plan.memory import Estimate, estimate, sharded_bytes
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.trace import trace

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Mistral
 
 from tests.shapes import SHAPE
 from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.models.families import FAMILIES
 from tunesmith.packing.attention import Layout, masked_attention, tree_attention
 from tunesmith.packing.batch import (
     Collator,
@@ -24,7 +25,7 @@ from tunesmith.packing.batch import (
     reason_against_tree,
 )
 from tunesmith.packing.loss import summed_loss, use_tree_attention
-from tunesmith.packing.tree import FILL, TREE_ARCHITECTURES, Limits, build_tree, fill, filled, split_by_length, split_for_trees
+from tunesmith.packing.tree import FILL, Limits, build_tree, fill, filled, split_by_length, split_for_trees
 
 VOCABULARY = 61
 SMALL: dict[str, Any] = {
@@ -40,7 +41,7 @@ CONFIGS = {
     "mistral": MistralConfig(**SMALL, sliding_window=None),
     "gemma": GemmaConfig(**SMALL),
 }
-assert set(CONFIGS) == set(TREE_ARCHITECTURES)
+assert set(CONFIGS) == {name for name, family in FAMILIES.items() if family.causal_rotary}
 
 ids = st.integers(1, 3)  # few ids, so that random rows share prefixes of all lengths
 

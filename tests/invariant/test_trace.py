@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from tests.invariant.test_packing import CONFIGS
 from tunesmith import native
-from tunesmith.models.architecture import read_architecture
+from tunesmith.models.families import read_architecture
 from tunesmith.stages.plan.memory import estimate, sharded_bytes
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.sharded import trace_sharded

@@ -8,8 +8,8 @@ import pytest
 
 from tunesmith.errors import HardwareError, ModelError
 from tunesmith.hardware.catalogue import GIB, find_device, read_gpus, this_cpu
-from tunesmith.models.architecture import read_architecture
 from tunesmith.models.catalogue import find_config, known_models
+from tunesmith.models.families import read_architecture
 
 GPUS = read_gpus()
 

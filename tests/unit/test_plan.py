@@ -17,8 +17,9 @@ from tunesmith.hardware.calibration import ROOFLINE, Correction, Entry, add_entr
 from tunesmith.hardware.catalogue import GIB, Device, find_device, read_gpus
 from tunesmith.io.atomic import read_json, write_json
 from tunesmith.methods.optimizers import AdamW
-from tunesmith.models.architecture import Architecture, read_architecture
+from tunesmith.models.architecture import Architecture
 from tunesmith.models.catalogue import known_models
+from tunesmith.models.families import read_architecture
 from tunesmith.packing.tree import Limits
 from tunesmith.planning import Request, facts_of, read_asks, recipe_of
 from tunesmith.recipe import Method, ResolvedRecipe, parse_recipe

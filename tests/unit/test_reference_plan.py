@@ -18,8 +18,9 @@ from tests.unit.test_reference_training import Bench, byte_model, little_work, m
 from tunesmith.hardware.calibration import ROOFLINE, Entry, read_entries
 from tunesmith.hardware.catalogue import Device, read_gpus
 from tunesmith.io.atomic import write_json
-from tunesmith.models.architecture import Architecture, read_architecture
+from tunesmith.models.architecture import Architecture
 from tunesmith.models.catalogue import known_models
+from tunesmith.models.families import read_architecture
 from tunesmith.recipe import Method, parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.plan.decide import Asks

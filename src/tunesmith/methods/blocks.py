@@ -24,12 +24,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.methods.adapter import linears
 from tunesmith.methods.elementwise import ACTIVATIONS, OWN, Kernels
+from tunesmith.models.families import FAMILIES, runs_on_trees
 from tunesmith.packing.places import at_places, take_places
 from tunesmith.packing.products import use_products
-from tunesmith.packing.tree import TREE_ARCHITECTURES
-
-#: What Gemma adds to a norm's weight (its modelling code); the others add nothing.
-_NORM_OFFSETS = {"gemma": 1.0}
 
 
 class _Norm(torch.autograd.Function):
@@ -152,7 +149,7 @@ def _last_block(
 
 def fusible(config: Any) -> bool:
     """Whether a model of this config has blocks that `fuse_blocks` computes."""
-    return config.model_type in TREE_ARCHITECTURES and config.hidden_act in ACTIVATIONS
+    return runs_on_trees(config.model_type) and config.hidden_act in ACTIVATIONS
 
 
 def fuse_blocks(model: Any, kernels: Kernels = OWN) -> None:
@@ -166,7 +163,7 @@ def fuse_blocks(model: Any, kernels: Kernels = OWN) -> None:
     use_products(model)
     if not fusible(model.config):
         return
-    offset, activation = _NORM_OFFSETS.get(model.config.model_type, 0.0), model.config.hidden_act
+    offset, activation = FAMILIES[model.config.model_type].norm_offset, model.config.hidden_act
     for module in model.modules():
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):

@@ -14,9 +14,7 @@ from typing import Any
 from tunesmith.errors import ModelError, Problem
 from tunesmith.io.atomic import read_json
 from tunesmith.io.safe import stored_tensors
-from tunesmith.models.architecture import ARCHITECTURES, read_architecture
-
-_NOT_IN_TRANSFORMERS = ("chatglm",)  # its tensors have names of their own
+from tunesmith.models.families import family_of, read_architecture
 
 
 def check_shapes(folder: Path) -> None:
@@ -26,7 +24,8 @@ def check_shapes(folder: Path) -> None:
     """
     config = read_json(folder / "config.json")
     kind = (config.get("text_config") or config).get("model_type", config.get("model_type"))
-    if kind not in ARCHITECTURES or kind in _NOT_IN_TRANSFORMERS:
+    family = family_of(kind)
+    if family is None or not family.in_transformers:
         return
     architecture = read_architecture(config, str(folder / "config.json"))
     tensors = stored_tensors(folder)

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, Problem
+from tunesmith.models.families import FAMILIES, runs_on_trees
 from tunesmith.recipe import RopeScalingSection
-
-#: Architectures with one rotary embedding over the whole head for all layers.
-SCALABLE = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 
 
 def check_scalable(values: Mapping[str, Any], folder: Path) -> None:
     """Raise ModelError where scaling the positions of a model with this config.json has no clear meaning."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if values.get("model_type") not in SCALABLE:
+    if not runs_on_trees(values.get("model_type")):
         what = f"rope_scaling for the architecture {values.get('model_type')!r}"
     elif any(isinstance(value, Mapping) for value in rope.values()):
         what = "rope_scaling, but the model's layers differ in their positions"
@@ -27,8 +25,9 @@ def check_scalable(values: Mapping[str, Any], folder: Path) -> None:
         what = "rope_scaling, but config.json has no max_position_embeddings"
     else:
         return
+    scalable = [name for name, family in FAMILIES.items() if family.causal_rotary]
     why = "the exported model would not be what any published scaling describes"
-    fix = f"remove rope_scaling, or take an unscaled model of these: {', '.join(SCALABLE)}"
+    fix = f"remove rope_scaling, or take an unscaled model of these: {', '.join(scalable)}"
     raise ModelError(Problem("TS210", what, str(folder / "config.json"), why, fix))
 
 

@@ -25,9 +25,9 @@ from typing import Any, Protocol
 
 import torch
 
+from tunesmith.models.families import runs_on_trees
 from tunesmith.packing.attention import Layout
 from tunesmith.packing.tree import (
-    TREE_ARCHITECTURES,
     Limits,
     build_tree,
     computed_length,
@@ -162,7 +162,7 @@ class StepCollator:
 
 def reason_against_tree(config: Any, longest: int) -> str | None:
     """Why rows of up to `longest` tokens cannot be laid out as a tree for this model, or None if they can."""
-    if config.model_type not in TREE_ARCHITECTURES:
+    if not runs_on_trees(config.model_type):
         return f"exactness is not proven for the architecture {config.model_type!r}"
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and longest > window:

@@ -20,10 +20,6 @@ MIN_SHARED = 8
 FILL = 16
 
 
-#: Architectures whose attention a tree reproduces exactly: causal, rotary positions, no sinks, no soft-capping.
-#: tests/invariant/test_packing.py proves each.
-TREE_ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
-
 #: Rows that go through the model together.
 Unit = Sequence[Sequence[int]]
 

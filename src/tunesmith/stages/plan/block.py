@@ -11,42 +11,11 @@ stands in torch's derivatives.yaml; in the methods below T is tokens, e the byte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from tunesmith.models.architecture import Architecture, Linear
+from tunesmith.models.families import FAMILIES
 from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
 from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.tape import Buffer, Give, Kind, Tape, Value
-
-
-@dataclass(frozen=True)
-class Style:
-    """What a model type's code does differently, as far as memory sees it."""
-
-    norm: Literal["llama", "gemma", "layer"] = "llama"
-    qk_norm: bool = False
-    post_norms: bool = False  # norms also after attention and MLP
-    parallel: bool = False  # attention and MLP read the same norm
-    written_out_gelu: bool = False
-    scaled_embedding: bool = False
-    capped_logits: bool = False
-    own_rotary: bool = False  # each block makes cosines and sines of its own, of half a head
-    copied_result: bool = False  # queries put together again after a partial rotary embedding: attention's result is copied
-
-
-STYLES: dict[str, Style] = {
-    "qwen3": Style(qk_norm=True),
-    "qwen3_moe": Style(qk_norm=True),
-    "gemma": Style(norm="gemma", scaled_embedding=True),
-    "gemma2": Style(norm="gemma", post_norms=True, scaled_embedding=True, capped_logits=True),
-    "gemma3_text": Style(norm="gemma", post_norms=True, qk_norm=True, scaled_embedding=True),
-    "phi": Style(norm="layer", parallel=True, written_out_gelu=True, copied_result=True),
-    "phi3": Style(copied_result=True),
-    "glm": Style(own_rotary=True, copied_result=True),
-    "chatglm": Style(own_rotary=True, copied_result=True),
-    "glm4": Style(own_rotary=True, post_norms=True, copied_result=True),
-}
 
 
 class Modules:
@@ -57,7 +26,7 @@ class Modules:
 
     def __init__(self, tape: Tape, architecture: Architecture, scenario: Scenario) -> None:
         self.tape, self.a, self.s = tape, architecture, scenario
-        self.style = STYLES.get(architecture.model_type, Style())
+        self.style = FAMILIES[architecture.model_type].style
         self.full = scenario.method == "full"
         self.norms, self.head = scenario.trains("norm"), scenario.trains_head(architecture)
         self.t = scenario.tokens  # of what is computed; the labelled places from the last block's attention on

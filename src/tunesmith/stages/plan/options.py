@@ -12,7 +12,8 @@ from tunesmith.hardware.calibration import Bound, Correction, Entry, bytes_besid
 from tunesmith.hardware.catalogue import GIB, Device
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.architecture import Architecture
-from tunesmith.packing.tree import TREE_ARCHITECTURES, Limits
+from tunesmith.models.families import runs_on_trees
+from tunesmith.packing.tree import Limits
 from tunesmith.recipe import OBJECTIVES, Auto, Checkpointing, Method, Recipe
 from tunesmith.stages.plan.memory import Estimate, estimate, offloaded_bytes
 from tunesmith.stages.plan.rows import Batch, DataFacts
@@ -180,7 +181,7 @@ class Planner:
         self.a, self.recipe, self.facts, self.device, self.entries = architecture, recipe, facts, device, entries
         self.fixed = fixed
         own_attention = recipe.train.attn_implementation == "auto"
-        self.packing = recipe.train.packing and own_attention and architecture.model_type in TREE_ARCHITECTURES
+        self.packing = recipe.train.packing and own_attention and runs_on_trees(architecture.model_type)
         self._pairs = OBJECTIVES[recipe.objective].rows == "pair"  # compared with what the untrained model says of them
         self._batches: dict[tuple[int, Limits], list[list[Batch]]] = {}
 

@@ -20,8 +20,8 @@ from tunesmith.hardware.calibration import ROOFLINE, Entry, add_entries, today
 from tunesmith.hardware.catalogue import Device
 from tunesmith.hardware.freed import steady_memory
 from tunesmith.methods.optimizers import gradient_norm
-from tunesmith.models.architecture import read_architecture
 from tunesmith.models.catalogue import find_config
+from tunesmith.models.families import read_architecture
 from tunesmith.models.load import make_config, quiet
 from tunesmith.packing.batch import Batch, PaddedCollator, StepCollator, collate_tree, to_device
 from tunesmith.packing.loss import summed_loss

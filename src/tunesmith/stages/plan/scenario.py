@@ -7,8 +7,8 @@ from typing import Literal
 
 from tunesmith.hardware import DtypeName
 from tunesmith.models.architecture import Architecture
+from tunesmith.models.families import runs_on_trees
 from tunesmith.packing.chunks import few_places
-from tunesmith.packing.tree import TREE_ARCHITECTURES
 from tunesmith.recipe import Checkpointing, Method
 
 #: Bytes of one number.
@@ -65,7 +65,7 @@ class Scenario:
 
     def fused(self, a: Architecture) -> bool:
         """Whether blocks compute as methods/blocks.py has them."""
-        return not self.stock and a.model_type in TREE_ARCHITECTURES
+        return not self.stock and runs_on_trees(a.model_type)
 
     def ends_early(self, a: Architecture) -> bool:
         """Whether the last block ends at the labelled places (packing/places.py)."""

@@ -17,8 +17,9 @@ from tunesmith.hardware.catalogue import GIB, Device, read_gpus, this_device
 from tunesmith.io.atomic import commit_folder, read_json, sha256_json, write_json, write_text
 from tunesmith.io.cache import cache_folder
 from tunesmith.models import builtin
-from tunesmith.models.architecture import Architecture, read_architecture
+from tunesmith.models.architecture import Architecture
 from tunesmith.models.catalogue import find_config
+from tunesmith.models.families import read_architecture
 from tunesmith.recipe import Method, Origin, Recipe, ResolvedRecipe, dump_recipe
 from tunesmith.runs import Run, installed_versions
 from tunesmith.stages.plan.decide import (
