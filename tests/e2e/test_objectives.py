@@ -206,7 +206,7 @@ def test_plans_are_refused(made: Callable[..., Run]) -> None:
 def test_rows_of_another_objective_are_refused(made: Callable[..., Run]) -> None:
     for objective, rows in (("kto", PAIRS), ("orpo", JUDGED), ("grpo", PAIRS), ("kto", [chat_row("a?", "b")])):
         with pytest.raises(TunesmithError, match="TS113"):
-            made(objective, rows)
+            made(objective, rows, "grpo: {reward_funcs: [valid-json]}" if objective == "grpo" else "")
 
 
 def test_the_ledger_of_judged_rows_and_prompts(made: Callable[..., Run]) -> None:

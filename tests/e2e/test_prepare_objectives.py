@@ -15,7 +15,7 @@ from tests.conftest import chat_row
 from tests.e2e.test_prepare import WORDS, balanced, question, read_arrow, rows_of
 from tunesmith.errors import RecipeError
 from tunesmith.quality.review import row_digest
-from tunesmith.recipe import ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
+from tunesmith.recipe import OBJECTIVES, ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.review import Review
@@ -27,6 +27,8 @@ SECRET = "AKIA" + "IOSFODNN7EXAMPLE"  # a key of a known form, from its maker's 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Path) -> Callable[..., ResolvedRecipe]:
     def make(objective: str, data: str, more: str = "") -> ResolvedRecipe:
+        if OBJECTIVES[objective].sampled:
+            more += f"\n{objective}: {{reward_funcs: [valid-json]}}"
         text = f"model: {tiny_model}\nobjective: {objective}\ndata: {{{data}}}\n{more}\n"
         return parse_recipe(text, "recipe.yaml", tmp_path)
 
