@@ -82,7 +82,7 @@ def test_three_methods_and_their_comparison(task: Path, monkeypatch: pytest.Monk
     page = (folder / "out" / "compare" / "report.html").read_text(encoding="utf-8")
     assert "What the plan promised" in page
     assert page.count("<svg") == 4
-    assert not re.search(r"""(src|href)\\s*=\\s*["']?(https?:)?//|<script""", page)
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|<script""", page)
     for line in done.stdout.splitlines():
         assert len(line) <= 80 or line.startswith("report:")
 
