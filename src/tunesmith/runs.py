@@ -33,7 +33,7 @@ from tunesmith.io.atomic import (
     write_json,
     write_text,
 )
-from tunesmith.recipe import STAGE_SECTIONS, Recipe, ResolvedRecipe, dump_recipe, parse_dumped_recipe
+from tunesmith.recipe import Recipe, ResolvedRecipe, decided, dump_recipe, parse_dumped_recipe
 
 EVAL_SUITE = "task"
 
@@ -216,7 +216,7 @@ def default_name(recipe: Recipe) -> str:
 
 def _knows(stage: str) -> bool:
     """Whether a stage's part of the recipe is told by `Recipe.stage_digest`."""
-    return stage.partition("/")[0] in STAGE_SECTIONS
+    return any(stage.partition("/")[0] in stages for stages in decided().values())
 
 
 def create_run(resolved: ResolvedRecipe, path: Path) -> Run:

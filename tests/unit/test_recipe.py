@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from tunesmith.errors import RecipeError
-from tunesmith.recipe import dump_recipe, load_recipe, parse_dumped_recipe, parse_recipe
+from tunesmith.recipe import Recipe, decided, dump_recipe, load_recipe, parse_dumped_recipe, parse_recipe
 
 GOOD = "model: smollm2-135m-instruct\ndata:\n  train: rows.jsonl\n"
 
@@ -89,6 +89,28 @@ def test_override_must_be_key_value() -> None:
 def test_missing_file_is_readable() -> None:
     with pytest.raises(RecipeError, match="cannot read the recipe"):
         load_recipe(Path("/nowhere/recipe.yaml"))
+
+
+def test_every_key_says_which_stages_it_decides() -> None:
+    known = {"prepare", "plan", "train", "export", "evaluate", "augment"}
+    assert all(stages and set(stages) <= known for stages in decided().values())
+    assert set(decided()) == set(Recipe.model_fields)
+
+
+#: By objective, the digests of prepare, plan, train and export, from before stages were declared at the keys.
+DIGESTS = {
+    "sft": ("638dce32", "12f89b9b", "ead6208e", "84bc6caa"),
+    "dpo": ("9e19694a", "5fc231ae", "3f14a85c", "84bc6caa"),
+    "kto": ("7adb6225", "f6676588", "057ea145", "84bc6caa"),
+}
+
+
+@pytest.mark.parametrize("objective", DIGESTS)
+def test_a_run_of_an_earlier_version_is_not_done_again(objective: str) -> None:
+    own = "kto: {beta: 0.2}\n" if objective == "kto" else ""
+    recipe = parse_recipe(f"{GOOD}objective: {objective}\n{own}", "r", Path("/base")).recipe
+    found = (recipe.stage_digest(stage)[:8] for stage in ("prepare", "plan", "train", "export"))
+    assert tuple(found) == DIGESTS[objective]
 
 
 def test_section_digest_moves_with_its_section_alone() -> None:

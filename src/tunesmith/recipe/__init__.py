@@ -18,7 +18,6 @@ from tunesmith.recipe.data import (
 )
 from tunesmith.recipe.load import dump_recipe, load_recipe, parse_dumped_recipe, parse_recipe
 from tunesmith.recipe.model import (
-    STAGE_SECTIONS,
     Checkpointing,
     EvaluateSection,
     Method,
@@ -27,6 +26,7 @@ from tunesmith.recipe.model import (
     ResolvedRecipe,
     RopeScalingSection,
     TrainSection,
+    decided,
 )
 from tunesmith.recipe.objectives import (
     NAMED_REWARDS,
@@ -52,7 +52,6 @@ __all__ = [
     "OF_TEXTS",
     "QUALITY",
     "SCREENING",
-    "STAGE_SECTIONS",
     "Action",
     "AugmentSection",
     "Auto",
@@ -86,6 +85,7 @@ __all__ = [
     "SourceSection",
     "TrainSection",
     "absolute_reward",
+    "decided",
     "dump_recipe",
     "export_problems",
     "group_of",

@@ -6,6 +6,8 @@ why, into its own folder.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, create_model
@@ -154,32 +156,39 @@ class RopeScalingSection(Section):
     """The window grows by this factor: max_position_embeddings of the exported model."""
 
 
+class Decides:
+    """The stages whose output a top-level key decides: they do their work again once it has changed."""
+
+    def __init__(self, *stages: str) -> None:
+        self.stages = stages
+
+
 class _Common(Section):
     """One run: a model, a method, data, and how to train, export and evaluate."""
 
-    model: str
+    model: Annotated[str, Decides("plan", "train")]
     """`smollm2-135m-instruct` (built in), a local folder, or a hub id."""
-    revision: str | None = None
+    revision: Annotated[str | None, Decides("plan", "train")] = None
     """A hub revision; a commit makes the run repeatable."""
-    method: Method | Auto = "lora"
+    method: Annotated[Method | Auto, Decides("plan", "train")] = "lora"
     """full, lora or qlora; `auto` takes what `plan` recommends for the data and the machine."""
     objective: str = "sft"
     """One of OBJECTIVES."""
-    rope_scaling: RopeScalingSection | None = None
+    rope_scaling: Annotated[RopeScalingSection | None, Decides("prepare", "train")] = None
     """`{rope_type: linear, factor: 4}`: train and export with a longer window (`linear` or `yarn`, factor above 1)."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32), Decides("prepare", "train")] = 42
     """Seeds every draw: the held-out rows, the row order, the adapter's start, dropout."""
-    data: DataSection
+    data: Annotated[DataSection, Decides("prepare")]
     """What is trained on."""
-    lora: LoraSection = LoraSection()
+    lora: Annotated[LoraSection, Decides("plan", "train")] = LoraSection()
     """The adapter."""
-    train: TrainSection = TrainSection()
+    train: Annotated[TrainSection, Decides("plan", "train")] = TrainSection()
     """The training loop."""
-    export: ExportSection = ExportSection()
+    export: Annotated[ExportSection, Decides("export")] = ExportSection()
     """The exported model."""
-    evaluate: EvaluateSection = EvaluateSection()
+    evaluate: Annotated[EvaluateSection, Decides("evaluate")] = EvaluateSection()
     """The score."""
-    augment: AugmentSection = AugmentSection()
+    augment: Annotated[AugmentSection, Decides("augment")] = AugmentSection()
     """More rows."""
 
     def own(self, section: type[S]) -> S:
@@ -195,7 +204,7 @@ class _Common(Section):
         return sha256_json({name: dumped[name] for name in names})
 
     def stage_digest(self, stage: str) -> str:
-        """sha256 over the part of the recipe that decides what a stage writes, for `prepare`, `plan`, `train` and `export`."""
+        """sha256 over the part of the recipe that decides what a stage writes."""
         stage = stage.partition("/")[0]
         dumped = self.model_dump(mode="json")
         if stage == "prepare":
@@ -203,10 +212,9 @@ class _Common(Section):
         return sha256_json({name: dumped[name] for name in self.stage_sections(stage)})
 
     def stage_sections(self, stage: str) -> tuple[str, ...]:
-        """Top-level keys that decide what a stage writes."""
-        objective = OBJECTIVES[self.objective]
-        own = stage == "train" and not objective.on_engine and objective.section is not None
-        return STAGE_SECTIONS[stage] + ((self.objective,) if own else ())
+        """Top-level keys that decide what a stage writes, without the sections of other objectives than its own."""
+        others = {row.name for row in OBJECTIVES.values() if not row.on_engine and row.name != self.objective}
+        return tuple(name for name, stages in decided().items() if stage in stages and name not in others)
 
 
 def _objective_fields() -> dict[str, Any]:
@@ -214,11 +222,12 @@ def _objective_fields() -> dict[str, Any]:
     told = "; ".join(f"`{row.name}` {row.what}" for row in OBJECTIVES.values())
     needs = ", ".join(f"`{row.name}`" for row in OBJECTIVES.values() if row.extra == "trl")
     described = f"What is learned: {told}. {needs} run in TRL and want `tunesmith[trl]`: see docs/preference.md."
-    names = Literal[tuple(OBJECTIVES)]  # type: ignore[valid-type] # the table's
-    fields: dict[str, Any] = {"objective": (names, Field(default="sft", description=described))}
+    typed = Annotated[Literal[tuple(OBJECTIVES)], Decides("prepare", "plan", "train")]  # type: ignore[valid-type] # the table's
+    fields: dict[str, Any] = {"objective": (typed, Field(default="sft", description=described))}
     for row in OBJECTIVES.values():
         if row.section is not None:
-            fields[row.name] = (row.section, Field(default=row.section(), description=f"With `objective: {row.name}`."))
+            default = Field(default=row.section(), description=f"With `objective: {row.name}`.")
+            fields[row.name] = (Annotated[row.section, Decides("train")], default)
     return fields
 
 
@@ -228,13 +237,13 @@ else:
     Recipe = create_model("Recipe", __base__=_Common, __doc__=_Common.__doc__, __module__=__name__, **_objective_fields())
 
 
-#: Top-level keys of the recipe that decide what a stage writes.
-STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
-    "prepare": ("data", "seed", "objective", "rope_scaling"),
-    "plan": ("model", "revision", "method", "lora", "train", "objective"),
-    "train": ("model", "revision", "method", "seed", "lora", "train", "objective", "dpo", "rope_scaling"),
-    "export": ("export",),
-}
+@functools.cache
+def decided() -> Mapping[str, tuple[str, ...]]:
+    """For each top-level key of the recipe the stages whose output it decides."""
+    return {
+        name: next((each.stages for each in field.metadata if isinstance(each, Decides)), ())
+        for name, field in Recipe.model_fields.items()
+    }
 
 
 class ResolvedRecipe(Section):

@@ -51,7 +51,7 @@ def evaluate(run: Run, model: Path | None = None, console: Console | None = None
     digest = model_digest(model)
     schema_path = recipe.evaluate.json_schema
     inputs = {
-        "recipe": recipe.section_digest("evaluate"),
+        "recipe": recipe.stage_digest("evaluate"),
         "data": run.outputs_digest("prepare"),
         "model": digest,
         "schema": _schema_digest(schema_path),
