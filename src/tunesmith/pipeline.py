@@ -81,9 +81,9 @@ def run(resolved: ResolvedRecipe, path: Path, console: Console) -> Run:
 
 def _check(recipe: Recipe) -> None:
     """What shows before a run that would end it hours later."""
-    from tunesmith.hardware.catalogue import read_gpus, this_device
+    from tunesmith.hardware.catalogue import surely_no_gpu
 
-    if problems := hardware_problems(recipe.train, cpu=this_device(read_gpus()).kind == "cpu"):
+    if problems := hardware_problems(recipe.train, cpu=surely_no_gpu()):
         raise RecipeError(problems)
     if problems := export_problems(recipe):
         raise ExportError(problems)

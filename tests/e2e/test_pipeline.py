@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import chat_row
 from tunesmith.cli import main
+from tunesmith.hardware import detect
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -197,6 +198,28 @@ def test_bad_recipe_ends_in_one_readable_error(
     recipe = write(tmp_path / "r.yaml", text.replace("{tiny}", str(tiny_model)))
     check_readable(inside("prepare", recipe, "--run", "out", cwd=tmp_path), code, where)
     assert not (tmp_path / "out" / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "told"),
+    [
+        (["train.use_liger_kernel=true"], "TS007", "use_liger_kernel without a GPU"),
+        (["objective=reward", "method=qlora"], "TS402", "not merged"),
+        (["objective=grpo", "grpo.reward_funcs=[valid-json]", "train.effective_batch_size=12"], "TS006", "groups of 8"),
+        (["train.early_stopping_patience=2"], "TS006", "without eval_steps"),
+    ],
+)
+@pytest.mark.parametrize("methods", [(), ("--methods", "qlora,lora")])
+def test_what_would_end_a_run_hours_later_is_told_before_it_begins(
+    tmp_path: Path, tiny_model: Path, inside: Inside, settings: list[str], code: str, told: str, methods: tuple[str, ...]
+) -> None:
+    if detect().device != "cpu":
+        pytest.skip("this machine has a GPU")
+    write(tmp_path / "d.jsonl", GOOD)
+    recipe = write(tmp_path / "r.yaml", f"model: {tiny_model}\ndata: {{train: d.jsonl}}\n")
+    given = [part for setting in settings for part in ("--set", setting)]
+    check_readable(inside("run", recipe, "--run", "out", *given, *methods, cwd=tmp_path), code, told)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path, tiny_model: Path, inside: Inside) -> None:

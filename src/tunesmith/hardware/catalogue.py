@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Mapping
@@ -152,6 +153,12 @@ def this_device(gpus: Mapping[str, Device]) -> Device:
         return this_cpu()
     name, megabytes = lines[0][0].strip(), lines[0][1].strip()
     return replace(named_by_driver(name, int(megabytes) * 2**20 if megabytes.isdigit() else 0, gpus), count=len(lines))
+
+
+def surely_no_gpu() -> bool:
+    """Whether this machine has no GPU, told without torch: neither a driver's program nor a device of NVIDIA, AMD or WSL."""
+    nodes = (*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd"), *Path("/dev").glob("dxg"))
+    return shutil.which("nvidia-smi") is None and not nodes
 
 
 def named_by_driver(name: str, memory: int, gpus: Mapping[str, Device]) -> Device:
