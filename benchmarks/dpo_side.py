@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import set_seed
 from turns import in_order
 
-from tunesmith.hardware.freed import steady_memory
+from tunesmith.hardware.allocators import steady_memory
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.methods import make_method
 from tunesmith.models.load import load_model, load_tokenizer, locate

@@ -18,7 +18,7 @@ import numpy as np
 from common import claim, parser, report
 
 from tunesmith.hardware import detect
-from tunesmith.hardware.freed import steady_memory
+from tunesmith.hardware.allocators import steady_memory
 from tunesmith.methods import make_method
 from tunesmith.models import builtin
 from tunesmith.models.builtin import NAME

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from common import claim, in_turn, parser, report
 
 from tunesmith import native
-from tunesmith.hardware.freed import steady_memory
+from tunesmith.hardware.allocators import steady_memory
 from tunesmith.methods.elementwise import EAGER, OWN
 from tunesmith.native import cross_entropy, products, tree_attention
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward

@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, set_seed
 from turns import Turns, in_order
 
 from tunesmith.hardware import detect
-from tunesmith.hardware.freed import steady_memory
+from tunesmith.hardware.allocators import steady_memory
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.methods import make_method
 from tunesmith.methods.settings import settle

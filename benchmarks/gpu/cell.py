@@ -45,8 +45,8 @@ from tunesmith.stages.plan.scenario import Scenario
 from tunesmith.stages.plan.stage import Plan, calibration_file, plan_for
 from tunesmith.stages.plan.trace import trace
 from tunesmith.stages.plan.traced import trace_peak
-from tunesmith.stages.train.compiling import fuse_asked
 from tunesmith.stages.train.engine import Engine
+from tunesmith.stages.train.kernels import fuse_asked
 from tunesmith.stages.train.losses import TokenLoss
 from tunesmith.stages.train.recorder import Recorder
 

@@ -26,7 +26,7 @@ from typing import IO, Any
 from cases import CASES, Case
 from common import claim, parser, report, write_result
 
-from tunesmith.hardware.freed import grow_segments
+from tunesmith.hardware.allocators import grow_segments
 
 HERE = Path(__file__).resolve().parent
 #: The cases with which a method is calibrated: where the host has the longer part of a step, and where the GPU has.

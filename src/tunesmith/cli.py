@@ -25,7 +25,7 @@ from rich.text import Text
 from tunesmith import __version__
 from tunesmith.demodata import MAX_ROWS, TEST_ROWS
 from tunesmith.errors import ERRORS_TO, EndedError, Problem, TunesmithError, error_as_json
-from tunesmith.hardware.freed import grow_segments, keep_few_products
+from tunesmith.hardware.allocators import grow_segments, keep_few_products
 from tunesmith.io.terminal import make_console, plain
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from tunesmith.errors import RecipeError, RunError, TrainError
 from tunesmith.recipe import ResolvedRecipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
-from tunesmith.stages.train import compiling, train
+from tunesmith.stages.train import train
 
 METHODS = ("full", "lora", "qlora")
 QUIET = Console(quiet=True)
@@ -174,7 +174,7 @@ def test_compiling_is_asked_for_and_tells_where_it_cannot(
         asked.append(1)
         raise RuntimeError("torch.compile does not work here: no compiler")
 
-    monkeypatch.setattr(compiling, "compiled", no_compiler)
+    monkeypatch.setattr(kernels, "compiled", no_compiler)
     common = {"method": "lora", "train__max_steps": 2, "train__compute_dtype": "float32"}
     plain = trained(make_recipe, tmp_path / "plain", **common)
     assert asked == []

@@ -13,7 +13,7 @@ from tests.invariant.test_training import MakeRecipe, metrics, trained, weights
 from tunesmith.errors import RecipeError
 from tunesmith.io.atomic import read_json
 from tunesmith.runs import Run, read_jsonl
-from tunesmith.stages.train.watch import HeldoutWatch
+from tunesmith.stages.train.evaluation import HeldoutWatch
 
 
 def summary(run: Run) -> Any:

@@ -96,7 +96,7 @@ def test_other_layers_stay() -> None:
 
 _GROWTH = """
 import psutil, torch
-from tunesmith.hardware.freed import give_back_freed_memory, keep_few_products
+from tunesmith.hardware.allocators import give_back_freed_memory, keep_few_products
 from tunesmith.packing.products import linear
 if {told}: keep_few_products()
 weights = [torch.ones(out, 96) for out in range(64, 96, 4)]

@@ -47,8 +47,8 @@ from tunesmith.stages.evaluate.score import (
 )
 from tunesmith.stages.evaluate.stage import heldout_loss
 from tunesmith.stages.prepare import prepare
+from tunesmith.stages.train.evaluation import mean_loss
 from tunesmith.stages.train.losses import TokenLoss
-from tunesmith.stages.train.watch import mean_loss
 
 Row = dict[str, Any]
 QUIET = Console(quiet=True)

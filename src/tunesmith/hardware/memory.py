@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tunesmith.hardware.freed import give_back_freed_memory
+from tunesmith.hardware.allocators import give_back_freed_memory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tunesmith.hardware.allocators import steady_memory
 from tunesmith.hardware.calibration import ROOFLINE, Entry, add_entries, today
 from tunesmith.hardware.catalogue import Device
-from tunesmith.hardware.freed import steady_memory
 from tunesmith.methods.optimizers import gradient_norm
 from tunesmith.models.catalogue import find_config
 from tunesmith.models.families import read_architecture

@@ -18,7 +18,7 @@ from typing import Any, cast
 import pyarrow as pa
 
 from tunesmith.errors import DataError, Problem
-from tunesmith.hardware.freed import give_back_freed_memory
+from tunesmith.hardware.allocators import give_back_freed_memory
 from tunesmith.io.rows import Row
 from tunesmith.stages.prepare.work import Chunk, Settings, Worker
 

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from tunesmith.errors import Problem, TrainError
-from tunesmith.hardware.freed import give_back_freed_memory
+from tunesmith.hardware.allocators import give_back_freed_memory
 from tunesmith.methods.settings import Settings
 from tunesmith.methods.sizes import NF4_BYTES, master_bytes, state_bytes
 from tunesmith.packing.batch import Batch, Rows

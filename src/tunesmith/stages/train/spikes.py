@@ -8,11 +8,11 @@ from typing import Any
 
 from tunesmith.errors import Problem, TrainError
 from tunesmith.methods.settings import Settings
-from tunesmith.stages.train.earlier import Earlier
 from tunesmith.stages.train.engine import Engine
+from tunesmith.stages.train.evaluation import mean_loss
 from tunesmith.stages.train.metrics import StepMetrics
+from tunesmith.stages.train.resume import Earlier
 from tunesmith.stages.train.summary import first_of
-from tunesmith.stages.train.watch import mean_loss
 
 WINDOW = 32  # steps that a loss is compared with
 _LEAST = 12  # of them, before anything is called a spike

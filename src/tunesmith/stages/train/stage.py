@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from tunesmith.errors import DataError, Problem
 from tunesmith.hardware import detect
-from tunesmith.hardware.freed import steady_memory
+from tunesmith.hardware.allocators import steady_memory
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import read_json, write_json
 from tunesmith.io.terminal import make_console
@@ -22,14 +22,14 @@ from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.quality.review import require_signoff
 from tunesmith.recipe import OBJECTIVES, Objective, RowKind
 from tunesmith.runs import Run
-from tunesmith.stages.train.compiling import compile_blocks
-from tunesmith.stages.train.earlier import Earlier, made_of
+from tunesmith.stages.train.kernels import compile_blocks
 from tunesmith.stages.train.loops import Work, loop_of
 from tunesmith.stages.train.loops.rewards import reward_digests
 from tunesmith.stages.train.out_of_memory import is_out_of_memory, out_of_memory
 from tunesmith.stages.train.progress import TrainProgress
 from tunesmith.stages.train.ranks import Ranks, folder_of, join
 from tunesmith.stages.train.recorder import Recorder
+from tunesmith.stages.train.resume import Earlier, made_of
 from tunesmith.stages.train.summary import figures_of, tell_settings, total_parameters
 
 

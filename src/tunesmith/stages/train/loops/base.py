@@ -14,9 +14,9 @@ from tunesmith.hardware import Hardware
 from tunesmith.methods import Method
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.runs import Run
-from tunesmith.stages.train.earlier import Earlier
 from tunesmith.stages.train.ranks import Ranks
 from tunesmith.stages.train.recorder import Recorder
+from tunesmith.stages.train.resume import Earlier
 
 #: What a folder of trained weights is committed as.
 CHECKPOINT = "checkpoint"

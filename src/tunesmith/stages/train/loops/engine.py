@@ -13,15 +13,15 @@ from tunesmith.errors import Problem, RecipeError
 from tunesmith.runs import Run
 from tunesmith.stages.train.batches import step_batches
 from tunesmith.stages.train.checkpoints import Checkpoints
-from tunesmith.stages.train.earlier import Saver
 from tunesmith.stages.train.engine import Engine
+from tunesmith.stages.train.evaluation import NOTHING_SEEN, HeldoutWatch, mean_loss
 from tunesmith.stages.train.finite import NotFiniteError, incident
 from tunesmith.stages.train.loops.base import Loop, Work
 from tunesmith.stages.train.losses import StepBatches, loss_of
 from tunesmith.stages.train.recorder import Recorder
+from tunesmith.stages.train.resume import Saver
 from tunesmith.stages.train.signals import StopSignals
 from tunesmith.stages.train.spikes import SpikeWatch
-from tunesmith.stages.train.watch import NOTHING_SEEN, HeldoutWatch, mean_loss
 
 
 class EngineLoop(Loop):

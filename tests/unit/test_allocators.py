@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tunesmith.hardware.freed import grow_segments
+from tunesmith.hardware.allocators import grow_segments
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
