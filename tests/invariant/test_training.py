@@ -17,7 +17,7 @@ from tunesmith.errors import RecipeError, RunError, TrainError
 from tunesmith.recipe import ResolvedRecipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
-from tunesmith.stages.train import train
+from tunesmith.stages.train import kernels, train
 
 METHODS = ("full", "lora", "qlora")
 QUIET = Console(quiet=True)
