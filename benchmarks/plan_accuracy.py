@@ -35,13 +35,13 @@ from tunesmith.models.load import make_config
 from tunesmith.packing.batch import Batch, collate_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.pipeline import with_method
+from tunesmith.planner.bytes.step import estimate
+from tunesmith.planner.calibrate import calibrate
+from tunesmith.planner.datafacts import prepared_facts
+from tunesmith.planner.plan import plan_for
+from tunesmith.planner.scenario import Scenario
+from tunesmith.planner.tracing.trace import trace
 from tunesmith.recipe import Method, load_recipe
-from tunesmith.stages.plan.memory import estimate
-from tunesmith.stages.plan.probe import calibrate
-from tunesmith.stages.plan.rows import prepared_facts
-from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.stage import plan_for
-from tunesmith.stages.plan.trace import trace
 
 MODELS = ("Qwen/Qwen2-7B", "meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.3", "google/gemma-7b", "Qwen/Qwen3-8B")
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")

@@ -29,9 +29,9 @@ from tunesmith.models import builtin
 from tunesmith.models.builtin import NAME
 from tunesmith.models.load import load_tokenizer
 from tunesmith.pipeline import with_method
+from tunesmith.planner.datafacts import prepared_facts
+from tunesmith.planner.plan import METHODS, plan_for
 from tunesmith.recipe import Method, load_recipe
-from tunesmith.stages.plan.rows import prepared_facts
-from tunesmith.stages.plan.stage import METHODS, plan_for
 
 #: Random models, by what their name says.
 SHAPES: Mapping[str, dict[str, int]] = {

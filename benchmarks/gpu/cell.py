@@ -35,16 +35,17 @@ from tunesmith.models.load import make_config, quiet
 from tunesmith.packing.batch import StepCollator, collate_tree
 from tunesmith.packing.loss import causal_of, use_tree_attention
 from tunesmith.packing.tree import Limits
+from tunesmith.planner.bytes.step import estimate
+from tunesmith.planner.calibrate import calibrate
+from tunesmith.planner.datafacts import DataFacts, Row
+from tunesmith.planner.options import OVERHEAD, corrected, roofline_step
+from tunesmith.planner.plan import calibration_file, plan_for
+from tunesmith.planner.result import Plan
+from tunesmith.planner.scenario import Scenario
+from tunesmith.planner.tracing.building import build_model, make_optimizer
+from tunesmith.planner.tracing.trace import trace
+from tunesmith.planner.tracing.traced import trace_peak
 from tunesmith.recipe import Recipe
-from tunesmith.stages.plan.building import build_model, make_optimizer
-from tunesmith.stages.plan.memory import estimate
-from tunesmith.stages.plan.options import OVERHEAD, corrected, roofline_step
-from tunesmith.stages.plan.probe import calibrate
-from tunesmith.stages.plan.rows import DataFacts, Row
-from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.stage import Plan, calibration_file, plan_for
-from tunesmith.stages.plan.trace import trace
-from tunesmith.stages.plan.traced import trace_peak
 from tunesmith.stages.train.engine import Engine
 from tunesmith.stages.train.kernels import fuse_asked
 from tunesmith.stages.train.losses import TokenLoss

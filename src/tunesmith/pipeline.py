@@ -53,8 +53,8 @@ def settle_method(resolved: ResolvedRecipe, console: Console) -> ResolvedRecipe:
     if resolved.recipe.method != "auto":
         return resolved
     from tunesmith.hardware.catalogue import read_gpus, this_device
-    from tunesmith.stages.plan.rows import read_facts
-    from tunesmith.stages.plan.stage import encoder_for, fixed_keys, plan_for, with_settings
+    from tunesmith.planner.datafacts import read_facts
+    from tunesmith.planner.plan import encoder_for, fixed_keys, plan_for, with_settings
 
     recipe, gpus = resolved.recipe, read_gpus()
     facts = read_facts(recipe.data, encoder_for(recipe.model), recipe.objective)
@@ -112,9 +112,9 @@ def _measure_machine(this: Run, methods: Sequence[str], console: Console) -> Non
     """Run a few steps of each method of which this machine has none on record, so that no run's time is promised by guess."""
     from tunesmith.hardware.calibration import Bound, read_entries, time_correction
     from tunesmith.hardware.catalogue import read_gpus, this_device
-    from tunesmith.stages.plan.probe import calibrate
-    from tunesmith.stages.plan.rows import prepared_facts, refuse_unplanned
-    from tunesmith.stages.plan.stage import METHODS, calibration_file
+    from tunesmith.planner.calibrate import calibrate
+    from tunesmith.planner.datafacts import prepared_facts, refuse_unplanned
+    from tunesmith.planner.plan import METHODS, calibration_file
 
     recipe, device, entries = this.recipe, this_device(read_gpus()), read_entries(calibration_file())
     dtype = device.compute_dtype if recipe.train.compute_dtype == "auto" else recipe.train.compute_dtype

@@ -15,11 +15,13 @@ from tunesmith.errors import PlanError, Problem
 from tunesmith.hardware.catalogue import Device, find_device, read_gpus, this_device
 from tunesmith.io.atomic import check_replaceable
 from tunesmith.io.terminal import make_console
+from tunesmith.planner import text
+from tunesmith.planner.datafacts import DataFacts, assumed, read_facts
+from tunesmith.planner.decide import Asks
+from tunesmith.planner.plan import encoder_for, fixed_keys, plan_for
+from tunesmith.planner.result import Plan
 from tunesmith.recipe import Method, ResolvedRecipe, load_recipe, parse_recipe
-from tunesmith.stages.plan import text
-from tunesmith.stages.plan.decide import Asks
-from tunesmith.stages.plan.rows import DataFacts, assumed, read_facts
-from tunesmith.stages.plan.stage import PLAN, Plan, encoder_for, fixed_keys, plan_for, write_plan
+from tunesmith.stages.plan.stage import PLAN, write_plan
 
 _WHY = "the plan would answer another question"
 
@@ -150,14 +152,14 @@ def _calibrate(
     if here.name != device.name:
         what = f"--calibrate measures this machine ({here.name}), the plan is for {device.name}"
         raise PlanError(Problem("TS703", what, "--calibrate", _WHY, "leave --gpu out, or run it there"))
-    from tunesmith.stages.plan.probe import calibrate
+    from tunesmith.planner.calibrate import calibrate
 
     calibrate(resolved.recipe, facts, device, asked.methods, errors)
 
 
 def _trace(plan: Plan, asked: Request, console: Console) -> None:
     """The recommended step on fake tensors of the real modules, beside the closed form."""
-    from tunesmith.stages.plan.traced import trace_option
+    from tunesmith.planner.tracing.traced import trace_option
 
     method = plan.recommended or asked.methods[-1]
     for line in trace_option(plan, plan.options[method]):

@@ -21,8 +21,8 @@ from tunesmith.packing import flex
 from tunesmith.packing.attention import Layout, masked_attention, tree_attention
 from tunesmith.packing.batch import collate_tree, to_device
 from tunesmith.packing.tree import build_tree
-from tunesmith.stages.plan.building import build_model
-from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.planner.scenario import Scenario
+from tunesmith.planner.tracing.building import build_model
 
 Rows = list[dict[str, Any]]
 

@@ -17,11 +17,11 @@ from tunesmith.errors import StoppedError
 from tunesmith.methods import METHODS
 from tunesmith.models.load import make_config
 from tunesmith.packing.batch import Batch, to_device
+from tunesmith.planner.scenario import Scenario
+from tunesmith.planner.tracing.building import build_model
+from tunesmith.planner.tracing.trace import make_batch, trace, trace_step
 from tunesmith.recipe import Checkpointing, Method, parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
-from tunesmith.stages.plan.building import build_model
-from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.trace import make_batch, trace, trace_step
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train
 

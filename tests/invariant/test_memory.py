@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from tunesmith.models.families import read_architecture
-from tunesmith.stages.plan.memory import Estimate, estimate, sharded_bytes
-from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.trace import trace
+from tunesmith.planner.bytes.step import Estimate, estimate, sharded_bytes
+from tunesmith.planner.scenario import Scenario
+from tunesmith.planner.tracing.trace import trace
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 6000,

@@ -13,12 +13,12 @@ from transformers import LlamaConfig
 from tests.invariant.test_packing import CONFIGS
 from tunesmith import native
 from tunesmith.models.families import read_architecture
-from tunesmith.stages.plan.memory import estimate, sharded_bytes
-from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.sharded import trace_sharded
-from tunesmith.stages.plan.speed import micro_batch_work
-from tunesmith.stages.plan.trace import StorageMeter, measure, trace
-from tunesmith.stages.plan.traced import multiplied
+from tunesmith.planner.bytes.step import estimate, sharded_bytes
+from tunesmith.planner.scenario import Scenario
+from tunesmith.planner.speed import micro_batch_work
+from tunesmith.planner.tracing.sharded import trace_sharded
+from tunesmith.planner.tracing.trace import StorageMeter, measure, trace
+from tunesmith.planner.tracing.traced import multiplied
 
 
 @pytest.fixture

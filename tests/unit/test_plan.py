@@ -21,18 +21,19 @@ from tunesmith.models.architecture import Architecture
 from tunesmith.models.catalogue import known_models
 from tunesmith.models.families import read_architecture
 from tunesmith.packing.tree import Limits
+from tunesmith.planner.bytes.step import estimate, offloaded_bytes
+from tunesmith.planner.chart import frontier
+from tunesmith.planner.datafacts import assumed, read_facts
+from tunesmith.planner.decide import Asks, smallest_cluster
+from tunesmith.planner.options import OVERHEAD, Planner, corrected, roofline_step
+from tunesmith.planner.plan import plan_for, with_settings
+from tunesmith.planner.result import Plan
+from tunesmith.planner.scenario import Scenario
+from tunesmith.planner.speed import EFFICIENCY, FLEX_SHARE, Times, micro_batch_work, times
+from tunesmith.planner.text import WIDTH, bars, cells, confidence, heading, settings_line, verdict
+from tunesmith.planner.tracing.building import make_optimizer
 from tunesmith.planning import Request, facts_of, read_asks, recipe_of
 from tunesmith.recipe import Method, ResolvedRecipe, parse_recipe
-from tunesmith.stages.plan.building import make_optimizer
-from tunesmith.stages.plan.chart import frontier
-from tunesmith.stages.plan.decide import Asks, smallest_cluster
-from tunesmith.stages.plan.memory import estimate, offloaded_bytes
-from tunesmith.stages.plan.options import OVERHEAD, Planner, corrected, roofline_step
-from tunesmith.stages.plan.rows import assumed, read_facts
-from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.speed import EFFICIENCY, FLEX_SHARE, Times, micro_batch_work, times
-from tunesmith.stages.plan.stage import Plan, plan_for, with_settings
-from tunesmith.stages.plan.text import WIDTH, bars, cells, confidence, heading, settings_line, verdict
 
 GPUS = read_gpus()
 

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from tunesmith.hardware.catalogue import GIB, find_device, read_gpus
+from tunesmith.planner.datafacts import assumed
+from tunesmith.planner.decide import Asks
+from tunesmith.planner.plan import plan_for
+from tunesmith.planner.result import Plan
+from tunesmith.planner.text import cells, heading, verdict
 from tunesmith.recipe import parse_recipe
-from tunesmith.stages.plan.decide import Asks
-from tunesmith.stages.plan.rows import assumed
-from tunesmith.stages.plan.stage import Plan, plan_for
-from tunesmith.stages.plan.text import cells, heading, verdict
 
 GPUS = read_gpus()
 METHODS = ("full", "lora", "qlora")

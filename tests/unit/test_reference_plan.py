@@ -21,14 +21,16 @@ from tunesmith.io.atomic import write_json
 from tunesmith.models.architecture import Architecture
 from tunesmith.models.catalogue import known_models
 from tunesmith.models.families import read_architecture
+from tunesmith.planner.bytes.step import estimate, sharded_bytes
+from tunesmith.planner.datafacts import assumed
+from tunesmith.planner.decide import Asks
+from tunesmith.planner.options import Option
+from tunesmith.planner.plan import plan_for
+from tunesmith.planner.result import Plan
+from tunesmith.planner.scenario import Scenario
 from tunesmith.recipe import Method, parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
-from tunesmith.stages.plan.decide import Asks
-from tunesmith.stages.plan.memory import estimate, sharded_bytes
-from tunesmith.stages.plan.options import Option
-from tunesmith.stages.plan.rows import assumed
-from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.stage import Plan, plan, plan_for, score
+from tunesmith.stages.plan.stage import plan, score
 from tunesmith.stages.train import train
 from tunesmith.stages.train.metrics import StepMetrics
 from tunesmith.stages.train.summary import figures_of

@@ -16,7 +16,7 @@ from typing import Literal
 
 from tunesmith.io.atomic import read_json, write_json
 
-#: Which roofline entries are held against: another number wherever stages/plan/speed.py comes to other seconds.
+#: Which roofline entries are held against: another number wherever planner/speed.py comes to other seconds.
 ROOFLINE = 2
 
 #: What a step waits for: what the device computes, or on a GPU for the host that starts it.

@@ -1,293 +1,20 @@
-"""The plan: for full fine-tuning, LoRA and QLoRA the memory, time and money, which one to take, and by which rule.
-
-Nothing is loaded: a model's config.json, the data's lengths and a table of GPUs are enough. No torch here.
-"""
+"""The plan stage: what a run will take (plan.json), and how far off that was (score.json)."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from tunesmith.errors import ModelError, Problem
-from tunesmith.hardware.calibration import ROOFLINE, Entry, add_entries, read_entries, today
-from tunesmith.hardware.catalogue import GIB, Device, read_gpus, this_device
+from tunesmith.hardware.calibration import ROOFLINE, Entry, add_entries, today
+from tunesmith.hardware.catalogue import Device, read_gpus, this_device
 from tunesmith.io.atomic import commit_folder, read_json, sha256_json, write_json, write_text
-from tunesmith.io.cache import cache_folder
-from tunesmith.models import builtin
-from tunesmith.models.architecture import Architecture
-from tunesmith.models.catalogue import find_config
-from tunesmith.models.families import read_architecture
-from tunesmith.recipe import Method, Origin, Recipe, ResolvedRecipe, dump_recipe
+from tunesmith.planner.datafacts import prepared_facts, refuse_unplanned
+from tunesmith.planner.options import OVERHEAD
+from tunesmith.planner.plan import calibration_file, plan_for, with_settings
+from tunesmith.planner.result import Plan
+from tunesmith.recipe import ResolvedRecipe, dump_recipe
 from tunesmith.runs import Run, installed_versions
-from tunesmith.stages.plan.decide import (
-    EXPECTED_QUALITY,
-    LARGE_DATA,
-    LARGE_MODEL,
-    MANY_ROWS,
-    Asks,
-    Cluster,
-    Reason,
-    decide,
-    meets,
-    rule_of_thumb,
-    smallest_cluster,
-)
-from tunesmith.stages.plan.memory import offloaded_bytes
-from tunesmith.stages.plan.options import OVERHEAD, Option, Planner
-from tunesmith.stages.plan.rows import DataFacts, Encoder, encoder_of, prepared_facts, refuse_unplanned
-
-METHODS: tuple[Method, ...] = get_args(Method)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was planned for; `recommended` is None where nothing fits, `change` says what would change the answer."""
-
-    model: str
-    source: str
-    architecture: Architecture
-    device: Device
-    facts: DataFacts
-    options: Mapping[Method, Option]
-    recommended: Method | None
-    reasons: Sequence[Reason]
-    change: Sequence[str]
-    clusters: Mapping[Method, Cluster]
-    elsewhere: Mapping[Method, tuple[Device, Option]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The content of plan.json; its keys are stable."""
-        a, device = self.architecture, self.device
-        methods = [
-            option.as_dict()
-            | {
-                "expected_quality": EXPECTED_QUALITY[option.method],
-                "distributed": self.clusters[option.method].as_dict() if option.method in self.clusters else None,
-            }
-            for option in self.options.values()
-        ]
-        return {
-            "format": 1,
-            "model": {
-                "name": self.model,
-                "source": self.source,
-                "model_type": a.model_type,
-                "parameters": a.parameters,
-                "hidden_size": a.hidden_size,
-                "active_parameters": a.active_parameters,
-                "fp16_weight_bytes": 2 * a.parameters,
-            },
-            "hardware": {
-                "name": device.name,
-                "kind": device.kind,
-                "count": device.count,
-                "memory_bytes": device.memory_bytes,
-                "compute_dtype": device.compute_dtype,
-                "price_an_hour": device.price,
-                "note": device.note,
-            },
-            "data": self.facts.as_dict(),
-            "methods": methods,
-            "rule_of_thumb": rule_of_thumb(a, device),
-            "recommended": self.recommended,
-            "reasons": [reason.as_dict() for reason in self.reasons],
-            "what_would_change_it": list(self.change),
-            "elsewhere": [_elsewhere_dict(*each) for each in self.elsewhere.values()],
-        }
-
-    def problem(self) -> Problem:
-        """Why there is no recommendation, and the nearest thing that would fit."""
-        least = min(self.options.values(), key=lambda option: option.safe_memory_bytes)
-        need, have = least.safe_memory_bytes / GIB, self.device.memory_bytes / GIB
-        fitting = [option.method for option in self.options.values() if option.fits]
-        if fitting:
-            what = f"{' and '.join(fitting)} would fit, but not within what was asked for"
-        else:
-            one = "one card's " if self.device.count > 1 else ""
-            what = f"nothing fits: the smallest, {least.method}, needs {need:.1f} GiB of {one}{have:.1f}"
-        fix = "; ".join(self.change) or "take a smaller model"
-        return Problem("TS704", what, f"{self.model} on {self.device.name}", "training would run out of memory or money", fix)
-
-
-def calibration_file() -> Path:
-    """Where measurements are kept for the next plan: the file that TUNESMITH_CALIBRATION names, else one in the cache."""
-    named = os.environ.get("TUNESMITH_CALIBRATION")
-    return Path(named).expanduser() if named else cache_folder() / "calibration.json"
-
-
-def plan_for(
-    recipe: Recipe,
-    facts: DataFacts,
-    device: Device,
-    gpus: Mapping[str, Device],
-    *,
-    methods: Sequence[Method] = METHODS,
-    asks: Asks = Asks(),
-    free: bool = True,
-    fixed: Collection[str] = (),
-    entries: Sequence[Entry] | None = None,
-) -> Plan:
-    """The plan of a recipe on a device.
-
-    `free` lets micro-batch and levers vary, but for the keys in `fixed`; else the recipe's are taken as they are.
-    """
-    if recipe.train.shifted_sparse_attention is not None:
-        what, why = "train.shifted_sparse_attention is not planned", "its memory and time are not those of full attention"
-        raise ModelError(Problem("TS703", what, "recipe", why, "plan without it, for full attention"))
-    values, source = find_config(recipe.model, recipe.revision)
-    architecture = read_architecture(values, source)
-    known = read_entries(calibration_file()) if entries is None else entries
-    planner = Planner(architecture, recipe, facts, device, known, fixed)
-    options = {method: planner.best(method, free=free) for method in methods}
-    recommended, reasons = decide(options, architecture, facts, device, asks)
-    clusters = _clusters(options, architecture, device, gpus)
-    reasons += _of_size(architecture, facts, clusters, recommended)
-    if device.count > 1:
-        text = f"times and money are of one of the {device.count} cards: a job over several is not planned yet"
-        reasons.append(Reason("one-card", "tunesmith", text))
-    if recipe.train.activation_offloading:
-        text = "activation_offloading is not counted: the peak will be lower than promised, a step longer"
-        reasons.append(Reason("offloading-not-counted", "tunesmith", text))
-    if recipe.train.optimizer_offloading:
-        largest = max(offloaded_bytes(architecture, option.scenario) for option in options.values())
-        text = f"optimizer_offloading needs up to {largest / GIB:.1f} GiB of the machine's own memory"
-        reasons.append(Reason("optimizer-offloading", "tunesmith", text))
-    elsewhere = _elsewhere(planner, options, gpus, asks, free=free)
-    change = _what_would_change_it(planner, options, recommended, elsewhere, clusters, asks)
-    return Plan(recipe.model, source, architecture, device, facts, options, recommended, reasons, change, clusters, elsewhere)
-
-
-def _clusters(
-    options: Mapping[Method, Option], architecture: Architecture, device: Device, gpus: Mapping[str, Device]
-) -> dict[Method, Cluster]:
-    """For what does not fit on one device, or is large, the smallest cluster: of the device at hand, or of large cards."""
-    large = [gpu for gpu in gpus.values() if gpu.memory_bytes >= 80 * GIB and gpu.compute_dtype == "bfloat16"]
-    found = {}
-    for method, option in options.items():
-        if not option.fits or architecture.parameters > LARGE_MODEL:
-            cluster = smallest_cluster(option, architecture, [device]) if device.count > 1 else None
-            if cluster is None or cluster.count > device.count:
-                cluster = smallest_cluster(option, architecture, large)
-            if cluster is not None:
-                found[method] = cluster
-    return found
-
-
-def _of_size(
-    architecture: Architecture, facts: DataFacts, clusters: Mapping[Method, Cluster], recommended: Method | None
-) -> list[Reason]:
-    """A very large model or set of rows: several devices, and at least how many where the memory asks for them."""
-    reasons = []
-    if architecture.parameters > LARGE_MODEL:
-        text = f"{architecture.parameters / 1e9:.0f} B parameters are more than 30 B: such a job is usually spread over devices"
-        if recommended is None and "full" in clusters:
-            cluster = clusters["full"]
-            text += f"; full takes at least {cluster.count} x {cluster.device} with {cluster.sharding} (not yet built in)"
-        reasons.append(Reason("large-model", "common practice", text))
-    if facts.rows >= LARGE_DATA:
-        text = f"{facts.rows:,} rows are a very large set: devices that each take a part of the rows divide the hours"
-        reasons.append(Reason("large-data", "common practice", text))
-    return reasons
-
-
-def _elsewhere(
-    planner: Planner, options: Mapping[Method, Option], gpus: Mapping[str, Device], asks: Asks, *, free: bool
-) -> dict[Method, tuple[Device, Option]]:
-    """Of each method that is not to be had on the device, its option on the cheapest card where it is: planned, not guessed."""
-    found: dict[Method, tuple[Device, Option]] = {}
-    cards = [gpu for gpu in gpus.values() if gpu.flops["bfloat16"] and gpu.name != planner.device.name]
-    for method, option in options.items():
-        if meets(option, asks) or (method == "qlora" and asks.latency_critical):
-            continue
-        for gpu in sorted(cards, key=lambda gpu: (gpu.price, gpu.memory_bytes)):
-            there = planner.on(gpu).best(method, free=free)
-            if meets(there, asks):
-                found[method] = (gpu, there)
-                break
-    return found
-
-
-def _elsewhere_dict(device: Device, option: Option) -> dict[str, Any]:
-    return {
-        "method": option.method,
-        "device": device.name,
-        "memory_bytes": device.memory_bytes,
-        "price_an_hour": device.price,
-        "safe_memory_bytes": option.safe_memory_bytes,
-        "hours": option.hours,
-        "cost": option.cost,
-    }
-
-
-def _what_would_change_it(
-    planner: Planner,
-    options: Mapping[Method, Option],
-    recommended: Method | None,
-    elsewhere: Mapping[Method, tuple[Device, Option]],
-    clusters: Mapping[Method, Cluster],
-    asks: Asks,
-) -> list[str]:
-    """The cheapest card that gives what each method lacks here, or the smallest cluster; each stands in plan.json too."""
-    device, said = planner.device, list[str]()
-    for method, option in options.items():
-        cluster = clusters.get(method)
-        if not option.fits and cluster is not None and cluster.device == device.name and cluster.count <= device.count:
-            how = f"together, with {cluster.sharding}, which is not built in yet"
-            said.append(f"{method} would fit on {cluster.count} of the {device.count} {device.name} {how}")
-        elif method in elsewhere:
-            card, there = elsewhere[method]
-            takes = f"{there.hours:,.3g} h, ${there.cost:,.2f}"
-            said.append(
-                f"{method} fits on one {card.name} ({card.memory_bytes / GIB:.0f} GiB, ${card.price:.2f} an hour): {takes}"
-            )
-        elif not option.fits and cluster is not None:
-            how = f"with {cluster.sharding}, which is not built in yet"
-            said.append(f"{method} would take {cluster.count} x {cluster.device} (${cluster.price_an_hour:,.2f} an hour) {how}")
-    if recommended == "lora" and "full" in options and options["full"].fits and planner.facts.rows < MANY_ROWS:
-        said += [f"full would be taken from {MANY_ROWS:,} rows on"] if asks == Asks() else []
-    if recommended is None and not elsewhere and asks != Asks():
-        said.append("no single card that is known gives what was asked for")
-    return said
-
-
-def fixed_keys(resolved: ResolvedRecipe) -> set[str]:
-    """Keys that the user set, which a plan leaves as they are."""
-    return {key for key, origin in resolved.origins.items() if origin in {"file", "override"}}
-
-
-def with_settings(resolved: ResolvedRecipe, option: Option) -> ResolvedRecipe:
-    """The recipe with an option's method and settings in the place of `auto`; what the plan set has the origin `plan`."""
-    settings = option.as_dict()["settings"]
-    train = {
-        key: settings[key]
-        for key in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "per_device_max_tokens",
-            "gradient_checkpointing",
-            "optim",
-            "optimizer_in_backward",
-            "learning_rate",
-        )
-    }
-    lora = {key: settings[key] for key in ("r", "lora_alpha") if key in settings}
-    dumped = resolved.recipe.model_dump()
-    changed = {**dumped, "method": option.method, "train": dumped["train"] | train, "lora": dumped["lora"] | lora}
-    origins: dict[str, Origin] = dict(resolved.origins)
-    names = {
-        "method": option.method,
-        **{f"train.{k}": v for k, v in train.items()},
-        **{f"lora.{k}": v for k, v in lora.items()},
-    }
-    for name, value in names.items():
-        section, _, key = name.rpartition(".")
-        if (dumped[section][key] if section else dumped[key]) != value or (name == "method" and origins[name] == "default"):
-            origins[name] = "plan"
-    return ResolvedRecipe(recipe=Recipe.model_validate(changed), origins=origins)
-
 
 #: What a folder with a plan is committed as.
 PLAN = "plan"
@@ -298,19 +25,13 @@ def write_plan(plan: Plan, resolved: ResolvedRecipe, folder: Path) -> None:
 
     Raises RunError where something else stands there.
     """
-    from tunesmith.stages.plan.chart import frontier
+    from tunesmith.planner.chart import frontier
 
     with commit_folder(folder, PLAN) as target:
         write_json(target / "plan.json", plan.as_dict())
         write_text(target / "frontier.svg", frontier(plan))
         if plan.recommended is not None:
             write_text(target / "recipe.yaml", dump_recipe(with_settings(resolved, plan.options[plan.recommended])))
-
-
-def encoder_for(model: str) -> Encoder | None:
-    """The model's own tokenizer where its folder is at hand; nothing is fetched."""
-    folder = builtin.place() if model == builtin.NAME else Path(model).expanduser()
-    return encoder_of(folder)
 
 
 def plan(run: Run, device: Device | None = None, gpus: Mapping[str, Device] | None = None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tunesmith.methods.checkpointing import ATTENTION, enable_checkpointing
 from tunesmith.methods.lora import adapter_config
 from tunesmith.methods.optimizers import AdamW, InBackward, store_of
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
-from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.planner.scenario import Scenario
 
 _SPREAD = 0.02  # standard deviation of random weights: transformers' usual one
 

@@ -12,9 +12,9 @@ from functools import lru_cache
 
 from tunesmith.methods.sizes import NF4_BYTES, OPTIMIZER_SLICE, master_bytes, state_bytes
 from tunesmith.models.architecture import Architecture
-from tunesmith.stages.plan.block import Modules
-from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.tape import Buffer, Kind, Tape, Value
+from tunesmith.planner.bytes.block import Modules
+from tunesmith.planner.bytes.tape import Buffer, Kind, Tape, Value
+from tunesmith.planner.scenario import Scenario
 
 _SHOWN = 4  # blocks that are computed one by one
 

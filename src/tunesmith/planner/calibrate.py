@@ -26,11 +26,11 @@ from tunesmith.models.load import make_config, quiet
 from tunesmith.packing.batch import Batch, PaddedCollator, StepCollator, collate_tree, to_device
 from tunesmith.packing.loss import summed_loss
 from tunesmith.packing.tree import Limits
+from tunesmith.planner.datafacts import DataFacts, Row
+from tunesmith.planner.options import Option, Planner, mean_batch, roofline_step
+from tunesmith.planner.plan import calibration_file
+from tunesmith.planner.tracing.building import build_model, make_optimizer
 from tunesmith.recipe import Method, Recipe
-from tunesmith.stages.plan.building import build_model, make_optimizer
-from tunesmith.stages.plan.options import Option, Planner, mean_batch, roofline_step
-from tunesmith.stages.plan.rows import DataFacts, Row
-from tunesmith.stages.plan.stage import calibration_file
 
 DEPTHS = (2, 8)
 _ROUNDS = (4, 16)  # timed steps of each copy, in turn, at least and at most; as many as fit in

@@ -14,11 +14,10 @@ from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.architecture import Architecture
 from tunesmith.models.families import runs_on_trees
 from tunesmith.packing.tree import Limits
-from tunesmith.recipe import OBJECTIVES, Auto, Checkpointing, Method, Recipe
-from tunesmith.stages.plan.memory import Estimate, estimate, offloaded_bytes
-from tunesmith.stages.plan.rows import Batch, DataFacts
-from tunesmith.stages.plan.scenario import Attention, Optim, Scenario
-from tunesmith.stages.plan.speed import (
+from tunesmith.planner.bytes.step import Estimate, estimate, offloaded_bytes
+from tunesmith.planner.datafacts import Batch, DataFacts
+from tunesmith.planner.scenario import Attention, Optim, Scenario
+from tunesmith.planner.speed import (
     HOST_BANDWIDTH,
     Times,
     forward_work,
@@ -27,6 +26,7 @@ from tunesmith.stages.plan.speed import (
     optimizer_seconds,
     times,
 )
+from tunesmith.recipe import OBJECTIVES, Auto, Checkpointing, Method, Recipe
 
 
 @dataclass(frozen=True)

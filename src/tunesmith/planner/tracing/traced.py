@@ -12,9 +12,9 @@ from tunesmith.errors import PlanError, Problem
 from tunesmith.hardware.catalogue import GIB
 from tunesmith.models.catalogue import find_config
 from tunesmith.models.load import make_config, quiet
-from tunesmith.stages.plan.options import Option
-from tunesmith.stages.plan.stage import Plan
-from tunesmith.stages.plan.trace import Peak, trace
+from tunesmith.planner.options import Option
+from tunesmith.planner.result import Plan
+from tunesmith.planner.tracing.trace import Peak, trace
 
 _SHOWN = 6
 
@@ -48,7 +48,7 @@ def trace_option(plan: Plan, option: Option) -> Iterator[str]:
 
 def _sharded_lines(plan: Plan, option: Option) -> Iterator[str]:
     """The same model shared by all devices with FSDP2, by transformers' own forward and loss, fused AdamW in bf16."""
-    from tunesmith.stages.plan.sharded import trace_sharded
+    from tunesmith.planner.tracing.sharded import trace_sharded
 
     scenario, count = replace(option.scenario, attention="sdpa"), plan.device.count
     for name, reshard in (("full shard", True), ("without resharding", False)):

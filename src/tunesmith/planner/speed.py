@@ -19,8 +19,8 @@ from tunesmith.hardware.calibration import Bound
 from tunesmith.hardware.catalogue import Device
 from tunesmith.methods.sizes import NF4_BYTES
 from tunesmith.models.architecture import Architecture
-from tunesmith.stages.plan.memory import Estimate
-from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.planner.bytes.step import Estimate
+from tunesmith.planner.scenario import Scenario
 
 
 @dataclass(frozen=True)

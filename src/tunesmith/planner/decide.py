@@ -12,10 +12,10 @@ from typing import Any, get_args
 from tunesmith.hardware.catalogue import GIB, Device
 from tunesmith.methods.sizes import COMPENSATED
 from tunesmith.models.architecture import Architecture
+from tunesmith.planner.bytes.step import sharded_bytes
+from tunesmith.planner.datafacts import DataFacts
+from tunesmith.planner.options import OVERHEAD, Option
 from tunesmith.recipe import Method
-from tunesmith.stages.plan.memory import sharded_bytes
-from tunesmith.stages.plan.options import OVERHEAD, Option
-from tunesmith.stages.plan.rows import DataFacts
 
 #: The usual rule of thumb: device memory over the weights in fp16 from which on a method is taken.
 MULTIPLES: dict[Method, float] = {"full": 4.0, "lora": 1.5, "qlora": 0.5}

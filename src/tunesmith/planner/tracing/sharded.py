@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tunesmith.stages.plan.building import build_model
-from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.trace import Peak, StorageMeter, as_fake, fake_batch, make_batch, trace_step
+from tunesmith.planner.scenario import Scenario
+from tunesmith.planner.tracing.building import build_model
+from tunesmith.planner.tracing.trace import Peak, StorageMeter, as_fake, fake_batch, make_batch, trace_step
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tunesmith.hardware.catalogue import GIB
+from tunesmith.planner.decide import EXPECTED_QUALITY
+from tunesmith.planner.result import Plan
 from tunesmith.plotting import colour, figure, svg
-from tunesmith.stages.plan.decide import EXPECTED_QUALITY
-from tunesmith.stages.plan.stage import Plan
 
 _NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 

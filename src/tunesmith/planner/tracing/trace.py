@@ -24,8 +24,8 @@ from tunesmith.packing.attention import Layout
 from tunesmith.packing.batch import Batch
 from tunesmith.packing.loss import summed_loss
 from tunesmith.packing.tree import Node
-from tunesmith.stages.plan.building import build_model, make_optimizer, quant_tensors
-from tunesmith.stages.plan.scenario import Scenario
+from tunesmith.planner.scenario import Scenario
+from tunesmith.planner.tracing.building import build_model, make_optimizer, quant_tensors
 
 _ALONE = 2  # holders of a storage that its tensor alone holds: the tensor, and the handle that counts them
 

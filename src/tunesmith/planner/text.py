@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterator
 
 from tunesmith.hardware.catalogue import GIB
-from tunesmith.stages.plan.options import Option
-from tunesmith.stages.plan.stage import Plan
+from tunesmith.planner.options import Option
+from tunesmith.planner.result import Plan
 
 WIDTH = 80
 HEADERS = ("method", "fits", "GiB", "at most", "at least", "s/step", "steps", "hours", "dollars", "tok/s")

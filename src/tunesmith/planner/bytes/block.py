@@ -14,8 +14,8 @@ from __future__ import annotations
 from tunesmith.models.architecture import Architecture, Linear
 from tunesmith.models.families import FAMILIES
 from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
-from tunesmith.stages.plan.scenario import Scenario
-from tunesmith.stages.plan.tape import Buffer, Give, Kind, Tape, Value
+from tunesmith.planner.bytes.tape import Buffer, Give, Kind, Tape, Value
+from tunesmith.planner.scenario import Scenario
 
 
 class Modules:

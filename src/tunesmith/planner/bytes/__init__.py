@@ -1,0 +1,1 @@
+"""The closed form of a step's memory: a tape of what its operators keep."""
