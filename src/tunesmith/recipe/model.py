@@ -199,17 +199,13 @@ class _Common(Section):
         return found
 
     def section_digest(self, *names: str) -> str:
-        """sha256 over the named top-level keys, for a stage's no-op check."""
-        dumped = self.model_dump(mode="json")
+        """sha256 over the named top-level keys. How many processes read the rows decides nothing."""
+        dumped = self.model_dump(mode="json", exclude={"data": {"workers"}})
         return sha256_json({name: dumped[name] for name in names})
 
     def stage_digest(self, stage: str) -> str:
-        """sha256 over the part of the recipe that decides what a stage writes."""
-        stage = stage.partition("/")[0]
-        dumped = self.model_dump(mode="json")
-        if stage == "prepare":
-            del dumped["data"]["workers"]
-        return sha256_json({name: dumped[name] for name in self.stage_sections(stage)})
+        """sha256 over the part of the recipe that decides what a stage writes, for its no-op check."""
+        return self.section_digest(*self.stage_sections(stage.partition("/")[0]))
 
     def stage_sections(self, stage: str) -> tuple[str, ...]:
         """Top-level keys that decide what a stage writes, without the sections of other objectives than its own."""
@@ -222,7 +218,7 @@ def _objective_fields() -> dict[str, Any]:
     told = "; ".join(f"`{row.name}` {row.what}" for row in OBJECTIVES.values())
     needs = ", ".join(f"`{row.name}`" for row in OBJECTIVES.values() if row.extra == "trl")
     described = f"What is learned: {told}. {needs} run in TRL and want `tunesmith[trl]`: see docs/preference.md."
-    typed = Annotated[Literal[tuple(OBJECTIVES)], Decides("prepare", "plan", "train")]  # type: ignore[valid-type] # the table's
+    typed = Annotated[Literal[tuple(OBJECTIVES)], Decides("prepare", "plan", "train")]  # type: ignore[valid-type] # names that are made
     fields: dict[str, Any] = {"objective": (typed, Field(default="sft", description=described))}
     for row in OBJECTIVES.values():
         if row.section is not None:

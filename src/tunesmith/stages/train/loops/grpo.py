@@ -6,19 +6,14 @@ from typing import Any, ClassVar
 
 from trl import GRPOConfig, GRPOTrainer
 
-from tunesmith.stages.train.loops.sampling import OwnPrompts, SamplingLoop
-from tunesmith.stages.train.loops.trl import Watched
-
-
-class _Grpo(OwnPrompts, Watched, GRPOTrainer):  # type: ignore[misc] # TRL is untyped here
-    pass
+from tunesmith.stages.train.loops.sampling import SamplingLoop
 
 
 class Grpo(SamplingLoop):
     """Answers of a group against each other."""
 
     config_type: ClassVar[Any] = GRPOConfig
-    trainer_type: ClassVar[Any] = _Grpo
+    trainer_type: ClassVar[Any] = GRPOTrainer
 
 
 LOOP = Grpo

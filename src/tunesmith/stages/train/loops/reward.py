@@ -10,13 +10,9 @@ from trl import RewardConfig, RewardTrainer
 from tunesmith.methods import Method
 from tunesmith.methods.scorer import build_scorer
 from tunesmith.recipe import RewardSection
-from tunesmith.stages.train.loops.trl import TrlLoop, Watched
+from tunesmith.stages.train.loops.trl import TrlLoop, watched
 
 _NAMES = {"input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
-
-
-class _Reward(Watched, RewardTrainer):  # type: ignore[misc] # TRL is untyped here
-    pass
 
 
 class Reward(TrlLoop):
@@ -29,7 +25,7 @@ class Reward(TrlLoop):
         asked = self.run.recipe.own(RewardSection)
         config = RewardConfig(**arguments, center_rewards_coefficient=asked.center_rewards_coefficient, max_length=None)
         rows = self.rows.select_columns(list(_NAMES)).rename_columns(_NAMES)
-        return _Reward(args=config, train_dataset=rows, **more)
+        return watched(RewardTrainer)(args=config, train_dataset=rows, **more)
 
 
 LOOP = Reward

@@ -6,19 +6,14 @@ from typing import Any, ClassVar
 
 from trl import RLOOConfig, RLOOTrainer
 
-from tunesmith.stages.train.loops.sampling import OwnPrompts, SamplingLoop
-from tunesmith.stages.train.loops.trl import Watched
-
-
-class _Rloo(OwnPrompts, Watched, RLOOTrainer):  # type: ignore[misc] # TRL is untyped here
-    pass
+from tunesmith.stages.train.loops.sampling import SamplingLoop
 
 
 class Rloo(SamplingLoop):
-    """Answers of a group against each other."""
+    """Answers of a group against the mean of the others."""
 
     config_type: ClassVar[Any] = RLOOConfig
-    trainer_type: ClassVar[Any] = _Rloo
+    trainer_type: ClassVar[Any] = RLOOTrainer
 
 
 LOOP = Rloo

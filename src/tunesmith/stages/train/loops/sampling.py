@@ -10,12 +10,12 @@ from datasets import Dataset
 
 from tunesmith.recipe import SamplingSection
 from tunesmith.stages.train.loops.rewards import Reward
-from tunesmith.stages.train.loops.trl import TrlLoop
+from tunesmith.stages.train.loops.trl import TrlLoop, watched
 
 _KEYS = ("num_generations", "num_iterations", "beta", "epsilon", "max_completion_length", "temperature")
 
 
-class OwnPrompts:
+class _OwnPrompts:
     """A mixin for trainers that sample: prompts are asked with the ids that `prepare` made."""
 
     prompts_ids: Mapping[tuple[tuple[str, str], ...], list[int]]
@@ -29,7 +29,7 @@ def _key(messages: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
 
 
 class SamplingLoop(TrlLoop):
-    """A trainer that samples: its config and its class, which is a `Watched` one with `OwnPrompts`."""
+    """A trainer that samples: its config and its class, as TRL has them."""
 
     config_type: ClassVar[Any]
     trainer_type: ClassVar[Any]
@@ -40,7 +40,7 @@ class SamplingLoop(TrlLoop):
         config = self.config_type(**arguments, **own, reward_weights=self.weights, disable_dropout=True)
         rows, ids = prompt_rows(self.rows)
         functions = [_as_trl(name, reward) for name, reward in zip(asked.reward_funcs, self.rewards, strict=True)]
-        made = self.trainer_type(args=config, train_dataset=rows, reward_funcs=functions, **more)
+        made = watched(self.trainer_type, _OwnPrompts)(args=config, train_dataset=rows, reward_funcs=functions, **more)
         made.prompts_ids = ids
         return made
 

@@ -52,6 +52,11 @@ class Watched(Trainer):  # type: ignore[misc] # transformers is untyped here
         return norm
 
 
+def watched(trainer_type: Any, *mixins: type) -> Any:
+    """A trainer class of TRL's that is `Watched`, with further mixins before that."""
+    return type(trainer_type.__name__, (*mixins, Watched, trainer_type), {})
+
+
 def _tokens(inputs: Mapping[str, Any]) -> tuple[int, int, int]:
     """Real, computed and labelled tokens of a batch, by its masks."""
     masks = [inputs[name] for name in _MASKS if name in inputs]
