@@ -1,11 +1,11 @@
-"""Kernels of our own for CPUs against what PyTorch has for the same, call by call in turn, in float32.
+"""Custom kernels for CPUs against what PyTorch has for the same, call by call in turn, in float32.
 
     python benchmarks/native_kernels.py --json benchmarks/results/kernels.json      # a minute on two cores
 
 Attention along a tree against PyTorch's flash kernel, block by block; a weight's gradient g^T x against torch's operator and
 oneDNN; norms, the gated activation and rotations against torch's operators; the loss of a frozen head against torch's
 `linear_cross_entropy`, and that of kept logits against torch's operators. Shapes are those of the built-in model. What counts
-is the median of the ratios of calls that follow each other; above 1 the kernel of ours is the faster one.
+is the median of the ratios of calls that follow each other; above 1 the custom kernel is the faster one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from common import claim, in_turn, parser, report
 
-from tunesmith import native
 from tunesmith.hardware.allocators import steady_memory
-from tunesmith.methods.elementwise import EAGER, OWN
-from tunesmith.native import cross_entropy, products, tree_attention
+from tunesmith.kernels import cpu
+from tunesmith.kernels.cpu import cross_entropy, products, tree_attention
+from tunesmith.kernels.dispatch import EAGER, OWN
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
 from tunesmith.packing.products import linear
 from tunesmith.packing.tree import Node, as_numbers
@@ -158,9 +158,9 @@ def losses() -> list[dict[str, Any]]:
 def main() -> None:
     """Measure each kernel and write the ratios."""
     asked = parser(__doc__ or "").parse_args()
-    reason = native.reason_against()
+    reason = cpu.reason_against()
     if reason is not None:
-        raise SystemExit(f"there are no kernels of our own here: {reason}")
+        raise SystemExit(f"there are no custom kernels here: {reason}")
     steady_memory()
     torch.manual_seed(0)
     with torch.no_grad():

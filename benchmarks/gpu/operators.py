@@ -22,9 +22,9 @@ from cases import QWEN, TINY
 from common import claim, parser, report
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tunesmith import gpu
-from tunesmith.methods.elementwise import EAGER, OWN, Kernels, compiled
-from tunesmith.methods.liger import liger
+from tunesmith.kernels import triton
+from tunesmith.kernels.dispatch import EAGER, OWN, Kernels, compiled
+from tunesmith.kernels.liger import liger
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.methods.sizes import STATE_BITS
 from tunesmith.models.catalogue import known_models
@@ -201,7 +201,7 @@ def main() -> None:
         for row in part(size):
             print(row, flush=True)
             rows.append(row)
-    report(asked.json, claims, rows, kind=kind, kernels_off=gpu.reason_against(DEVICE))
+    report(asked.json, claims, rows, kind=kind, kernels_off=triton.reason_against(DEVICE))
 
 
 if __name__ == "__main__":

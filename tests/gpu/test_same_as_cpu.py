@@ -12,9 +12,9 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import AutoModelForCausalLM
 
 from tests.invariant.test_packing import CONFIGS, VOCABULARY, loss_and_gradients
+from tunesmith.kernels.liger import liger
 from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.methods.checkpointing import enable_checkpointing
-from tunesmith.methods.liger import liger
 from tunesmith.methods.optimizers import AdamW
 from tunesmith.methods.sizes import STATE_BITS
 from tunesmith.packing import flex

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tunesmith import native
 from tunesmith.errors import RecipeError, RunError, TrainError
+from tunesmith.kernels import cpu
 from tunesmith.recipe import ResolvedRecipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
@@ -190,11 +190,11 @@ def test_compiling_is_asked_for_and_tells_where_it_cannot(
 def test_without_kernels_of_ours_training_is_the_same_and_tells(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    if native.reason_against() is not None:
-        pytest.skip(f"no kernels of ours here: {native.reason_against()}")
+    if cpu.reason_against() is not None:
+        pytest.skip(f"no custom kernels here: {cpu.reason_against()}")
     common = {"method": method, "train__max_steps": 4, "train__compute_dtype": "float32"}
     own = trained(make_recipe, tmp_path / "own", **common)
-    for module in native.KERNELS:
+    for module in cpu.KERNELS:
         monkeypatch.setattr(module, "reason_against", lambda: "there is no C++ compiler (g++)")
         monkeypatch.setattr(module, "call", lambda *_: pytest.fail("a kernel was asked"))
     plain = trained(make_recipe, tmp_path / "plain", **common)

@@ -32,7 +32,7 @@ CALLS = {
 PROCESSES = {"subprocess.run", "subprocess.Popen", "subprocess.check_output", "subprocess.call", "os.execv", "os.execvp"}
 MAY_START = {
     "pipeline.py",
-    "native/library.py",
+    "kernels/cpu/library.py",
     "models/builtin.py",
     "models/trial.py",
     "hardware/catalogue.py",

@@ -39,7 +39,7 @@ def pair(dropout: float = 0.0, **config: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_values_and_gradients_equal_pefts(use_rslora: bool, dtype: torch.dtype, tolerance: float) -> None:
-    """In float32 by a kernel of ours, where there is one; in float64 by torch's operators."""
+    """In float32 by a custom kernel, where there is one; in float64 by torch's operators."""
     theirs, mine = pair(use_rslora=use_rslora)
     mine.to(dtype)
     near = {"rtol": tolerance, "atol": tolerance}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith import gpu
+from tunesmith.kernels import triton
 
 BEGIN = """
 import json, os
@@ -28,9 +28,9 @@ import copy
 from transformers import AutoModelForCausalLM
 from tests.invariant.test_packing import CONFIGS
 from tunesmith import gpu
-from tunesmith.gpu import blocks, cross_entropy, trial
+from tunesmith.kernels.triton import blocks, cross_entropy, trial
 from tunesmith.methods.blocks import fuse_blocks
-from tunesmith.methods.elementwise import EAGER, OWN
+from tunesmith.kernels.dispatch import EAGER, OWN
 from tunesmith.packing.batch import collate_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 
@@ -83,7 +83,7 @@ def gradients(kernels, name):
 
 for name in ("qwen3", "gemma"):  # a norm of each head; what a norm adds to its weight, and an activation without a kernel
     expected = gradients(EAGER, name)
-    gpu.computes, calls = lambda *tensors: calls.append(1) or True, []
+    triton.computes, calls = lambda *tensors: calls.append(1) or True, []
     made = gradients(OWN, name)
     assert calls
     found[name] = float((made - expected).norm() / expected.norm())
@@ -93,7 +93,7 @@ print(json.dumps(found))
 UPDATES = """
 from dataclasses import replace
 
-from tunesmith.gpu.adamw import STATE_BLOCK, Moment, Step, update
+from tunesmith.kernels.triton.adamw import STATE_BLOCK, Moment, Step, update
 from tunesmith.methods import sizes
 from tunesmith.methods.optimizers import _VALUES, AdamW
 from tunesmith.methods.rounding import join_halves
@@ -196,10 +196,10 @@ def test_updates_are_those_of_the_optimizer() -> None:
 
 
 def test_a_cpu_has_none() -> None:
-    assert "cpu" in str(gpu.reason_against(torch.device("cpu")))
-    assert not gpu.computes(torch.ones(3))
+    assert "cpu" in str(triton.reason_against(torch.device("cpu")))
+    assert not triton.computes(torch.ones(3))
 
 
 def test_they_are_turned_off_as_those_for_cpus_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_NATIVE", "0")
-    assert gpu.reason_against.__wrapped__(torch.device("cuda")) == "TUNESMITH_NATIVE is 0"
+    assert triton.reason_against.__wrapped__(torch.device("cuda")) == "TUNESMITH_NATIVE is 0"

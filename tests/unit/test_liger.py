@@ -14,7 +14,7 @@ import torch
 from tests.unit.test_recipe import GOOD, problems
 from tests.unit.test_settings import CPU, recipe
 from tunesmith.errors import RecipeError
-from tunesmith.methods.liger import liger
+from tunesmith.kernels.liger import liger
 from tunesmith.methods.settings import settle
 
 SCRIPT = """
@@ -25,8 +25,8 @@ import numpy as np, torch, triton.language as tl, triton.runtime.interpreter as 
 from transformers import AutoModelForCausalLM
 from tests.invariant.test_packing import CONFIGS
 from tunesmith.methods.blocks import fuse_blocks
-from tunesmith.methods.elementwise import EAGER
-from tunesmith.methods.liger import liger
+from tunesmith.kernels.dispatch import EAGER
+from tunesmith.kernels.liger import liger
 from tunesmith.packing.batch import collate_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
 

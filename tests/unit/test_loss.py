@@ -20,7 +20,7 @@ from transformers import (
 
 from tests.invariant.test_packing import with_labels
 from tests.shapes import SHAPE
-from tunesmith import native
+from tunesmith.kernels import cpu
 from tunesmith.packing import chunks, loss
 from tunesmith.packing.batch import PaddedCollator, collate_tree
 from tunesmith.packing.loss import summed_loss
@@ -82,7 +82,7 @@ def test_loss_in_chunks_equals_cross_entropy(
     """150 places in chunks of 64, weighted; value and gradients to the last digits, in float64 and, by kernels, float32."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     if not kernels:
-        for module in native.KERNELS:
+        for module in cpu.KERNELS:
             monkeypatch.setattr(module, "reason_against", lambda: "not here")
     torch.manual_seed(0)
     hidden = torch.randn(150, 16, dtype=torch.float64, requires_grad=True)

@@ -15,11 +15,11 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.shapes import SHAPE
-from tunesmith import native
+from tunesmith.kernels import cpu
+from tunesmith.kernels.cpu import adapters, blocks, cross_entropy, library, products, tree_attention
+from tunesmith.kernels.dispatch import EAGER, OWN
 from tunesmith.methods.blocks import fuse_blocks
 from tunesmith.methods.checkpointing import enable_checkpointing
-from tunesmith.methods.elementwise import EAGER, OWN
-from tunesmith.native import adapters, blocks, cross_entropy, library, products, tree_attention
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
 from tunesmith.packing.batch import collate_tree
 from tunesmith.packing.loss import summed_loss, use_tree_attention
@@ -55,7 +55,7 @@ def kept(tmp_path: Path) -> list[str]:
 
 
 def test_kernels_are_had_here() -> None:
-    assert native.reason_against() is None
+    assert cpu.reason_against() is None
 
 
 def test_a_library_is_compiled_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_a_reason_is_told_again_and_again(monkeypatch: pytest.MonkeyPatch, tmp_p
             library.library("products")
 
 
-@pytest.mark.parametrize("module", native.KERNELS, ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("module", cpu.KERNELS, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_a_kernel_that_computes_nonsense_is_refused(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose functions change nothing, as a miscompiled one might."""
     monkeypatch.setattr(module, "call", lambda *_: 0)
@@ -129,7 +129,7 @@ def test_a_kernel_that_computes_nonsense_is_refused(module: Any, monkeypatch: py
 
 def test_the_first_call_may_come_from_a_block_that_is_recomputed() -> None:
     """What is tried then must not be counted among the tensors that the block saves."""
-    for module in native.KERNELS:
+    for module in cpu.KERNELS:
         module.reason_against.cache_clear()
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
     fuse_blocks(model)
@@ -137,7 +137,7 @@ def test_the_first_call_may_come_from_a_block_that_is_recomputed() -> None:
     use_tree_attention(model, on=True)
     batch = collate_tree([{"input_ids": list(range(1, 90)), "trained": [True] * 89}])
     summed_loss(model, batch).backward()
-    assert native.reason_against() is None
+    assert cpu.reason_against() is None
 
 
 # --- attention ---

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tunesmith.native import products as kernel
+from tunesmith.kernels.cpu import products as kernel
 from tunesmith.packing import products
 from tunesmith.packing.products import linear, use_products
 

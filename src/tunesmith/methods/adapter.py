@@ -16,9 +16,9 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora.layer import LoraLayer
 
-from tunesmith.native import adapters
-from tunesmith.native.adapters import adapted
-from tunesmith.native.library import computes
+from tunesmith.kernels.cpu import adapters
+from tunesmith.kernels.cpu.adapters import adapted
+from tunesmith.kernels.cpu.library import computes
 from tunesmith.packing.products import across_rows, add_linear, linear
 
 Weight = Callable[[], torch.Tensor]
@@ -36,8 +36,8 @@ def base_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
 class _LoraLinears(torch.autograd.Function):
     """Several linear layers of one input, each x W^T + bias + scale (d A^T) B^T; W is frozen and made when needed.
 
-    d is x, or with dropout one tensor for each layer. Without dropout, a kernel of ours adds up each layer's two products in
-    registers (native/adapters.cpp); where there is none, the layers share one product with all their A, and their gradients
+    d is x, or with dropout one tensor for each layer. Without dropout, a custom kernel adds up each layer's two products in
+    registers (kernels/cpu/adapters.cpp); where there is none, the layers share one GEMM with all their A, and their gradients
     of x are added up inside the products. Saved for the backward pass: x or each d (T, I), which the frozen product needs no
     copy of, and each d A^T (T, r).
     """
@@ -143,7 +143,7 @@ def _into_inputs(
 
 
 def has_own_kernel(*tensors: torch.Tensor) -> bool:
-    """Whether a kernel of ours computes with these; not with tensors that stand for others, as the plan's do."""
+    """Whether a custom kernel computes with these; not with tensors that stand for others, as the plan's do."""
     return not torch.is_autocast_enabled("cpu") and computes(adapters, *tensors)
 
 

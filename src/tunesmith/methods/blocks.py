@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tunesmith.kernels.dispatch import ACTIVATIONS, OWN, Kernels
 from tunesmith.methods.adapter import linears
-from tunesmith.methods.elementwise import ACTIVATIONS, OWN, Kernels
 from tunesmith.models.families import FAMILIES, runs_on_trees
 from tunesmith.packing.places import at_places, take_places
 from tunesmith.packing.products import use_products

@@ -21,7 +21,7 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from torch.optim.adamw import adamw
 
-from tunesmith import gpu
+from tunesmith.kernels import triton
 from tunesmith.methods.rounding import join_halves, round_bits, split_halves
 from tunesmith.methods.sizes import COMPENSATED, OPTIMIZER_SLICE, STATE_BITS, STATE_BLOCK
 
@@ -165,7 +165,7 @@ def _adamw(
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) by torch's fused kernel, over slices of a parameter.
 
-    On a GPU small states are updated by a kernel of ours (gpu/adamw.py), in one pass over a parameter, where it can be had.
+    On a GPU small states are updated in one pass over a parameter, by a custom kernel where it can be had (kernels/triton/adamw.py).
 
     A bf16 weight keeps 8 bits of precision: an update below 1/256 of the weight would be rounded away. So the update goes
     to a float32 master (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1), or is rounded stochastically, which keeps
@@ -269,7 +269,7 @@ class AdamW(torch.optim.Optimizer):
         if parameter.grad is None:
             raise ValueError("the parameter has no gradient")
         small = self.bits != 32 and parameter.dtype != torch.float16
-        if small and gpu.computes(parameter, parameter.grad):
+        if small and triton.computes(parameter, parameter.grad):
             self._update_in_one_pass(parameter, parameter.grad.reshape(-1), group, clip)
             return
         if clip is not None:
@@ -312,8 +312,8 @@ class AdamW(torch.optim.Optimizer):
         group: dict[str, Any],
         clip: tuple[torch.Tensor, float] | None,
     ) -> None:
-        """One update by the kernel of gpu/adamw.py; the parameter's place and its step decide what is rounded at random."""
-        from tunesmith.gpu.adamw import Moment, Step, update  # which takes Triton
+        """One update by kernels/triton/adamw.py; the parameter's place and its step decide what is rounded at random."""
+        from tunesmith.kernels.triton.adamw import Moment, Step, update  # which takes Triton
 
         state, home, device = self._state_of(parameter), self.home, parameter.device
         state["step"] += 1

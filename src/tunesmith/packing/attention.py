@@ -3,7 +3,7 @@
 Shapes: B batch (1), H heads, T tokens of the sequence, D head size. On CPU no mask is ever made: a node's own tokens are one
 causal block, and the keys of a node with children are one full block for the queries of all its descendants, which follow
 it directly. The blocks' results are merged by their log-sum-exp, as flash attention merges its tiles (Dao et al. 2022, arXiv
-2205.14135, section 3.1): by one kernel of ours (native/tree_attention.cpp), or block by block through PyTorch's
+2205.14135, section 3.1): by one custom kernel (kernels/cpu/tree_attention.cpp), or block by block through PyTorch's
 (attention_blocks.py)
 where it cannot be compiled. On GPUs rows of one length that share nothing go through SDPA's causal kernels, which are twice as
 fast there; what branches, or differs in length, through flex attention (flex.py), or where that cannot run, a dense mask.
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tunesmith.native import tree_attention as tree_kernel
-from tunesmith.native.library import computes
+from tunesmith.kernels.cpu import tree_attention as tree_kernel
+from tunesmith.kernels.cpu.library import computes
 from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
 from tunesmith.packing.flex import block_mask, flex, reason_against
 from tunesmith.packing.tree import Node, as_numbers
@@ -136,7 +136,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def has_own_kernel(tensor: torch.Tensor) -> bool:
-    """Whether the kernel of ours computes attention on a CPU; not for tensors that stand for others, as the plan's do."""
+    """Whether the custom kernel computes attention on a CPU; not for tensors that stand for others, as the plan's do."""
     return computes(tree_kernel, tensor)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tunesmith import gpu
-from tunesmith.native import cross_entropy as kernel
-from tunesmith.native.library import computes
+from tunesmith.kernels import triton
+from tunesmith.kernels.cpu import cross_entropy as kernel
+from tunesmith.kernels.cpu.library import computes
 from tunesmith.packing.attention import NAME as TREE_ATTENTION
 from tunesmith.packing.chunks import HEAD_ROWS, IN_PLACE, chunk_rows
 from tunesmith.packing.places import hidden_at
@@ -95,7 +95,7 @@ def logits_in_chunks(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int
 def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """(places, V) of hidden states (places, H), in float32 (float64 where they are); without gradients, and not kept elsewhere.
 
-    With kernels of ours they stand in memory as (V, places): oneDNN arranges anew what it takes for a weight, which then are
+    With custom kernels they stand in memory as (V, places): oneDNN arranges anew what it takes for a weight, which then are
     the hidden states and not the head.
     """
     if has_own_kernel(hidden, head):
@@ -105,13 +105,13 @@ def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | 
 
 
 def one_pass(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, cap: float | None) -> bool:
-    """Whether the loss of a head that is not trained has a kernel of ours (native/cross_entropy.cpp): no logits are kept."""
+    """Whether the loss of a frozen head has a custom kernel (kernels/cpu/cross_entropy.cpp): no logits are kept."""
     return bias is None and cap is None and computes(kernel, hidden, head)
 
 
 def in_place(hidden: torch.Tensor, head: torch.Tensor, cap: float | None) -> bool:
-    """Whether logits become their own derivatives without a float32 copy, by the kernel of gpu/cross_entropy.py."""
-    return cap is None and gpu.computes(hidden, head)
+    """Whether logits become their own derivatives without a float32 copy, by the kernel of kernels/triton/cross_entropy.py."""
+    return cap is None and triton.computes(hidden, head)
 
 
 def _places_at_once(hidden: torch.Tensor, head: torch.Tensor, cap: float | None) -> int:
@@ -131,7 +131,7 @@ def _chunk(
 ) -> tuple[torch.Tensor, Any]:
     """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of logits."""
     if in_place(hidden, head, cap):
-        from tunesmith.gpu import cross_entropy  # which takes Triton
+        from tunesmith.kernels.triton import cross_entropy  # which takes Triton
 
         logits = linear(hidden, head, bias)
         losses = cross_entropy.from_logits(logits, targets, weights if with_slopes else None)
@@ -158,7 +158,7 @@ def _chunk(
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over i of -weights_i log softmax(cap(h_i W^T + bias))[target_i], with the gradients made on the way, chunk by chunk.
 
-    Where the head is not trained, in one pass over it by a kernel of ours, if there is one.
+    Where the head is not trained, in one pass over it by a custom kernel, if there is one.
 
     Kept for the backward pass: the gradient of the hidden states (N, H), and of W (V, H, float32) and bias where they are
     trained; never logits (as in Liger's and torch's fused losses, but with a weight for each place).

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tunesmith.native import cross_entropy as kernel
+from tunesmith.kernels.cpu import cross_entropy as kernel
 from tunesmith.packing.batch import Batch, Collator, PaddedCollator, Rows, computed_ids, to_device, tree_with_owners
 from tunesmith.packing.chunks import chunk_rows
 from tunesmith.packing.loss import (
@@ -81,7 +81,7 @@ class _LabelLogProbs(torch.autograd.Function):
 
     Logits are made chunk by chunk, and made again in the backward pass, which needs the slopes of the loss by each
     log-probability: they follow from the sums over whole rows, known only when the last chunk is done. That pass is the
-    cross-entropy with the slopes as weights. Kept between the two: the hidden states (N, H). Where a kernel of ours can,
+    cross-entropy with the slopes as weights. Kept between the two: the hidden states (N, H). Where a custom kernel can,
     neither pass keeps logits.
     """
 

@@ -1,4 +1,4 @@
-"""Products of activations with weights: by oneDNN or a kernel of ours where they are float32 on a CPU, else by torch's choice.
+"""Products of activations with weights: by oneDNN or a custom kernel where they are float32 on a CPU, else by torch's choice.
 
 Torch takes MKL for float32; where both were measured in turn, on an AMD processor, oneDNN took less time for each shape of a
 block (benchmarks/results/products.json). Shapes: T rows, I in_features, O out_features.
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tunesmith.native import products
-from tunesmith.native.library import plain
+from tunesmith.kernels.cpu import products
+from tunesmith.kernels.cpu.library import plain
 
 #: Layers compute by oneDNN from this many rows on, and where their weight is no larger than this. Fewer rows, as when a model
 #: generates, were not measured; a head's logits were faster call by call, but slower in the profiles of whole steps.
@@ -57,7 +57,7 @@ def add_linear(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> to
 def across_rows(gradient: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The product g^T x (O, I) for g (T, O) and x (T, I), a weight's gradient; as above, in `dtype` where one is given.
 
-    oneDNN would copy g transposed first, on one thread; the kernel of ours reads it in place. A GPU rounds its float32 sums to
+    oneDNN would copy g transposed first, on one thread; the custom kernel reads it in place. A GPU rounds its float32 sums to
     `dtype` once.
     """
     if dtype is not None and dtype != x.dtype:
@@ -70,7 +70,7 @@ def across_rows(gradient: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | No
 
 
 def has_own_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `across_rows` of these has a kernel of ours."""
+    """Whether `across_rows` of these has a custom kernel."""
     return _by_onednn(x, weight) and products.reason_against() is None
 
 

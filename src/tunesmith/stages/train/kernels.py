@@ -1,14 +1,14 @@
-"""What is compiled for a run: kernels of ours, and blocks where the run asks for it."""
+"""What is compiled for a run: custom kernels, and blocks where the run asks for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from tunesmith import gpu, native
+from tunesmith.kernels import cpu, triton
+from tunesmith.kernels.dispatch import compiled
+from tunesmith.kernels.liger import liger
 from tunesmith.methods.blocks import fuse_blocks, fusible
-from tunesmith.methods.elementwise import compiled
-from tunesmith.methods.liger import liger
 from tunesmith.methods.settings import Settings
 from tunesmith.packing.loss import causal_of
 
@@ -16,10 +16,10 @@ from tunesmith.packing.loss import causal_of
 def compile_blocks(settings: Settings, model: Any, tell: Callable[..., None]) -> None:
     """Have torch.compile, or Liger, make the block's small operators where the recipe asks for it; an event where it cannot be.
 
-    An event also where kernels of ours cannot be compiled, and training takes longer for it.
+    An event also where custom kernels cannot be compiled, and training takes longer for it.
     """
     causal = causal_of(model)
-    reason = native.reason_against() if model.device.type == "cpu" else gpu.reason_against(model.device)
+    reason = cpu.reason_against() if model.device.type == "cpu" else triton.reason_against(model.device)
     if reason is not None:
         tell("kernels-off", f"PyTorch's kernels in place of tunesmith's, which are faster: {reason}", reason=reason)
     try:

@@ -12,8 +12,8 @@ from functools import cache
 
 import torch
 
-from tunesmith.native import library
-from tunesmith.native.library import call, dense_rows, own_graph
+from tunesmith.kernels.cpu import library
+from tunesmith.kernels.cpu.library import call, dense_rows, own_graph
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

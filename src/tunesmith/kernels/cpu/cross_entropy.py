@@ -11,8 +11,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from tunesmith.native import library
-from tunesmith.native.library import call, dense_rows, own_graph
+from tunesmith.kernels.cpu import library
+from tunesmith.kernels.cpu.library import call, dense_rows, own_graph
 
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import create_dynamic_map
 
-from tunesmith.gpu import adamw, blocks, cross_entropy
-from tunesmith.native import blocks as native
+from tunesmith.kernels.cpu import blocks as cpu_blocks
+from tunesmith.kernels.triton import adamw, blocks, cross_entropy
 
 
 def wrong(device: torch.device) -> str | None:
@@ -17,7 +17,7 @@ def wrong(device: torch.device) -> str | None:
     given = [torch.randn(shape, generator=draw).to(device) for shape in shapes]
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
         cast = [each.to(dtype) for each in given]
-        if not (native.near(blocks, cast, tolerance) and _told(cast[0], tolerance)):
+        if not (cpu_blocks.near(blocks, cast, tolerance) and _told(cast[0], tolerance)):
             return "the kernels' results are not those of the formulas"
     if not all(_updates(device, dtype) for dtype in (torch.float32, torch.bfloat16)):
         return "the optimizer's kernel does not give what its formula gives"

@@ -1,8 +1,8 @@
 """What a block computes number by number (norms, the gated activation, rotations), as plain functions without gradients.
 
-`EAGER` runs them operator by operator, in place where it can; `OWN` makes one pass over memory of each by kernels of ours where
-they can (native/blocks.cpp: float32 and bfloat16 on a CPU; gpu/blocks.py: on a GPU); `compiled` gives the same formulas to
-torch.compile. Shapes and formulas are those of `blocks.py`.
+`EAGER` runs them operator by operator, in place where it can; `OWN` makes one pass over memory of each by custom kernels where
+they can (cpu/blocks.cpp: float32 and bfloat16 on a CPU; triton/blocks.py: on a GPU); `compiled` gives the same formulas to
+torch.compile. Shapes and formulas are those of `methods/blocks.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tunesmith import gpu
 from tunesmith.errors import first_line
-from tunesmith.native import blocks as native
-from tunesmith.native.library import computes
+from tunesmith.kernels import triton
+from tunesmith.kernels.cpu import blocks as cpu_blocks
+from tunesmith.kernels.cpu.library import computes
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -108,11 +108,11 @@ EAGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, _rotary)
 
 def own_kernels(*tensors: torch.Tensor) -> Any:
     """The module of ours whose kernels compute with these, or None; not with tensors that stand for others, as plans do."""
-    if gpu.computes(*tensors):
-        from tunesmith.gpu import blocks  # which takes Triton
+    if triton.computes(*tensors):
+        from tunesmith.kernels.triton import blocks  # which takes Triton
 
         return blocks
-    return native if computes(native, *tensors) else None
+    return cpu_blocks if computes(cpu_blocks, *tensors) else None
 
 
 def _own_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:

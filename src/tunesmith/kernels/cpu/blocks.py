@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tunesmith.native import library
-from tunesmith.native.library import call, dense_rows, own_graph
+from tunesmith.kernels.cpu import library
+from tunesmith.kernels.cpu.library import call, dense_rows, own_graph
 
 _Strides = ctypes.c_int64 * 3
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}

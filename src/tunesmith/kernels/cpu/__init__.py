@@ -1,4 +1,4 @@
-"""Kernels of our own for CPUs, in C++: compiled where they are used, for the processor that runs them, and kept.
+"""Custom kernels for CPUs, in C++: compiled where they are used, for the processor that runs them, and kept.
 
 PyTorch's wheels serve every x86-64 processor; what is here is small enough to be compiled in a few seconds for the one at hand.
 Without a compiler, or where a kernel does not give what PyTorch's operators give, PyTorch's are taken: the same result to
@@ -7,7 +7,7 @@ rounding, more time. `reason_against` tells which.
 
 from __future__ import annotations
 
-from tunesmith.native import adapters, blocks, cross_entropy, products, tree_attention
+from tunesmith.kernels.cpu import adapters, blocks, cross_entropy, products, tree_attention
 
 #: Each with a `reason_against` of its own.
 KERNELS = (tree_attention, products, adapters, blocks, cross_entropy)

@@ -1,4 +1,4 @@
-"""Kernels of our own for GPUs, in Triton: one pass over memory where PyTorch's operators make several.
+"""Custom kernels for GPUs, in Triton: one pass over memory where PyTorch's operators make several.
 
 Triton comes with PyTorch's builds for GPUs, and compiles each kernel for the card at hand in about a second. Where it cannot,
 or where a kernel does not give what PyTorch's operators give, those are taken: the same result to rounding, more time.
@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from tunesmith.errors import first_line
-from tunesmith.native.library import REAL, SWITCH
+from tunesmith.kernels.cpu.library import REAL, SWITCH
 
 #: What the kernels read and write; they compute in float32.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,7 +34,7 @@ def reason_against(device: torch.device) -> str | None:
 def _tried(device: torch.device) -> str | None:
     """What is wrong with the kernels' results, or None. Raises RuntimeError where Triton does not work."""
     try:
-        from tunesmith.gpu import trial
+        from tunesmith.kernels.triton import trial
 
         return trial.wrong(device)
     except Exception as error:  # what Triton raises is of no common kind

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from tunesmith.errors import first_line
-from tunesmith.methods.elementwise import OWN, Kernels, Pair
+from tunesmith.kernels.dispatch import OWN, Kernels, Pair
 
 #: Liger's number of "gemma": all in float32, rounded once.
 _ROUNDED_ONCE = 1

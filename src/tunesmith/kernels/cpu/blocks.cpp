@@ -1,7 +1,7 @@
 // What a decoder block computes number by number, one pass over memory each: norms, the gated activation, rotations.
 //
 // In float32; what is read and written may be bfloat16, rounded once at the end.
-// Formulas are those of methods/elementwise.py. N rows of H numbers; all are contiguous but for the rotations'.
+// Formulas are those of kernels/dispatch.py. N rows of H numbers; all are contiguous but for the rotations'.
 
 #include "vectors.h"
 

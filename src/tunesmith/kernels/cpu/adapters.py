@@ -10,8 +10,8 @@ from functools import cache
 
 import torch
 
-from tunesmith.native import library
-from tunesmith.native.library import call, dense_rows
+from tunesmith.kernels.cpu import library
+from tunesmith.kernels.cpu.library import call, dense_rows
 
 _Strides = ctypes.c_int64 * 6
 DTYPES = frozenset({torch.float32})

@@ -1,0 +1,1 @@
+"""Custom kernels: `cpu` (C++), `triton` and `liger` (GPUs), and `dispatch`: which of them computes an operator."""
