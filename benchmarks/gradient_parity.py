@@ -21,7 +21,7 @@ from tests.invariant.test_packing import (
     with_gradients,
 )
 
-from tunesmith.packing.batch import collate_tree
+from tunesmith.engine.packing.batch import collate_tree
 
 TREES = 40
 

@@ -16,7 +16,7 @@ import torch
 from common import claim, parser, report
 from datasets import Dataset
 
-from tunesmith.methods.rounding import round_stochastically
+from tunesmith.engine.optim.rounding import round_stochastically
 from tunesmith.runs import open_run
 from tunesmith.stages.export.stage import compare_probabilities, log_probabilities, trained_method
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from common import claim, parser, report
 
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.packing.batch import Batch, collate_tree
 from tunesmith.hardware import detect
 from tunesmith.hardware.allocators import steady_memory
 from tunesmith.methods import make_method
 from tunesmith.models import builtin
 from tunesmith.models.builtin import NAME
-from tunesmith.packing.batch import Batch, collate_tree
-from tunesmith.packing.loss import use_tree_attention
 from tunesmith.recipe import Recipe
 from tunesmith.stages.train.losses import TokenLoss
 

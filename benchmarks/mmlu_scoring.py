@@ -21,8 +21,8 @@ from typing import Any
 
 from common import claim, parser, report
 
+from tunesmith.inference.scoring import MAX_TOKENS
 from tunesmith.io.cache import cache_folder
-from tunesmith.packing.scoring import MAX_TOKENS
 
 #: The harness and what its Hugging Face backend and its task class import beyond this environment. Without their own
 #: dependencies, which would bring a second numpy and datasets.

@@ -24,9 +24,9 @@ Turn = Callable[[int, int | None], list[float]]
 
 def own_side(subject: Subject) -> Turn:
     """Tokenisation and scoring as `evaluate` does them."""
+    from tunesmith.engine.modeling.gemm import use_products
+    from tunesmith.inference.scoring import log_likelihoods
     from tunesmith.models.load import load_model, load_tokenizer
-    from tunesmith.packing.products import use_products
-    from tunesmith.packing.scoring import log_likelihoods
 
     folder = builtin.ensure()
     model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from common import claim, in_turn, parser, report
 
+from tunesmith.engine.attention.tree_torch import blocks_backward, blocks_forward
+from tunesmith.engine.modeling.gemm import linear
+from tunesmith.engine.packing.tree import Node, as_numbers
 from tunesmith.hardware.allocators import steady_memory
 from tunesmith.kernels import cpu
 from tunesmith.kernels.cpu import cross_entropy, products, tree_attention
 from tunesmith.kernels.dispatch import EAGER, OWN
-from tunesmith.packing.attention_blocks import blocks_backward, blocks_forward
-from tunesmith.packing.products import linear
-from tunesmith.packing.tree import Node, as_numbers
 
 HEADS, SHARED, SIZE, HIDDEN, WIDTH = 9, 3, 64, 576, 1536
 TOKENS, PLACES, VOCABULARY = 2560, 640, 49152

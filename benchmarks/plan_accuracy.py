@@ -24,16 +24,17 @@ from rich.console import Console
 from transformers import AutoConfig
 
 import tunesmith
-from tunesmith.demodata import write_input
+from tunesmith.demo import write_input
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling.loss import summed_loss
+from tunesmith.engine.optim.adamw import AdamW
+from tunesmith.engine.packing.batch import Batch, collate_tree
 from tunesmith.hardware.catalogue import read_gpus, this_device
 from tunesmith.methods import make_method
-from tunesmith.methods.optimizers import AdamW
 from tunesmith.models import builtin
 from tunesmith.models.catalogue import find_config, known_models
 from tunesmith.models.families import read_architecture
 from tunesmith.models.load import make_config
-from tunesmith.packing.batch import Batch, collate_tree
-from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.pipeline import with_method
 from tunesmith.planner.bytes.step import estimate
 from tunesmith.planner.calibrate import calibrate

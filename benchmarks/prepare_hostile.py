@@ -20,8 +20,8 @@ from tests.hostile import HOSTILE, forged_turns
 from tunesmith.chat.named import named_template
 from tunesmith.io.rows import Row
 from tunesmith.models.load import locate
-from tunesmith.quality.review import Decisions
 from tunesmith.recipe import NAMED_TEMPLATES, DataSection
+from tunesmith.runs.decisions import Decisions
 from tunesmith.stages.prepare.work import Settings, Worker
 
 ROWS = 10  # of an example

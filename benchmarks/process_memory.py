@@ -22,7 +22,7 @@ from common import claim, parser, report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tunesmith
-from tunesmith.demodata import write_input
+from tunesmith.demo import write_input
 from tunesmith.hardware.catalogue import read_gpus, this_device
 from tunesmith.io.atomic import read_json
 from tunesmith.models import builtin

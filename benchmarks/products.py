@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from common import claim, in_turn, parser, report
 
-from tunesmith.packing.products import linear
+from tunesmith.engine.modeling.gemm import linear
 
 ROWS = (592, 1312, 2048, 2560)
 BLOCK = ((576, 1536), (1536, 576), (576, 576), (576, 192))  # in, out

@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, set_seed
 from turns import Turns, in_order
 
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.packing.batch import StepCollator, collate_tree
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.hardware import detect
 from tunesmith.hardware.allocators import steady_memory
 from tunesmith.hardware.memory import PeakMemory
@@ -26,9 +29,6 @@ from tunesmith.methods import make_method
 from tunesmith.methods.settings import settle
 from tunesmith.models import builtin
 from tunesmith.models.load import load_model, load_tokenizer
-from tunesmith.packing.batch import StepCollator, collate_tree
-from tunesmith.packing.loss import use_tree_attention
-from tunesmith.packing.tree import Limits
 from tunesmith.recipe import Recipe
 from tunesmith.stages.train.engine import Engine
 from tunesmith.stages.train.losses import TokenLoss

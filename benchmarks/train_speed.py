@@ -33,14 +33,14 @@ from common import claim, merged, parser, report
 from sides import Side
 
 import tunesmith
-from tunesmith.demodata import write_input
+from tunesmith.demo import write_input
+from tunesmith.engine.modeling.gemm import linear
 from tunesmith.hardware import detect
 from tunesmith.models import builtin
 from tunesmith.models.builtin import NAME
 from tunesmith.models.catalogue import find_config
 from tunesmith.models.families import read_architecture
 from tunesmith.models.load import load_model, load_tokenizer
-from tunesmith.packing.products import linear
 from tunesmith.recipe import ResolvedRecipe, load_recipe, parse_recipe
 
 ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_demo" / "alpaca_en_demo.json"

@@ -27,14 +27,15 @@ import torch
 from cases import CASES, TINY, Case
 from rich.console import Console
 
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.packing.batch import StepCollator, collate_tree
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.hardware.calibration import read_entries, time_correction
 from tunesmith.hardware.catalogue import Device, find_device, read_gpus, this_device
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.models import catalogue
+from tunesmith.models.head import causal_of
 from tunesmith.models.load import make_config, quiet
-from tunesmith.packing.batch import StepCollator, collate_tree
-from tunesmith.packing.loss import causal_of, use_tree_attention
-from tunesmith.packing.tree import Limits
 from tunesmith.planner.bytes.step import estimate
 from tunesmith.planner.calibrate import calibrate
 from tunesmith.planner.datafacts import DataFacts, Row

@@ -22,14 +22,15 @@ from cases import QWEN, TINY
 from common import claim, parser, report
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tunesmith.engine.attention.tree import tree_attention
+from tunesmith.engine.optim.adamw import AdamW
+from tunesmith.engine.optim.sizes import STATE_BITS
+from tunesmith.engine.packing.layout import Layout
+from tunesmith.engine.packing.tree import Node
 from tunesmith.kernels import triton
 from tunesmith.kernels.dispatch import EAGER, OWN, Kernels, compiled
 from tunesmith.kernels.liger import liger
-from tunesmith.methods.optimizers import AdamW
-from tunesmith.methods.sizes import STATE_BITS
 from tunesmith.models.catalogue import known_models
-from tunesmith.packing.attention import Layout, tree_attention
-from tunesmith.packing.tree import Node
 
 DEVICE, BF16 = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), torch.bfloat16
 

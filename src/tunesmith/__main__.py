@@ -7,9 +7,9 @@ def main() -> None:
     """Run the command line and leave with its exit code."""
     leave_working_folder()  # before anything else is imported
     leave_hub_kernels()
-    from tunesmith import cli
+    from tunesmith.cli.main import main as command_line
 
-    cli.main()
+    command_line()
 
 
 if __name__ == "__main__":

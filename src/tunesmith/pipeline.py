@@ -92,7 +92,7 @@ def _check(recipe: Recipe) -> None:
 def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], console: Console) -> dict[str, Any]:
     """One run for each method in `folder`/<method>, the base model scored once, and their comparison."""
     from tunesmith.stages.compare import COMPARISON, compare
-    from tunesmith.stages.evaluate.stage import evaluate_base
+    from tunesmith.stages.evaluate import evaluate_base
 
     for method in methods:
         _check(with_method(resolved, method).recipe)
@@ -167,7 +167,7 @@ def _reasons(counts: Mapping[str, int]) -> str:
 
 def _plan(this: Run, console: Console) -> None:
     """The promise for this run; a model or an objective that the planner does not cover is trained without one."""
-    from tunesmith.stages.plan.stage import plan
+    from tunesmith.stages.plan import plan
 
     try:
         promise = plan(this)["methods"][0]
@@ -181,7 +181,7 @@ def _plan(this: Run, console: Console) -> None:
 
 def score_shown(this: Run, console: Console) -> None:
     """What was promised beside what was measured, in a line; nothing for a run without a plan."""
-    from tunesmith.stages.plan.stage import score
+    from tunesmith.stages.plan import score
 
     scored = score(this)
     if scored is not None:

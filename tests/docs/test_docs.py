@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -42,7 +43,7 @@ def test_readme_recipe_is_valid() -> None:
 def test_readme_commands_exist() -> None:
     from typer.testing import CliRunner
 
-    from tunesmith.cli import app
+    from tunesmith.cli.commands import app
 
     commands = re.findall(r"^\.venv/bin/tunesmith (\w+) (.*?)(?:#.*)?$", "\n".join(blocks("sh")), flags=re.MULTILINE)
     assert commands
@@ -91,3 +92,11 @@ def test_pins_have_a_solution_with_torch_for_gpus() -> None:
     pins = dict(re.findall(r"^(torch|triton)==(\S+)$", (REPO / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
     assert f"torch=={pins['torch']}\n" in (REPO / "Makefile").read_text(encoding="utf-8")
     assert pins["triton"] == TRITON_OF_TORCH[pins["torch"]]
+
+
+def test_the_layers_are_those_that_are_enforced() -> None:
+    """docs/architecture.md draws the layers that pyproject.toml holds imports to."""
+    contracts = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    enforced = [layer.replace("tunesmith.", "") for layer in contracts[0]["layers"]]
+    drawn = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Layers\n")[2].partition("\n##")[0]
+    assert [line.strip().split("  ")[0] for line in drawn.splitlines() if line.startswith("    ")] == enforced

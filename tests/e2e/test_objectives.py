@@ -17,8 +17,8 @@ from tests.pairs import PAIRS
 from tests.policy import REWARD, share_towards_reward
 from tunesmith.chat.template import ChatTemplate
 from tunesmith.errors import DataError, EvaluateError, ExportError, PlanError, RunError, TunesmithError
+from tunesmith.inference.rewards import rewards_of
 from tunesmith.models.load import load_model, load_scorer, load_tokenizer
-from tunesmith.models.scores import rewards_of
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.evaluate.stage import evaluate

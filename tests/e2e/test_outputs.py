@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tunesmith import cli
+from tunesmith.cli.commands import app
+from tunesmith.cli.main import main
 from tunesmith.recipe import dump_recipe, load_recipe
 from tunesmith.runs import create_run, open_run
 from tunesmith.stages.evaluate import evaluate
@@ -196,7 +197,7 @@ def _called(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["tunesmith", *arguments])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main()
     return int(left.value.code or 0), capsys.readouterr().err
 
 
@@ -204,7 +205,7 @@ def test_each_command_that_takes_a_path_has_a_case() -> None:
     tried = {arguments[0] for _, arguments in CASES.values()}
     takes = {
         command.callback.__name__
-        for command in cli.app.registered_commands
+        for command in app.registered_commands
         if command.callback
         and any("Path" in str(p.annotation) for p in inspect.signature(command.callback).parameters.values())
     }

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import chat_row
-from tunesmith.cli import main
+from tunesmith.cli.main import main
 from tunesmith.hardware import detect
 
 REPO = Path(__file__).resolve().parents[2]
@@ -254,7 +254,7 @@ def test_run_folder_that_is_something_else_is_not_touched(tmp_path: Path, tiny_m
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("run", "--help"), ("demo", "--help"), ("--version",)])
 def test_help_starts_without_torch(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     code = (
-        "import sys\nfrom tunesmith.cli import main\nsys.argv[0] = 'tunesmith'\n"
+        "import sys\nfrom tunesmith.cli.main import main\nsys.argv[0] = 'tunesmith'\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'sklearn', 'pyarrow'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"

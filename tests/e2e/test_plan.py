@@ -40,8 +40,8 @@ def test_no_torch_and_not_long_for_405_b(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "sys.argv = ['tunesmith', 'plan', 'meta-llama/Llama-3.1-405B', '--gpu', '8xH100']\n"
-        "from tunesmith import cli\n"
-        "try: cli.main()\n"
+        "from tunesmith.cli import main\n"
+        "try: main.main()\n"
         "except SystemExit as end: print('code', end.code)\n"
         "print('torch' in sys.modules, 'transformers' in sys.modules)\n"
     )

@@ -18,9 +18,9 @@ from tests.hostile import HOSTILE, forged_turns
 from tunesmith.chat.named import named_template
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.io.rows import Row
-from tunesmith.quality.review import Decisions, row_digest
 from tunesmith.recipe import NAMED_TEMPLATES, DataSection, ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
 from tunesmith.runs import create_run, read_jsonl
+from tunesmith.runs.decisions import Decisions, row_digest
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.prepare.mixture import shares, targets
 from tunesmith.stages.prepare.work import Settings, Worker

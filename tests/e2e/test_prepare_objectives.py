@@ -14,9 +14,9 @@ from rich.console import Console
 from tests.conftest import chat_row
 from tests.e2e.test_prepare import WORDS, balanced, question, read_arrow, rows_of
 from tunesmith.errors import RecipeError
-from tunesmith.quality.review import row_digest
 from tunesmith.recipe import OBJECTIVES, ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
+from tunesmith.runs.decisions import row_digest
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.review import Review
 from tunesmith.stages.review.terminal import review

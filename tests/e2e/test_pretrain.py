@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from tests.conftest import chat_row
 from tests.e2e.test_pipeline import check_readable, tunesmith, write
 from tests.e2e.test_preference import read_arrow
-from tunesmith.packing.batch import PaddedCollator, StepCollator, collate_tree
-from tunesmith.packing.loss import summed_loss, use_tree_attention
-from tunesmith.packing.tree import Limits
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling.loss import summed_loss
+from tunesmith.engine.packing.batch import PaddedCollator, StepCollator, collate_tree
+from tunesmith.engine.packing.tree import Limits
 
 WORDS = ("the", "river", "runs", "slowly", "past", "an", "old", "mill", "and", "its", "wheel", "turns", "once", "more")
 TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(10 + 9 * (i % 9))) + f" {i}." for i in range(24)]

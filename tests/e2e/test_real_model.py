@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tunesmith import demodata
+from tunesmith import demo
 from tunesmith.recipe import load_recipe
 from tunesmith.runs import create_run
 from tunesmith.stages.evaluate import evaluate
@@ -21,7 +21,7 @@ QUIET = Console(quiet=True)
 
 @pytest.mark.real_model
 def test_lora_learns_the_demo_task(tmp_path: Path, real_model: Path) -> None:
-    recipe = demodata.write_input(tmp_path / "input", train_rows=120, test_rows=8, max_rows=80)
+    recipe = demo.write_input(tmp_path / "input", train_rows=120, test_rows=8, max_rows=80)
     # A higher rate than the default, since this run has ten steps only.
     overrides = ["method=lora", "train.learning_rate=0.001", "data.heldout=0.1", "evaluate.max_new_tokens=48"]
     run = create_run(load_recipe(recipe, overrides), tmp_path / "run")

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from tunesmith.errors import DataError, RunError
-from tunesmith.quality.review import Decisions, draw_sample, read_decisions, require_signoff, row_digest
 from tunesmith.runs import create_run
+from tunesmith.runs.decisions import Decisions, draw_sample, read_decisions, require_signoff, row_digest
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.review import Review
 from tunesmith.stages.review.terminal import review

@@ -12,15 +12,16 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import AutoModelForCausalLM
 
 from tests.invariant.test_packing import CONFIGS, VOCABULARY, loss_and_gradients
+from tunesmith.engine.attention import flex
+from tunesmith.engine.attention.tree import masked_attention, tree_attention
+from tunesmith.engine.modeling.blocks import fuse_blocks
+from tunesmith.engine.modeling.checkpointing import enable_checkpointing
+from tunesmith.engine.optim.adamw import AdamW
+from tunesmith.engine.optim.sizes import STATE_BITS
+from tunesmith.engine.packing.batch import collate_tree, to_device
+from tunesmith.engine.packing.layout import Layout
+from tunesmith.engine.packing.tree import build_tree
 from tunesmith.kernels.liger import liger
-from tunesmith.methods.blocks import fuse_blocks
-from tunesmith.methods.checkpointing import enable_checkpointing
-from tunesmith.methods.optimizers import AdamW
-from tunesmith.methods.sizes import STATE_BITS
-from tunesmith.packing import flex
-from tunesmith.packing.attention import Layout, masked_attention, tree_attention
-from tunesmith.packing.batch import collate_tree, to_device
-from tunesmith.packing.tree import build_tree
 from tunesmith.planner.scenario import Scenario
 from tunesmith.planner.tracing.building import build_model
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from tests.gpu.conftest import WORDS
 from tests.promises.training import signalled, steps_of
+from tunesmith.engine.packing.batch import Batch, to_device
 from tunesmith.errors import StoppedError
 from tunesmith.methods import METHODS
 from tunesmith.models.load import make_config
-from tunesmith.packing.batch import Batch, to_device
 from tunesmith.planner.scenario import Scenario
 from tunesmith.planner.tracing.building import build_model
 from tunesmith.planner.tracing.trace import make_batch, trace, trace_step

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, OlmoConfig
 
 from tests.invariant.test_packing import CONFIGS, exact_model
 from tests.shapes import SHAPE
+from tunesmith.engine.modeling.adapter import fuse_adapters
+from tunesmith.engine.modeling.blocks import fuse_blocks, fusible
 from tunesmith.kernels.dispatch import EAGER, OWN, Kernels, compiled
-from tunesmith.methods.adapter import fuse_adapters
-from tunesmith.methods.blocks import fuse_blocks, fusible
 
 ROWS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 1], [3, 4, 9, 9, 2, 1, 1, 5]])
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from tunesmith.packing.attention import Layout, masked_attention
-from tunesmith.packing.flex import BLOCK, block_mask, reason_against, subtree_ends
-from tunesmith.packing.tree import Tree, build_tree
+from tunesmith.engine.attention.flex import reason_against
+from tunesmith.engine.attention.tree import masked_attention
+from tunesmith.engine.packing.layout import BLOCK, Layout, block_mask, subtree_ends
+from tunesmith.engine.packing.tree import Tree, build_tree
 
 CPU = torch.device("cpu")
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from tests.shapes import SHAPE
-from tunesmith.methods.blocks import fuse_blocks
-from tunesmith.models.families import FAMILIES
-from tunesmith.packing.attention import Layout, masked_attention, tree_attention
-from tunesmith.packing.batch import (
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.attention.tree import masked_attention, tree_attention
+from tunesmith.engine.modeling.blocks import fuse_blocks
+from tunesmith.engine.modeling.loss import summed_loss
+from tunesmith.engine.packing.batch import (
     Collator,
     PaddedCollator,
     StepCollator,
@@ -24,8 +25,9 @@ from tunesmith.packing.batch import (
     computed_ids,
     reason_against_tree,
 )
-from tunesmith.packing.loss import summed_loss, use_tree_attention
-from tunesmith.packing.tree import FILL, Limits, build_tree, fill, filled, split_by_length, split_for_trees
+from tunesmith.engine.packing.layout import Layout
+from tunesmith.engine.packing.tree import FILL, Limits, build_tree, fill, filled, split_by_length, split_for_trees
+from tunesmith.models.families import FAMILIES
 
 VOCABULARY = 61
 SMALL: dict[str, Any] = {

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 from tests.invariant.test_packing import CONFIGS, SMALL, VOCABULARY, exact_model, ids
 from tests.invariant.test_training import METHODS, QUIET, metrics, weights
 from tests.pairs import PAIRS, sides
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling import chunks
+from tunesmith.engine.modeling.dpo_loss import PairCollator, PreferenceModel, label_logprobs, reference_logprobs, row_logprobs
+from tunesmith.engine.packing.batch import PaddedCollator, collate_tree
+from tunesmith.engine.packing.tree import Limits, filled
 from tunesmith.errors import RunError, TrainError
-from tunesmith.packing import chunks
-from tunesmith.packing.batch import PaddedCollator, collate_tree
-from tunesmith.packing.loss import use_tree_attention
-from tunesmith.packing.preference import PairCollator, PreferenceModel, label_logprobs, reference_logprobs, row_logprobs
-from tunesmith.packing.tree import Limits, filled
 from tunesmith.recipe import ResolvedRecipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
@@ -98,8 +98,8 @@ def test_tree_equals_padded_rows_to_1e_10(name: str, pairs: Pairs) -> None:
 def test_equal_to_the_formula_over_whole_logits(name: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and every gradient, the head's too, with labels in one chunk and in many; Granite scales its logits itself."""
     if chunk is not None:
-        monkeypatch.setattr("tunesmith.packing.preference.chunk_rows", lambda _: chunk)
-        monkeypatch.setattr("tunesmith.packing.loss.chunk_rows", lambda _: chunk)
+        monkeypatch.setattr("tunesmith.engine.modeling.dpo_loss.chunk_rows", lambda _: chunk)
+        monkeypatch.setattr("tunesmith.engine.modeling.loss.chunk_rows", lambda _: chunk)
     torch.manual_seed(0)
     granite = AutoModelForCausalLM.from_config(GraniteConfig(**SMALL, logits_scaling=4.0)).double()
     model = granite if name == "granite" else exact_model(name)
@@ -139,7 +139,7 @@ def random_pair_list(count: int) -> Pairs:
 
 def test_soft_caps_and_biases_have_exact_slopes() -> None:
     """The log-probabilities' own backward pass against numeric differences: cap, bias, head, hidden states."""
-    from tunesmith.packing.preference import _LabelLogProbs
+    from tunesmith.engine.modeling.dpo_loss import _LabelLogProbs
 
     torch.manual_seed(0)
     hidden, head = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
@@ -151,7 +151,7 @@ def test_soft_caps_and_biases_have_exact_slopes() -> None:
 
 def test_no_tensor_of_places_by_vocabulary_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 0)  # 64 places at once
-    monkeypatch.setattr("tunesmith.packing.preference.chunk_rows", chunks.chunk_rows)
+    monkeypatch.setattr("tunesmith.engine.modeling.dpo_loss.chunk_rows", chunks.chunk_rows)
     model = exact_model("llama").float()
     batch = PairCollator(PaddedCollator(pad_id=0), WHOLE).collate(random_pair_list(20))
     assert len(batch["targets"]) > 200

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import chat_row
 from tests.invariant.test_blocks import assert_equal, results
-from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.engine.modeling.blocks import fuse_blocks
 from tunesmith.models.load import load_model
 from tunesmith.recipe import RopeScalingSection
 from tunesmith.runs import create_run

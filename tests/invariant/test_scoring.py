@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig
 
 from tests.invariant.test_packing import CONFIGS, SMALL, VOCABULARY, exact_model, ids
-from tunesmith.packing import loss, scoring
-from tunesmith.packing.loss import use_tree_attention
-from tunesmith.packing.scoring import Likelihood, Request, log_likelihoods, reason_for_padding, split_sorted
-from tunesmith.packing.tree import build_tree
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling import loss
+from tunesmith.engine.packing.tree import build_tree
+from tunesmith.inference import scoring
+from tunesmith.inference.scoring import Likelihood, Request, log_likelihoods, reason_for_padding, split_sorted
 
 any_id = st.integers(1, VOCABULARY - 1)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from tunesmith.engine.attention.shifted import ShiftedCollator, shifted_attention
 from tunesmith.errors import RecipeError
-from tunesmith.packing.shifted import ShiftedCollator, shifted_attention
 from tunesmith.runs import create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from tests.promises.hooks import when_metrics_open
-from tunesmith.cli import main
+from tunesmith.cli.main import main
 from tunesmith.stages.train.savepoints import Savepoints
 
 #: C functions that change a disk, or read what a save has written.

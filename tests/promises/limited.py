@@ -13,7 +13,7 @@ import ctypes
 import sys
 
 from tests.promises.hooks import when_metrics_open
-from tunesmith.cli import main
+from tunesmith.cli.main import main
 
 ALLOCATOR = ctypes.CDLL(None)
 for name in ("tunesmith_limit", "tunesmith_peak"):

@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import chat_row
 from tests.promises.training import Promises
 from tests.unit.folders import HOSTILE
-from tunesmith.cli import main
+from tunesmith.cli.main import main
 
 Make = Callable[[Path], str]  # makes the hostile input in a folder with `model` and `train.jsonl`, and gives a recipe
 

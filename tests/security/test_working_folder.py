@@ -158,13 +158,13 @@ def test_no_kernel_is_fetched_from_a_hub(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'a').write('kernels')\n", encoding="utf-8")
     code = (
         "import sys\n"
-        "from tunesmith import cli\n"
+        "from tunesmith.cli import main as module\n"
         "def main():\n"
         "    import bitsandbytes, transformers\n"
         "    from transformers.integrations.hub_kernels import _kernels_enabled\n"
         "    assert not _kernels_enabled\n"
         "    sys.exit(0)\n"
-        "cli.main = main\n"
+        "module.main = main\n"
         "from tunesmith.__main__ import main\n"
         "main()\n"
     )

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 
-from tunesmith.methods.adapter import base_weight, fuse_adapters
+from tunesmith.engine.modeling.adapter import base_weight, fuse_adapters
 
 
 class Two(torch.nn.Module):

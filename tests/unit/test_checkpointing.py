@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.invariant.test_packing import CONFIGS
 from tests.unit.test_recipe import GOOD, problems
-from tunesmith.methods.blocks import fuse_blocks
-from tunesmith.methods.checkpointing import ATTENTION, enable_checkpointing, settings
-from tunesmith.packing import attention, flex
-from tunesmith.packing.batch import PaddedCollator, collate_tree
-from tunesmith.packing.loss import summed_loss, use_tree_attention
+from tunesmith.engine.attention import flex, tree
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling.blocks import fuse_blocks
+from tunesmith.engine.modeling.checkpointing import ATTENTION, enable_checkpointing, settings
+from tunesmith.engine.modeling.loss import summed_loss
+from tunesmith.engine.packing.batch import PaddedCollator, collate_tree
 from tunesmith.recipe import Checkpointing
 
 ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9, last], "trained": [False] * 4 + [True] * 6} for last in (10, 11)]
@@ -58,7 +59,7 @@ def step(checkpointing: Checkpointing, *, packed: bool) -> tuple[dict[str, torch
 )
 def test_gradients_are_the_same_bits(packed: bool, operator: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not own:
-        monkeypatch.setattr(attention, "has_own_kernel", lambda _: False)
+        monkeypatch.setattr(tree, "has_own_kernel", lambda _: False)
     assert operator in ATTENTION
     wanted, plain = step(checkpointing=False, packed=packed)
     for asked, times in ((True, 2), ("keep_attention", 1)):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from tunesmith.packing.attention import Layout, equal_rows_attention, masked_attention
-from tunesmith.packing.tree import build_tree
+from tunesmith.engine.attention.tree import equal_rows_attention, masked_attention
+from tunesmith.engine.packing.layout import Layout
+from tunesmith.engine.packing.tree import build_tree
 
 HEADS, SHARED, SIZE = 6, 2, 8
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.invariant.test_packing import CONFIGS
-from tunesmith.packing.decode import decode, decode_attention, reason_against_sharing, sampled
-from tunesmith.packing.generate import generate, without_stop
+from tunesmith.inference.decode import decode, decode_attention, reason_against_sharing, sampled
+from tunesmith.inference.generate import generate, without_stop
 
 
 def test_batches_equal_single_prompts(tiny_model: Path) -> None:

@@ -29,10 +29,10 @@ from transformers import AutoModelForCausalLM
 from tests.invariant.test_packing import CONFIGS
 from tunesmith import gpu
 from tunesmith.kernels.triton import blocks, cross_entropy, trial
-from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.engine.modeling.blocks import fuse_blocks
 from tunesmith.kernels.dispatch import EAGER, OWN
-from tunesmith.packing.batch import collate_tree
-from tunesmith.packing.loss import summed_loss, use_tree_attention
+from tunesmith.engine.packing.batch import collate_tree
+from tunesmith.engine.modeling.loss import summed_loss, use_tree_attention
 
 found = {"trial": trial.wrong(torch.device("cpu"))}
 for dtype in (torch.float32, torch.bfloat16):
@@ -95,8 +95,8 @@ from dataclasses import replace
 
 from tunesmith.kernels.triton.adamw import STATE_BLOCK, Moment, Step, update
 from tunesmith.methods import sizes
-from tunesmith.methods.optimizers import _VALUES, AdamW
-from tunesmith.methods.rounding import join_halves
+from tunesmith.engine.optim.adamw import _VALUES, AdamW
+from tunesmith.engine.optim.rounding import join_halves
 
 assert STATE_BLOCK == sizes.STATE_BLOCK
 COUNT = 1300

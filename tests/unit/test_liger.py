@@ -24,11 +24,11 @@ import liger_kernel.ops.geglu as geglu, liger_kernel.ops.rms_norm as rms_norm
 import numpy as np, torch, triton.language as tl, triton.runtime.interpreter as interpreter
 from transformers import AutoModelForCausalLM
 from tests.invariant.test_packing import CONFIGS
-from tunesmith.methods.blocks import fuse_blocks
+from tunesmith.engine.modeling.blocks import fuse_blocks
 from tunesmith.kernels.dispatch import EAGER
 from tunesmith.kernels.liger import liger
-from tunesmith.packing.batch import collate_tree
-from tunesmith.packing.loss import summed_loss, use_tree_attention
+from tunesmith.engine.packing.batch import collate_tree
+from tunesmith.engine.modeling.loss import summed_loss, use_tree_attention
 
 before = interpreter._implicit_cvt
 def with_floats(value):  # a compiled kernel gets them as float32 scalars, an interpreted one as they are

@@ -20,10 +20,10 @@ from transformers import (
 
 from tests.invariant.test_packing import with_labels
 from tests.shapes import SHAPE
+from tunesmith.engine.modeling import chunks, loss
+from tunesmith.engine.modeling.loss import summed_loss
+from tunesmith.engine.packing.batch import PaddedCollator, collate_tree
 from tunesmith.kernels import cpu
-from tunesmith.packing import chunks, loss
-from tunesmith.packing.batch import PaddedCollator, collate_tree
-from tunesmith.packing.loss import summed_loss
 
 SMALL: dict[str, Any] = {
     **SHAPE,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tunesmith.errors import EvaluateError
+from tunesmith.inference.scoring import Request, log_likelihoods
 from tunesmith.models.load import load_model
-from tunesmith.packing.scoring import Request, log_likelihoods
 from tunesmith.recipe import EvaluateSection
 from tunesmith.stages.evaluate.mmlu import LETTERS, encode_choices, files_digest, prompts, read_subjects, subject_names
 

@@ -12,10 +12,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling.loss import labelled_logits, summed_loss
+from tunesmith.engine.packing.batch import collate_tree
 from tunesmith.errors import RecipeError
 from tunesmith.methods import make_method
-from tunesmith.packing.batch import collate_tree
-from tunesmith.packing.loss import labelled_logits, summed_loss, use_tree_attention
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import create_run
 from tunesmith.stages.export import export

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.invariant.test_packing import CONFIGS
-from tunesmith.packing.batch import Batch, Collator, PaddedCollator, collate_tree
-from tunesmith.packing.loss import summed_loss, use_tree_attention
-from tunesmith.packing.noise import EmbeddingNoise, row_lengths
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling.loss import summed_loss
+from tunesmith.engine.modeling.noise import EmbeddingNoise, row_lengths
+from tunesmith.engine.packing.batch import Batch, Collator, PaddedCollator, collate_tree
 
 SHARED = list(range(1, 21))
 ROWS = [{"input_ids": SHARED + [30 + n] * more, "trained": [False] * 20 + [True] * more} for n, more in ((0, 5), (1, 44))]

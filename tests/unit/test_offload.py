@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.invariant.test_packing import CONFIGS
 from tests.unit.test_settings import CPU, recipe
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling.blocks import fuse_blocks
+from tunesmith.engine.modeling.checkpointing import enable_checkpointing
+from tunesmith.engine.modeling.loss import summed_loss
+from tunesmith.engine.modeling.offload import ActivationOffload
+from tunesmith.engine.packing.batch import collate_tree
 from tunesmith.errors import RecipeError
-from tunesmith.methods.blocks import fuse_blocks
-from tunesmith.methods.checkpointing import enable_checkpointing
-from tunesmith.methods.offload import ActivationOffload
 from tunesmith.methods.settings import settle
-from tunesmith.packing.batch import collate_tree
-from tunesmith.packing.loss import summed_loss, use_tree_attention
 from tunesmith.recipe import Checkpointing
 
 ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9, last], "trained": [False] * 4 + [True] * 6} for last in (10, 11)]

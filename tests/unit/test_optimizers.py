@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from tunesmith.methods import optimizers
-from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
-from tunesmith.methods.rounding import join_halves, split_halves
-from tunesmith.methods.sizes import COMPENSATED, STATE_BITS, master_bytes, state_bytes
+from tunesmith.engine.optim import adamw
+from tunesmith.engine.optim.adamw import AdamW, InBackward, gradient_norm
+from tunesmith.engine.optim.rounding import join_halves, split_halves
+from tunesmith.engine.optim.sizes import COMPENSATED, STATE_BITS, master_bytes, state_bytes
 
 
 def trained(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: int = 20) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_states_that_are_kept_elsewhere_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, optim: str, dtype: torch.dtype
 ) -> None:
     """In slices, saved and put back on the way; what is read of them is a copy."""
-    monkeypatch.setattr(optimizers, "OPTIMIZER_SLICE", 256)
+    monkeypatch.setattr(adamw, "OPTIMIZER_SLICE", 256)
     torch.manual_seed(0)
     start, gradients = torch.randn(90, 7), [torch.randn(90, 7) for _ in range(4)]
     results = []
@@ -122,7 +122,7 @@ def test_gradient_norm_of_bf16_is_exact_in_float32() -> None:
 @pytest.mark.parametrize(("bits", "error"), [(16, 0.1), (8, 0.11)])
 def test_small_states_follow_the_exact_ones(bits: int, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 steps on a quadratic: the way taken differs from exact AdamW's by the rounding; in slices, the last one short."""
-    monkeypatch.setattr(optimizers, "OPTIMIZER_SLICE", 1024)
+    monkeypatch.setattr(adamw, "OPTIMIZER_SLICE", 1024)
     generator = torch.Generator().manual_seed(0)
     start, goal = (torch.randn(2500, generator=generator) for _ in range(2))
     ways = []

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tunesmith.engine.packing.batch import PaddedCollator, StepCollator
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.hardware import Hardware
 from tunesmith.methods.settings import Settings, settle
-from tunesmith.packing.batch import PaddedCollator, StepCollator
-from tunesmith.packing.tree import Limits
 from tunesmith.recipe import parse_recipe
 from tunesmith.stages.train import out_of_memory as out_of_memory_module
 from tunesmith.stages.train.out_of_memory import in_smaller_parts, is_out_of_memory, next_lever, out_of_memory

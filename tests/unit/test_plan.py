@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, chat_row
+from tunesmith.cli.plan import Request, facts_of, read_asks, recipe_of
+from tunesmith.engine.optim.adamw import AdamW
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.errors import DataError, PlanError, RecipeError
 from tunesmith.hardware.calibration import ROOFLINE, Correction, Entry, add_entries, bytes_beside, read_entries, time_correction
 from tunesmith.hardware.catalogue import GIB, Device, find_device, read_gpus
 from tunesmith.io.atomic import read_json, write_json
-from tunesmith.methods.optimizers import AdamW
 from tunesmith.models.architecture import Architecture
 from tunesmith.models.catalogue import known_models
 from tunesmith.models.families import read_architecture
-from tunesmith.packing.tree import Limits
 from tunesmith.planner.bytes.step import estimate, offloaded_bytes
 from tunesmith.planner.chart import frontier
 from tunesmith.planner.datafacts import assumed, read_facts
@@ -32,7 +33,6 @@ from tunesmith.planner.scenario import Scenario
 from tunesmith.planner.speed import EFFICIENCY, FLEX_SHARE, Times, micro_batch_work, times
 from tunesmith.planner.text import WIDTH, bars, cells, confidence, heading, settings_line, verdict
 from tunesmith.planner.tracing.building import make_optimizer
-from tunesmith.planning import Request, facts_of, read_asks, recipe_of
 from tunesmith.recipe import Method, ResolvedRecipe, parse_recipe
 
 GPUS = read_gpus()

@@ -24,11 +24,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.conftest import chat_row, random_llama
 from tests.unit.test_reference_data import small_tokenizer
 from tunesmith.chat.fields import canonical
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling.loss import LossModel
+from tunesmith.engine.packing.batch import PaddedCollator, StepCollator, choose_collator
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.errors import RunError
+from tunesmith.evaluation.metrics import (
+    Answer,
+    macro_f1,
+    schema_validator,
+    score_json,
+    score_text,
+    summarise_json,
+)
 from tunesmith.models.load import model_digest
-from tunesmith.packing.batch import PaddedCollator, StepCollator, choose_collator
-from tunesmith.packing.loss import LossModel, use_tree_attention
-from tunesmith.packing.tree import Limits
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, eval_folder, read_jsonl
 from tunesmith.stages.compare import compare
@@ -37,14 +46,6 @@ from tunesmith.stages.compare.text import cells, verdict
 from tunesmith.stages.evaluate import evaluate
 from tunesmith.stages.evaluate.documents import score_documents
 from tunesmith.stages.evaluate.mmlu import LETTERS, Question, Subject, prompts, score_mmlu
-from tunesmith.stages.evaluate.score import (
-    Answer,
-    macro_f1,
-    schema_validator,
-    score_json,
-    score_text,
-    summarise_json,
-)
 from tunesmith.stages.evaluate.stage import heldout_loss
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train.evaluation import mean_loss

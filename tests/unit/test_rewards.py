@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tunesmith.errors import RecipeError, TrainError
+from tunesmith.evaluation.metrics import Answer, score_json
 from tunesmith.recipe import GrpoSection, PpoSection, absolute_reward, parse_recipe
-from tunesmith.stages.evaluate.score import Answer, score_json
 from tunesmith.stages.train.loops.rewards import check_references, make_reward, make_rewards
 
 PROMPTS = [[{"role": "user", "content": "?"}]] * 3

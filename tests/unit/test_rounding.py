@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.methods.rounding import round_model, round_stochastically
+from tunesmith.engine.optim.rounding import round_model, round_stochastically
 
 
 def generator(seed: int = 0) -> torch.Generator:

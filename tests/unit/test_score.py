@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tunesmith.errors import EvaluateError
-from tunesmith.stages.evaluate.score import Answer, macro_f1, schema_validator, score_json, score_text, summarise_json
+from tunesmith.evaluation.metrics import Answer, macro_f1, schema_validator, score_json, score_text, summarise_json
 
 SCHEMA = {
     "type": "object",

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 import tunesmith
-from tunesmith.cli import show_problems
+from tunesmith.cli.render import show_problems
 from tunesmith.errors import Problem
 from tunesmith.io.terminal import make_console, plain
 

@@ -53,7 +53,7 @@ from tunesmith.chat.named import named_template
 from tunesmith.recipe import DataSection
 from tunesmith.io.rows import Row
 from tunesmith.models.load import locate
-from tunesmith.quality.review import Decisions
+from tunesmith.runs.decisions import Decisions
 folder = locate("smollm2-135m-instruct")
 pool._start(Settings(DataSection(train="x"), "conversation", folder, named_template("chatml"), frozenset(), Decisions()))
 made = pool._work([(0, Row("f:1", {"prompt": "What is asked here?", "completion": "What is answered here, in short."}))])

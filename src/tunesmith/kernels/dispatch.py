@@ -2,7 +2,7 @@
 
 `EAGER` runs them operator by operator, in place where it can; `OWN` makes one pass over memory of each by custom kernels where
 they can (cpu/blocks.cpp: float32 and bfloat16 on a CPU; triton/blocks.py: on a GPU); `compiled` gives the same formulas to
-torch.compile. Shapes and formulas are those of `methods/blocks.py`.
+torch.compile. Shapes and formulas are those of `engine/modeling/blocks.py`.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from tunesmith.methods.base import AdapterSettings, Method
 from tunesmith.methods.full import Full
-from tunesmith.methods.lora import Lora
+from tunesmith.methods.lora import Lora, adapter_config
 from tunesmith.methods.qlora import QLora
 from tunesmith.recipe import Recipe
 
 METHODS: dict[str, type[Method]] = {"full": Full, "lora": Lora, "qlora": QLora}
 
-__all__ = ["METHODS", "AdapterSettings", "Method", "make_method"]
+__all__ = ["METHODS", "AdapterSettings", "Method", "adapter_config", "make_method"]
 
 
 def make_method(recipe: Recipe, folder: Path, *, compute_dtype: str, r: int, lora_alpha: int) -> Method:

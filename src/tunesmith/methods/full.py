@@ -15,8 +15,8 @@ class Full(Method):
     name: ClassVar[str] = "full"
 
     def build(self) -> Any:
-        from tunesmith.methods.blocks import fuse_blocks
-        from tunesmith.methods.checkpointing import enable_checkpointing
+        from tunesmith.engine.modeling.blocks import fuse_blocks
+        from tunesmith.engine.modeling.checkpointing import enable_checkpointing
 
         model = load_model(self.folder, **self.as_loaded)
         fuse_blocks(model)

@@ -92,9 +92,9 @@ class Lora(Method):
         import torch
         from peft import get_peft_model
 
-        from tunesmith.methods.adapter import fuse_adapters
-        from tunesmith.methods.blocks import fuse_blocks
-        from tunesmith.methods.checkpointing import enable_checkpointing
+        from tunesmith.engine.modeling.adapter import fuse_adapters
+        from tunesmith.engine.modeling.blocks import fuse_blocks
+        from tunesmith.engine.modeling.checkpointing import enable_checkpointing
 
         base = self.load_base()
         fuse_blocks(base)

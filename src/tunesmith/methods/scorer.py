@@ -21,7 +21,7 @@ def build_scorer(method: Method, pad_token_id: int) -> Any:
     import torch
     from peft import get_peft_model
 
-    from tunesmith.methods.checkpointing import enable_checkpointing
+    from tunesmith.engine.modeling.checkpointing import enable_checkpointing
 
     torch.manual_seed(method.adapter.seed)
     quantised = method.quantization(skip=[HEAD]) if isinstance(method, QLora) else None

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tunesmith.engine.modeling.loss import summed_loss
+from tunesmith.engine.optim.adamw import gradient_norm
+from tunesmith.engine.packing.batch import Batch, PaddedCollator, StepCollator, collate_tree, to_device
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.hardware.allocators import steady_memory
 from tunesmith.hardware.calibration import ROOFLINE, Entry, add_entries, today
 from tunesmith.hardware.catalogue import Device
-from tunesmith.methods.optimizers import gradient_norm
 from tunesmith.models.catalogue import find_config
 from tunesmith.models.families import read_architecture
 from tunesmith.models.load import make_config, quiet
-from tunesmith.packing.batch import Batch, PaddedCollator, StepCollator, collate_tree, to_device
-from tunesmith.packing.loss import summed_loss
-from tunesmith.packing.tree import Limits
 from tunesmith.planner.datafacts import DataFacts, Row
 from tunesmith.planner.options import Option, Planner, mean_batch, roofline_step
 from tunesmith.planner.plan import calibration_file

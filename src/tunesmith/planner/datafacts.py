@@ -21,10 +21,10 @@ from tunesmith.chat.columns import mapped
 from tunesmith.chat.document import to_document, to_pieces
 from tunesmith.chat.formats import Message, to_messages
 from tunesmith.chat.preference import to_pair
+from tunesmith.engine.packing.tree import Limits, build_tree, computed_length, filled, split_by_length, split_units_for_trees
 from tunesmith.errors import DataError, PlanError, Problem
 from tunesmith.io.documents import reader_of
 from tunesmith.io.rows import Row as FileRow
-from tunesmith.packing.tree import Limits, build_tree, computed_length, filled, split_by_length, split_units_for_trees
 from tunesmith.recipe import OBJECTIVES, DataSection, Objective, RowKind, SourceSection
 
 SAMPLE = 1_000  # rows looked at closely
@@ -49,7 +49,7 @@ class Encoder(Protocol):
 class Row:
     """One row's token ids, and how many of them carry loss; of a preference pair the chosen side, with the rejected one.
 
-    The last `told` of them do not go through the model (packing/batch.py).
+    The last `told` of them do not go through the model (engine/packing/batch.py).
     """
 
     ids: Sequence[int]

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from tunesmith.engine.optim.sizes import COMPENSATED
 from tunesmith.hardware.catalogue import GIB, Device
-from tunesmith.methods.sizes import COMPENSATED
 from tunesmith.models.architecture import Architecture
 from tunesmith.planner.bytes.step import sharded_bytes
 from tunesmith.planner.datafacts import DataFacts

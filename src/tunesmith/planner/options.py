@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.hardware.calibration import Bound, Correction, Entry, bytes_beside, time_correction
 from tunesmith.hardware.catalogue import GIB, Device
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.models.architecture import Architecture
 from tunesmith.models.families import runs_on_trees
-from tunesmith.packing.tree import Limits
 from tunesmith.planner.bytes.step import Estimate, estimate, offloaded_bytes
 from tunesmith.planner.datafacts import Batch, DataFacts
 from tunesmith.planner.scenario import Attention, Optim, Scenario

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tunesmith.engine.modeling.chunks import few_places
 from tunesmith.hardware import DtypeName
 from tunesmith.models.architecture import Architecture
 from tunesmith.models.families import runs_on_trees
-from tunesmith.packing.chunks import few_places
 from tunesmith.recipe import Checkpointing, Method
 
 #: Bytes of one number.
@@ -64,11 +64,11 @@ class Scenario:
         return sum(count for name, count in parts.items() if self.trains(name))
 
     def fused(self, a: Architecture) -> bool:
-        """Whether blocks compute as methods/blocks.py has them."""
+        """Whether blocks compute as engine/modeling/blocks.py has them."""
         return not self.stock and runs_on_trees(a.model_type)
 
     def ends_early(self, a: Architecture) -> bool:
-        """Whether the last block ends at the labelled places (packing/places.py)."""
+        """Whether the last block ends at the labelled places (engine/modeling/places.py)."""
         return self.fused(a) and few_places(self.labelled, self.tokens)
 
     @property

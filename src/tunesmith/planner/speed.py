@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tunesmith.engine.optim.sizes import NF4_BYTES
 from tunesmith.hardware.calibration import Bound
 from tunesmith.hardware.catalogue import Device
-from tunesmith.methods.sizes import NF4_BYTES
 from tunesmith.models.architecture import Architecture
 from tunesmith.planner.bytes.step import Estimate
 from tunesmith.planner.scenario import Scenario

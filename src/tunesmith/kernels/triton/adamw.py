@@ -1,7 +1,7 @@
 """One update of AdamW with small states as one kernel, in Triton. Importing it takes Triton.
 
 Read and written for each parameter are gradient, weight and states, and nothing else: no float32 copies. Formulas and
-formats are those of `methods/optimizers.py`; what is rounded at random draws from a counter (Salmon et al. 2011, Philox).
+formats are those of `engine/optim/adamw.py`; what is rounded at random draws from a counter (Salmon et al. 2011, Philox).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-#: Numbers that share a scale, as in `methods/sizes.py`, and how many such blocks a program computes.
+#: Numbers that share a scale, as in `engine/optim/sizes.py`, and how many such blocks a program computes.
 STATE_BLOCK = 256
 _BLOCKS = 4
 

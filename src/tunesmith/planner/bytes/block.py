@@ -11,9 +11,9 @@ stands in torch's derivatives.yaml; in the methods below T is tokens, e the byte
 
 from __future__ import annotations
 
+from tunesmith.engine.modeling.chunks import HEAD_ROWS, chunk_rows
 from tunesmith.models.architecture import Architecture, Linear
 from tunesmith.models.families import FAMILIES
-from tunesmith.packing.chunks import HEAD_ROWS, chunk_rows
 from tunesmith.planner.bytes.tape import Buffer, Give, Kind, Tape, Value
 from tunesmith.planner.scenario import Scenario
 
@@ -32,7 +32,7 @@ class Modules:
         self.t = scenario.tokens  # of what is computed; the labelled places from the last block's attention on
         # PEFT's k-bit preparation turns norms and embeddings to float32, and with them everything between 4-bit products.
         self.e = 4 if scenario.stock and scenario.method == "qlora" else scenario.element
-        #: What the block's attention gave, kept for the backward pass though the block is not (methods/checkpointing.py).
+        #: Attention's output, kept for the backward pass though the block is not (engine/modeling/checkpointing.py).
         self.kept: list[Buffer] = []
         self.fused, self.early = scenario.fused(architecture), scenario.ends_early(architecture)
 
@@ -57,7 +57,7 @@ class Modules:
         return layer.weights * self.s.element + layer.weights // 16 if self.s.method == "qlora" else 0
 
     def _adapter(self, x: Value, layer: Linear) -> Value:
-        """methods/adapter.py: keeps x and a (T, r) product; the float32 weights are copied where the model is bf16."""
+        """engine/modeling/adapter.py: keeps x and a (T, r) product; the float32 weights are copied where the model is bf16."""
         r, e, into, out = self.s.r, self.e, layer.in_features, layer.out_features
         low = self.tape.make("activations", e * r * self.t)
         copies = 0 if e == 4 else e * r * max(into, out)
@@ -243,7 +243,7 @@ class Modules:
         sums = tape.make("activations", 4 * heads * t)
         moment, back = 0, 0
         if self.s.attention == "tree":
-            # packing/attention.py: all in float32, copied where the model is bf16; one stretch's keys, values and results
+            # engine/attention/tree.py: all in float32, copied where the model is bf16; one stretch's keys, values and results
             # beside it; going back, gradients and those of one stretch.
             copies = 0 if e == 4 else 4 * (q_width + 2 * kv_width) * t
             made = e * (q_width + 2 * kv_width) * t  # gradients in the model's dtype, made last
@@ -341,7 +341,7 @@ class Modules:
         return total
 
     def _at_places(self, x: Value, width: int) -> Value:
-        """packing/places.py: the labelled ones of all tokens; going back, zeros for all with theirs put in."""
+        """engine/modeling/places.py: the labelled ones of all tokens; going back, zeros for all with theirs put in."""
         size = self.e * width
         return self.tape.apply(size * self.s.labelled, [x], gives=[Give(x, size * self.s.tokens)])
 
@@ -386,7 +386,7 @@ class Modules:
             self._chunked_loss(hidden)
 
     def _chunked_loss(self, hidden: Value) -> None:
-        """packing/loss.py: gradients of hidden states and head, and one chunk of logits; never the logits of all places."""
+        """engine/modeling/loss.py: gradients of hidden states and head, and one chunk of logits; never those of all places."""
         tape, e, h, n, vocabulary = self.tape, self.e, self.a.hidden_size, self.s.labelled, self.a.vocab_size
         picked = hidden.buffer
         if not self.early:

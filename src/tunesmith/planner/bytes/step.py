@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tunesmith.methods.sizes import NF4_BYTES, OPTIMIZER_SLICE, master_bytes, state_bytes
+from tunesmith.engine.optim.sizes import NF4_BYTES, OPTIMIZER_SLICE, master_bytes, state_bytes
 from tunesmith.models.architecture import Architecture
 from tunesmith.planner.bytes.block import Modules
 from tunesmith.planner.bytes.tape import Buffer, Kind, Tape, Value
@@ -277,7 +277,7 @@ class _Step:
         return round(state_bytes(self.s.optim) * (self.trained + self.whole)) + masters
 
     def _update_scratch(self, gradient: int, weight: int | None = None) -> int:
-        """Float32 copies while one parameter is updated, a slice at a time (methods/optimizers.py)."""
+        """Float32 copies while one parameter is updated, a slice at a time (engine/optim/adamw.py)."""
         weight = weight or self.weight
         size = min(OPTIMIZER_SLICE, gradient // weight)
         if self.s.optimizer_offloading:

@@ -18,13 +18,12 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tunesmith.methods.adapter import fuse_adapters
-from tunesmith.methods.base import AdapterSettings
-from tunesmith.methods.blocks import fuse_blocks
-from tunesmith.methods.checkpointing import ATTENTION, enable_checkpointing
-from tunesmith.methods.lora import adapter_config
-from tunesmith.methods.optimizers import AdamW, InBackward, store_of
-from tunesmith.packing.attention import NAME as TREE_ATTENTION
+from tunesmith.engine.attention.tree import NAME as TREE_ATTENTION
+from tunesmith.engine.modeling.adapter import fuse_adapters
+from tunesmith.engine.modeling.blocks import fuse_blocks
+from tunesmith.engine.modeling.checkpointing import ATTENTION, enable_checkpointing
+from tunesmith.engine.optim.adamw import AdamW, InBackward, store_of
+from tunesmith.methods import AdapterSettings, adapter_config
 from tunesmith.planner.scenario import Scenario
 
 _SPREAD = 0.02  # standard deviation of random weights: transformers' usual one

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tunesmith.packing.attention import Layout
-from tunesmith.packing.batch import Batch
-from tunesmith.packing.loss import summed_loss
-from tunesmith.packing.tree import Node
+from tunesmith.engine.modeling.loss import summed_loss
+from tunesmith.engine.packing.batch import Batch
+from tunesmith.engine.packing.layout import Layout
+from tunesmith.engine.packing.tree import Node
 from tunesmith.planner.scenario import Scenario
 from tunesmith.planner.tracing.building import build_model, make_optimizer, quant_tensors
 

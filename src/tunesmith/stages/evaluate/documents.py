@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from tunesmith.engine.modeling.loss import logits_in_chunks
+from tunesmith.engine.packing.batch import PaddedCollator, to_device
 from tunesmith.errors import EvaluateError, Problem
-from tunesmith.packing.batch import PaddedCollator, to_device
-from tunesmith.packing.loss import logits_in_chunks
 from tunesmith.runs import Run
 
 

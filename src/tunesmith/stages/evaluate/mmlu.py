@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import EvaluateError, Problem
+from tunesmith.inference.scoring import Likelihood, Request, log_likelihoods, reason_for_padding
 from tunesmith.io.atomic import sha256_file, sha256_json
-from tunesmith.packing.scoring import Likelihood, Request, log_likelihoods, reason_for_padding
 from tunesmith.recipe import EvaluateSection
 
 LETTERS = "ABCD"

@@ -14,22 +14,23 @@ from datasets import Dataset
 from rich.console import Console
 
 from tunesmith.chat.template import ChatTemplate
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling.gemm import use_products
+from tunesmith.engine.modeling.loss import summed_loss
+from tunesmith.engine.packing.batch import StepCollator, choose_collator, to_device
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.errors import EvaluateError, Problem
+from tunesmith.evaluation.metrics import Answer, schema_validator, score_json, score_text, summarise_json
 from tunesmith.hardware import detect
+from tunesmith.inference.generate import generate, without_stop
 from tunesmith.io.atomic import read_json, sha256_file, sha256_json, write_json, write_jsonl
 from tunesmith.io.terminal import make_console
 from tunesmith.methods.settings import MAX_TOKENS
 from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest, stop_ids
-from tunesmith.packing.batch import StepCollator, choose_collator, to_device
-from tunesmith.packing.generate import generate, without_stop
-from tunesmith.packing.loss import summed_loss, use_tree_attention
-from tunesmith.packing.products import use_products
-from tunesmith.packing.tree import Limits
 from tunesmith.recipe import OBJECTIVES
 from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
 from tunesmith.stages.evaluate.documents import document_rows, score_documents
 from tunesmith.stages.evaluate.mmlu import Subject, files_digest, read_subjects, score_mmlu
-from tunesmith.stages.evaluate.score import Answer, schema_validator, score_json, score_text, summarise_json
 
 _AT_ONCE = 128  # held-out rows that are laid out together
 

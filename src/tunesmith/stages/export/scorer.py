@@ -7,11 +7,11 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from tunesmith.errors import ExportError, Problem
+from tunesmith.inference.rewards import rewards_of
 from tunesmith.io.atomic import write_json
 from tunesmith.methods import Method
 from tunesmith.methods.scorer import load_trained_scorer
 from tunesmith.models.load import load_scorer, load_tokenizer
-from tunesmith.models.scores import rewards_of
 from tunesmith.runs import Run
 
 _PROBE_PAIRS = 16

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from tunesmith.engine.modeling.loss import labelled_logits
+from tunesmith.engine.optim.rounding import round_model
+from tunesmith.engine.packing.batch import PaddedCollator, to_device
 from tunesmith.errors import ExportError, Problem
 from tunesmith.io.atomic import read_json, write_json
 from tunesmith.methods import Method, make_method
-from tunesmith.methods.rounding import round_model
 from tunesmith.models.load import load_model, load_tokenizer, locate, stop_ids
-from tunesmith.packing.batch import PaddedCollator, to_device
-from tunesmith.packing.loss import labelled_logits
 from tunesmith.recipe import OBJECTIVES, export_problems
 from tunesmith.runs import Run
 from tunesmith.stages.export.scorer import export_scorer

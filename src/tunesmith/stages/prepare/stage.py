@@ -27,9 +27,9 @@ from tunesmith.io.terminal import make_console
 from tunesmith.models.load import locate, model_digest
 from tunesmith.models.rope import check_scalable, window
 from tunesmith.quality import Finding, Overlap, common_segments
-from tunesmith.quality.review import read_decisions
 from tunesmith.recipe import NAMED_TEMPLATES, OBJECTIVES, DataSection, Recipe, RowKind
 from tunesmith.runs import Run
+from tunesmith.runs.decisions import read_decisions
 from tunesmith.stages.prepare.candidate import Candidate
 from tunesmith.stages.prepare.files import marked_sample
 from tunesmith.stages.prepare.ledger import Ledger, Problems

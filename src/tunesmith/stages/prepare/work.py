@@ -21,8 +21,8 @@ from tunesmith.io.atomic import sha256_json
 from tunesmith.io.rows import Row
 from tunesmith.models.load import load_tokenizer
 from tunesmith.quality import Checker, Finding, Label, NearDuplicates, Overlap, RowFacts, row_facts, row_text
-from tunesmith.quality.review import Decisions
 from tunesmith.recipe import QUALITY, SCREENING, DataSection, DuplicatesSection, RowKind, SourceSection, settled
+from tunesmith.runs.decisions import Decisions
 from tunesmith.stages.prepare.candidate import (
     READERS,
     Candidate,

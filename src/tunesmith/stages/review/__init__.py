@@ -1,5 +1,6 @@
 """Stage `review`: a person looks at a sample of the prepared rows and signs them off."""
 
 from tunesmith.stages.review.stage import Review
+from tunesmith.stages.review.terminal import review
 
-__all__ = ["Review"]
+__all__ = ["Review", "review"]

@@ -20,9 +20,9 @@ from tunesmith.errors import Problem, RunError
 from tunesmith.io.atomic import read_json, sha256_file, write_json
 from tunesmith.io.documents import folder_digest, reader_of
 from tunesmith.models.load import load_tokenizer, locate
-from tunesmith.quality.review import LEAST_ROWS, VERDICTS, add_decisions, draw_sample, read_decisions, row_digest
 from tunesmith.recipe import OBJECTIVES
 from tunesmith.runs import Run, read_jsonl
+from tunesmith.runs.decisions import LEAST_ROWS, VERDICTS, add_decisions, draw_sample, read_decisions, row_digest
 
 #: What `prepare` puts behind a row's place where it makes several rows of it.
 _PART = re.compile(r"(?:#\d+| \(piece \d+ of \d+\))\Z")

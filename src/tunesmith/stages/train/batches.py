@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tunesmith.engine.attention import flex
+from tunesmith.engine.attention.backends import use_attention, use_tree_attention
+from tunesmith.engine.attention.shifted import ShiftedCollator, use_shifted_attention
+from tunesmith.engine.modeling.noise import EmbeddingNoise
+from tunesmith.engine.packing.batch import Collator, PaddedCollator, choose_collator, reason_against_tree
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.methods.settings import Settings
-from tunesmith.packing import flex
-from tunesmith.packing.batch import Collator, PaddedCollator, choose_collator, reason_against_tree
-from tunesmith.packing.kernels import use_attention
-from tunesmith.packing.loss import use_tree_attention
-from tunesmith.packing.noise import EmbeddingNoise
-from tunesmith.packing.shifted import ShiftedCollator, use_shifted_attention
-from tunesmith.packing.tree import Limits
 from tunesmith.stages.train.losses import Loss, StepBatches
 
 Tell = Callable[..., None]

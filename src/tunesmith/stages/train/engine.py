@@ -19,12 +19,12 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
+from tunesmith.engine.modeling.offload import ActivationOffload
+from tunesmith.engine.optim.adamw import AdamW, InBackward, gradient_norm
+from tunesmith.engine.packing.batch import Batch, Rows
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.io.atomic import indented_json
-from tunesmith.methods.offload import ActivationOffload
-from tunesmith.methods.optimizers import AdamW, InBackward, gradient_norm
 from tunesmith.methods.settings import Settings
-from tunesmith.packing.batch import Batch, Rows
-from tunesmith.packing.tree import Limits
 from tunesmith.stages.train.finite import NotFiniteError, check_finite, check_weights
 from tunesmith.stages.train.losses import Loss, StepBatches
 from tunesmith.stages.train.out_of_memory import in_smaller_parts, is_out_of_memory, out_of_memory, release

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from tunesmith.engine.packing.batch import to_device
 from tunesmith.io.atomic import append_jsonl, write_jsonl
-from tunesmith.packing.batch import to_device
 from tunesmith.stages.train.losses import Loss, StepBatches
 
 #: What `HeldoutWatch.as_dict` gives before the first look.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tunesmith.engine.modeling.blocks import fuse_blocks, fusible
 from tunesmith.kernels import cpu, triton
 from tunesmith.kernels.dispatch import compiled
 from tunesmith.kernels.liger import liger
-from tunesmith.methods.blocks import fuse_blocks, fusible
 from tunesmith.methods.settings import Settings
-from tunesmith.packing.loss import causal_of
+from tunesmith.models.head import causal_of
 
 
 def compile_blocks(settings: Settings, model: Any, tell: Callable[..., None]) -> None:

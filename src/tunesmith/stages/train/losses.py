@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save
 
+from tunesmith.engine.modeling.dpo_loss import PairCollator, Preference, PreferenceModel, pair_count, reference_logprobs
+from tunesmith.engine.modeling.loss import LossModel
+from tunesmith.engine.packing.batch import Batch, Collator, Rows, StepCollator
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import write_bytes
-from tunesmith.packing.batch import Batch, Collator, Rows, StepCollator
-from tunesmith.packing.loss import LossModel
-from tunesmith.packing.preference import PairCollator, Preference, PreferenceModel, pair_count, reference_logprobs
-from tunesmith.packing.tree import Limits
 from tunesmith.recipe import OBJECTIVES, DpoSection, Recipe
 
 Sums = Mapping[str, torch.Tensor]  # figures of a batch, each summed over what `count` counts

@@ -8,12 +8,12 @@ from typing import Any
 import psutil
 import torch
 
+from tunesmith.engine.optim.sizes import NF4_BYTES, master_bytes, state_bytes
+from tunesmith.engine.packing.batch import Batch, Rows
+from tunesmith.engine.packing.tree import Limits
 from tunesmith.errors import Problem, TrainError
 from tunesmith.hardware.allocators import give_back_freed_memory
 from tunesmith.methods.settings import Settings
-from tunesmith.methods.sizes import NF4_BYTES, master_bytes, state_bytes
-from tunesmith.packing.batch import Batch, Rows
-from tunesmith.packing.tree import Limits
 from tunesmith.stages.train.losses import StepBatches
 
 #: In the errors of CUDA, of torch on a CPU and of the standard library.

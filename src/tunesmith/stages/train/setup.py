@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from tunesmith.methods.optimizers import AdamW, store_of
+from tunesmith.engine.optim.adamw import AdamW, store_of
 from tunesmith.methods.settings import Settings
 
 

@@ -19,9 +19,9 @@ from tunesmith.io.atomic import read_json, write_json
 from tunesmith.io.terminal import make_console
 from tunesmith.methods import make_method
 from tunesmith.models.load import load_tokenizer, locate, model_digest
-from tunesmith.quality.review import require_signoff
 from tunesmith.recipe import OBJECTIVES, Objective, RowKind
 from tunesmith.runs import Run
+from tunesmith.runs.decisions import require_signoff
 from tunesmith.stages.train.kernels import compile_blocks
 from tunesmith.stages.train.loops import Work, loop_of
 from tunesmith.stages.train.loops.rewards import reward_digests

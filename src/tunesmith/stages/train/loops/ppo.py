@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from tunesmith.methods.optimizers import AdamW, gradient_norm, store_of
+from tunesmith.engine.optim.adamw import AdamW, gradient_norm, store_of
+from tunesmith.inference.generate import generate
 from tunesmith.models.load import stop_ids
-from tunesmith.packing.generate import generate
 from tunesmith.recipe import PpoSection
 from tunesmith.stages.train.finite import check_finite
 from tunesmith.stages.train.loops.base import Work

@@ -65,8 +65,8 @@ def model_reward(folder: Path) -> Reward:
 
     Raises TrainError where the folder holds no reward model.
     """
+    from tunesmith.inference.rewards import rewards_of
     from tunesmith.models.load import load_scorer, load_tokenizer
-    from tunesmith.models.scores import rewards_of
 
     if not (folder / "reward.json").is_file():
         fix = "give the folder that `tunesmith export` made of a run with objective: reward"

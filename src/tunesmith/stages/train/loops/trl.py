@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from tunesmith.engine.optim.adamw import AdamW
 from tunesmith.errors import Problem, TrainError
-from tunesmith.methods.optimizers import AdamW
 from tunesmith.methods.settings import Settings
 from tunesmith.stages.train.finite import check_finite
 from tunesmith.stages.train.loops.padded import PaddedLoop

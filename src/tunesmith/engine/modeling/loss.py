@@ -1,0 +1,240 @@
+"""Cross-entropy over labelled places alone: logits are made for the hidden states that predict a label and no others.
+
+Shapes: B rows, L tokens, H hidden size, V vocabulary, N labelled places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tunesmith.engine.modeling.chunks import HEAD_ROWS, IN_PLACE, chunk_rows
+from tunesmith.engine.modeling.gemm import across_rows, has_own_kernel, linear
+from tunesmith.engine.modeling.places import hidden_at
+from tunesmith.kernels import triton
+from tunesmith.kernels.cpu import cross_entropy as kernel
+from tunesmith.kernels.cpu.library import computes
+from tunesmith.models.head import causal_of, logits_of, own_logits, soft_cap
+
+_NOT_INPUTS = ("sources", "targets", "weights", "labelled", "row_tokens", "owner_rows", "owner_labels", "reference")
+
+
+def labelled_hidden(causal: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """(N, H) hidden states at the places of `sources`."""
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+    return hidden_at(causal.get_decoder(), inputs, batch["sources"])
+
+
+def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Logits (N, V) at the places of `sources`, from the decoder's hidden states of the whole batch.
+
+    `model` is a causal language model of transformers, with or without PEFT around it.
+    """
+    causal = causal_of(model)
+    logits: torch.Tensor
+    if own_logits(causal):
+        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+        logits = causal(**inputs, use_cache=False).logits.flatten(0, 1)[batch["sources"]]
+    else:
+        logits = logits_of(causal, labelled_hidden(causal, batch))
+    return logits
+
+
+def logits_in_chunks(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
+    """`labelled_logits` without gradients, `chunk_rows` places at a time: the first place's number, and logits (places, V).
+
+    A model that changes its logits makes them all in its own forward, for each row at each column that any row needs.
+    """
+    causal = causal_of(model)
+    if own_logits(causal):
+        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+        width = batch["input_ids"].shape[1]
+        columns, which = torch.unique(batch["sources"] % width, return_inverse=True)
+        logits = causal(**inputs, use_cache=False, logits_to_keep=columns).logits  # (B, columns, V)
+        yield 0, logits[batch["sources"] // width, which]
+        return
+    hidden = labelled_hidden(causal, batch)
+    size = chunk_rows(causal.get_output_embeddings().weight.shape[0])
+    for begin in range(0, len(hidden), size):
+        yield begin, logits_of(causal, hidden[begin : begin + size])
+
+
+def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(places, V) of hidden states (places, H), in float32 (float64 where they are); without gradients, and not kept elsewhere.
+
+    With custom kernels they stand in memory as (V, places): oneDNN arranges anew what it takes for a weight, which then are
+    the hidden states and not the head.
+    """
+    if has_own_kernel(hidden, head):
+        logits = linear(head, hidden).T
+        return logits if bias is None else logits.add_(bias)
+    return linear(hidden, head, bias).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def one_pass(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, cap: float | None) -> bool:
+    """Whether the loss of a frozen head has a custom kernel (kernels/cpu/cross_entropy.cpp): no logits are kept."""
+    return bias is None and cap is None and computes(kernel, hidden, head)
+
+
+def in_place(hidden: torch.Tensor, head: torch.Tensor, cap: float | None) -> bool:
+    """Whether logits become their own derivatives without a float32 copy, by the kernel of kernels/triton/cross_entropy.py."""
+    return cap is None and triton.computes(hidden, head)
+
+
+def _places_at_once(hidden: torch.Tensor, head: torch.Tensor, cap: float | None) -> int:
+    """Places whose logits are made at once: no more bytes of them than the plan counts."""
+    small = hidden.element_size() == 2 and in_place(hidden, head, cap)
+    return chunk_rows(len(head)) * (IN_PLACE if small else 1)
+
+
+def _chunk(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    cap: float | None,
+    with_slopes: bool,
+) -> tuple[torch.Tensor, Any]:
+    """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of logits."""
+    if in_place(hidden, head, cap):
+        from tunesmith.kernels.triton import cross_entropy  # which takes Triton
+
+        logits = linear(hidden, head, bias)
+        losses = cross_entropy.from_logits(logits, targets, weights if with_slopes else None)
+        return losses @ weights, logits if with_slopes else None
+    logits = exact_logits(hidden, head, bias)
+    if cap is None and logits.dtype == hidden.dtype and logits.T.is_contiguous() and computes(kernel, logits):
+        losses = kernel.from_logits(logits.T, targets, weights if with_slopes else None)
+        return losses @ weights, logits if with_slopes else None
+    bent = None if cap is None else logits.div_(cap).tanh_()
+    logits = logits if cap is None or bent is None else bent * cap
+    picked = targets.unsqueeze(-1)
+    right, top = logits.gather(-1, picked), logits.amax(-1, keepdim=True)
+    sums = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    weights = weights.unsqueeze(-1)
+    loss = ((sums.log() + top - right) * weights).sum()
+    if not with_slopes:
+        return loss, None
+    slopes = logits.mul_(weights / sums).scatter_add_(-1, picked, -weights)
+    if bent is not None:
+        slopes *= bent.square_().neg_().add_(1)  # the derivative of tanh
+    return loss, slopes.to(hidden.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum over i of -weights_i log softmax(cap(h_i W^T + bias))[target_i], with the gradients made on the way, chunk by chunk.
+
+    Where the head is not trained, in one pass over it by a custom kernel, if there is one.
+
+    Kept for the backward pass: the gradient of the hidden states (N, H), and of W (V, H, float32) and bias where they are
+    trained; never logits (as in Liger's and torch's fused losses, but with a weight for each place).
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        cap: float | None,
+        with_gradients: bool,
+    ) -> torch.Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        weights = weights.to(exact)
+        context.made, context.dtypes = (None, None, None), (head.dtype, None if bias is None else bias.dtype)
+        if not context.needs_input_grad[1] and one_pass(hidden, head, bias, cap):
+            if not with_gradients:
+                return kernel.cross_entropy(hidden, head, targets) @ weights
+            losses, into = kernel.with_gradient(hidden, head, targets, weights)
+            context.made = (into, None, None)
+            return losses @ weights
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        into_hidden = torch.empty_like(hidden) if with_gradients else None
+        into_head = torch.empty_like(head, dtype=exact) if with_gradients and context.needs_input_grad[1] else None
+        if into_head is not None and not len(hidden):
+            into_head.zero_()
+        into_bias = torch.zeros_like(bias, dtype=exact) if with_gradients and bias is not None and bias.requires_grad else None
+        size = _places_at_once(hidden, head, cap)
+        for begin in range(0, len(hidden), size):
+            part = slice(begin, begin + size)
+            loss, slopes = _chunk(hidden[part], head, bias, targets[part], weights[part], cap, with_gradients)
+            total += loss
+            if into_hidden is not None:
+                into_hidden[part] = across_rows(slopes.T, head)
+            if into_head is not None:
+                for some in range(0, len(head), HEAD_ROWS):  # the product is as large as the head
+                    rows = slice(some, some + HEAD_ROWS)
+                    made = across_rows(slopes[:, rows], hidden[part])
+                    if begin == 0:
+                        into_head[rows] = made
+                    else:
+                        into_head[rows].add_(made)
+                    del made
+            if into_bias is not None:
+                into_bias += slopes.sum(0, dtype=exact)
+            del loss, slopes  # else they live on while the next chunk is made
+        context.made = (into_hidden, into_head, into_bias)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        into_hidden, into_head, into_bias = context.made
+        context.made = (None, None, None)
+        head_dtype, bias_dtype = context.dtypes
+        into_hidden = into_hidden.mul_(gradient)
+        into_head = None if into_head is None else into_head.mul_(gradient).to(head_dtype)
+        into_bias = None if into_bias is None else into_bias.mul_(gradient).to(bias_dtype)
+        return into_hidden, into_head, into_bias, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    cap: float | None,
+) -> torch.Tensor:
+    """Sum over i of -weights_i log softmax(cap(h_i W^T + bias))[target_i]; its gradients can be taken once."""
+    fused: Any = _LinearCrossEntropy  # torch leaves `apply` untyped
+    loss: torch.Tensor = fused.apply(hidden, head, bias, targets, weights, cap, torch.is_grad_enabled())
+    return loss
+
+
+def summed_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Sum over the labelled tokens of all rows of -log p(token | tokens before it), in nats, a float32 scalar.
+
+    A label that several rows share counts once for each, as if the rows had been computed one by one. In float64
+    where the model is, so that tests can be exact. Its gradients can be taken once.
+    """
+    causal = causal_of(model)
+    targets, weights = batch["targets"], batch["weights"]
+    loss: torch.Tensor
+    if own_logits(causal):
+        logits = labelled_logits(model, batch)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = (F.cross_entropy(exact, targets, reduction="none") * weights).sum()
+    else:
+        head = causal.get_output_embeddings()
+        hidden = labelled_hidden(causal, batch)
+        bias = getattr(head, "bias", None)
+        loss = linear_cross_entropy(hidden, head.weight, bias, targets, weights, soft_cap(causal))
+    return loss
+
+
+class LossModel(torch.nn.Module):
+    """A causal language model whose forward is `summed_loss`, so that wrappers (DDP) see it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Any) -> torch.Tensor:
+        """The summed loss of one batch."""
+        return summed_loss(self.model, batch)

@@ -1,0 +1,180 @@
+"""Rows of token ids to the tensors of one forward pass: as a prefix tree, or padded.
+
+A row goes through the model up to the token that predicts its last label: what follows changes no label's probability, and
+the last label itself only has to be told.
+
+Both give the same keys, so the loss does not know which it was. Shapes: B rows in the batch (1 for a tree), L tokens in
+each, N labelled places.
+
+    input_ids (B, L)       token ids
+    position_ids (B, L)    each token's place in its own row
+    sources (N,)           index into the flattened (B x L) hidden states of the one that predicts the label
+    targets (N,)           the label's id
+    weights (N,)           how many rows have this label at this place; 0 for what fills a tree's labels up (`tree.FILL`)
+    labelled               labelled tokens, counted in every row (an int: nobody has to wait for a GPU to count them)
+    row_tokens             tokens of all rows as they are in the dataset (an int)
+    tree_layout            a tree's nodes, for attention (tree only)
+    attention_mask (B, L)  1 for real tokens (padded only, and only where rows differ in length)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from tunesmith.engine.packing.layout import Layout
+from tunesmith.engine.packing.tree import (
+    Limits,
+    build_tree,
+    computed_length,
+    fill,
+    filled,
+    split_by_length,
+    split_for_trees,
+)
+from tunesmith.models.families import runs_on_trees
+
+Batch = dict[str, Any]
+Owners = list[tuple[int, int]]  # (row, label): a batch's label that a row has; one that rows share stands once for each
+Rows = Sequence[Mapping[str, Any]]  # dataset rows: `input_ids`, and `trained` of the same length
+
+
+class Collator(Protocol):
+    """Makes a batch of rows."""
+
+    def __call__(self, rows: Rows) -> Batch:
+        """The batch, with the keys that this module names."""
+        ...
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def computed_ids(row: Mapping[str, Any], side: str = "") -> Sequence[int]:
+    """The row's tokens that go through the model; `side` is `rejected_` for the other side of a pair."""
+    ids: Sequence[int] = row[f"{side}input_ids"]
+    return ids[: computed_length(row[f"{side}trained"])]
+
+
+def collate_tree(rows: Rows) -> Batch:
+    """The rows as one sequence in which each shared prefix stands once."""
+    return tree_with_owners(rows)[0]
+
+
+def tree_with_owners(rows: Rows) -> tuple[Batch, Owners]:
+    """`collate_tree`, and which row has which labels."""
+    tree = fill(build_tree([computed_ids(row) for row in rows]))
+    labels: dict[tuple[int, int], int] = {}  # (source, target): the label's number
+    owners: Owners = []  # a row's first token has nothing before it to be told from
+    for number, (row, path) in enumerate(zip(rows, tree.paths, strict=True)):
+        told = zip(path, row["input_ids"][1:], row["trained"][1:], strict=False)  # the row may be longer than its path
+        places = [(source, target) for source, target, trained in told if trained]
+        owners += [(number, labels.setdefault(place, len(labels))) for place in places]
+    sources, targets = [source for source, _ in labels], [target for _, target in labels]
+    count = Counter(label for _, label in owners)
+    weights = [count[label] for label in range(len(labels))]
+    more = filled(len(labels)) - len(labels)
+    sources, targets, weights = (some + [0] * more for some in (sources, targets, weights))
+    batch = {
+        "input_ids": torch.tensor([tree.ids], dtype=torch.long),
+        "position_ids": torch.tensor([tree.positions], dtype=torch.long),
+        "sources": torch.tensor(sources, dtype=torch.long),
+        "targets": torch.tensor(targets, dtype=torch.long),
+        "weights": torch.tensor(weights, dtype=torch.float32),
+        "labelled": len(owners),
+        "row_tokens": _row_tokens(rows),
+        "tree_layout": Layout(tree.nodes, len(tree.ids)),
+    }
+    return batch, owners
+
+
+def _row_tokens(rows: Rows) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
+
+
+def padded(ids: Sequence[Sequence[int]], pad_id: int | None) -> Batch:
+    """Ids one row below the other, padded on the right: `input_ids`, `position_ids`, and a mask where they differ in length.
+
+    A tokenizer may have no pad id; any id does, as it is masked.
+    """
+    longest = max(map(len, ids))
+    input_ids = torch.full((len(ids), longest), 0 if pad_id is None else pad_id, dtype=torch.long)
+    mask = torch.zeros((len(ids), longest), dtype=torch.long)
+    for number, row in enumerate(ids):
+        input_ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[number, : len(row)] = 1
+    batch: Batch = {"input_ids": input_ids, "position_ids": torch.arange(longest).expand(len(ids), -1).contiguous()}
+    return batch if min(map(len, ids)) == longest else batch | {"attention_mask": mask}
+
+
+class PaddedCollator:
+    """The rows one below the other, padded on the right and told apart by their lengths: pad may equal eos."""
+
+    def __init__(self, pad_id: int | None) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Rows) -> Batch:
+        batch = padded([computed_ids(row) for row in rows], self.pad_id)
+        longest = batch["input_ids"].shape[1]
+        sources, targets = [], []
+        for number, row in enumerate(rows):
+            places = torch.tensor(row["trained"], dtype=torch.bool)[1:].nonzero().flatten()
+            sources.append(places + number * longest)
+            targets.append(torch.tensor(row["input_ids"], dtype=torch.long)[1:][places])
+        count = sum(map(len, targets))
+        return batch | {
+            "sources": torch.cat(sources),
+            "targets": torch.cat(targets),
+            "weights": torch.ones(count, dtype=torch.float32),
+            "labelled": count,
+            "row_tokens": _row_tokens(rows),
+        }
+
+    def with_owners(self, rows: Rows) -> tuple[Batch, Owners]:
+        """The batch, and which row has which labels."""
+        batch = self(rows)
+        longest = batch["input_ids"].shape[1]
+        return batch, [(source // longest, label) for label, source in enumerate(batch["sources"].tolist())]
+
+
+class StepCollator:
+    """The rows of an optimizer step as micro-batches within the limits, each row in one of them.
+
+    Rows that share a prefix come together; padded rows come with those of like length, so that little is padded.
+    """
+
+    def __init__(self, collate: Collator, limits: Limits) -> None:
+        self.collate, self.limits = collate, limits
+
+    def __call__(self, rows: Rows, /) -> dict[str, list[Batch]]:
+        ids = [computed_ids(row) for row in rows]
+        if isinstance(self.collate, PaddedCollator):
+            groups = split_by_length([len(each) for each in ids], self.limits)
+        else:
+            groups = split_for_trees(ids, self.limits)
+        return {"micro_batches": [self.collate([rows[index] for index in group]) for group in groups]}
+
+
+def reason_against_tree(config: Any, longest: int) -> str | None:
+    """Why rows of up to `longest` tokens cannot be laid out as a tree for this model, or None if they can."""
+    if not runs_on_trees(config.model_type):
+        return f"exactness is not proven for the architecture {config.model_type!r}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
+        return f"rows of {longest} tokens reach beyond the sliding window of {window}"
+    if getattr(config, "attention_dropout", 0.0):
+        return "the model has attention dropout"
+    return None
+
+
+def choose_collator(config: Any, pad_id: int | None, longest: int) -> tuple[Collator, str | None]:
+    """The tree collator where it is exact for this model, else the padded one and the reason for it."""
+    reason = reason_against_tree(config, longest)
+    if reason is None:
+        return collate_tree, None
+    return PaddedCollator(pad_id), reason

@@ -1,0 +1,1 @@
+"""Scores of what a model answered: text in, numbers out, no model."""

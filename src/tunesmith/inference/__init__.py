@@ -1,0 +1,1 @@
+"""What a model says: answers (`generate`), log-likelihoods of continuations (`scoring`), rewards."""

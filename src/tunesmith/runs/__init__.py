@@ -1,0 +1,23 @@
+"""The run folder, where stages meet (`folder`), and what people decided about rows (`decisions`)."""
+
+from tunesmith.runs.folder import (
+    EVAL_SUITE,
+    Run,
+    create_run,
+    default_name,
+    eval_folder,
+    installed_versions,
+    open_run,
+    read_jsonl,
+)
+
+__all__ = [
+    "EVAL_SUITE",
+    "Run",
+    "create_run",
+    "default_name",
+    "eval_folder",
+    "installed_versions",
+    "open_run",
+    "read_jsonl",
+]
