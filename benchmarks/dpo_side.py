@@ -128,9 +128,9 @@ def pairs_in_order(run: Run) -> Dataset:
 
 def cut(row: dict[str, Any]) -> dict[str, Any]:
     """A pair in TRL's columns; what the template writes after the answers is in neither side's loss, so it is left out."""
-    names = {"prompt_ids": row["input_ids"][: row["trained"].index(True)]}
+    names = {"prompt_ids": row["input_ids"][: row["loss_mask"].index(True)]}
     for name, prefix in (("chosen_ids", ""), ("rejected_ids", "rejected_")):
-        flags = zip(row[f"{prefix}input_ids"], row[f"{prefix}trained"], strict=True)
+        flags = zip(row[f"{prefix}input_ids"], row[f"{prefix}loss_mask"], strict=True)
         names[name] = [token for token, trained in flags if trained]
     return names
 

@@ -34,7 +34,7 @@ def random_rows(generator: random.Random) -> list[dict[str, Any]]:
     rows = []
     for _ in range(generator.randrange(2, 9)):
         ids = generator.choice(stems) + [generator.randrange(1, VOCABULARY) for _ in range(generator.randrange(1, 16))]
-        rows.append({"input_ids": ids, "trained": [generator.random() < 0.5 for _ in ids[:-1]] + [True]})
+        rows.append({"input_ids": ids, "loss_mask": [generator.random() < 0.5 for _ in ids[:-1]] + [True]})
     return rows
 
 

@@ -21,7 +21,7 @@ def save_rows(data: Path, target: Path, batch: int, seed: int) -> None:
     """The prepared rows as LLaMA-Factory keeps tokenized data, in the engine's order, those of a step by length."""
 
     def columns(row: dict[str, Any]) -> dict[str, Any]:
-        pairs = zip(row["input_ids"], row["trained"], strict=True)
+        pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
         return {
             "attention_mask": [1] * len(row["input_ids"]),
             "labels": [token if trained else -100 for token, trained in pairs],

@@ -41,7 +41,7 @@ def batches() -> Mapping[int, Batch]:
     made = {}
     for count in AT_ONCE:
         ids = ([draw.randrange(49_000) for _ in range(LENGTH)] for _ in range(count))
-        made[count] = collate_tree([{"input_ids": each, "trained": trained} for each in ids])
+        made[count] = collate_tree([{"input_ids": each, "loss_mask": trained} for each in ids])
     return made
 
 

@@ -108,23 +108,23 @@ def weights() -> list[dict[str, Any]]:
 def numbers() -> list[dict[str, Any]]:
     """What blocks compute number by number."""
     x, gradient, weight = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, HIDDEN), torch.randn(HIDDEN)
-    gate, up, slope = (torch.randn(TOKENS, WIDTH) for _ in range(3))
+    gate, up, grad = (torch.randn(TOKENS, WIDTH) for _ in range(3))
     query = torch.randn(1, TOKENS, HEADS, SIZE).transpose(1, 2)
     cos, sin = (torch.randn(1, 1, TOKENS, SIZE) for _ in range(2))
     root = EAGER.norm(x, weight, 1e-5, 0.0)[1]
     cases: dict[str, Callable[[Any], Any]] = {
         "norm": lambda k: k.norm(x, weight, 1e-5, 0.0),
-        "norm backward": lambda k: k.norm_slopes(gradient, x, root, weight, 0.0, False),
-        "norm backward with weight": lambda k: k.norm_slopes(gradient, x, root, weight, 0.0, True),
+        "norm backward": lambda k: k.norm_backward(gradient, x, root, weight, 0.0, False),
+        "norm backward with weight": lambda k: k.norm_backward(gradient, x, root, weight, 0.0, True),
         "gated": lambda k: k.gated(gate, up, "silu"),
-        "gated backward": lambda k: k.gated_slopes(slope, gate, up, "silu"),
+        "gated backward": lambda k: k.gated_backward(grad, gate, up, "silu"),
         "rotary": lambda k: k.rotary(query, cos, sin, False),
     }
     return [row_of(name, f"{TOKENS} tokens", partial(case, EAGER), partial(case, OWN)) for name, case in cases.items()]
 
 
 def in_six_passes(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The loss of kept logits (N, V), which become its slopes, by torch's operators."""
+    """The loss of kept logits (N, V), which become its grads, by torch's operators."""
     picked, weights = targets.unsqueeze(-1), weights.unsqueeze(-1)
     right, top = logits.gather(-1, picked), logits.amax(-1, keepdim=True)
     sums = logits.sub_(top).exp_().sum(-1, keepdim=True)
@@ -158,7 +158,7 @@ def losses() -> list[dict[str, Any]]:
 def main() -> None:
     """Measure each kernel and write the ratios."""
     asked = parser(__doc__ or "").parse_args()
-    reason = cpu.reason_against()
+    reason = cpu.unsupported_reason()
     if reason is not None:
         raise SystemExit(f"there are no custom kernels here: {reason}")
     steady_memory()

@@ -98,7 +98,7 @@ def formula() -> tuple[list[dict[str, Any]], list[Row]]:
 def _batch(tokens: int) -> Batch:
     """One row of distinct tokens, half of them labelled."""
     ids = [1 + (7 * place) % 49_000 for place in range(tokens)]
-    return collate_tree([{"input_ids": ids, "trained": [place >= tokens // 2 for place in range(tokens)]}])
+    return collate_tree([{"input_ids": ids, "loss_mask": [place >= tokens // 2 for place in range(tokens)]}])
 
 
 def allocated_peak(method_name: str, *, tokens: int, checkpointing: bool) -> int:

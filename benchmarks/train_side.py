@@ -46,7 +46,7 @@ def read_rows(folder: Path) -> Dataset:
 
 def labelled(row: dict[str, Any]) -> dict[str, Any]:
     """What a trainer wants of a row: ids, and labels where it is trained on."""
-    pairs = zip(row["input_ids"], row["trained"], strict=True)
+    pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
     return {"labels": [token if trained else -100 for token, trained in pairs]}
 
 

@@ -19,5 +19,5 @@ PAIRS = [pair_row(number) for number in range(40)]
 
 def sides(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Both sides of dataset rows of pairs as plain rows, the chosen ones first."""
-    chosen = [{"input_ids": pair["input_ids"], "trained": pair["trained"]} for pair in pairs]
-    return chosen + [{"input_ids": pair["rejected_input_ids"], "trained": pair["rejected_trained"]} for pair in pairs]
+    chosen = [{"input_ids": pair["input_ids"], "loss_mask": pair["loss_mask"]} for pair in pairs]
+    return chosen + [{"input_ids": pair["rejected_input_ids"], "loss_mask": pair["rejected_loss_mask"]} for pair in pairs]

@@ -80,13 +80,13 @@ def rows_of(case: Case, vocabulary: int) -> Rows:
     made = []
     for _ in range(2 * case.rows):
         ids = shared + [drawn.randrange(3, vocabulary) for _ in range(case.own)]
-        made.append({"input_ids": ids, "trained": [place >= before for place in range(len(ids))], "length": len(ids)})
+        made.append({"input_ids": ids, "loss_mask": [place >= before for place in range(len(ids))], "length": len(ids)})
     return made
 
 
 def planned(case: Case, recipe: Recipe, rows: Rows, device: Device) -> Plan:
     """What `tunesmith plan` says of the case on the device."""
-    sample = tuple(Row(row["input_ids"], sum(row["trained"])) for row in rows)
+    sample = tuple(Row(row["input_ids"], sum(row["loss_mask"])) for row in rows)
     facts = DataFacts(len(rows), sample, "counted", shares=case.shared > 0)
     return plan_for(recipe, facts, device, GPUS, methods=[case.method], free=False)
 
@@ -233,7 +233,7 @@ def train_trl(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows
             meter.step()
 
     labelled = [
-        {"input_ids": ids, "labels": [token if trained else -100 for token, trained in zip(ids, row["trained"], strict=True)]}
+        {"input_ids": ids, "labels": [token if trained else -100 for token, trained in zip(ids, row["loss_mask"], strict=True)]}
         for row in rows
         for ids in [row["input_ids"]]
     ]

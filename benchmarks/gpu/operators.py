@@ -162,10 +162,10 @@ def elementwise(size: Sizes) -> Iterator[Row]:
         _, root = kernels.norm(x, weight, 1e-6, 0.0)
         yield timed(f"norm, {kind}", lambda k=kernels: k.norm(x, weight, 1e-6, 0.0), moved=4 * x.numel())
         into = (x, x, root, weight, 0.0, False)
-        yield timed(f"norm slopes, {kind}", lambda k=kernels, into=into: k.norm_slopes(*into), moved=6 * x.numel())
+        yield timed(f"norm grads, {kind}", lambda k=kernels, into=into: k.norm_backward(*into), moved=6 * x.numel())
         yield timed(f"gated, {kind}", lambda k=kernels: k.gated(gate, up, "silu"), moved=6 * gate.numel())
-        slopes = (gradient, gate, up, "silu")
-        yield timed(f"gated slopes, {kind}", lambda k=kernels, s=slopes: k.gated_slopes(*s), moved=10 * gate.numel())
+        grads = (gradient, gate, up, "silu")
+        yield timed(f"gated grads, {kind}", lambda k=kernels, s=grads: k.gated_backward(*s), moved=10 * gate.numel())
         yield timed(f"rotary, {kind}", lambda k=kernels: k.rotary(heads, cos, cos, False), moved=4 * heads.numel())
 
 
@@ -202,7 +202,7 @@ def main() -> None:
         for row in part(size):
             print(row, flush=True)
             rows.append(row)
-    report(asked.json, claims, rows, kind=kind, kernels_off=triton.reason_against(DEVICE))
+    report(asked.json, claims, rows, kind=kind, kernels_off=triton.unsupported_reason(DEVICE))
 
 
 if __name__ == "__main__":

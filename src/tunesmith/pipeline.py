@@ -226,7 +226,7 @@ def _export(this: Run, console: Console) -> None:
     from tunesmith.stages.export import export
 
     proof = export(this)
-    if OBJECTIVES[this.recipe.objective].scorer:
+    if OBJECTIVES[this.recipe.objective].reward_model:
         apart = proof["max_reward_difference"]
         _say(console, "export", f"export/{this.recipe.export.name}, a reward model; rewards differ by {apart:.1e} at most")
         return
@@ -241,7 +241,7 @@ def _export(this: Run, console: Console) -> None:
 def _evaluate(this: Run, console: Console) -> None:
     from tunesmith.stages.evaluate import evaluate
 
-    if OBJECTIVES[this.recipe.objective].scorer:
+    if OBJECTIVES[this.recipe.objective].reward_model:
         _say(console, "evaluate", "nothing: a reward model answers no question")
         return
     results = evaluate(this, console=console)

@@ -18,7 +18,7 @@ from tests.policy import REWARD, share_towards_reward
 from tunesmith.chat.template import ChatTemplate
 from tunesmith.errors import DataError, EvaluateError, ExportError, PlanError, RunError, TunesmithError
 from tunesmith.inference.rewards import rewards_of
-from tunesmith.models.load import load_model, load_scorer, load_tokenizer
+from tunesmith.models.load import load_model, load_reward_model, load_tokenizer
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.evaluate.stage import evaluate
@@ -161,8 +161,8 @@ def test_a_reward_model_ranks_pairs_and_serves_as_a_reward(method: str, dtype: s
     good, bad = (reward(prompts, [pair[side] for pair in PAIRS[:4]], [None] * 4) for side in ("chosen", "rejected"))
     assert sum(g > b for g, b in zip(good, bad, strict=True)) >= 3
     row = Dataset.from_file(str(run.path / "data" / "heldout.arrow"))[0]
-    assert rewards_of(load_scorer(folder, dtype="float32"), [row["input_ids"]]) != rewards_of(
-        load_scorer(folder, dtype="float32"), [row["rejected_input_ids"]]
+    assert rewards_of(load_reward_model(folder, dtype="float32"), [row["input_ids"]]) != rewards_of(
+        load_reward_model(folder, dtype="float32"), [row["rejected_input_ids"]]
     )
 
 

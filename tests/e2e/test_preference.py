@@ -77,14 +77,14 @@ def test_what_is_written_of_a_pair(tmp_path: Path, tiny_model: Path, tokenizer: 
     for row in [*train, *heldout]:
         asked = PAIRS[int(row["where"].rpartition(":")[2]) - 1]
         for prefix, answer in (("", asked["chosen"]), ("rejected_", asked["rejected"])):
-            ids, flags = row[f"{prefix}input_ids"], row[f"{prefix}trained"]
+            ids, flags = row[f"{prefix}input_ids"], row[f"{prefix}loss_mask"]
             assert len(ids) == len(flags) == row[f"{prefix}length"]
             marked = [token for token, flag in zip(ids, flags, strict=True) if flag]
             assert tokenizer.decode(marked) == f"{answer}<|im_end|>"
             assert asked["prompt"] in tokenizer.decode(ids[: flags.index(True)])
     ledger = json.loads((tmp_path / "out" / "data" / "ledger.json").read_text(encoding="utf-8"))
     assert ledger["tokens_train"] == sum(row["length"] + row["rejected_length"] for row in train)
-    assert ledger["tokens_trained_on"] == sum(sum(row["trained"]) + sum(row["rejected_trained"]) for row in train)
+    assert ledger["tokens_trained_on"] == sum(sum(row["loss_mask"]) + sum(row["rejected_loss_mask"]) for row in train)
     assert "pairs.jsonl:1 rejected" in (tmp_path / "out" / "data" / "samples.txt").read_text(encoding="utf-8")
 
 

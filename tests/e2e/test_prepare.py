@@ -69,7 +69,7 @@ def test_the_same_bytes_whatever_the_number_of_workers(tmp_path: Path, recipe: A
         runs.append({path.name: path.read_bytes() for path in (run.path / "data").iterdir()})
     assert runs[0].keys() == runs[1].keys()
     assert [name for name in runs[0] if runs[0][name] != runs[1][name]] == []
-    assert "spool.arrow" not in runs[0]
+    assert "intermediate.arrow" not in runs[0]
 
 
 def test_findings_are_told_without_content_and_counted(tmp_path: Path, recipe: Any, write_rows: Any) -> None:

@@ -65,7 +65,7 @@ def test_documents_in_pieces_share_their_documents_fate(tmp_path: Path, recipe: 
     assert ledger["notes"].keys() == {"document-split"}
     train, heldout = (read_arrow(run.path / "data" / f"{name}.arrow") for name in ("train", "heldout"))
     assert ledger["pieces"] == {"train": len(train), "heldout": len(heldout)}
-    assert ledger["tokens_trained_on"] == sum(sum(row["trained"]) for row in train)
+    assert ledger["tokens_trained_on"] == sum(sum(row["loss_mask"]) for row in train)
     assert max(row["length"] for row in train) <= 32
     origins = [{row["where"].partition(" (")[0] for row in rows} for rows in (train, heldout)]
     assert [len(each) for each in origins] == [40, 10]
@@ -77,7 +77,7 @@ def test_documents_in_pieces_share_their_documents_fate(tmp_path: Path, recipe: 
     assert rejects["duplicate"].startswith("the same text as ")
     assert ledger["test"]["rows_test"] == 2
     assert len(read_arrow(run.path / "data" / "test.arrow")) > 2
-    assert not {"chat_template.jinja", "template.json", "test.jsonl", "spool.arrow"} & runs[0].keys()
+    assert not {"chat_template.jinja", "template.json", "test.jsonl", "intermediate.arrow"} & runs[0].keys()
     assert "template" not in ledger
     assert "The chat template" not in (run.path / "data" / "report.html").read_text(encoding="utf-8")
 
@@ -146,8 +146,8 @@ def test_judged_answers_keep_their_labels_and_bad_ones_are_not_held_against_the_
     assert "conflicting-answers" not in ledger["findings"]
     train = read_arrow(run.path / "data" / "train.arrow")
     assert [row["label"] for row in train] == [True, False] * 20 + [False]
-    assert all(0 < sum(row["trained"]) < row["length"] for row in train)
-    assert ledger["tokens_trained_on"] == sum(sum(row["trained"]) for row in train)
+    assert all(0 < sum(row["loss_mask"]) < row["length"] for row in train)
+    assert ledger["tokens_trained_on"] == sum(sum(row["loss_mask"]) for row in train)
 
 
 def test_nothing_of_prompts_and_references_is_trained_on(tmp_path: Path, recipe: Any, write_rows: Any) -> None:
@@ -167,7 +167,7 @@ def test_nothing_of_prompts_and_references_is_trained_on(tmp_path: Path, recipe:
     assert json.loads(cleaned["reference"]) == {"a": 10}
     for row in train:
         assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
-        assert (row["reference"] is None) == (not any(row["trained"]))
+        assert (row["reference"] is None) == (not any(row["loss_mask"]))
 
 
 @pytest.mark.parametrize("objective", ["orpo", "reward"])
@@ -176,7 +176,7 @@ def test_pairs_whatever_the_objective(tmp_path: Path, recipe: Any, write_rows: A
     write_rows([*pairs, {"prompt": question(20), "chosen": "a " * 400, "rejected": "b"}])
     run, ledger = prepared(recipe(objective, "train: train.jsonl, heldout: 0, max_length: 200"), tmp_path / "run")
     assert ledger["reasons"] == {"too-long": 1}
-    assert {"rejected_input_ids", "rejected_trained"} <= read_arrow(run.path / "data" / "train.arrow")[0].keys()
+    assert {"rejected_input_ids", "rejected_loss_mask"} <= read_arrow(run.path / "data" / "train.arrow")[0].keys()
 
 
 def test_parts_of_rows_and_pieces_of_documents_are_reviewed_as_what_they_are_of(

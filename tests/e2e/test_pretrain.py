@@ -56,7 +56,7 @@ def test_pretrain_then_sft(tmp_path: Path, base: Path) -> None:
     assert len(train) > ledger["rows_train"]
     tokenizer = AutoTokenizer.from_pretrained(base)
     told = sum(len(tokenizer(text)["input_ids"]) for text in TEXTS)  # each has an eos more, and a first token untold
-    assert sum(sum(row["trained"]) for row in [*train, *heldout]) == told
+    assert sum(sum(row["loss_mask"]) for row in [*train, *heldout]) == told
     origins = [{row["where"].partition(" (")[0] for row in rows} for rows in (train, heldout)]
     assert not origins[0] & origins[1]  # no document is in both
     assert not (run / "data" / "chat_template.jinja").exists()
@@ -92,7 +92,7 @@ def test_loss_is_that_of_transformers_over_padded_documents(tiny_model: Path, to
     logits = model(input_ids=padded, attention_mask=mask).logits[:, :-1].flatten(0, 1).detach()
     labels = padded.masked_fill(mask == 0, -100)[:, 1:].flatten()
     expected = torch.nn.functional.cross_entropy(logits, labels)  # transformers' own loss is in float32, which is too coarse
-    rows = [{"input_ids": row, "trained": [False] + [True] * (len(row) - 1)} for row in ids]
+    rows = [{"input_ids": row, "loss_mask": [False] + [True] * (len(row) - 1)} for row in ids]
     use_tree_attention(model, on=packing)
     collate = collate_tree if packing else PaddedCollator(0)
     batches = StepCollator(collate, Limits(tokens=100))(rows)["micro_batches"]

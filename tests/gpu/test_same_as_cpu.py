@@ -34,7 +34,7 @@ def branching_rows(shared: int = 150, longest: int = 90) -> Rows:
     endings = [[1 + branch] * 9 + [1 + (branch * place) % 50 for place in range(10 * branch, longest)] for branch in range(5)]
     rows = [stem + ending for ending in endings]
     rows.append([3 + (11 * place) % 50 for place in range(77)])
-    return [{"input_ids": ids, "trained": [place > shared // 2 for place in range(len(ids))]} for ids in rows]
+    return [{"input_ids": ids, "loss_mask": [place > shared // 2 for place in range(len(ids))]} for ids in rows]
 
 
 def on(device: torch.device, model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -162,7 +162,7 @@ def test_gradients_with_attention_kept(device: torch.device, rows: Rows) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flex_attention_runs_and_equals_the_dense_mask(gpu: torch.device, dtype: torch.dtype) -> None:
-    assert flex.reason_against(gpu, dtype) is None
+    assert flex.unsupported_reason(gpu, dtype) is None
     tree = build_tree([row["input_ids"] for row in branching_rows(400, 300)])
     layout = Layout(tree.nodes, len(tree.ids))
     assert len(tree.nodes) > 3

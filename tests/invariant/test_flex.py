@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from tunesmith.engine.attention.flex import reason_against
+from tunesmith.engine.attention.flex import unsupported_reason
 from tunesmith.engine.attention.tree import masked_attention
 from tunesmith.engine.packing.layout import BLOCK, Layout, block_mask, subtree_ends
 from tunesmith.engine.packing.tree import Tree, build_tree
@@ -82,5 +82,5 @@ def test_flex_attention_with_it_equals_the_dense_mask() -> None:
 
 
 def test_what_flex_attention_cannot_do_is_told() -> None:
-    assert "float64" in str(reason_against(CPU, torch.float64))
-    assert "does not run here" in str(reason_against(CPU, torch.float32))  # no backward pass on a CPU
+    assert "float64" in str(unsupported_reason(CPU, torch.float64))
+    assert "does not run here" in str(unsupported_reason(CPU, torch.float32))  # no backward pass on a CPU

@@ -23,7 +23,7 @@ from tunesmith.engine.packing.batch import (
     StepCollator,
     collate_tree,
     computed_ids,
-    reason_against_tree,
+    tree_unsupported_reason,
 )
 from tunesmith.engine.packing.layout import Layout
 from tunesmith.engine.packing.tree import FILL, Limits, build_tree, fill, filled, split_by_length, split_for_trees
@@ -58,7 +58,7 @@ def random_rows(draw: st.DrawFn) -> list[dict[str, Any]]:
     for _ in range(draw(st.integers(1, 6))):
         tokens = draw(st.sampled_from(stems)) + draw(st.lists(st.integers(1, VOCABULARY - 1), max_size=12)) or [1]
         trained = draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
-        rows.append({"input_ids": tokens, "trained": trained})
+        rows.append({"input_ids": tokens, "loss_mask": trained})
     return rows
 
 
@@ -180,7 +180,7 @@ def with_labels(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for number, row in enumerate(rows):
         own = torch.tensor(row["input_ids"])
         tokens[number, : len(own)], mask[number, : len(own)] = own, 1
-        labels[number, : len(own)] = torch.where(torch.tensor(row["trained"]), own, -100)
+        labels[number, : len(own)] = torch.where(torch.tensor(row["loss_mask"]), own, -100)
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
@@ -199,7 +199,7 @@ def transformers_loss(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
 def test_tree_equals_padded_rows_to_1e_10(name: str, rows: list[dict[str, Any]]) -> None:
     model, fused = exact_model(name), fused_model(name)
     padded, packed = PaddedCollator(pad_id=0)(rows), collate_tree(rows)
-    assert padded["labelled"] == packed["labelled"] == sum(sum(row["trained"][1:]) for row in rows)
+    assert padded["labelled"] == packed["labelled"] == sum(sum(row["loss_mask"][1:]) for row in rows)
     assert [float(batch["weights"].sum()) for batch in (padded, packed)] == 2 * [padded["labelled"]]
     expected_loss, expected = with_gradients(model, lambda: transformers_loss(model, rows))
     for computes, batch, tree in ((fused, packed, True), (fused, padded, False), (model, padded, False)):
@@ -212,7 +212,7 @@ def test_tree_equals_padded_rows_to_1e_10(name: str, rows: list[dict[str, Any]])
 
 @given(rows=random_rows())
 def test_no_token_is_computed_that_no_label_needs(rows: list[dict[str, Any]]) -> None:
-    lasts = [max((place for place, trained in enumerate(row["trained"]) if trained and place), default=1) for row in rows]
+    lasts = [max((place for place, trained in enumerate(row["loss_mask"]) if trained and place), default=1) for row in rows]
     needed = {tuple(row["input_ids"][:end]) for row, last in zip(rows, lasts, strict=True) for end in range(1, last + 1)}
     tree = build_tree([computed_ids(row) for row in rows], min_shared=1)
     assert len(tree.ids) == len(needed)
@@ -225,7 +225,7 @@ def test_no_token_is_computed_that_no_label_needs(rows: list[dict[str, Any]]) ->
 def test_the_last_block_ends_at_the_labelled_places(collate: Collator) -> None:
     """Behind the last attention nothing is asked of the others; a call without labelled places gives all of them."""
     model = fused_model("llama")
-    rows = [{"input_ids": [*range(1, 31), 40 + n, 50, 51], "trained": [False] * 31 + [True] * 2} for n in range(4)]
+    rows = [{"input_ids": [*range(1, 31), 40 + n, 50, 51], "loss_mask": [False] * 31 + [True] * 2} for n in range(4)]
     batch = collate(rows)
     seen: list[int] = []
     for layer in model.model.layers:
@@ -259,7 +259,7 @@ def test_structured_attention_equals_a_dense_mask() -> None:
 
 def test_shared_instruction_is_computed_once() -> None:
     shared = list(range(1, 51))
-    rows = [{"input_ids": [*shared, 51 + n, 52, 53], "trained": [False] * 51 + [True] * 2} for n in range(6)]
+    rows = [{"input_ids": [*shared, 51 + n, 52, 53], "loss_mask": [False] * 51 + [True] * 2} for n in range(6)]
     batch = collate_tree(rows)
     assert batch["input_ids"].shape == (1, filled(50 + 6 * 2))  # each row's last label only has to be told
     assert batch["labelled"] == 12
@@ -279,15 +279,15 @@ def test_what_fills_a_tree_up_is_seen_by_no_row(rows: list[dict[str, Any]]) -> N
     assert not mask[:held, held:].any()
     batch = collate_tree(rows)
     assert len(batch["weights"]) % FILL == 0
-    assert batch["labelled"] == sum(sum(row["trained"][1:]) for row in rows)
+    assert batch["labelled"] == sum(sum(row["loss_mask"][1:]) for row in rows)
 
 
 def test_what_is_not_exact_is_refused() -> None:
-    assert reason_against_tree(CONFIGS["llama"], 10_000) is None
+    assert tree_unsupported_reason(CONFIGS["llama"], 10_000) is None
     windowed = MistralConfig(**SMALL, sliding_window=16)
-    assert reason_against_tree(windowed, 16) is None
-    assert "sliding window" in str(reason_against_tree(windowed, 17))
-    assert "attention dropout" in str(reason_against_tree(LlamaConfig(**SMALL, attention_dropout=0.1), 4))
-    assert "not proven" in str(reason_against_tree(type("C", (), {"model_type": "mamba"})(), 4))
+    assert tree_unsupported_reason(windowed, 16) is None
+    assert "sliding window" in str(tree_unsupported_reason(windowed, 17))
+    assert "attention dropout" in str(tree_unsupported_reason(LlamaConfig(**SMALL, attention_dropout=0.1), 4))
+    assert "not proven" in str(tree_unsupported_reason(type("C", (), {"model_type": "mamba"})(), 4))
     with pytest.raises(ValueError, match="tree layout"):
         tree_attention(None, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), None)

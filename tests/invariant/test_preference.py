@@ -48,7 +48,7 @@ def random_pairs(draw: st.DrawFn) -> Pairs:
         for prefix in ("", "rejected_"):
             answer = begun + draw(st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=12))
             pair[f"{prefix}input_ids"] = prompt + answer
-            pair[f"{prefix}trained"] = [False] * len(prompt) + [True] * len(answer)
+            pair[f"{prefix}loss_mask"] = [False] * len(prompt) + [True] * len(answer)
         pairs.append(pair)
     return pairs
 
@@ -66,7 +66,7 @@ def plain_loss(model: Any, pairs: Pairs) -> torch.Tensor:
     use_tree_attention(model, on=False)
     sums = []
     for row in sides(pairs):
-        tokens, trained = torch.tensor([row["input_ids"]]), torch.tensor(row["trained"])[1:]
+        tokens, trained = torch.tensor([row["input_ids"]]), torch.tensor(row["loss_mask"])[1:]
         logprobs = model(input_ids=tokens).logits.log_softmax(-1)[0, :-1].gather(-1, tokens[0, 1:, None])[:, 0]
         sums.append(logprobs[trained].sum())
     total = torch.zeros((), dtype=sums[0].dtype)
@@ -131,13 +131,13 @@ def random_pair_list(count: int) -> Pairs:
         pair: dict[str, Any] = {"reference": [-20.0 - number, -21.0]}
         for prefix, answer in zip(("", "rejected_"), answers, strict=True):
             pair[f"{prefix}input_ids"] = asked + answer
-            pair[f"{prefix}trained"] = [False] * len(asked) + [True] * len(answer)
+            pair[f"{prefix}loss_mask"] = [False] * len(asked) + [True] * len(answer)
             pair[f"{prefix}length"] = len(asked + answer)
         pairs.append(pair)
     return pairs
 
 
-def test_soft_caps_and_biases_have_exact_slopes() -> None:
+def test_soft_caps_and_biases_have_exact_gradients() -> None:
     """The log-probabilities' own backward pass against numeric differences: cap, bias, head, hidden states."""
     from tunesmith.engine.modeling.dpo_loss import _LabelLogProbs
 
@@ -175,7 +175,7 @@ def test_both_sides_of_a_pair_come_in_one_micro_batch(pairs: Pairs, tokens: int,
             assert len(group) == 1 or (len(group) <= most and batch["input_ids"].numel() <= tokens)
             mine = [pairs[index] for index in group]
             assert batch["row_tokens"] == sum(len(row["input_ids"]) for row in sides(mine))
-            labels = [sum(row["trained"][1:]) for row in sides(mine)]
+            labels = [sum(row["loss_mask"][1:]) for row in sides(mine)]
             assert torch.bincount(batch["owner_rows"], minlength=len(labels)).tolist() == labels
             counts = torch.bincount(batch["owner_labels"], minlength=len(batch["weights"]))
             assert batch["weights"].tolist() == counts.tolist()
@@ -187,7 +187,7 @@ def test_a_prompt_is_computed_once_for_both_sides() -> None:
     for number in range(5):
         prompt = [*range(10), *range(100 * number + 20, 100 * number + 29)]
         chosen, rejected = [11, 12, 13], [14, 15, 16, 17]
-        flags = {"trained": [False] * 19 + [True] * 3, "rejected_trained": [False] * 19 + [True] * 4}
+        flags = {"loss_mask": [False] * 19 + [True] * 3, "rejected_loss_mask": [False] * 19 + [True] * 4}
         pairs.append({"input_ids": prompt + chosen, "rejected_input_ids": prompt + rejected, **flags})
     assert PairCollator(collate_tree, WHOLE).collate(pairs)["input_ids"].numel() == filled(10 + 5 * (9 + 2 + 3))
 
@@ -293,7 +293,7 @@ def test_beta_and_smoothing_are_used(make_pairs: MakePairs, tmp_path: Path) -> N
     hard = trained(make_pairs, tmp_path / "hard", dpo__beta=1.0, **common)
     smooth = trained(make_pairs, tmp_path / "smooth", dpo__label_smoothing=0.4, **common)
     first = [metrics(run, "grad_norm")[0][0] for run in (plain, hard, smooth)]
-    # At a margin of nothing the slope is beta (1 - 2 e) / 2.
+    # At a margin of nothing the gradient is beta (1 - 2 e) / 2.
     assert first[1] == pytest.approx(10 * first[0], rel=1e-3)
     assert first[2] == pytest.approx(0.2 * first[0], rel=1e-3)
 
@@ -378,9 +378,9 @@ def trl_history(run: Run, tmp_path: Path, rate: float) -> list[dict[str, float]]
             return dataset
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:
-        names = {"prompt_ids": row["input_ids"][: row["trained"].index(True)]}
+        names = {"prompt_ids": row["input_ids"][: row["loss_mask"].index(True)]}
         for name, prefix in (("chosen_ids", ""), ("rejected_ids", "rejected_")):
-            flags = zip(row[f"{prefix}input_ids"], row[f"{prefix}trained"], strict=True)
+            flags = zip(row[f"{prefix}input_ids"], row[f"{prefix}loss_mask"], strict=True)
             names[name] = [token for token, flag in flags if flag]  # without what the template writes after the turn
         return names
 

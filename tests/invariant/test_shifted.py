@@ -80,7 +80,7 @@ def test_what_is_not_exact_is_refused() -> None:
     for more in ({"shifted_group": None}, {"shifted_group": GROUP, "dropout": 0.1}):
         with pytest.raises(ValueError, match="shifted sparse attention"):
             shifted_attention(TRAINING, query, key, value, None, **more)
-    rows = [{"input_ids": [1] * n, "trained": [True] * n} for n in (3, 5)]
+    rows = [{"input_ids": [1] * n, "loss_mask": [True] * n} for n in (3, 5)]
     batch = ShiftedCollator(0, GROUP)(rows)
     assert batch["shifted_group"] == GROUP
     assert "attention_mask" not in batch

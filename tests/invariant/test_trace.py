@@ -25,7 +25,7 @@ from tunesmith.planner.tracing.traced import multiplied
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Torch's own products and operators in place of oneDNN's and ours."""
     for module in cpu.KERNELS:
-        monkeypatch.setattr(module, "reason_against", lambda: "as on a GPU")
+        monkeypatch.setattr(module, "unsupported_reason", lambda: "as on a GPU")
     with torch.backends.mkldnn.flags(enabled=False):
         yield
 
@@ -75,7 +75,7 @@ def test_trace_equals_real_allocation_of_other_ways(more: dict[str, Any]) -> Non
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_kernels_of_ours_take_no_more(name: str, checkpointing: bool, method: Any) -> None:
     """As trained on a CPU: what is traced, byte for byte; less where the peak is in a norm's gradient or a bf16 block."""
-    cpu.reason_against()  # what is tried the first time is not the model's
+    cpu.unsupported_reason()  # what is tried the first time is not the model's
     dtype = "float32" if method == "full" else "bfloat16"
     scenario = replace(FULL, method=method, dtype=dtype, gradient_checkpointing=checkpointing)
     traced, real = trace(CONFIGS[name], scenario).total_bytes, measure(CONFIGS[name], scenario).total_bytes

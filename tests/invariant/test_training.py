@@ -190,12 +190,12 @@ def test_compiling_is_asked_for_and_tells_where_it_cannot(
 def test_without_kernels_of_ours_training_is_the_same_and_tells(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    if cpu.reason_against() is not None:
-        pytest.skip(f"no custom kernels here: {cpu.reason_against()}")
+    if cpu.unsupported_reason() is not None:
+        pytest.skip(f"no custom kernels here: {cpu.unsupported_reason()}")
     common = {"method": method, "train__max_steps": 4, "train__compute_dtype": "float32"}
     own = trained(make_recipe, tmp_path / "own", **common)
     for module in cpu.KERNELS:
-        monkeypatch.setattr(module, "reason_against", lambda: "there is no C++ compiler (g++)")
+        monkeypatch.setattr(module, "unsupported_reason", lambda: "there is no C++ compiler (g++)")
         monkeypatch.setattr(module, "call", lambda *_: pytest.fail("a kernel was asked"))
     plain = trained(make_recipe, tmp_path / "plain", **common)
     told = [[e["message"] for e in run.events("train") if e["code"] == "kernels-off"] for run in (own, plain)]

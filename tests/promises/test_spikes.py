@@ -22,7 +22,7 @@ from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train
-from tunesmith.stages.train.spikes import WINDOW, SpikeWatch, is_spike
+from tunesmith.stages.train.spikes import WINDOW, SpikeDetector, is_spike
 
 STEPS = 40
 
@@ -107,10 +107,10 @@ def test_a_loss_that_spikes_again_and_again_ends_the_training() -> None:
     back: list[int] = []
     earlier: Any = SimpleNamespace(savepoints=SimpleNamespace(newest=lambda every: SimpleNamespace(step=every)))
     engine: Any = SimpleNamespace(roll_back=lambda saved: back.append(saved.step))
-    watch = SpikeWatch(settings, earlier, lambda *_, **__: None)
+    watch = SpikeDetector(settings, earlier, lambda *_, **__: None)
     for step in (20, 30, 40):
         watch._roll_back(engine, step)
-    after = SpikeWatch(settings, earlier, lambda *_, **__: None)
+    after = SpikeDetector(settings, earlier, lambda *_, **__: None)
     after.go_on(watch.as_dict())
     with pytest.raises(TrainError, match="has spiked at step 50 after going back at steps 20, 30, 40") as caught:
         watch._roll_back(engine, 50)

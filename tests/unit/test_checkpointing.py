@@ -22,7 +22,7 @@ from tunesmith.engine.modeling.loss import summed_loss
 from tunesmith.engine.packing.batch import PaddedCollator, collate_tree
 from tunesmith.recipe import Checkpointing
 
-ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9, last], "trained": [False] * 4 + [True] * 6} for last in (10, 11)]
+ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9, last], "loss_mask": [False] * 4 + [True] * 6} for last in (10, 11)]
 LAYERS = CONFIGS["llama"].num_hidden_layers
 
 

@@ -56,7 +56,7 @@ def kept(tmp_path: Path) -> list[str]:
 
 
 def test_kernels_are_had_here() -> None:
-    assert cpu.reason_against() is None
+    assert cpu.unsupported_reason() is None
 
 
 def test_a_library_is_compiled_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,21 +124,21 @@ def test_a_reason_is_told_again_and_again(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_a_kernel_that_computes_nonsense_is_refused(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose functions change nothing, as a miscompiled one might."""
     monkeypatch.setattr(module, "call", lambda *_: 0)
-    reason = module.reason_against.__wrapped__()
+    reason = module.unsupported_reason.__wrapped__()
     assert "not those of the formula" in reason
 
 
 def test_the_first_call_may_come_from_a_block_that_is_recomputed() -> None:
     """What is tried then must not be counted among the tensors that the block saves."""
     for module in cpu.KERNELS:
-        module.reason_against.cache_clear()
+        module.unsupported_reason.cache_clear()
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
     fuse_blocks(model)
     enable_checkpointing(model, True)
     use_tree_attention(model, on=True)
-    batch = collate_tree([{"input_ids": list(range(1, 90)), "trained": [True] * 89}])
+    batch = collate_tree([{"input_ids": list(range(1, 90)), "loss_mask": [True] * 89}])
     summed_loss(model, batch).backward()
-    assert cpu.reason_against() is None
+    assert cpu.unsupported_reason() is None
 
 
 # --- attention ---
@@ -235,9 +235,9 @@ def test_attention_does_not_hide_what_is_no_number(dtype: torch.dtype, what: flo
     spoilt = out.isnan().all(-1).any(-1)
     assert not spoilt[~seen].any()
     assert spoilt[7:30].all() if math.isnan(what) else spoilt[7:30].any()
-    into_query = tree_attention.backward(query, key, value, gradient, out, weight, table, 0.3)[0]
-    assert into_query[7:30].isnan().any()
-    assert not into_query[40:].isnan().any()
+    grad_query = tree_attention.backward(query, key, value, gradient, out, weight, table, 0.3)[0]
+    assert grad_query[7:30].isnan().any()
+    assert not grad_query[40:].isnan().any()
 
 
 # --- products ---
@@ -328,7 +328,7 @@ def test_cross_entropy(
     weights = torch.rand(places, generator=draw, dtype=torch.float64)
     leaf = hidden[:, 1 : size + 1].clone().requires_grad_()
     expected = torch.nn.functional.cross_entropy(leaf @ head.T, targets, reduction="none")
-    (slopes,) = torch.autograd.grad((expected * weights).sum(), leaf)
+    (gradients,) = torch.autograd.grad((expected * weights).sum(), leaf)
     given = (hidden.to(dtype)[:, 1 : size + 1], head.to(dtype), targets)
     made = []
     for count in (1, 2, 3):
@@ -336,7 +336,7 @@ def test_cross_entropy(
         made.append(cross_entropy.with_gradient(*given, weights.to(dtype)))
         near = {"rtol": tolerance, "atol": tolerance * max(1.0, head.abs().max().item())}
         assert_close(made[-1][0].double(), expected.detach(), **near)
-        assert_close(made[-1][1].double(), slopes, **near)
+        assert_close(made[-1][1].double(), gradients, **near)
         assert all(torch.equal(one, other) for one, other in zip(made[-1], made[0], strict=True))
     assert torch.equal(cross_entropy.cross_entropy(*given), made[0][0])
 
@@ -354,7 +354,7 @@ def test_cross_entropy_of_logits_that_are_kept(
     weights = torch.rand(places, generator=draw, dtype=torch.float64)
     leaf = logits.to(dtype).double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(leaf.T, targets, reduction="none")
-    (slopes,) = torch.autograd.grad((expected * weights).sum(), leaf)
+    (gradients,) = torch.autograd.grad((expected * weights).sum(), leaf)
     for count in (1, 2, 5):
         threads(count)
         kept = logits.to(dtype, copy=True)
@@ -362,7 +362,7 @@ def test_cross_entropy_of_logits_that_are_kept(
         assert_close(losses.double(), expected.detach(), rtol=tolerance, atol=tolerance)
         assert torch.equal(kept, logits.to(dtype))
         assert torch.equal(cross_entropy.from_logits(kept, targets, weights.to(dtype)), losses)
-        assert_close(kept.double(), slopes, rtol=tolerance, atol=tolerance)
+        assert_close(kept.double(), gradients, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -400,9 +400,9 @@ def test_a_target_that_is_no_token_is_refused(target: int) -> None:
 def test_the_loss_does_not_hide_what_is_no_number(dtype: torch.dtype, what: float) -> None:
     hidden, head = torch.ones((3, 4), dtype=dtype), torch.ones((300, 4), dtype=dtype)
     hidden[1, 2] = what
-    losses, slopes = cross_entropy.with_gradient(hidden, head, torch.tensor([0, 1, 299]), torch.ones(3, dtype=dtype))
+    losses, gradients = cross_entropy.with_gradient(hidden, head, torch.tensor([0, 1, 299]), torch.ones(3, dtype=dtype))
     assert losses.isnan().tolist() == [False, True, False]
-    assert slopes.isnan().any(-1).tolist() == [False, True, False]
+    assert gradients.isnan().any(-1).tolist() == [False, True, False]
     logits = torch.ones((300, 3), dtype=dtype)
     logits[150, 1] = what
     losses = cross_entropy.from_logits(logits, torch.tensor([0, 1, 299]), torch.ones(3, dtype=dtype))
@@ -421,18 +421,20 @@ def test_norms_and_gates(shape: tuple[int, ...], dtype: torch.dtype, tolerance: 
     weight = torch.randn(shape[-1], generator=draw).to(dtype)
     x.view(-1)[0] = -150.0
     exact = [each.double() for each in (x, up, gradient, weight)]
-    out, root = EAGER.norm(exact[0], exact[3], 1e-5, 1.0)
-    found, own_root = OWN.norm(x, weight, 1e-5, 1.0)
+    out, rstd = EAGER.norm(exact[0], exact[3], 1e-5, 1.0)
+    found, own_rstd = OWN.norm(x, weight, 1e-5, 1.0)
     pairs = [
         (found, out),
-        (own_root, root),
+        (own_rstd, rstd),
         *zip(
-            OWN.norm_slopes(gradient, x, own_root, weight, 1.0, True),
-            EAGER.norm_slopes(exact[2], exact[0], root, exact[3], 1.0, True),
+            OWN.norm_backward(gradient, x, own_rstd, weight, 1.0, True),
+            EAGER.norm_backward(exact[2], exact[0], rstd, exact[3], 1.0, True),
             strict=True,
         ),
         (OWN.gated(x, up, "silu"), EAGER.gated(exact[0], exact[1], "silu")),
-        *zip(OWN.gated_slopes(gradient, x, up, "silu"), EAGER.gated_slopes(exact[2], exact[0], exact[1], "silu"), strict=True),
+        *zip(
+            OWN.gated_backward(gradient, x, up, "silu"), EAGER.gated_backward(exact[2], exact[0], exact[1], "silu"), strict=True
+        ),
     ]
     for one, other in pairs:
         assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
@@ -442,14 +444,14 @@ def test_norms_and_gates(shape: tuple[int, ...], dtype: torch.dtype, tolerance: 
 def test_a_norms_weight_with_other_numbers_of_threads(threads: Callable[[int], None], count: int) -> None:
     x, gradient, weight = torch.randn(1000, 21), torch.randn(1000, 21).abs(), torch.randn(21)
     threads(count)
-    root = OWN.norm(x, weight, 1e-5, 0.0)[1]
-    alone, nothing = OWN.norm_slopes(gradient, x, root, weight, 0.0, False)
-    into_x, into_weight = OWN.norm_slopes(gradient, x, root, weight, 0.0, True)
+    rstd = OWN.norm(x, weight, 1e-5, 0.0)[1]
+    alone, nothing = OWN.norm_backward(gradient, x, rstd, weight, 0.0, False)
+    grad_x, grad_weight = OWN.norm_backward(gradient, x, rstd, weight, 0.0, True)
     assert nothing is None
-    assert torch.equal(into_x, alone)
-    assert into_weight is not None
-    expected = (gradient.double() * x.double() * root.double()).sum(0)
-    assert_close(into_weight.double(), expected, rtol=1e-6, atol=1e-4)
+    assert torch.equal(grad_x, alone)
+    assert grad_weight is not None
+    expected = (gradient.double() * x.double() * rstd.double()).sum(0)
+    assert_close(grad_weight.double(), expected, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -458,7 +460,7 @@ def test_gates_and_norms_do_not_hide_what_is_no_number(dtype: torch.dtype) -> No
     x[1, 3], x[1, 39] = float("nan"), float("nan")
     wanted = x.isnan()
     assert torch.equal(OWN.gated(x, one, "silu").isnan(), wanted)
-    assert torch.equal(OWN.gated_slopes(one, x, one, "silu")[0].isnan(), wanted)
+    assert torch.equal(OWN.gated_backward(one, x, one, "silu")[0].isnan(), wanted)
     assert torch.equal(OWN.norm(x, one[0], 1e-5, 0.0)[0].isnan().any(-1), wanted.any(-1))
     assert not OWN.gated(torch.full((2, 40), float("-inf"), dtype=dtype), one, "silu").isfinite().any()
 
@@ -500,4 +502,4 @@ def test_what_has_no_kernel_goes_through_torch(monkeypatch: pytest.MonkeyPatch) 
         assert_close(OWN.rotary(cast[None], cast, cast, False), EAGER.rotary(cast[None], cast, cast, False))
     with torch._subclasses.FakeTensorMode():
         fake = torch.ones(2, 3, 8)
-        assert OWN.gated_slopes(fake, fake, fake, "silu")[0].shape == fake.shape
+        assert OWN.gated_backward(fake, fake, fake, "silu")[0].shape == fake.shape

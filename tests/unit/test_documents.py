@@ -19,9 +19,9 @@ from tunesmith.io.documents import folder_digest, read_documents
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=60), st.integers(8, 20))
 def test_each_token_but_the_first_is_told_once(ids: list[int], max_length: int) -> None:
     pieces = to_pieces(ids, max_length)
-    told = [t for p in pieces for t, trained in zip(p.input_ids, p.trained, strict=True) if trained]
+    told = [t for p in pieces for t, labelled in zip(p.input_ids, p.loss_mask, strict=True) if labelled]
     assert told == ids[1:]
-    assert all(2 <= len(p.input_ids) == len(p.trained) <= max_length for p in pieces)
+    assert all(2 <= len(p.input_ids) == len(p.loss_mask) <= max_length for p in pieces)
     assert all(one.input_ids[-1] == two.input_ids[0] for one, two in pairwise(pieces))
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.invariant.test_packing import CONFIGS
-from tunesmith.inference.decode import decode, decode_attention, reason_against_sharing, sampled
+from tunesmith.inference.decode import decode, decode_attention, sampled, sharing_unsupported_reason
 from tunesmith.inference.generate import generate, without_stop
 
 
@@ -116,11 +116,11 @@ def test_a_prefix_goes_through_once(tiny_model: Path) -> None:
 
 def test_what_would_not_be_greedy_alone_goes_through_transformers(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
-    assert reason_against_sharing(model, 100) is None
+    assert sharing_unsupported_reason(model, 100) is None
     prompts = [[11, 12, 13, 14, 11, 12], [11, 12, 21]]
     plain = generate(model, prompts, stop_ids=[2], max_new_tokens=8, batch_size=2)
     model.generation_config.repetition_penalty = 1.8
-    assert "repetition_penalty" in str(reason_against_sharing(model, 100))
+    assert "repetition_penalty" in str(sharing_unsupported_reason(model, 100))
     assert generate(model, prompts, stop_ids=[2], max_new_tokens=8, batch_size=2) != plain
     with pytest.raises(ValueError, match="its places"):
         decode_attention(None, *(torch.ones(1, 1, 1, 2) for _ in range(3)), None)

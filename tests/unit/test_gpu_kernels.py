@@ -46,11 +46,11 @@ for dtype in (torch.float32, torch.bfloat16):
             pairs += zip(blocks.norm(x, weight, 1e-5, offset), (out, root))
             for of_weight in (True, False):
                 given = (gradient, x, root, weight, offset, of_weight)
-                one, two = blocks.norm_slopes(*given), EAGER.norm_slopes(*given)
+                one, two = blocks.norm_backward(*given), EAGER.norm_backward(*given)
                 assert (one[1] is None) == (two[1] is None) == (not of_weight)
                 pairs += [pair for pair in zip(one, two) if pair[1] is not None]
         pairs.append((blocks.gated(x, up), EAGER.gated(x, up, "silu")))
-        pairs += zip(blocks.gated_slopes(gradient, x, up), EAGER.gated_slopes(gradient, x, up, "silu"))
+        pairs += zip(blocks.gated_backward(gradient, x, up), EAGER.gated_backward(gradient, x, up, "silu"))
     for batch, turns in ((2, 2), (2, 1), (1, 1)):
         heads = torch.randn(batch, 7, 3, 24).to(dtype).transpose(1, 2)  # (B, A, L, D) as projections leave it
         cos, sin = (torch.randn(turns, 1, 7, 24).to(dtype) for _ in range(2))
@@ -62,12 +62,12 @@ for dtype in (torch.float32, torch.bfloat16):
         targets = torch.randint(width, (places,))
         exact = logits.float().requires_grad_()
         expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
-        slopes = torch.autograd.grad((expected * weights).sum(), exact)[0]
+        gradients = torch.autograd.grad((expected * weights).sum(), exact)[0]
         before = logits.clone()
         pairs.append((cross_entropy.from_logits(logits, targets, None), expected.detach()))
         assert torch.equal(logits, before)
         pairs.append((cross_entropy.from_logits(logits, targets, weights), expected.detach()))
-        pairs.append((logits * 100, slopes * 100))
+        pairs.append((logits * 100, gradients * 100))
     assert cross_entropy.from_logits(logits[:0], targets[:0], None).shape == (0,)
     found[str(dtype)] = apart(pairs)
     nothing = x[:, :0]
@@ -78,7 +78,7 @@ def gradients(kernels, name):
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).train()
     fuse_blocks(model, kernels)
     use_tree_attention(model, on=True)
-    summed_loss(model, collate_tree([{"input_ids": list(range(1, 20)), "trained": [True] * 19}])).backward()
+    summed_loss(model, collate_tree([{"input_ids": list(range(1, 20)), "loss_mask": [True] * 19}])).backward()
     return torch.cat([each.grad.flatten() for each in model.parameters()])
 
 for name in ("qwen3", "gemma"):  # a norm of each head; what a norm adds to its weight, and an activation without a kernel
@@ -122,7 +122,7 @@ def trained(bits, dtype, parts, compensated=False, clip=None, seed=0):
         for begin in range(0, COUNT, size):
             part, blocks = slice(begin, begin + size), slice(begin // 256, -(-min(begin + size, COUNT) // 256))
             cut = [replace(m, values=m.values[part], scales=None if bits == 16 else m.scales[blocks]) for m in moments(state)]
-            low = state["cut_off"][part] if compensated else None
+            low = state["compensation"][part] if compensated else None
             update(parameter.detach()[part], parameter.grad[part], tuple(cut), step, low, limit, first=begin)
     return parameter.detach(), optimizer._state_of(parameter)
 
@@ -134,7 +134,7 @@ found["clipped"] = apart([(trained(16, torch.float32, 1, clip=0.5)[0], trained(1
 found["unclipped"] = apart([(trained(16, torch.float32, 1, clip=0.5)[0], trained(16, torch.float32, 1)[0])])
 weight, state = trained(16, torch.bfloat16, 1, compensated=True)
 whole = trained(16, torch.float32, 0)[0]
-found["compensated"] = apart([(join_halves(weight, state["cut_off"]), whole)])
+found["compensated"] = apart([(join_halves(weight, state["compensation"]), whole)])
 found["halves"] = float((weight != whole.bfloat16()).float().mean())
 for bits, compensated in ((8, False), (16, False), (16, True)):
     (one, first), (two, second) = (trained(bits, torch.bfloat16, parts, compensated) for parts in (1, 3))
@@ -196,10 +196,10 @@ def test_updates_are_those_of_the_optimizer() -> None:
 
 
 def test_a_cpu_has_none() -> None:
-    assert "cpu" in str(triton.reason_against(torch.device("cpu")))
+    assert "cpu" in str(triton.unsupported_reason(torch.device("cpu")))
     assert not triton.computes(torch.ones(3))
 
 
 def test_they_are_turned_off_as_those_for_cpus_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_NATIVE", "0")
-    assert triton.reason_against.__wrapped__(torch.device("cuda")) == "TUNESMITH_NATIVE is 0"
+    assert triton.unsupported_reason.__wrapped__(torch.device("cuda")) == "TUNESMITH_NATIVE is 0"

@@ -49,11 +49,11 @@ for dtype in (torch.float32, torch.bfloat16):
         pairs = [*zip(kernels.norm(x, weight, 1e-5, offset), (out, root))]
         for of_weight in (True, False):
             given = (gradient, x, root, weight, offset, of_weight)
-            pairs += [*zip(kernels.norm_slopes(*given), EAGER.norm_slopes(*given))]
+            pairs += [*zip(kernels.norm_backward(*given), EAGER.norm_backward(*given))]
     for activation in ("silu", "gelu_pytorch_tanh", "gelu"):
         pairs.append((kernels.gated(x, up, activation), EAGER.gated(x, up, activation)))
-        expected = EAGER.gated_slopes(gradient, x.clone(), up.clone(), activation)
-        pairs += [*zip(kernels.gated_slopes(gradient, x.clone(), up.clone(), activation), expected)]
+        expected = EAGER.gated_backward(gradient, x.clone(), up.clone(), activation)
+        pairs += [*zip(kernels.gated_backward(gradient, x.clone(), up.clone(), activation), expected)]
     assert [one is None for one, _ in pairs] == [other is None for _, other in pairs]
     pairs = [(a.float(), b.float()) for a, b in pairs if b is not None]
     apart[str(dtype)] = max(float(((a - b).abs() / (b.abs() + 1)).max()) for a, b in pairs)
@@ -63,7 +63,7 @@ def gradients(kernels):
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["qwen3"])).train()
     fuse_blocks(model, kernels)
     use_tree_attention(model, on=True)
-    summed_loss(model, collate_tree([{"input_ids": list(range(1, 20)), "trained": [True] * 19}])).backward()
+    summed_loss(model, collate_tree([{"input_ids": list(range(1, 20)), "loss_mask": [True] * 19}])).backward()
     return torch.cat([each.grad.flatten() for each in model.parameters()])
 
 one, other = gradients(kernels), gradients(EAGER)

@@ -48,7 +48,7 @@ def rows(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
     for length in lengths:
         ids = torch.randint(1, 97, (length,), generator=generator).tolist()
         trained = [bool(flag) for flag in torch.rand(length, generator=generator) < 0.5]
-        made.append({"input_ids": ids, "trained": [*trained[:-1], True]})
+        made.append({"input_ids": ids, "loss_mask": [*trained[:-1], True]})
     return made
 
 
@@ -83,7 +83,7 @@ def test_loss_in_chunks_equals_cross_entropy(
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     if not kernels:
         for module in cpu.KERNELS:
-            monkeypatch.setattr(module, "reason_against", lambda: "not here")
+            monkeypatch.setattr(module, "unsupported_reason", lambda: "not here")
     torch.manual_seed(0)
     hidden = torch.randn(150, 16, dtype=torch.float64, requires_grad=True)
     head = torch.randn(40, 16, dtype=torch.float64, requires_grad="head" in trained)
@@ -112,7 +112,7 @@ def test_loss_in_chunks_equals_cross_entropy(
 def test_padding_goes_by_length_and_not_by_pad_id() -> None:
     """Pad equals the end-of-turn token (2): it must carry loss where it is real."""
     batch = PaddedCollator(pad_id=2)(
-        [{"input_ids": [5, 2], "trained": [False, True]}, {"input_ids": [5, 6, 2], "trained": [False, False, True]}]
+        [{"input_ids": [5, 2], "loss_mask": [False, True]}, {"input_ids": [5, 6, 2], "loss_mask": [False, False, True]}]
     )
     assert batch["input_ids"].tolist() == [[5, 2], [5, 6]]  # what is told last goes through the model in no row
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
@@ -123,7 +123,7 @@ def test_padding_goes_by_length_and_not_by_pad_id() -> None:
 
 @pytest.mark.parametrize("collate", [PaddedCollator(pad_id=0), collate_tree], ids=["padded", "tree"])
 def test_first_token_is_never_counted(collate: Any) -> None:
-    assert collate([{"input_ids": [5, 6], "trained": [True, True]}])["labelled"] == 1
+    assert collate([{"input_ids": [5, 6], "loss_mask": [True, True]}])["labelled"] == 1
 
 
 def test_padding_does_not_change_the_loss(tiny_model: Path) -> None:

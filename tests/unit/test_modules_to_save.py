@@ -23,7 +23,7 @@ from tunesmith.stages.export import export
 from tunesmith.stages.prepare import prepare
 from tunesmith.stages.train import train
 
-ROWS = [{"input_ids": [1, 2, 3, *range(5, 12 + n)], "trained": [False] * 3 + [True] * (7 + n)} for n in range(3)]
+ROWS = [{"input_ids": [1, 2, 3, *range(5, 12 + n)], "loss_mask": [False] * 3 + [True] * (7 + n)} for n in range(3)]
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "apart"])

@@ -47,7 +47,7 @@ def test_rendering_and_mask(tokenizer: Any, name: str) -> None:
     assert template.render(TALK) == RENDERED[name]
     (row,) = template.encode([TALK])
     assert isinstance(row, Encoded)
-    trained = tokenizer.decode([i for i, flag in zip(row.input_ids, row.trained, strict=True) if flag])
+    trained = tokenizer.decode([i for i, flag in zip(row.input_ids, row.loss_mask, strict=True) if flag])
     assert "A1" in trained
     assert "A2" in trained
     assert "Q" not in trained

@@ -16,7 +16,7 @@ from tunesmith.engine.modeling.noise import EmbeddingNoise, row_lengths
 from tunesmith.engine.packing.batch import Batch, Collator, PaddedCollator, collate_tree
 
 SHARED = list(range(1, 21))
-ROWS = [{"input_ids": SHARED + [30 + n] * more, "trained": [False] * 20 + [True] * more} for n, more in ((0, 5), (1, 44))]
+ROWS = [{"input_ids": SHARED + [30 + n] * more, "loss_mask": [False] * 20 + [True] * more} for n, more in ((0, 5), (1, 44))]
 ALPHA = 5.0
 
 

@@ -21,7 +21,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.settings import settle
 from tunesmith.recipe import Checkpointing
 
-ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9, last], "trained": [False] * 4 + [True] * 6} for last in (10, 11)]
+ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9, last], "loss_mask": [False] * 4 + [True] * 6} for last in (10, 11)]
 
 
 def gradients(model: Any, offload: ActivationOffload | None) -> dict[str, torch.Tensor]:

@@ -154,7 +154,7 @@ def test_bytes_a_parameter(optim: str) -> None:
     optimizer.step()
     state = optimizer.state[weight]
     kept = [*state["exp_avg"].tensors(), *state["exp_avg_sq"].tensors()]
-    kept += [state[name] for name in ("master", "cut_off") if state.get(name) is not None]
+    kept += [state[name] for name in ("master", "compensation") if state.get(name) is not None]
     taken = sum(tensor.numel() * tensor.element_size() for tensor in kept) / 2**14
     assert taken == {"adamw": 12, "adamw_kahan": 6, "adamw_bf16": 4, "adamw_8bit": 2 + 8 / 256}[optim]
     assert taken == state_bytes(optim) + master_bytes(optim)
@@ -179,8 +179,8 @@ def test_kahan_sums_are_float32_sums() -> None:
 
 def test_halves_join_to_the_same_bits() -> None:
     values = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, 1e-40, 3.0e38, 1.00390625, -1.00390625, float("inf")])])
-    rounded, cut_off = split_halves(values.clone())
-    assert torch.equal(join_halves(rounded, cut_off).view(torch.int32), values.view(torch.int32))
+    rounded, compensation = split_halves(values.clone())
+    assert torch.equal(join_halves(rounded, compensation).view(torch.int32), values.view(torch.int32))
     nearest = values.bfloat16()
     assert (rounded.float() - values)[:-1].abs().le((nearest.float() - values)[:-1].abs()).all()
 

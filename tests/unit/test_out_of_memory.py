@@ -56,7 +56,7 @@ def test_an_error_without_a_reason_is_out_of_memory_only_where_memory_is_short(
 
 
 def test_the_same_rows_in_smaller_parts() -> None:
-    rows = [{"input_ids": list(range(length)), "trained": [True] * length} for length in (4, 4, 4, 4, 30)]
+    rows = [{"input_ids": list(range(length)), "loss_mask": [True] * length} for length in (4, 4, 4, 4, 30)]
     batches = StepCollator(PaddedCollator(0), Limits(None, None))
     whole = batches(rows)["micro_batches"]
     made, tokens = len(whole), whole[0]["input_ids"].numel()

@@ -396,15 +396,15 @@ def made_row(number: int, prompt: str | None) -> Made:
     return Made(f"t.jsonl:{number + 1}", 0, 1, key, digest, answer, False, None, facts, None, [], ())
 
 
-def settled_fates(prompts: Sequence[str | None], seed: int, share: float) -> tuple[list[int], list[int]]:
-    """The fates of rows with these prompts, and the numbers of those that are said to leak."""
+def settled_splits(prompts: Sequence[str | None], seed: int, share: float) -> tuple[list[int], list[int]]:
+    """The splits of rows with these prompts, and the numbers of those that are said to leak."""
     rejected: list[Rejection] = []
     whole = WholeSet(DataSection(train="t.jsonl"), seed, lambda _where, _finding: None, rejected.append)
     for number, prompt in enumerate(prompts):
         whole.add(made_row(number, prompt))
     whole.settle(share)
     assert {each.reason for each in rejected} <= {"leaks-heldout"}
-    return list(whole.fates), [line_of(each.where) - 1 for each in rejected]
+    return list(whole.splits), [line_of(each.where) - 1 for each in rejected]
 
 
 def test_the_draw_of_held_out_rows_over_many_seeds() -> None:
@@ -414,18 +414,18 @@ def test_the_draw_of_held_out_rows_over_many_seeds() -> None:
         draw = random.Random(seed)
         prompts = [draw.choice([None, *VOCABULARY[:12]]) for _ in range(30)]
         share = draw.choice([0.01, 0.1, 0.3, 0.55])
-        fates, leaks = settled_fates(prompts, seed, share)
-        held = [number for number, fate in enumerate(fates) if fate == HELDOUT]
+        splits, leaks = settled_splits(prompts, seed, share)
+        held = [number for number, split in enumerate(splits) if split == HELDOUT]
         assert len(held) == {0.01: 1, 0.1: 3, 0.3: 9, 0.55: 16}[share]  # rounded half to even, at least one
         asked = {prompts[number] for number in held} - {None}
         expected = [i for i, prompt in enumerate(prompts) if i not in held and prompt in asked]
-        assert leaks == expected == [number for number, fate in enumerate(fates) if fate == OUT]
-        assert (fates, leaks) == settled_fates(prompts, seed, share)
-        draws.add(tuple(number for number, fate in enumerate(settled_fates(["a"] * 30, seed, 0.1)[0]) if fate == HELDOUT))
+        assert leaks == expected == [number for number, split in enumerate(splits) if split == OUT]
+        assert (splits, leaks) == settled_splits(prompts, seed, share)
+        draws.add(tuple(number for number, split in enumerate(settled_splits(["a"] * 30, seed, 0.1)[0]) if split == HELDOUT))
     assert len(draws) > 35  # of 40 seeds
-    assert settled_fates([None, None], 1, 0.9)[0].count(TRAIN) == 1  # one is always trained on
-    assert settled_fates([None], 1, 0.9)[0] == [TRAIN]
-    assert settled_fates([None] * 9, 1, 0.0)[0] == [TRAIN] * 9
+    assert settled_splits([None, None], 1, 0.9)[0].count(TRAIN) == 1  # one is always trained on
+    assert settled_splits([None], 1, 0.9)[0] == [TRAIN]
+    assert settled_splits([None] * 9, 1, 0.0)[0] == [TRAIN] * 9
 
 
 def counted(rows: Sequence[Row], path: str) -> int:
@@ -465,7 +465,7 @@ def test_quantiles_and_histogram_of_lengths(seed: int) -> None:
 
 
 def busy_files(draw: random.Random) -> dict[str, list[Row | str]]:
-    """Two sources and a test set in which rows meet every fate that the ledger counts."""
+    """Two sources and a test set in which rows meet every split that the ledger counts."""
 
     def row(kind: str) -> Row:
         return conversation(drawn(draw, draw.randint(8, 30)), [kind, *drawn(draw, draw.randint(8, 20))])
@@ -526,8 +526,8 @@ def test_the_ledger_counts_what_is_in_the_files(prepared: Prepare, tokenizer: An
     assert ledger["test"] == {"rows_in": 2, "rows_rejected": 0, "reasons": {}, "rows_test": 2}
     # What it is worth.
     assert ledger["tokens_train"] == sum(len(row["input_ids"]) for row in done.train)
-    assert ledger["tokens_trained_on"] == sum(sum(row["trained"]) for row in done.train)
-    assert all(row["length"] == len(row["input_ids"]) == len(row["trained"]) for row in [*done.train, *done.heldout])
+    assert ledger["tokens_trained_on"] == sum(sum(row["loss_mask"]) for row in done.train)
+    assert all(row["length"] == len(row["input_ids"]) == len(row["loss_mask"]) for row in [*done.train, *done.heldout])
     conversations = [each["messages"] for each in files["a.jsonl"] if isinstance(each, dict) and "messages" in each][:-1]
     pairs = [each for each in files["b.jsonl"] if isinstance(each, dict) and "completion" in each]
     names = (("user", "prompt"), ("assistant", "completion"))
@@ -556,7 +556,7 @@ def test_ids_and_mask_are_those_of_transformers(prepared: Prepare, tokenizer: An
             ids, before = rendered(tokenizer, messages), len(rendered(tokenizer, messages[:-1], prompt=True))
             answer = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
             assert row["input_ids"] == ids
-            assert [i for i, flag in enumerate(row["trained"]) if flag] == list(range(before, before + len(answer) + 1))
+            assert [i for i, flag in enumerate(row["loss_mask"]) if flag] == list(range(before, before + len(answer) + 1))
             assert ids[before : before + len(answer) + 1] == [*answer, tokenizer.convert_tokens_to_ids("<|im_end|>")]
             total[name] += len(ids)
             trained[name] += len(answer) + 1
@@ -780,7 +780,7 @@ def test_a_cut_answer_keeps_what_fits_and_a_row_without_one_is_left_out(prepared
         if before < limit:
             assert kept[line]["input_ids"] == ids[:limit]
             end = min(limit, len(ids) - 1)  # the line end behind the turn is not trained on
-            assert [i for i, flag in enumerate(kept[line]["trained"]) if flag] == list(range(before, end))
+            assert [i for i, flag in enumerate(kept[line]["loss_mask"]) if flag] == list(range(before, end))
     assert {-1, 0, 1, 2} <= edges
     assert done.ledger["overlong"] == dict(sorted(decisions.items()))
     assert done.ledger["reasons"] == {"too-long": decisions["rejected"]}
@@ -803,6 +803,6 @@ def test_no_part_of_a_long_conversation_is_without_an_answer(prepared: Prepare) 
         done = prepared({"train.jsonl": rows}, f"heldout: 0.2, max_length: 70, overlong: {overlong}")
         written = [*done.train, *done.heldout]
         assert len(written) > 10
-        assert all(any(row["trained"][1:]) and row["length"] <= 70 for row in written)
+        assert all(any(row["loss_mask"][1:]) and row["length"] <= 70 for row in written)
         assert done.ledger["reasons"]["too-long"] > 0
         assert done.ledger["overlong"].keys() == {"rejected", {"truncate": "turns-dropped"}.get(overlong, overlong)}

@@ -165,7 +165,7 @@ def log_probabilities(model: Any, rows: Rows) -> tuple[torch.Tensor, torch.Tenso
     """(N, V) at all places that predict a label, in float64 from float32 logits, and the labels."""
     parts, labels = [], []
     for row in rows:
-        ids, told = torch.tensor(row["input_ids"]), torch.tensor(row["trained"])[1:]
+        ids, told = torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"])[1:]
         with torch.no_grad():
             parts.append(model(input_ids=ids[None]).logits[0, :-1][told].double().log_softmax(-1))
         labels.append(ids[1:][told])

@@ -465,7 +465,7 @@ def test_a_runs_plan_counts_its_own_rows_and_its_trainings_steps(tmp_path: Path,
     run = bench.run(many_rows()[:30], heldout=0.2, num_train_epochs=1.5, effective_batch_size=7)
     told = plan(run, card(kind="cpu"), {})
     rows = stored(run)
-    labels = [sum(row["trained"][1:]) for row in rows]
+    labels = [sum(row["loss_mask"][1:]) for row in rows]
     assert len(rows) == 24
     facts = told["data"]
     assert (facts["rows"], facts["sampled_rows"], facts["counted"]) == (24, 24, "prepared rows")

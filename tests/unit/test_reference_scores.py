@@ -267,7 +267,7 @@ def told_one_by_one(model: Any, ids: Sequence[int], places: Sequence[int]) -> li
 @torch.no_grad()
 def told_at_once(model: Any, row: Row) -> list[float]:
     """The losses of a row's labelled tokens by the model's own forward, the row alone."""
-    places = [i for i, flag in enumerate(row["trained"]) if flag]
+    places = [i for i, flag in enumerate(row["loss_mask"]) if flag]
     ids = torch.tensor(row["input_ids"])
     logits = model(input_ids=ids[None], logits_to_keep=torch.tensor(places) - 1).logits[0]
     losses: list[float] = torch.nn.functional.cross_entropy(logits.double(), ids[places], reduction="none").tolist()
@@ -303,7 +303,7 @@ def test_held_out_loss_token_by_token(held: Held, model: Any, tokenizer: Any) ->
     assert len(heldout) == 5
     losses = []
     for row in heldout:
-        places = [i for i, flag in enumerate(row["trained"]) if flag]
+        places = [i for i, flag in enumerate(row["loss_mask"]) if flag]
         losses.append([loss for loss, _ in told_one_by_one(model, row["input_ids"], places)])
     expected = sum(map(sum, losses)) / sum(map(len, losses))
     assert expected != pytest.approx(np.mean([np.mean(each) for each in losses]), rel=1e-5)
@@ -318,7 +318,7 @@ def test_held_out_loss_of_many_rows_and_in_training(tmp_path: Path, small: Any, 
         begin = stems[i % 9][: draw.randint(1, 12)]
         answer = [draw_id(draw) for _ in range(draw.randint(1, 1 + i % 20))]
         ids, trained = [*begin, *answer, 0], [*[False] * len(begin), *[True] * len(answer), False]
-        rows.append({"where": f"t:{i}", "input_ids": ids, "trained": trained, "length": len(ids)})
+        rows.append({"where": f"t:{i}", "input_ids": ids, "loss_mask": trained, "length": len(ids)})
     run = Run(tmp_path, parse_recipe("model: m\ndata: {train: t}\n", "recipe.yaml", tmp_path))
     (tmp_path / "data").mkdir()
     table = pa.Table.from_pylist(rows)
@@ -362,7 +362,7 @@ def test_held_out_loss_is_over_answers_to_learn(held: Held, model: Any, tokenize
             turns = chat_row(source["prompt"], answer)["messages"][1:]
             ids = tokenizer.apply_chat_template(turns, return_dict=False)
             start = len(tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False))
-            losses += told_at_once(model, {"input_ids": ids, "trained": [start <= i < len(ids) - 1 for i in range(len(ids))]})
+            losses += told_at_once(model, {"input_ids": ids, "loss_mask": [start <= i < len(ids) - 1 for i in range(len(ids))]})
     assert len(heldout) == 7
     assert heldout_loss(run, model, tokenizer) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
@@ -385,7 +385,7 @@ def test_perplexity_token_by_token(small: Any) -> None:
                 with torch.no_grad():
                     ids[place] = int(small(input_ids=torch.tensor([ids[:place]])).logits[0, -1].argmax())
         trained = [False] + [True] * (length - 1)
-        rows.append({"where": f"d.txt:{number}", "input_ids": ids, "trained": trained, "length": length})
+        rows.append({"where": f"d.txt:{number}", "input_ids": ids, "loss_mask": trained, "length": length})
     told = [told_one_by_one(small, row["input_ids"], range(1, row["length"])) for row in rows]
     results, samples = score_documents(small, rows)
     losses = [loss for each in told for loss, _ in each]

@@ -42,7 +42,7 @@ from tunesmith.io.atomic import read_json
 from tunesmith.methods.base import AdapterSettings
 from tunesmith.methods.full import Full
 from tunesmith.methods.lora import Lora
-from tunesmith.methods.scorer import build_scorer
+from tunesmith.methods.reward_model import build_reward_model
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
@@ -197,7 +197,7 @@ def losses_of(model: torch.nn.Module, rows: Sequence[Mapping[str, Any]]) -> list
     """The negative log-likelihoods of each row's labels in nats; padded on the right, which no earlier token sees."""
     longest = max(len(row["input_ids"]) for row in rows)
     ids = torch.tensor([[*row["input_ids"], *[0] * (longest - len(row["input_ids"]))] for row in rows])
-    told = torch.tensor([[*row["trained"], *[False] * (longest - len(row["trained"]))] for row in rows])[:, 1:]
+    told = torch.tensor([[*row["loss_mask"], *[False] * (longest - len(row["loss_mask"]))] for row in rows])[:, 1:]
     logits = model(input_ids=ids).logits[:, :-1].double()
     picked = -logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     return [each[which] for each, which in zip(picked, told, strict=True)]
@@ -370,7 +370,7 @@ def test_a_seed_decides_a_reward_models_head(bench: Bench, kind: type[Full | Lor
     for number, seed in enumerate((3, 3, 4)):
         torch.manual_seed(100 + number)
         random.seed(100 + number)
-        made.append(weights_of(build_scorer(method_of(kind, bench.model, seed), pad_token_id=257)))
+        made.append(weights_of(build_reward_model(method_of(kind, bench.model, seed), pad_token_id=257)))
     first, again, other = made
     new = [name for name in first if "score" in name or "lora_A" in name]
     assert len(new) == (1 if kind is Full else 15)

@@ -60,7 +60,7 @@ def with_control_tokens(tokenizer: Any, source: str) -> Any:
 
 def trained_texts(tokenizer: Any, row: Encoded | Problem) -> list[str]:
     assert isinstance(row, Encoded), row
-    runs = groupby(zip(row.input_ids, row.trained, strict=True), key=lambda pair: pair[1])
+    runs = groupby(zip(row.input_ids, row.loss_mask, strict=True), key=lambda pair: pair[1])
     return [tokenizer.decode([token for token, _ in run]) for trained, run in runs if trained]
 
 
@@ -155,7 +155,7 @@ def test_forged_turn_stays_text(tokenizer: Any) -> None:
     (prompt,) = template.encode_prompts([messages[:1]])
     assert isinstance(prompt, Encoded)
     assert prompt.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3  # system, user, generation prompt
-    assert not any(prompt.trained)
+    assert not any(prompt.loss_mask)
 
 
 HOSTILE = st.lists(
@@ -176,7 +176,7 @@ def test_any_content_keeps_the_number_of_turns(tokenizer: Any, turns: list[tuple
     assert row.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == len(messages)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert row.input_ids.count(end) == len(messages)
-    assert sum(t for i, t in zip(row.input_ids, row.trained, strict=True) if i == end) == len(turns)
+    assert sum(t for i, t in zip(row.input_ids, row.loss_mask, strict=True) if i == end) == len(turns)
     assert trained_texts(tokenizer, row) == [f"{answer}<|im_end|>" for _, answer in turns]
 
 

@@ -38,22 +38,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch to encode apart: `trained` carries loss, `content` must not yield control ids."""
+    """A stretch to encode apart: `labelled` carries loss, `content` must not yield control ids."""
 
     text: str
-    trained: bool
+    labelled: bool
     content: bool
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row: `input_ids` and, of the same length, whether each id is trained on.
+    """One row: `input_ids` and, of the same length, whether each id carries loss.
 
     `notes` names what differs from the plain reading: `last-answer-only`, `end-of-turn-added`, `system-dropped`.
     """
 
     input_ids: list[int]
-    trained: list[bool]
+    loss_mask: list[bool]
     notes: tuple[str, ...] = ()
 
 
@@ -153,7 +153,7 @@ class ChatTemplate:
                 spans, notes = self._spans(pieces, answers)
                 notes += self._dropped(messages, pieces)
             elif prompt:
-                spans, notes = [Span(text, trained=False, content=False)], ()
+                spans, notes = [Span(text, labelled=False, content=False)], ()
             elif tools:
                 answers = {turn for turn in turns if messages[turn]["role"] == "assistant"}
                 spans, notes = self._answers_after_prompts(messages, text, answers)
@@ -168,7 +168,7 @@ class ChatTemplate:
             what = "control tokens written out inside the content"
             why = "under this template and tokenizer they cannot be told from real ones and would forge a turn"
             return Problem("TS108", what, "", why, "remove them from the row")
-        if not prompt and not any(span.trained and span.text for span in spans):
+        if not prompt and not any(span.labelled and span.text for span in spans):
             why = "which tokens are the answer cannot be told, so the loss would be wrong"
             what = "the chat template rewrites the answer"
             return Problem("TS122", what, "", why, "use another template, or write answers as it does")
@@ -228,15 +228,15 @@ class ChatTemplate:
         for number, piece in enumerate(pieces):
             if piece.turn is not None:
                 answered = piece.turn in answers
-                spans.append(Span(piece.text, trained=answered, content=True))
+                spans.append(Span(piece.text, labelled=answered, content=True))
                 continue
             end = self._end_of_turn(piece.text) if answered else 0
             if end:
-                spans.append(Span(piece.text[:end], trained=True, content=False))
+                spans.append(Span(piece.text[:end], labelled=True, content=False))
             elif answered and number == len(pieces) - 1 and self.tokenizer.eos_token:
-                spans.append(Span(self.tokenizer.eos_token, trained=True, content=False))
+                spans.append(Span(self.tokenizer.eos_token, labelled=True, content=False))
                 notes = ("end-of-turn-added",)
-            spans.append(Span(piece.text[end:], trained=False, content=False))
+            spans.append(Span(piece.text[end:], labelled=False, content=False))
             answered = False
         return [span for span in spans if span.text], notes
 
@@ -337,12 +337,12 @@ class ChatTemplate:
                 cursor += 1
             else:
                 ids: list[int] = []
-                trained: list[bool] = []
+                loss_mask: list[bool] = []
                 for _, flag in self._parts(plan[0]):
                     ids += encoded["input_ids"][cursor]
-                    trained += [flag] * len(encoded["input_ids"][cursor])
+                    loss_mask += [flag] * len(encoded["input_ids"][cursor])
                     cursor += 1
-                rows.append(Encoded(ids, trained, plan[1]))
+                rows.append(Encoded(ids, loss_mask, plan[1]))
         return rows
 
     def _tokenize(self, texts: list[str], *, offsets: bool) -> Mapping[str, Any]:
@@ -361,10 +361,10 @@ class ChatTemplate:
             cuts = control_cuts(self._control, span.text) if span.content else []
             edges = [0, *cuts, len(span.text)]
             for number, (start, end) in enumerate(pairwise(edges)):
-                if joinable and number == 0 and parts[-1][1] == span.trained:
-                    parts[-1] = (parts[-1][0] + span.text[start:end], span.trained)
+                if joinable and number == 0 and parts[-1][1] == span.labelled:
+                    parts[-1] = (parts[-1][0] + span.text[start:end], span.labelled)
                 else:
-                    parts.append((span.text[start:end], span.trained))
+                    parts.append((span.text[start:end], span.labelled))
                 joinable = True
         return parts
 
@@ -385,7 +385,7 @@ def _by_offsets(plan: tuple[list[Span], tuple[str, ...]], ids: list[int], offset
     """The mask of a text encoded whole: an id is trained when it covers any trained character."""
     flags: list[bool] = []
     for span in plan[0]:
-        flags += [span.trained] * len(span.text)
+        flags += [span.labelled] * len(span.text)
     return Encoded(list(ids), [any(flags[start:end]) for start, end in offsets], plan[1])
 
 

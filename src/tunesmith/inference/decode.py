@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.engine.attention.tree import repeat_heads
-from tunesmith.engine.packing.batch import reason_against_tree
+from tunesmith.engine.packing.batch import tree_unsupported_reason
 from tunesmith.models.head import causal_of, logits_of, own_logits
 
 NAME = "tunesmith_decode"
@@ -79,7 +79,7 @@ class Places:
                 layer.own = (layer.own[0][rows], layer.own[1][rows])
 
 
-def reason_against_sharing(model: Any, longest: int) -> str | None:
+def sharing_unsupported_reason(model: Any, longest: int) -> str | None:
     """Why prompts of up to `longest` tokens with their answers cannot share a prefix in this model; None if they can."""
     causal = causal_of(model)
     if own_logits(causal):
@@ -88,7 +88,7 @@ def reason_against_sharing(model: Any, longest: int) -> str | None:
     for name, neutral in _CHANGES.items():
         if getattr(asked, name, None) not in neutral:
             return f"the generation config sets {name}"
-    return reason_against_tree(causal.config, longest)
+    return tree_unsupported_reason(causal.config, longest)
 
 
 def likeliest(logits: torch.Tensor) -> list[int]:
@@ -120,7 +120,7 @@ def decode(
 ) -> list[list[int]]:
     """For each prompt its answer, with the stop id that ended it. `shared` leading ids are the same in all prompts.
 
-    At least one id of each prompt must follow those. The caller asks `reason_against_sharing` first.
+    At least one id of each prompt must follow those. The caller asks `sharing_unsupported_reason` first.
     """
     causal = causal_of(model)
     rests = [list(prompt[shared:]) for prompt in prompts]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tunesmith.engine.packing.tree import shared_length
-from tunesmith.inference.decode import decode, likeliest, reason_against_sharing, sampled
+from tunesmith.inference.decode import decode, likeliest, sampled, sharing_unsupported_reason
 
 
 def generate(
@@ -24,14 +24,14 @@ def generate(
     """For each prompt (token ids) the ids of its answer, with the stop id that ended it. Order is kept.
 
     Greedy, or drawn from the softmax of logits / `temperature`. What the prompts of a batch share goes through the model once
-    where that is exact (`decode.reason_against_sharing`). The longest batch comes first: if memory does not suffice, it shows
-    at once.
+    where that is exact (`decode.sharing_unsupported_reason`). The longest batch comes first, so that too little memory shows at
+    once.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: list[list[int]] = [[] for _ in prompts]
     model.eval()
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    answer = _padded if reason_against_sharing(model, longest) else _sharing
+    answer = _padded if sharing_unsupported_reason(model, longest) else _sharing
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         found = answer(model, [prompts[index] for index in chosen], stop_ids, max_new_tokens, temperature)

@@ -20,7 +20,7 @@ import torch
 from tunesmith.engine.attention.backends import use_tree_attention
 from tunesmith.engine.modeling.chunks import chunk_rows
 from tunesmith.engine.modeling.loss import logits_in_chunks
-from tunesmith.engine.packing.batch import Batch, padded, reason_against_tree, to_device
+from tunesmith.engine.packing.batch import Batch, padded, to_device, tree_unsupported_reason
 from tunesmith.engine.packing.layout import Layout
 from tunesmith.engine.packing.tree import MIN_SHARED, Limits, build_tree, fill, shared_length, split_by_length
 from tunesmith.models.head import changes_logits
@@ -112,7 +112,7 @@ def log_likelihoods(
 def reason_for_padding(config: Any, requests: Iterable[Request]) -> str | None:
     """Why these requests cannot be laid out as trees for this model, or None if they can."""
     longest = max(len(request.context) + len(request.continuation) - 1 for request in requests)
-    return reason_against_tree(config, longest)
+    return tree_unsupported_reason(config, longest)
 
 
 def split_sorted(rows: Sequence[Row], max_tokens: int) -> list[Sequence[Row]]:

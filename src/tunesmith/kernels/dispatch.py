@@ -28,14 +28,14 @@ class Kernels:
     """The functions of a block."""
 
     norm: Callable[[torch.Tensor, torch.Tensor, float, float], Pair]
-    """(x, weight, epsilon, offset) to the normed x and the reciprocal root."""
-    norm_slopes: Callable[
+    """(x, weight, epsilon, offset) to the normed x and rstd, the reciprocal of the root."""
+    norm_backward: Callable[
         [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, bool], tuple[torch.Tensor, torch.Tensor | None]
     ]
-    """(gradient, x, root, weight, offset, of_weight) to the gradients of x and, where `of_weight`, of weight."""
+    """(gradient, x, rstd, weight, offset, of_weight) to the gradients of x and, where `of_weight`, of weight."""
     gated: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
     """(gate, up, activation)."""
-    gated_slopes: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], Pair]
+    gated_backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], Pair]
     """(gradient, gate, up, activation) to the gradients of gate and up."""
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
     """(x, cos, sin, backwards)."""
@@ -61,36 +61,36 @@ _DERIVATIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    root = root.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-    result: torch.Tensor = (wide * root).mul_(weight.to(wide.dtype) + offset)
-    return result.to(x.dtype), root
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    rstd = rstd.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    result: torch.Tensor = (wide * rstd).mul_(weight.to(wide.dtype) + offset)
+    return result.to(x.dtype), rstd
 
 
-def _norm_slopes(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+def _norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    into_weight = None
+    grad_weight = None
     if of_weight:
-        products = (gradient.to(root.dtype) * x.to(root.dtype)).reshape(-1, x.shape[-1])
-        into_weight = (root.view(1, -1) @ products).view(-1)
+        products = (gradient.to(rstd.dtype) * x.to(rstd.dtype)).reshape(-1, x.shape[-1])
+        grad_weight = (rstd.view(1, -1) @ products).view(-1)
         del products
-    wide = x.to(root.dtype)
-    into_x = gradient * (weight.to(root.dtype) + offset)  # in float32 by promotion
-    along = torch.linalg.vecdot(into_x, wide).unsqueeze(-1)
-    into_x.addcmul_(wide, along.mul_(root).mul_(root).div_(-x.shape[-1])).mul_(root)
-    return into_x.to(x.dtype), into_weight
+    wide = x.to(rstd.dtype)
+    grad_x = gradient * (weight.to(rstd.dtype) + offset)  # in float32 by promotion
+    along = torch.linalg.vecdot(grad_x, wide).unsqueeze(-1)
+    grad_x.addcmul_(wide, along.mul_(rstd).mul_(rstd).div_(-x.shape[-1])).mul_(rstd)
+    return grad_x.to(x.dtype), grad_weight
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     return ACTIVATIONS[activation][0](gate).mul_(up)
 
 
-def _gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
-    active, slope = ACTIVATIONS[activation]
-    into_up = active(gate).mul_(gradient)
-    into_active = gradient * up
-    return slope(into_active, gate, grad_input=into_active), into_up
+def _gated_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
+    active, derivative = ACTIVATIONS[activation]
+    grad_up = active(gate).mul_(gradient)
+    grad_active = gradient * up
+    return derivative(grad_active, gate, grad_input=grad_active), grad_up
 
 
 def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bool) -> torch.Tensor:
@@ -103,7 +103,7 @@ def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bo
     return result
 
 
-EAGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, _rotary)
+EAGER = Kernels(_norm, _norm_backward, _gated, _gated_backward, _rotary)
 
 
 def own_kernels(*tensors: torch.Tensor) -> Any:
@@ -121,12 +121,12 @@ def _own_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: flo
     return made
 
 
-def _own_norm_slopes(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+def _own_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     kernels = own_kernels(gradient, x, weight)
-    made: tuple[torch.Tensor, torch.Tensor | None] = (_norm_slopes if kernels is None else kernels.norm_slopes)(
-        gradient, x, root, weight, offset, of_weight
+    made: tuple[torch.Tensor, torch.Tensor | None] = (_norm_backward if kernels is None else kernels.norm_backward)(
+        gradient, x, rstd, weight, offset, of_weight
     )
     return made
 
@@ -137,9 +137,11 @@ def _own_gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.T
     return made
 
 
-def _own_gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
+def _own_gated_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
     kernels = own_kernels(gradient, gate, up) if activation == "silu" else None
-    made: Pair = _gated_slopes(gradient, gate, up, activation) if kernels is None else kernels.gated_slopes(gradient, gate, up)
+    made: Pair = (
+        _gated_backward(gradient, gate, up, activation) if kernels is None else kernels.gated_backward(gradient, gate, up)
+    )
     return made
 
 
@@ -149,30 +151,30 @@ def _own_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards
     return made
 
 
-OWN = Kernels(_own_norm, _own_norm_slopes, _own_gated, _own_gated_slopes, _own_rotary)
+OWN = Kernels(_own_norm, _own_norm_backward, _own_gated, _own_gated_backward, _own_rotary)
 
 
 def _plain_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    root = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    return (wide * root * (weight.to(wide.dtype) + offset)).to(x.dtype), root
+    rstd = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return (wide * rstd * (weight.to(wide.dtype) + offset)).to(x.dtype), rstd
 
 
-def _plain_norm_slopes(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+def _plain_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    wide, upstream = x.to(root.dtype), gradient.to(root.dtype)
-    into_x = upstream * (weight.to(root.dtype) + offset)
-    along = (into_x * wide).sum(-1, keepdim=True)
-    into_x = ((into_x - wide * (along * root * root / x.shape[-1])) * root).to(x.dtype)
-    return into_x, (upstream * wide * root).flatten(0, -2).sum(0) if of_weight else None
+    wide, upstream = x.to(rstd.dtype), gradient.to(rstd.dtype)
+    grad_x = upstream * (weight.to(rstd.dtype) + offset)
+    along = (grad_x * wide).sum(-1, keepdim=True)
+    grad_x = ((grad_x - wide * (along * rstd * rstd / x.shape[-1])) * rstd).to(x.dtype)
+    return grad_x, (upstream * wide * rstd).flatten(0, -2).sum(0) if of_weight else None
 
 
 def _plain_gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     return ACTIVATIONS[activation][0](gate) * up
 
 
-def _plain_gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
+def _plain_gated_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
     return _DERIVATIVES[activation](gradient * up, gate), ACTIVATIONS[activation][0](gate) * gradient
 
 
@@ -183,7 +185,7 @@ def compiled(device: torch.device = torch.device("cpu")) -> Kernels:
     Raises RuntimeError where this machine cannot compile, as without a C++ compiler, or on a GPU without Triton. Rotations are
     those of `OWN`: compiled they took an H100 as long as PyTorch's operators.
     """
-    made = (_plain_norm, _plain_norm_slopes, _plain_gated, _plain_gated_slopes)
+    made = (_plain_norm, _plain_norm_backward, _plain_gated, _plain_gated_backward)
     functions: list[Any] = [torch.compile(function, dynamic=True) for function in made]  # it forgets the types
     kernels = Kernels(functions[0], functions[1], functions[2], functions[3], _own_rotary)
     some = torch.ones((2, 3, 8), device=device)

@@ -21,21 +21,21 @@ _ROUNDED_ONCE = 1
 def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> Pair:
     from liger_kernel.ops.rms_norm import rms_norm_forward
 
-    result, _, root, *_ = rms_norm_forward(x.contiguous(), weight, epsilon, offset, _ROUNDED_ONCE, None)
-    return result, root.view(*x.shape[:-1], 1)
+    result, _, rstd, *_ = rms_norm_forward(x.contiguous(), weight, epsilon, offset, _ROUNDED_ONCE, None)
+    return result, rstd.view(*x.shape[:-1], 1)
 
 
-def _norm_slopes(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+def _norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     from liger_kernel.ops.rms_norm import rms_norm_backward
     from liger_kernel.ops.utils import calculate_settings
 
     size = x.shape[-1]
     rows, how = x.contiguous().view(-1, size), (offset, _ROUNDED_ONCE, *calculate_settings(size))
-    upstream, roots = gradient.contiguous(), root.reshape(-1)
-    into_x, into_weight = rms_norm_backward(upstream, rows, weight, roots, *how, False, None, needs_dw=of_weight)
-    return into_x, into_weight
+    upstream, rstd = gradient.contiguous(), rstd.reshape(-1)
+    grad_x, grad_weight = rms_norm_backward(upstream, rows, weight, rstd, *how, False, None, needs_dw=of_weight)
+    return grad_x, grad_weight
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -49,18 +49,18 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tenso
     return result
 
 
-def _gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
+def _gated_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str) -> Pair:
     from liger_kernel.ops.geglu import geglu_backward
     from liger_kernel.ops.swiglu import swiglu_backward
 
     backward = {"silu": swiglu_backward, "gelu_pytorch_tanh": geglu_backward}.get(activation)
     if backward is None:
-        return OWN.gated_slopes(gradient, gate, up, activation)
-    into_gate, into_up = backward(gate.contiguous(), up.contiguous(), gradient.contiguous())
-    return into_gate, into_up
+        return OWN.gated_backward(gradient, gate, up, activation)
+    grad_gate, grad_up = backward(gate.contiguous(), up.contiguous(), gradient.contiguous())
+    return grad_gate, grad_up
 
 
-LIGER = Kernels(_norm, _norm_slopes, _gated, _gated_slopes, OWN.rotary)
+LIGER = Kernels(_norm, _norm_backward, _gated, _gated_backward, OWN.rotary)
 
 
 @cache

@@ -169,7 +169,7 @@ def load_model(
     return _opened(AutoModelForCausalLM, folder, **changed, **_safely(dtype, quantization_config))
 
 
-def load_scorer(folder: Path, *, dtype: str, quantization_config: Any = None) -> Any:
+def load_reward_model(folder: Path, *, dtype: str, quantization_config: Any = None) -> Any:
     """The folder's model with a head that gives one number for a sequence; the head is random where the folder has none.
 
     Raises ModelError for a folder that is not safe to open, or whose weights are not those of its config.

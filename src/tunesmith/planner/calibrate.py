@@ -141,5 +141,5 @@ def _collate(rows: Sequence[Row], vocabulary: int, limits: Limits, *, packing: b
     for row in rows:
         length = len(row.computed) + 1
         ids = [token % vocabulary for token in row.ids[:length]]
-        made.append({"input_ids": ids, "trained": [place >= length - row.labelled for place in range(length)]})
+        made.append({"input_ids": ids, "loss_mask": [place >= length - row.labelled for place in range(length)]})
     return StepCollator(collate_tree if packing else PaddedCollator(None), limits)(made)["micro_batches"]

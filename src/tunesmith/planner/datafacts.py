@@ -26,6 +26,7 @@ from tunesmith.errors import DataError, PlanError, Problem
 from tunesmith.io.documents import reader_of
 from tunesmith.io.rows import Row as FileRow
 from tunesmith.recipe import OBJECTIVES, DataSection, Objective, RowKind, SourceSection
+from tunesmith.runs import check_columns
 
 SAMPLE = 1_000  # rows looked at closely
 TAIL = 32  # of the longest rows
@@ -49,18 +50,18 @@ class Encoder(Protocol):
 class Row:
     """One row's token ids, and how many of them carry loss; of a preference pair the chosen side, with the rejected one.
 
-    The last `told` of them do not go through the model (engine/packing/batch.py).
+    The last `tail` of them do not go through the model (engine/packing/batch.py).
     """
 
     ids: Sequence[int]
     labelled: int
     rejected: Row | None = None
-    told: int = 1
+    tail: int = 1
 
     @property
     def computed(self) -> Sequence[int]:
         """The ids that go through the model."""
-        return self.ids[: max(1, len(self.ids) - self.told)]
+        return self.ids[: max(1, len(self.ids) - self.tail)]
 
     @property
     def sides(self) -> tuple[Row, ...]:
@@ -272,7 +273,7 @@ def _rows(value: dict[str, Any], part: SourceSection, data: DataSection, encode:
     if isinstance(document, Problem):
         return []
     pieces = to_pieces([*_encoded(document.text, encode), _END], data.max_length)
-    return [Row(piece.input_ids, sum(piece.trained)) for piece in pieces]
+    return [Row(piece.input_ids, sum(piece.loss_mask)) for piece in pieces]
 
 
 def _row(value: Mapping[str, Any], row_format: str, system: str | None, encode: Encoder | None, kind: RowKind) -> Row | None:
@@ -310,8 +311,10 @@ def prepared_facts(folder: Path) -> DataFacts:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    with pa.memory_map(str(folder / "train.arrow")) as source:
+    path = folder / "train.arrow"
+    with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_stream(source).read_all()
+        check_columns(table.column_names, path)
         picked = sorted(_drawn(range(len(table)), SAMPLE))
         rows = table.take(picked).to_pylist()
         names = [name for name in ("input_ids", "rejected_input_ids") if name in table.column_names]
@@ -322,14 +325,14 @@ def prepared_facts(folder: Path) -> DataFacts:
 
 
 def _prepared(row: dict[str, Any]) -> Row:
-    made = _of_ids(row["input_ids"], row["trained"])
+    made = _of_ids(row["input_ids"], row["loss_mask"])
     if "rejected_input_ids" not in row:
         return made
-    return replace(made, rejected=_of_ids(row["rejected_input_ids"], row["rejected_trained"]))
+    return replace(made, rejected=_of_ids(row["rejected_input_ids"], row["rejected_loss_mask"]))
 
 
-def _of_ids(ids: Sequence[int], trained: Sequence[bool]) -> Row:
-    return Row(ids, sum(trained[1:]), told=len(ids) - computed_length(trained))
+def _of_ids(ids: Sequence[int], loss_mask: Sequence[bool]) -> Row:
+    return Row(ids, sum(loss_mask[1:]), tail=len(ids) - computed_length(loss_mask))
 
 
 def encoder_of(model: Path) -> Encoder | None:

@@ -66,7 +66,7 @@ def hardware_problems(train: TrainSection, *, cpu: bool) -> list[Problem]:
 
 def export_problems(recipe: Recipe) -> list[Problem]:
     """What can be trained and not exported: a reward model on a 4-bit base."""
-    if not OBJECTIVES[recipe.objective].scorer or recipe.method != "qlora":
+    if not OBJECTIVES[recipe.objective].reward_model or recipe.method != "qlora":
         return []
     what = "a reward model of QLoRA has its head and adapter on 4-bit weights, and these are not merged"
     why = "merged into other weights it would give other rewards"
@@ -93,7 +93,7 @@ def _of_the_objective(values: Mapping[str, Any], source: str) -> Iterator[Proble
         if values[section][name] != rest:
             what = f"{key} with objective: {objective.name}: {reason}"
             yield Problem("TS005", what, source, _NO_EFFECT, f"leave {key} at {rest!r}")
-    if objective.scorer and values["rope_scaling"] is not None:
+    if objective.reward_model and values["rope_scaling"] is not None:
         what, fix = f"rope_scaling with objective: {objective.name}", "scale the positions when the policy is trained"
         yield Problem("TS005", what, source, _NO_EFFECT, fix)
 

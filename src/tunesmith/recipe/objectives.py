@@ -154,8 +154,8 @@ class Objective:
     """One objective.
 
     `what` it does, after its name; `rows` is what it learns from, `loop` the module of `stages.train.loops` that trains it,
-    `section` its own part of the recipe, under its name. `planned`: `plan` accounts for its bytes and seconds. `scorer`: what
-    it makes is a reward model, which is exported as one and answers nothing. `extra` is the extra of this package that its loop
+    `section` its own part of the recipe, under its name. `planned`: `plan` accounts for its bytes and seconds. `reward_model`:
+    it makes a reward model, which is exported as one and answers nothing. `extra` is the extra of this package that its loop
     is installed with. `unsupported` are dotted keys that its loop does not honour, each with the value that leaves it at rest
     and the reason.
     """
@@ -167,7 +167,7 @@ class Objective:
     learning_rates: Mapping[str, float]
     section: type[Section] | None = None
     planned: bool = False
-    scorer: bool = False
+    reward_model: bool = False
     extra: str | None = None
     unsupported: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
@@ -191,7 +191,7 @@ _ROWS = (
     Objective("pretrain", "learns every token of raw text (continued pre-training)", "document", "engine", _SFT, planned=True),
     Objective("kto", "learns from answers judged good or bad", "judged", "kto", _PREFERENCE, KtoSection, **_IN_TRL),
     Objective("orpo", "learns answers and preferences in one", "pair", "orpo", _PREFERENCE, OrpoSection, **_IN_TRL),
-    Objective("reward", "learns to score answers", "pair", "reward", _REWARD, RewardSection, scorer=True, **_IN_TRL),
+    Objective("reward", "learns to score answers", "pair", "reward", _REWARD, RewardSection, reward_model=True, **_IN_TRL),
     Objective("grpo", f"{_SAMPLES}, against the others' of a group", "prompt", "grpo", _PREFERENCE, GrpoSection, **_IN_TRL),
     Objective("rloo", f"{_SAMPLES}, against the others' mean", "prompt", "rloo", _PREFERENCE, RlooSection, **_IN_TRL),
     Objective("ppo", f"{_SAMPLES}, with a value head", "prompt", "ppo", _PREFERENCE, PpoSection, unsupported=_ENGINE_ONLY),

@@ -10,14 +10,17 @@ from tunesmith.runs.folder import (
     open_run,
     read_jsonl,
 )
+from tunesmith.runs.rows import check_columns, prepared_rows
 
 __all__ = [
     "EVAL_SUITE",
     "Run",
+    "check_columns",
     "create_run",
     "default_name",
     "eval_folder",
     "installed_versions",
     "open_run",
+    "prepared_rows",
     "read_jsonl",
 ]

@@ -1,7 +1,7 @@
 """Which attention kernel a model runs where its rows are not a tree: the one asked for, or the next that works here.
 
 A kernel that cannot be had falls back in an order that never changes the result, only time and memory: flash attention, then
-PyTorch's SDPA, then the plain products ("eager"). Each step down is told to the caller.
+PyTorch's SDPA, then the plain products ("eager"). The caller is told of each step down.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def use_tree_attention(model: Any, *, on: bool) -> None:
     causal_of(model).set_attn_implementation(TREE_ATTENTION if on else "sdpa")
 
 
-def use_attention(model: Any, asked: str, told: Callable[[str], None]) -> str:
+def use_attention(model: Any, asked: str, on_fallback: Callable[[str], None]) -> str:
     """Switch the model to `asked` (transformers' name, or `xformers`) or the next kernel that works; the one that is in use.
 
-    `told` gets a sentence for each that was left out, with the reason. Raises ValueError where none works.
+    `on_fallback` gets a sentence for each that was left out, with the reason. Raises ValueError where none works.
     """
     causal, name = causal_of(model), asked
     while True:
@@ -41,7 +41,7 @@ def use_attention(model: Any, asked: str, told: Callable[[str], None]) -> str:
             following = _NEXT.get(name)
             if following is None:
                 raise
-            told(f"attention {name} cannot be used, {following} is tried: {first_line(error)}")
+            on_fallback(f"attention {name} cannot be used, {following} is tried: {first_line(error)}")
             name = following
         else:
             return name

@@ -35,7 +35,7 @@ def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Bloc
 
 
 @cache
-def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why flex attention cannot run here (no Triton, no compiler, a dtype without a kernel), or None; tried once."""
     if dtype not in DTYPES:
         return f"flex attention has no kernel for {dtype}"

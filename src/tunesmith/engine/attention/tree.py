@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tunesmith.engine.attention.flex import flex, reason_against
+from tunesmith.engine.attention.flex import flex, unsupported_reason
 from tunesmith.engine.attention.tree_torch import blocks_backward, blocks_forward
 from tunesmith.engine.packing.layout import Layout
 from tunesmith.engine.packing.tree import Node
@@ -120,7 +120,7 @@ def tree_attention(
         result: torch.Tensor = along.apply(query, key, value, tree_layout, scale)
     elif tree_layout.equal_rows:
         result = equal_rows_attention(query, key, value, tree_layout.equal_rows, scale)
-    elif reason_against(query.device, query.dtype) is None:
+    elif unsupported_reason(query.device, query.dtype) is None:
         result = flex(query, key, value, tree_layout.blocks(query.device), scale)
     else:
         result = masked_attention(query, key, value, tree_layout, scale)

@@ -84,8 +84,8 @@ def blocks_backward(
     for below, own in _shared(nodes):
         for total, part, where in zip(grads, block(own, below, causal=False), (below, own, own), strict=True):
             total[:, :, where] += part
-    into_query, into_key, into_value = (grad.flatten(0, 1).transpose(0, 1) for grad in grads)
-    return into_query, into_key, into_value
+    grad_query, grad_key, grad_value = (grad.flatten(0, 1).transpose(0, 1) for grad in grads)
+    return grad_query, grad_key, grad_value
 
 
 def _shared(nodes: Sequence[Node]) -> Iterator[tuple[slice, slice]]:

@@ -72,15 +72,15 @@ class _LoraLinears(torch.autograd.Function):
         lows, downs, ups = (saved[-part * count :][:count] for part in (3, 2, 1))
         sources: Sequence[torch.Tensor] = saved[: -3 * count]
         sides = zip(lows, gradients, group.scales, ups, strict=True)
-        into_ups = [_into_up(gradient, low, scale, b.dtype) for low, gradient, scale, b in sides]
-        into_x, joint = _into_inputs(group, gradients, downs, ups, for_x=context.needs_input_grad[1], apart=context.apart)
+        grad_ups = [_into_up(gradient, low, scale, b.dtype) for low, gradient, scale, b in sides]
+        grad_x, joint = _into_inputs(group, gradients, downs, ups, for_x=context.needs_input_grad[1], apart=context.apart)
         ranks = [len(a) for a in downs]
         if context.apart:
             pairs = list(zip(joint.split(ranks, 1), downs, strict=True))
-            into_dropped = [linear(low, a.to(low.dtype).T) for low, a in pairs]
-            into_downs = [across_rows(low, d, a.dtype) for (low, a), d in zip(pairs, sources, strict=True)]
-            return None, into_x, *into_downs, *into_ups, *into_dropped
-        return None, into_x, *across_rows(joint, sources[0], downs[0].dtype).split(ranks), *into_ups
+            grad_dropped = [linear(low, a.to(low.dtype).T) for low, a in pairs]
+            grad_downs = [across_rows(low, d, a.dtype) for (low, a), d in zip(pairs, sources, strict=True)]
+            return None, grad_x, *grad_downs, *grad_ups, *grad_dropped
+        return None, grad_x, *across_rows(joint, sources[0], downs[0].dtype).split(ranks), *grad_ups
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,20 @@ def _into_inputs(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The gradient of x (T, I) if it is wanted, without the adapters' part where that is apart; of all d A^T (T, sum of r)."""
     layers = list(zip(gradients, group.weights, group.scales, downs, ups, strict=True))
-    into_x: torch.Tensor | None = None
+    grad_x: torch.Tensor | None = None
     if for_x and not apart and has_own_kernel(*gradients, *downs, *ups):
-        into_lows = []
+        grad_lows = []
         for gradient, weight, scale, a, b in layers:
-            into_low, into_x = adapted(gradient, weight(), b, a, p_scale=scale, total=into_x)
-            into_lows.append(into_low)
-        return into_x, torch.cat(into_lows, 1)
+            grad_low, grad_x = adapted(gradient, weight(), b, a, p_scale=scale, total=grad_x)
+            grad_lows.append(grad_low)
+        return grad_x, torch.cat(grad_lows, 1)
     lows = [linear(gradient, b.to(gradient.dtype).T) for gradient, _, _, _, b in layers]
     joint = _scaled(lows[0] if len(lows) == 1 else torch.cat(lows, 1), [len(a) for a in downs], group.scales)
     for gradient, weight, _, _, _ in layers if for_x else []:
-        into_x = linear(gradient, weight().T) if into_x is None else add_linear(into_x, gradient, weight().T)
-    if into_x is not None and not apart:
-        add_linear(into_x, joint, _joint(downs, into_x.dtype).T)
-    return into_x, joint
+        grad_x = linear(gradient, weight().T) if grad_x is None else add_linear(grad_x, gradient, weight().T)
+    if grad_x is not None and not apart:
+        add_linear(grad_x, joint, _joint(downs, grad_x.dtype).T)
+    return grad_x, joint
 
 
 def has_own_kernel(*tensors: torch.Tensor) -> bool:

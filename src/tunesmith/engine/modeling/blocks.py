@@ -3,7 +3,7 @@
 Shapes: B rows, L tokens, T = B x L, H hidden size, F intermediate size, A attention heads, D head size. What each keeps for the
 backward pass, in numbers a token, beside what transformers' own code keeps for the same:
 
-    norm        H and a root (theirs: H in float32, H, a mean and a root)
+    norm        H and a rstd (theirs: H in float32, H, a mean and a rstd)
     gated       gate and up, 2 F (theirs: gate, the activated gate, up: 3 F)
     rotary      nothing but the cosines and sines that all blocks share
 
@@ -39,17 +39,17 @@ class _Norm(torch.autograd.Function):
     def forward(
         context: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float, kernels: Kernels
     ) -> torch.Tensor:
-        result, root = kernels.norm(x, weight, epsilon, offset)
-        context.save_for_backward(x, root, weight)
+        result, rstd = kernels.norm(x, weight, epsilon, offset)
+        context.save_for_backward(x, rstd, weight)
         context.offset, context.kernels = offset, kernels
         return result
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
-        x, root, weight = context.saved_tensors
+        x, rstd, weight = context.saved_tensors
         of_weight = context.needs_input_grad[1]
-        into_x, into_weight = context.kernels.norm_slopes(gradient, x, root, weight, context.offset, of_weight)
-        return into_x, None if into_weight is None else into_weight.to(weight.dtype), None, None, None
+        grad_x, grad_weight = context.kernels.norm_backward(gradient, x, rstd, weight, context.offset, of_weight)
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 class _Gated(torch.autograd.Function):
@@ -63,7 +63,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
-        return *context.kernels.gated_slopes(gradient, *context.saved_tensors, context.activation), None, None
+        return *context.kernels.gated_backward(gradient, *context.saved_tensors, context.activation), None, None
 
 
 class _Rotary(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Direct preference optimization over pairs of rows: batches, log-probabilities, loss (Rafailov et al. 2023, arXiv 2305.18290).
 
-A pair is a dataset row with a chosen side (`input_ids`, `trained`) and a rejected one (`rejected_input_ids`,
-`rejected_trained`). The sides of all pairs of a micro-batch are rows of one prefix tree, so that what they share, the prompt,
+A pair is a dataset row with a chosen side (`input_ids`, `loss_mask`) and a rejected one (`rejected_input_ids`,
+`rejected_loss_mask`). The sides of all pairs of a micro-batch are rows of one prefix tree, so that what they share, the prompt,
 is computed once; or they are padded.
 
 Shapes: P pairs, R = 2 P rows (the chosen ones first), N labelled places, M >= N times that a row has a label, H hidden size,
@@ -52,8 +52,8 @@ class PairCollator:
 
     def collate(self, pairs: Rows) -> Batch:
         """One micro-batch of the pairs, with the reference where they have it."""
-        chosen = [{"input_ids": pair["input_ids"], "trained": pair["trained"]} for pair in pairs]
-        rejected = [{"input_ids": pair["rejected_input_ids"], "trained": pair["rejected_trained"]} for pair in pairs]
+        chosen = [{"input_ids": pair["input_ids"], "loss_mask": pair["loss_mask"]} for pair in pairs]
+        rejected = [{"input_ids": pair["rejected_input_ids"], "loss_mask": pair["rejected_loss_mask"]} for pair in pairs]
         with_owners = tree_with_owners if self.padded is None else self.padded.with_owners
         batch, owners = with_owners([*chosen, *rejected])
         rows, labels = torch.tensor(owners, dtype=torch.long).view(-1, 2).unbind(1)
@@ -71,9 +71,9 @@ def pair_count(batch: Batch) -> int:
 class _LabelLogProbs(torch.autograd.Function):
     """log softmax(cap(h_i W^T + bias))[target_i] for each i, (N,) in float32 (float64 where `hidden` is).
 
-    Logits are made chunk by chunk, and made again in the backward pass, which needs the slopes of the loss by each
+    Logits are made chunk by chunk, and made again in the backward pass, which needs the gradient of the loss by each
     log-probability: they follow from the sums over whole rows, known only when the last chunk is done. That pass is the
-    cross-entropy with the slopes as weights. Kept between the two: the hidden states (N, H). Where a custom kernel can,
+    cross-entropy with that gradient as weights. Kept between the two: the hidden states (N, H). Where a custom kernel can,
     neither pass keeps logits.
     """
 
@@ -104,7 +104,7 @@ class _LabelLogProbs(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(context: Any, slopes: torch.Tensor) -> Any:
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
         *given, targets = context.saved_tensors
         needed = context.needs_input_grad[:3]
         inputs: list[Any] = [
@@ -112,7 +112,7 @@ class _LabelLogProbs(torch.autograd.Function):
         ]
         hidden, head, bias = inputs
         with torch.enable_grad():
-            loss = linear_cross_entropy(hidden, head, bias, targets, -slopes, context.cap)
+            loss = linear_cross_entropy(hidden, head, bias, targets, -gradient, context.cap)
         wanted = [each for each, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(loss, wanted))
         return *(next(found) if need else None for need in needed), None, None

@@ -71,7 +71,7 @@ def across_rows(gradient: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | No
 
 def has_own_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `across_rows` of these has a custom kernel."""
-    return _by_onednn(x, weight) and products.reason_against() is None
+    return _by_onednn(x, weight) and products.unsupported_reason() is None
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -100,9 +100,9 @@ class _Linear(torch.autograd.Function):
     def backward(context: Any, gradient: torch.Tensor) -> Any:
         x, weight = context.saved_tensors
         for_x, for_weight, for_bias = context.needs_input_grad
-        into_x = linear(gradient, weight.T) if for_x else None
-        into_weight = across_rows(gradient, x) if for_weight else None
-        return into_x, into_weight, gradient.sum(0) if for_bias else None
+        grad_x = linear(gradient, weight.T) if for_x else None
+        grad_weight = across_rows(gradient, x) if for_weight else None
+        return grad_x, grad_weight, gradient.sum(0) if for_bias else None
 
 
 def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:

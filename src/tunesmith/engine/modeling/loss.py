@@ -97,19 +97,19 @@ def _chunk(
     targets: torch.Tensor,
     weights: torch.Tensor,
     cap: float | None,
-    with_slopes: bool,
+    with_grad: bool,
 ) -> tuple[torch.Tensor, Any]:
     """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of logits."""
     if in_place(hidden, head, cap):
         from tunesmith.kernels.triton import cross_entropy  # which takes Triton
 
         logits = linear(hidden, head, bias)
-        losses = cross_entropy.from_logits(logits, targets, weights if with_slopes else None)
-        return losses @ weights, logits if with_slopes else None
+        losses = cross_entropy.from_logits(logits, targets, weights if with_grad else None)
+        return losses @ weights, logits if with_grad else None
     logits = exact_logits(hidden, head, bias)
     if cap is None and logits.dtype == hidden.dtype and logits.T.is_contiguous() and computes(kernel, logits):
-        losses = kernel.from_logits(logits.T, targets, weights if with_slopes else None)
-        return losses @ weights, logits if with_slopes else None
+        losses = kernel.from_logits(logits.T, targets, weights if with_grad else None)
+        return losses @ weights, logits if with_grad else None
     bent = None if cap is None else logits.div_(cap).tanh_()
     logits = logits if cap is None or bent is None else bent * cap
     picked = targets.unsqueeze(-1)
@@ -117,12 +117,12 @@ def _chunk(
     sums = logits.sub_(top).exp_().sum(-1, keepdim=True)
     weights = weights.unsqueeze(-1)
     loss = ((sums.log() + top - right) * weights).sum()
-    if not with_slopes:
+    if not with_grad:
         return loss, None
-    slopes = logits.mul_(weights / sums).scatter_add_(-1, picked, -weights)
+    grad_logits = logits.mul_(weights / sums).scatter_add_(-1, picked, -weights)
     if bent is not None:
-        slopes *= bent.square_().neg_().add_(1)  # the derivative of tanh
-    return loss, slopes.to(hidden.dtype)
+        grad_logits *= bent.square_().neg_().add_(1)  # the derivative of tanh
+    return loss, grad_logits.to(hidden.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -155,42 +155,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
             context.made = (into, None, None)
             return losses @ weights
         total = torch.zeros((), dtype=exact, device=hidden.device)
-        into_hidden = torch.empty_like(hidden) if with_gradients else None
-        into_head = torch.empty_like(head, dtype=exact) if with_gradients and context.needs_input_grad[1] else None
-        if into_head is not None and not len(hidden):
-            into_head.zero_()
-        into_bias = torch.zeros_like(bias, dtype=exact) if with_gradients and bias is not None and bias.requires_grad else None
+        grad_hidden = torch.empty_like(hidden) if with_gradients else None
+        grad_head = torch.empty_like(head, dtype=exact) if with_gradients and context.needs_input_grad[1] else None
+        if grad_head is not None and not len(hidden):
+            grad_head.zero_()
+        grad_bias = torch.zeros_like(bias, dtype=exact) if with_gradients and bias is not None and bias.requires_grad else None
         size = _places_at_once(hidden, head, cap)
         for begin in range(0, len(hidden), size):
             part = slice(begin, begin + size)
-            loss, slopes = _chunk(hidden[part], head, bias, targets[part], weights[part], cap, with_gradients)
+            loss, grad_logits = _chunk(hidden[part], head, bias, targets[part], weights[part], cap, with_gradients)
             total += loss
-            if into_hidden is not None:
-                into_hidden[part] = across_rows(slopes.T, head)
-            if into_head is not None:
+            if grad_hidden is not None:
+                grad_hidden[part] = across_rows(grad_logits.T, head)
+            if grad_head is not None:
                 for some in range(0, len(head), HEAD_ROWS):  # the product is as large as the head
                     rows = slice(some, some + HEAD_ROWS)
-                    made = across_rows(slopes[:, rows], hidden[part])
+                    made = across_rows(grad_logits[:, rows], hidden[part])
                     if begin == 0:
-                        into_head[rows] = made
+                        grad_head[rows] = made
                     else:
-                        into_head[rows].add_(made)
+                        grad_head[rows].add_(made)
                     del made
-            if into_bias is not None:
-                into_bias += slopes.sum(0, dtype=exact)
-            del loss, slopes  # else they live on while the next chunk is made
-        context.made = (into_hidden, into_head, into_bias)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0, dtype=exact)
+            del loss, grad_logits  # else they live on while the next chunk is made
+        context.made = (grad_hidden, grad_head, grad_bias)
         return total
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:
-        into_hidden, into_head, into_bias = context.made
+        grad_hidden, grad_head, grad_bias = context.made
         context.made = (None, None, None)
         head_dtype, bias_dtype = context.dtypes
-        into_hidden = into_hidden.mul_(gradient)
-        into_head = None if into_head is None else into_head.mul_(gradient).to(head_dtype)
-        into_bias = None if into_bias is None else into_bias.mul_(gradient).to(bias_dtype)
-        return into_hidden, into_head, into_bias, None, None, None, None
+        grad_hidden = grad_hidden.mul_(gradient)
+        grad_head = None if grad_head is None else grad_head.mul_(gradient).to(head_dtype)
+        grad_bias = None if grad_bias is None else grad_bias.mul_(gradient).to(bias_dtype)
+        return grad_hidden, grad_head, grad_bias, None, None, None, None
 
 
 def linear_cross_entropy(

@@ -209,7 +209,7 @@ class AdamW(torch.optim.Optimizer):
             masters = self.bits == 32 and not self.compensated
             state["master"] = self.home.hold(parameter.detach().float()) if masters and not exact else None
             if self.compensated and not exact:
-                state["cut_off"] = self.home.zeros(parameter.numel(), torch.int16, parameter.device)
+                state["compensation"] = self.home.zeros(parameter.numel(), torch.int16, parameter.device)
             state["exp_avg"] = _State(parameter, self.bits, self.home, self._code(parameter.device, signed=True))
             state["exp_avg_sq"] = _State(parameter, self.bits, self.home, self._code(parameter.device, signed=False))
         return state
@@ -281,11 +281,11 @@ class AdamW(torch.optim.Optimizer):
         state, home = self._state_of(parameter), self.home
         weight = parameter.detach().view(-1)
         exact, device = parameter.dtype in _EXACT, parameter.device
-        master, cut_off = state["master"], state.get("cut_off")
+        master, compensation = state["master"], state.get("compensation")
         for begin in range(0, len(weight), OPTIMIZER_SLICE):
             part = slice(begin, min(begin + OPTIMIZER_SLICE, len(weight)))
-            if cut_off is not None:
-                target = join_halves(weight[part], home.read(cut_off, part, device))
+            if compensation is not None:
+                target = join_halves(weight[part], home.read(compensation, part, device))
             elif master is not None:
                 target = home.read(master, part, device)
             else:
@@ -295,9 +295,9 @@ class AdamW(torch.optim.Optimizer):
             _adamw([target], [gradient[part].to(target.dtype)], [moments[0]], [moments[1]], [step], group)
             for name, values in zip(_MOMENTS, moments, strict=True):
                 state[name].write(part, values, self.generator)
-            if cut_off is not None:
+            if compensation is not None:
                 weight[part], low = split_halves(target)
-                home.write(cut_off, part, low)
+                home.write(compensation, part, low)
             elif master is not None:
                 home.put_back(master, part, target)
                 weight[part] = target.to(weight.dtype)
@@ -320,19 +320,19 @@ class AdamW(torch.optim.Optimizer):
         place = self._places.setdefault(parameter, len(self._places))
         seed = (self.seed * 1_000_003 + place * 10_007 + state["step"] * 7_919) % 2**31
         step = Step(group["lr"], group["betas"], group["eps"], group["weight_decay"], state["step"], seed)
-        weight, kept, cut_off = parameter.detach().view(-1), [state[name] for name in _MOMENTS], state.get("cut_off")
+        weight, kept, compensation = parameter.detach().view(-1), [state[name] for name in _MOMENTS], state.get("compensation")
         count = weight.shape[0]
         size = count if home.store is None else OPTIMIZER_SLICE
         for begin in range(0, count, size):
             part = slice(begin, min(begin + size, count))
             fetched = [each.fetch(part) for each in kept]
-            low = None if cut_off is None else home.read(cut_off, part, device)
+            low = None if compensation is None else home.read(compensation, part, device)
             mean, square = (Moment(each[0], each[1], moment.code) for each, moment in zip(fetched, kept, strict=True))
             update(_slice(weight, part), _slice(gradient, part), (mean, square), step, low, clip, first=begin)
             for moment, each in zip(kept, fetched, strict=True):
                 moment.put(part, *each)
-            if cut_off is not None and low is not None:
-                home.put_back(cut_off, part, low)
+            if compensation is not None and low is not None:
+                home.put_back(compensation, part, low)
 
     def kept(self, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
         """All that the next update depends on beside weights and gradients, by the names of the parameters; for saving.
@@ -351,8 +351,8 @@ class AdamW(torch.optim.Optimizer):
         for moment in _MOMENTS:
             tensors = state[moment].tensors()
             found |= dict(zip((moment, f"{moment}.scales")[: len(tensors)], tensors, strict=True))
-        if "cut_off" in state:
-            found["cut_off"] = state["cut_off"]
+        if "compensation" in state:
+            found["compensation"] = state["compensation"]
         if state["master"] is not None:
             found["master"] = state["master"]
         return found
@@ -392,9 +392,9 @@ class AdamW(torch.optim.Optimizer):
     def unload(self) -> None:
         """Put what was trained, in float32, in the place of the rounded parameters, where it was kept."""
         for parameter, state in self.state.items():
-            if "cut_off" in state:
-                cut_off = state["cut_off"].to(parameter.device)
-                parameter.data = join_halves(parameter.detach().view(-1), cut_off).view(parameter.shape)
+            if "compensation" in state:
+                compensation = state["compensation"].to(parameter.device)
+                parameter.data = join_halves(parameter.detach().view(-1), compensation).view(parameter.shape)
             elif state["master"] is not None:
                 parameter.data = state["master"]
 

@@ -43,17 +43,17 @@ def split_halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     `join_halves` gives back the same bits. `values` is used up. What is not finite stays so.
     """
     bits = values.view(torch.int32)
-    cut_off = bits.to(torch.int16)  # the lower half, as a signed number: where it is negative, rounding goes up
+    compensation = bits.to(torch.int16)  # the lower half, as a signed number: where it is negative, rounding goes up
     bits += 1 << (_DROPPED_BITS - 1)
     bits >>= _DROPPED_BITS
-    return bits.to(torch.int16).view(torch.bfloat16), cut_off
+    return bits.to(torch.int16).view(torch.bfloat16), compensation
 
 
-def join_halves(rounded: torch.Tensor, cut_off: torch.Tensor) -> torch.Tensor:
+def join_halves(rounded: torch.Tensor, compensation: torch.Tensor) -> torch.Tensor:
     """The float32 values of which `split_halves` made the two."""
     bits = rounded.view(torch.int16).to(torch.int32)
     bits <<= _DROPPED_BITS
-    bits += cut_off
+    bits += compensation
     return bits.view(torch.float32)
 
 

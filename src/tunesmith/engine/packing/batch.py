@@ -39,7 +39,7 @@ from tunesmith.models.families import runs_on_trees
 
 Batch = dict[str, Any]
 Owners = list[tuple[int, int]]  # (row, label): a batch's label that a row has; one that rows share stands once for each
-Rows = Sequence[Mapping[str, Any]]  # dataset rows: `input_ids`, and `trained` of the same length
+Rows = Sequence[Mapping[str, Any]]  # dataset rows: `input_ids`, and `loss_mask` of the same length
 
 
 class Collator(Protocol):
@@ -58,7 +58,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def computed_ids(row: Mapping[str, Any], side: str = "") -> Sequence[int]:
     """The row's tokens that go through the model; `side` is `rejected_` for the other side of a pair."""
     ids: Sequence[int] = row[f"{side}input_ids"]
-    return ids[: computed_length(row[f"{side}trained"])]
+    return ids[: computed_length(row[f"{side}loss_mask"])]
 
 
 def collate_tree(rows: Rows) -> Batch:
@@ -70,10 +70,10 @@ def tree_with_owners(rows: Rows) -> tuple[Batch, Owners]:
     """`collate_tree`, and which row has which labels."""
     tree = fill(build_tree([computed_ids(row) for row in rows]))
     labels: dict[tuple[int, int], int] = {}  # (source, target): the label's number
-    owners: Owners = []  # a row's first token has nothing before it to be told from
+    owners: Owners = []  # nothing predicts a row's first token
     for number, (row, path) in enumerate(zip(rows, tree.paths, strict=True)):
-        told = zip(path, row["input_ids"][1:], row["trained"][1:], strict=False)  # the row may be longer than its path
-        places = [(source, target) for source, target, trained in told if trained]
+        following = zip(path, row["input_ids"][1:], row["loss_mask"][1:], strict=False)  # the row may be longer than its path
+        places = [(source, target) for source, target, labelled in following if labelled]
         owners += [(number, labels.setdefault(place, len(labels))) for place in places]
     sources, targets = [source for source, _ in labels], [target for _, target in labels]
     count = Counter(label for _, label in owners)
@@ -123,7 +123,7 @@ class PaddedCollator:
         longest = batch["input_ids"].shape[1]
         sources, targets = [], []
         for number, row in enumerate(rows):
-            places = torch.tensor(row["trained"], dtype=torch.bool)[1:].nonzero().flatten()
+            places = torch.tensor(row["loss_mask"], dtype=torch.bool)[1:].nonzero().flatten()
             sources.append(places + number * longest)
             targets.append(torch.tensor(row["input_ids"], dtype=torch.long)[1:][places])
         count = sum(map(len, targets))
@@ -160,7 +160,7 @@ class StepCollator:
         return {"micro_batches": [self.collate([rows[index] for index in group]) for group in groups]}
 
 
-def reason_against_tree(config: Any, longest: int) -> str | None:
+def tree_unsupported_reason(config: Any, longest: int) -> str | None:
     """Why rows of up to `longest` tokens cannot be laid out as a tree for this model, or None if they can."""
     if not runs_on_trees(config.model_type):
         return f"exactness is not proven for the architecture {config.model_type!r}"
@@ -174,7 +174,7 @@ def reason_against_tree(config: Any, longest: int) -> str | None:
 
 def choose_collator(config: Any, pad_id: int | None, longest: int) -> tuple[Collator, str | None]:
     """The tree collator where it is exact for this model, else the padded one and the reason for it."""
-    reason = reason_against_tree(config, longest)
+    reason = tree_unsupported_reason(config, longest)
     if reason is None:
         return collate_tree, None
     return PaddedCollator(pad_id), reason

@@ -51,9 +51,9 @@ class Tree:
     paths: list[list[int]]
 
 
-def computed_length(trained: Sequence[bool]) -> int:
+def computed_length(loss_mask: Sequence[bool]) -> int:
     """How many of a row's leading tokens go through the model: those before its last label, and at least one."""
-    places = (place for place in range(len(trained) - 1, 0, -1) if trained[place])
+    places = (place for place in range(len(loss_mask) - 1, 0, -1) if loss_mask[place])
     return next(places, 1)
 
 

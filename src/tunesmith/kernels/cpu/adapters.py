@@ -18,9 +18,9 @@ DTYPES = frozenset({torch.float32})
 
 
 @cache
-def reason_against() -> str | None:
+def unsupported_reason() -> str | None:
     """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
-    return library.reason_against("adapters", _gives_what_it_should)
+    return library.unsupported_reason("adapters", _gives_what_it_should)
 
 
 def adapted(
@@ -56,8 +56,8 @@ def _gives_what_it_should() -> bool:
     x, weight, down, up = (torch.randn(shape, generator=draw) for shape in ((20, 70), (90, 70), (5, 70), (90, 5)))
     with torch.no_grad():
         low, out = adapted(x, weight.T, down.T, up.T, q_scale=2.0)
-        into_low, into_x = adapted(out, weight, up, down, p_scale=2.0, total=x.clone())
+        grad_low, grad_x = adapted(out, weight, up, down, p_scale=2.0, total=x.clone())
         expected = x @ weight.T + 2 * (x @ down.T) @ up.T
-        slopes = 2 * expected @ up
-        pairs = ((low, x @ down.T), (out, expected), (into_low, slopes), (into_x, x + expected @ weight + slopes @ down))
+        grads = 2 * expected @ up
+        pairs = ((low, x @ down.T), (out, expected), (grad_low, grads), (grad_x, x + expected @ weight + grads @ down))
         return all(torch.allclose(one, other, rtol=1e-4, atol=1e-2) for one, other in pairs)

@@ -27,7 +27,7 @@ inline V<float> logistic(V<float> x) { return 1.0f / (1.0f + exponential(-x)); }
 
 
 template <class S>
-void norm(const S* x, const S* weight, float epsilon, float offset, S* out, float* root, int64_t rows, int64_t size, int threads) {
+void norm(const S* x, const S* weight, float epsilon, float offset, S* out, float* rstd, int64_t rows, int64_t size, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; ++r) {
         const S* from = x + r * size;
@@ -36,9 +36,9 @@ void norm(const S* x, const S* weight, float epsilon, float offset, S* out, floa
             const V<float> each = read(from + at, count);
             squares += each * each;
         });
-        root[r] = 1.0f / std::sqrt(sum(squares) / size + epsilon);
+        rstd[r] = 1.0f / std::sqrt(sum(squares) / size + epsilon);
         for_vectors(size, [&](int64_t at, int64_t count) {
-            write(out + r * size + at, read(from + at, count) * root[r] * (read(weight + at, count) + offset), count);
+            write(out + r * size + at, read(from + at, count) * rstd[r] * (read(weight + at, count) + offset), count);
         });
     }
 }
@@ -46,13 +46,13 @@ void norm(const S* x, const S* weight, float epsilon, float offset, S* out, floa
 // Rows whose part of a weight's gradient is added up by itself, so that it is not small beside what it is added to.
 constexpr int64_t TOGETHER = 64;
 
-// Gradients of x, and of weight where into_weight (H) is not null: each thread's rows are added up, then the threads' sums.
+// Gradients of x, and of weight where grad_weight (H) is not null: each thread's rows are added up, then the threads' sums.
 template <class S>
-int norm_slopes(const S* gradient, const S* x, const float* root, const S* weight, float offset, S* into_x, float* into_weight,
+int norm_backward(const S* gradient, const S* x, const float* rstd, const S* weight, float offset, S* grad_x, float* grad_weight,
                 int64_t rows, int64_t size, int threads) {
     const int64_t padded = up(size, WIDE);
-    float* parts = into_weight ? take<float>(2 * threads * padded) : nullptr;
-    if (into_weight && !parts) return 1;
+    float* parts = grad_weight ? take<float>(2 * threads * padded) : nullptr;
+    if (grad_weight && !parts) return 1;
     if (parts) std::memset(parts, 0, 2 * threads * padded * sizeof(float));
 #pragma omp parallel num_threads(threads)
     {
@@ -60,17 +60,17 @@ int norm_slopes(const S* gradient, const S* x, const float* root, const S* weigh
         const int64_t begin = rows * me / all_of_us, end = rows * (me + 1) / all_of_us;
         float *total = parts ? parts + me * padded : nullptr, *part = parts ? total + threads * padded : nullptr;
         for (int64_t r = begin; r < end; ++r) {
-            const S *from = x + r * size, *slopes = gradient + r * size;
+            const S *from = x + r * size, *grads = gradient + r * size;
             V<float> products = {};
             for_vectors(size, [&](int64_t at, int64_t count) {
-                const V<float> each = read(slopes + at, count) * read(from + at, count);
+                const V<float> each = read(grads + at, count) * read(from + at, count);
                 products += each * (read(weight + at, count) + offset);
-                if (part) store(part + at, load(part + at) + each * root[r]);
+                if (part) store(part + at, load(part + at) + each * rstd[r]);
             });
-            const float along = -sum(products) * root[r] * root[r] / size;
+            const float along = -sum(products) * rstd[r] * rstd[r] / size;
             for_vectors(size, [&](int64_t at, int64_t count) {
-                const V<float> straight = read(slopes + at, count) * (read(weight + at, count) + offset);
-                write(into_x + r * size + at, (straight + read(from + at, count) * along) * root[r], count);
+                const V<float> straight = read(grads + at, count) * (read(weight + at, count) + offset);
+                write(grad_x + r * size + at, (straight + read(from + at, count) * along) * rstd[r], count);
             });
             if (part && ((r - begin) % TOGETHER == TOGETHER - 1 || r == end - 1))
                 for (int64_t at = 0; at < padded; at += WIDE) {
@@ -80,8 +80,8 @@ int norm_slopes(const S* gradient, const S* x, const float* root, const S* weigh
         }
     }
     for (int64_t at = 0; parts && at < size; ++at) {
-        into_weight[at] = 0;
-        for (int t = 0; t < threads; ++t) into_weight[at] += parts[t * padded + at];
+        grad_weight[at] = 0;
+        for (int t = 0; t < threads; ++t) grad_weight[at] += parts[t * padded + at];
     }
     std::free(parts);
     return 0;
@@ -99,14 +99,14 @@ template <class S> void gated(const S* gate, const S* up, S* out, int64_t rows, 
 }
 
 template <class S>
-void gated_slopes(const S* gradient, const S* gate, const S* up, S* into_gate, S* into_up, int64_t rows, int64_t size, int threads) {
+void gated_backward(const S* gradient, const S* gate, const S* up, S* grad_gate, S* grad_up, int64_t rows, int64_t size, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; ++r)
         for_vectors(size, [&](int64_t column, int64_t count) {
             const int64_t at = r * size + column;
-            const V<float> x = read(gate + at, count), slope = read(gradient + at, count), share = logistic(x);
-            write(into_gate + at, slope * read(up + at, count) * share * (1.0f + x * (1.0f - share)), count);
-            write(into_up + at, slope * x * share, count);
+            const V<float> x = read(gate + at, count), grad = read(gradient + at, count), share = logistic(x);
+            write(grad_gate + at, grad * read(up + at, count) * share * (1.0f + x * (1.0f - share)), count);
+            write(grad_up + at, grad * x * share, count);
         });
 }
 
@@ -137,20 +137,20 @@ void rotary(const S* x, const int64_t* from, const S* cosines, const S* sines, S
 }  // namespace
 
 #define EXPORT(S)                                                                                                                \
-    extern "C" void norm_##S(const S* x, const S* weight, float epsilon, float offset, S* out, float* root, int64_t rows,        \
+    extern "C" void norm_##S(const S* x, const S* weight, float epsilon, float offset, S* out, float* rstd, int64_t rows,        \
                              int64_t size, int threads) {                                                                       \
-        norm(x, weight, epsilon, offset, out, root, rows, size, threads);                                                        \
+        norm(x, weight, epsilon, offset, out, rstd, rows, size, threads);                                                        \
     }                                                                                                                            \
-    extern "C" int norm_slopes_##S(const S* gradient, const S* x, const float* root, const S* weight, float offset, S* into_x,   \
-                                   float* into_weight, int64_t rows, int64_t size, int threads) {                                \
-        return norm_slopes(gradient, x, root, weight, offset, into_x, into_weight, rows, size, threads);                         \
+    extern "C" int norm_backward_##S(const S* gradient, const S* x, const float* rstd, const S* weight, float offset, S* grad_x,   \
+                                   float* grad_weight, int64_t rows, int64_t size, int threads) {                                \
+        return norm_backward(gradient, x, rstd, weight, offset, grad_x, grad_weight, rows, size, threads);                         \
     }                                                                                                                            \
     extern "C" void gated_##S(const S* gate, const S* up, S* out, int64_t rows, int64_t size, int threads) {                     \
         gated(gate, up, out, rows, size, threads);                                                                               \
     }                                                                                                                            \
-    extern "C" void gated_slopes_##S(const S* gradient, const S* gate, const S* up, S* into_gate, S* into_up, int64_t rows,      \
+    extern "C" void gated_backward_##S(const S* gradient, const S* gate, const S* up, S* grad_gate, S* grad_up, int64_t rows,      \
                                      int64_t size, int threads) {                                                                \
-        gated_slopes(gradient, gate, up, into_gate, into_up, rows, size, threads);                                               \
+        gated_backward(gradient, gate, up, grad_gate, grad_up, rows, size, threads);                                               \
     }                                                                                                                            \
     extern "C" void rotary_##S(const S* x, const int64_t* from, const S* cosines, const S* sines, S* out, const int64_t* to,     \
                                int64_t batch, int64_t heads, int64_t length, int64_t size, int backwards, int threads) {         \

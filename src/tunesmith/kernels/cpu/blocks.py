@@ -1,7 +1,7 @@
 """What a decoder block computes number by number, by the kernels of blocks.cpp.
 
 Shapes: rows of H or F numbers, or (B, A, L, D) for rotations. All tensors are float32, or all bfloat16, on a CPU;
-roots are float32.
+rstd are float32.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 @cache
-def reason_against() -> str | None:
+def unsupported_reason() -> str | None:
     """Why the kernels cannot be had here, or None; they are compiled, and tried on small tensors, the first time."""
-    return library.reason_against("blocks", _gives_what_it_should)
+    return library.unsupported_reason("blocks", _gives_what_it_should)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and the reciprocal root (..., 1)."""
+    """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and rstd (..., 1), the reciprocal of the root."""
     x = x.contiguous()
-    out, root = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    _call("norm", x, weight.contiguous(), epsilon, offset, out, root, *_rows(x))
-    return out, root
+    out, rstd = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    _call("norm", x, weight.contiguous(), epsilon, offset, out, rstd, *_rows(x))
+    return out, rstd
 
 
-def norm_slopes(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+def norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of x, and of weight in float32 where that is asked for. Raises MemoryError where there is too little."""
-    gradient, x, root = gradient.contiguous(), x.contiguous(), root.contiguous()
-    into_x, into_weight = torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32) if of_weight else None
-    last = ctypes.c_void_p(None) if into_weight is None else into_weight
-    if _call("norm_slopes", gradient, x, root, weight.contiguous(), offset, into_x, last, *_rows(x)) != 0:
+    gradient, x, rstd = gradient.contiguous(), x.contiguous(), rstd.contiguous()
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32) if of_weight else None
+    last = ctypes.c_void_p(None) if grad_weight is None else grad_weight
+    if _call("norm_backward", gradient, x, rstd, weight.contiguous(), offset, grad_x, last, *_rows(x)) != 0:
         raise MemoryError("too little memory for a norm's gradient")
-    return into_x, into_weight
+    return grad_x, grad_weight
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -56,12 +56,12 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gated_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of gate and up."""
     gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
-    into_gate, into_up = torch.empty_like(gate), torch.empty_like(up)
-    _call("gated_slopes", gradient, gate, up, into_gate, into_up, *_rows(gate))
-    return into_gate, into_up
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    _call("gated_backward", gradient, gate, up, grad_gate, grad_up, *_rows(gate))
+    return grad_gate, grad_up
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bool) -> torch.Tensor:
@@ -98,11 +98,11 @@ def near(kernels: Any, given: Sequence[torch.Tensor], tolerance: float) -> bool:
     half = heads.shape[-1] // 2
     with own_graph():
         leaves = [each.clone().requires_grad_() for each in (x, up, heads, weight)]
-        root = (leaves[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-        normed, active = leaves[0] * root * (leaves[3] + 1), F.silu(leaves[0]) * leaves[1]
+        rstd = (leaves[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        normed, active = leaves[0] * rstd * (leaves[3] + 1), F.silu(leaves[0]) * leaves[1]
         turned = leaves[2] * cos + torch.cat([-leaves[2][..., half:], leaves[2][..., :half]], -1) * sin
         expected = [
-            (normed, root, active, turned),
+            (normed, rstd, active, turned),
             torch.autograd.grad(normed, (leaves[0], leaves[3]), gradient, retain_graph=True),
             torch.autograd.grad(active, leaves[:2], gradient),
             torch.autograd.grad(turned, leaves[2], heads),
@@ -112,8 +112,8 @@ def near(kernels: Any, given: Sequence[torch.Tensor], tolerance: float) -> bool:
         made = kernels.norm(x, weight, 1e-5, 1.0)
         found: list[tuple[torch.Tensor, ...]] = [
             (*made, kernels.gated(x, up), kernels.rotary(heads, cos, sin, backwards=False)),
-            kernels.norm_slopes(gradient, x, made[1], weight, 1.0, of_weight=True),
-            kernels.gated_slopes(gradient, x, up),
+            kernels.norm_backward(gradient, x, made[1], weight, 1.0, of_weight=True),
+            kernels.gated_backward(gradient, x, up),
             (kernels.rotary(heads, cos, sin, backwards=True),),
         ]
     pairs = zip(sum(found, ()), sum(map(tuple, expected), ()), strict=True)

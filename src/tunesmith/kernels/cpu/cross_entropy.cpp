@@ -62,7 +62,7 @@ template <class T> struct Problem {
     const T* head;
     const int64_t* targets;
     const T* weights;
-    T *losses, *into_hidden;
+    T *losses, *grad_hidden;
     int64_t places, size, vocabulary;
     int threads;
 };
@@ -110,7 +110,7 @@ template <class T> int some_places(const Problem<T>& p, int64_t begin, int64_t e
     s.scores = take<T>(p.threads * of_scores);
     s.place = take<Place<T>>(places);
     if (!s.left || !s.columns || !s.scores || !s.place) return 1;
-    if (p.into_hidden && (!(s.sums = take<T>(places * padded)) || !(s.rows = take<T>(2 * of_rows)))) return 1;
+    if (p.grad_hidden && (!(s.sums = take<T>(places * padded)) || !(s.rows = take<T>(2 * of_rows)))) return 1;
 #pragma omp parallel num_threads(p.threads)
     {
 #pragma omp for schedule(static)
@@ -145,7 +145,7 @@ template <class T> int some_places(const Problem<T>& p, int64_t begin, int64_t e
             if (!s.sums) continue;
             const T *of_target = p.head + targets[i] * p.size, *sums = s.sums + i * padded, weight = p.weights[begin + i];
             const T share = weight / place.total;
-            for (int64_t d = 0; d < p.size; ++d) p.into_hidden[(begin + i) * p.size + d] = sums[d] * share - of_target[d] * weight;
+            for (int64_t d = 0; d < p.size; ++d) p.grad_hidden[(begin + i) * p.size + d] = sums[d] * share - of_target[d] * weight;
         }
     }
     return 0;
@@ -182,7 +182,7 @@ void add_up(const T* logits, int64_t places, int64_t begin, int64_t end, T* high
     }
 }
 
-// Losses of logits (V, N), which become their slopes where weights (N) are given. Each thread has rows of its own; their sums are
+// Losses of logits (V, N), which become their grad_logits where weights (N) are given. Each thread has rows of its own; their sums are
 // merged as those of blocks are.
 template <class T>
 int from_logits(T* logits, const int64_t* targets, const T* weights, T* losses, int64_t places, int64_t vocabulary, int threads) {
@@ -224,11 +224,11 @@ int from_logits(T* logits, const int64_t* targets, const T* weights, T* losses, 
 }  // namespace
 
 // losses (N) of hidden (N, H), whose rows lie `row` numbers apart, head (V, H) and targets (N), each in [0, V); and, where
-// into_hidden (N, H) is not null, its gradient of the losses' sum weighted with weights (N). Returns 0, or 1 where memory is short.
+// grad_hidden (N, H) is not null, its gradient of the losses' sum weighted with weights (N). Returns 0, or 1 where memory is short.
 #define EXPORT(T)                                                                                                                \
     extern "C" int cross_entropy_##T(const T* hidden, int64_t row, const T* head, const int64_t* targets, const T* weights,      \
-                                     T* losses, T* into_hidden, int64_t places, int64_t size, int64_t vocabulary, int threads) { \
-        return cross_entropy(Problem<T>{hidden, row, head, targets, weights, losses, into_hidden, places, size, vocabulary, threads}); \
+                                     T* losses, T* grad_hidden, int64_t places, int64_t size, int64_t vocabulary, int threads) { \
+        return cross_entropy(Problem<T>{hidden, row, head, targets, weights, losses, grad_hidden, places, size, vocabulary, threads}); \
     }                                                                                                                            \
     extern "C" int from_logits_##T(T* logits, const int64_t* targets, const T* weights, T* losses, int64_t places,               \
                                    int64_t vocabulary, int threads) {                                                            \

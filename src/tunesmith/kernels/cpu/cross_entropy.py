@@ -18,9 +18,9 @@ DTYPES = {torch.float32: "float", torch.float64: "double"}
 
 
 @cache
-def reason_against() -> str | None:
+def unsupported_reason() -> str | None:
     """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
-    return library.reason_against("cross_entropy", _gives_what_it_should)
+    return library.unsupported_reason("cross_entropy", _gives_what_it_should)
 
 
 def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -35,8 +35,8 @@ def with_gradient(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, and the gradient (N, H) for `hidden` of their sum weighted with `weights` (N)."""
-    into_hidden = hidden.new_empty(hidden.shape)
-    return _losses(hidden, head, targets, weights.contiguous(), into_hidden), into_hidden
+    grad_hidden = hidden.new_empty(hidden.shape)
+    return _losses(hidden, head, targets, weights.contiguous(), grad_hidden), grad_hidden
 
 
 def from_logits(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -63,12 +63,12 @@ def _losses(
     head: torch.Tensor,
     targets: torch.Tensor,
     weights: torch.Tensor | None,
-    into_hidden: torch.Tensor | None,
+    grad_hidden: torch.Tensor | None,
 ) -> torch.Tensor:
     hidden, head, targets = dense_rows(hidden), head.contiguous(), _in_vocabulary(targets, len(head))
     losses, none = hidden.new_empty(len(hidden)), ctypes.c_void_p(None)
     given = (hidden, hidden.stride(0), head, targets, none if weights is None else weights)
-    made = (losses, none if into_hidden is None else into_hidden)
+    made = (losses, none if grad_hidden is None else grad_hidden)
     if call("cross_entropy", f"cross_entropy_{DTYPES[hidden.dtype]}", *given, *made, *hidden.shape, len(head)) != 0:
         raise MemoryError("too little memory for the loss")
     return losses
@@ -84,11 +84,11 @@ def _gives_what_it_should() -> bool:
             leaf = hidden.clone().requires_grad_()
             logits = leaf @ head.T
             expected = F.cross_entropy(logits, targets, reduction="none")
-            into_leaf, into_logits = torch.autograd.grad((expected * weights).sum(), (leaf, logits))
+            grad_leaf, grad_logits = torch.autograd.grad((expected * weights).sum(), (leaf, logits))
         with torch.no_grad():
             kept = logits.T.contiguous()
             found = (*with_gradient(hidden, head, targets, weights), from_logits(kept, targets, weights), kept.T)
-        pairs = zip(found, (expected, into_leaf, expected, into_logits), strict=True)
+        pairs = zip(found, (expected, grad_leaf, expected, grad_logits), strict=True)
         if not all(torch.allclose(one, other, rtol=tolerance, atol=tolerance) for one, other in pairs):
             return False
     return True

@@ -47,7 +47,7 @@ def library(name: str) -> ctypes.CDLL:
         raise NoKernelError(f"{type(error).__name__}: {error}") from error
 
 
-def reason_against(name: str, gives_what_it_should: Callable[[], bool]) -> str | None:
+def unsupported_reason(name: str, gives_what_it_should: Callable[[], bool]) -> str | None:
     """Why the kernels of `name`.cpp cannot be had here, or None; they are compiled and tried."""
     try:
         library(name)
@@ -84,7 +84,7 @@ def computes(kernel: Any, *tensors: torch.Tensor) -> bool:
     if not plain(*tensors):
         return False
     dtypes = {each.dtype for each in tensors}
-    return len(dtypes) == 1 and dtypes <= set(kernel.DTYPES) and kernel.reason_against() is None
+    return len(dtypes) == 1 and dtypes <= set(kernel.DTYPES) and kernel.unsupported_reason() is None
 
 
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:

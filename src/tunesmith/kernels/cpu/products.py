@@ -14,9 +14,9 @@ from tunesmith.kernels.cpu.library import call, dense_rows
 
 
 @cache
-def reason_against() -> str | None:
+def unsupported_reason() -> str | None:
     """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
-    return library.reason_against("products", _gives_what_it_should)
+    return library.unsupported_reason("products", _gives_what_it_should)
 
 
 def across_rows(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

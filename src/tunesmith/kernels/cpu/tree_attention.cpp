@@ -283,18 +283,18 @@ template <class T, class S> struct Upstream {
     int64_t head, token;
     const S* out;     // (T, H, D)
     const T* weight;  // (T, H)
-    S* into_query;    // (T, H, D)
+    S* grad_query;    // (T, H, D)
 };
 
 template <class T, class S>
-void backward_block(const Problem<T, S>& p, const Upstream<T, S>& u, int64_t h, const Block& b, T* scratch, T* into_key, T* into_value) {
+void backward_block(const Problem<T, S>& p, const Upstream<T, S>& u, int64_t h, const Block& b, T* scratch, T* grad_key, T* grad_value) {
     const T log2e = T(1.4426950408889634);
     T* query = scratch;
     T* gradient = query + p.rows * p.padded;
     T* sums = gradient + p.rows * p.padded;
     T* scores = sums + p.rows * p.padded;
-    T* slopes = scores + p.rows * LINE<T>;
-    T* weight = slopes + p.rows * LINE<T>;
+    T* grads = scores + p.rows * LINE<T>;
+    T* weight = grads + p.rows * LINE<T>;
     T* delta = weight + p.rows;
     const int64_t rows = up((b.last - b.first) * p.group, TILE);
     gather(p, p.query, p.query_head, p.query_token, h, b, p.scale * log2e, query);
@@ -312,39 +312,39 @@ void backward_block(const Problem<T, S>& p, const Upstream<T, S>& u, int64_t h, 
         const auto seen_of_tile = [&](int64_t row) { return seen_by(p, b, row + TILE - 1, first, keys, own); };
         const auto to_keys = [&](int64_t row) { return Extent{up(seen_of_tile(row), WIDTH<T>) / WIDTH<T>, 0, p.size}; };
         product<T, false>(rows, vectors, {query, p.padded, 1}, {p.key_panels + from, WIDTH<T>, step}, scores, LINE<T>, to_keys);
-        product<T, false>(rows, vectors, {gradient, p.padded, 1}, {p.value_panels + from, WIDTH<T>, step}, slopes, LINE<T>, to_keys);
+        product<T, false>(rows, vectors, {gradient, p.padded, 1}, {p.value_panels + from, WIDTH<T>, step}, grads, LINE<T>, to_keys);
         for (int64_t r = 0; r < rows; ++r) {
-            T *line = scores + r * LINE<T>, *slope = slopes + r * LINE<T>;
+            T *line = scores + r * LINE<T>, *grad = grads + r * LINE<T>;
             const int64_t seen = seen_by(p, b, r, first, keys, own);
             const int64_t upto = up(seen, WIDTH<T>);
             for (int64_t k = 0; k < upto; k += WIDTH<T>) {
                 const V<T> chance = power(load(line + k) - weight[r]);
                 store(line + k, chance);
-                store(slope + k, chance * (load(slope + k) - delta[r]));
+                store(grad + k, chance * (load(grad + k) - delta[r]));
             }
-            for (int64_t k = seen; k < up(keys, TILE); ++k) line[k] = slope[k] = 0;
+            for (int64_t k = seen; k < up(keys, TILE); ++k) line[k] = grad[k] = 0;
         }
         const int64_t wide = p.padded / WIDTH<T>;
-        product<T, true>(rows, wide, {slopes, LINE<T>, 1}, rows_of(p, p.key_rows, p.key, p.key_head, p.key_token, h, first), sums,
+        product<T, true>(rows, wide, {grads, LINE<T>, 1}, rows_of(p, p.key_rows, p.key, p.key_head, p.key_token, h, first), sums,
                          p.padded, [&](int64_t row) { return Extent{wide, 0, seen_of_tile(row)}; });
         const auto from_rows = [&](int64_t key) {  // from the first row on that sees it
             const int64_t before = own && first + key > b.first ? (first + key - b.first) * p.group : 0;
             return Extent{wide, before, rows};
         };
-        product<T, true>(up(keys, TILE), wide, {slopes, 1, LINE<T>}, {query, p.padded, WIDTH<T>}, into_key + first * p.padded,
+        product<T, true>(up(keys, TILE), wide, {grads, 1, LINE<T>}, {query, p.padded, WIDTH<T>}, grad_key + first * p.padded,
                          p.padded, from_rows);
         product<T, true>(up(keys, TILE), wide, {scores, 1, LINE<T>}, {gradient, p.padded, WIDTH<T>},
-                         into_value + first * p.padded, p.padded, from_rows);
+                         grad_value + first * p.padded, p.padded, from_rows);
     });
     int64_t row = 0;
     for (int64_t t = b.first; t < b.last; ++t)
         for (int64_t g = 0; g < p.group; ++g, ++row) {
-            S* at = u.into_query + (t * p.heads + h * p.group + g) * p.size;
+            S* at = u.grad_query + (t * p.heads + h * p.group + g) * p.size;
             for (int64_t d = 0; d < p.size; ++d) keep(at + d, sums[row * p.padded + d] * p.scale);
         }
 }
 
-template <class T, class S> int backward(Problem<T, S>& p, const Upstream<T, S>& u, S* into_key, S* into_value) {
+template <class T, class S> int backward(Problem<T, S>& p, const Upstream<T, S>& u, S* grad_key, S* grad_value) {
     if (!prepare(p, true)) return 1;
     // A head's blocks are cut into runs of like cost, each with sums of its own for keys and values.
     int64_t runs = 1;
@@ -388,8 +388,8 @@ template <class T, class S> int backward(Problem<T, S>& p, const Upstream<T, S>&
                     }
                     key *= ln2;
                     for (int64_t i = 0; i < WIDTH<T> && d + i < p.size; ++i) {
-                        keep(into_key + to + d + i, key[i]);
-                        keep(into_value + to + d + i, value[i]);
+                        keep(grad_key + to + d + i, key[i]);
+                        keep(grad_value + to + d + i, value[i]);
                     }
                 }
             }
@@ -413,10 +413,10 @@ template <class T, class S> int backward(Problem<T, S>& p, const Upstream<T, S>&
         PROBLEM(T, S);                                                                                                           \
         return forward(p, out, weight);                                                                                          \
     }                                                                                                                            \
-    extern "C" int tree_backward_##S(GIVEN(S), const S* gradient, const S* out, const T* weight, S* into_query, S* into_key,     \
-                                     S* into_value, int threads) {                                                               \
+    extern "C" int tree_backward_##S(GIVEN(S), const S* gradient, const S* out, const T* weight, S* grad_query, S* grad_key,     \
+                                     S* grad_value, int threads) {                                                               \
         PROBLEM(T, S);                                                                                                           \
-        return backward(p, Upstream<T, S>{gradient, strides[6], strides[7], out, weight, into_query}, into_key, into_value);     \
+        return backward(p, Upstream<T, S>{gradient, strides[6], strides[7], out, weight, grad_query}, grad_key, grad_value);     \
     }
 
 EXPORT(float, float)

@@ -29,9 +29,9 @@ def table(nodes: Sequence[int]) -> Table:
 
 
 @cache
-def reason_against() -> str | None:
+def unsupported_reason() -> str | None:
     """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
-    return library.reason_against("tree_attention", _gives_what_it_should)
+    return library.unsupported_reason("tree_attention", _gives_what_it_should)
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
@@ -66,11 +66,11 @@ def backward(
     query, key, value, gradient = (dense_rows(each) for each in (query, key, value, gradient))
     out, weight = out.contiguous(), weight.contiguous()
     heads, tokens, size = query.shape
-    into_query = query.new_empty((tokens, heads, size))
-    into_key, into_value = (query.new_empty((tokens, key.shape[0], size)) for _ in range(2))
-    tensors = [query, key, value, gradient, out, weight, into_query, into_key, into_value]
+    grad_query = query.new_empty((tokens, heads, size))
+    grad_key, grad_value = (query.new_empty((tokens, key.shape[0], size)) for _ in range(2))
+    tensors = [query, key, value, gradient, out, weight, grad_query, grad_key, grad_value]
     _call("backward", query, key, _strides(query, key, value, gradient), nodes, scale, tensors)
-    return into_query, into_key, into_value
+    return grad_query, grad_key, grad_value
 
 
 def _strides(*tensors: torch.Tensor) -> Table:
@@ -105,12 +105,12 @@ def _gives_what_it_should() -> bool:
             keys, values = (each.repeat_interleave(2, 0) for each in leaves[1:])
             scores = (leaves[0] @ keys.transpose(1, 2) * 0.2).masked_fill(~mask, float("-inf"))
             expected = scores.softmax(-1) @ values
-            slopes = torch.autograd.grad(expected, leaves, gradient.to(exact(dtype)))
+            grads = torch.autograd.grad(expected, leaves, gradient.to(exact(dtype)))
         nodes = table([number for span in spans for number in span])
         with torch.no_grad():
             out, weight = forward(query, key, value, nodes, 0.2)
             found = backward(query, key, value, gradient, out, weight, nodes, 0.2)
-        pairs = zip((out, *found), (expected, *slopes), strict=True)
+        pairs = zip((out, *found), (expected, *grads), strict=True)
         if not all(torch.allclose(a.transpose(0, 1).to(b.dtype), b, rtol=tolerance, atol=tolerance) for a, b in pairs):
             return False
     return True

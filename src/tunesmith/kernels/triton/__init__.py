@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @cache
-def reason_against(device: torch.device) -> str | None:
+def unsupported_reason(device: torch.device) -> str | None:
     """Why the kernels cannot be had on the device, or None; they are compiled, and tried on small tensors, the first time."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
@@ -46,5 +46,5 @@ def computes(*tensors: torch.Tensor) -> bool:
     return (
         tensors[0].is_cuda
         and all(type(each) in REAL and each.dtype in DTYPES for each in tensors)
-        and reason_against(tensors[0].device) is None
+        and unsupported_reason(tensors[0].device) is None
     )

@@ -97,7 +97,7 @@ def _encode(values, kept, scales, edges, at, block, inside, has_block, noise, si
 def _update(
     weight,
     gradient,
-    cut_off,
+    compensation,
     mean,
     mean_scales,
     mean_code,
@@ -127,17 +127,17 @@ def _update(
     block = tl.program_id(0).to(tl.int64) * many + tl.arange(0, many)[:, None]
     at = block * size + tl.arange(0, size)[None, :]
     inside, has_block = at < count, block < blocks
-    slope = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
     if norm is not None:
-        slope *= tl.minimum(most / (tl.load(norm).to(tl.float32) + 1e-6), 1.0)
+        grad *= tl.minimum(most / (tl.load(norm).to(tl.float32) + 1e-6), 1.0)
     old_mean = _decode(mean, mean_scales, mean_code, at, block, inside, has_block, bits_each)
     old_square = _decode(square, square_scales, square_code, at, block, inside, has_block, bits_each)
-    new_mean = old_mean + (slope - old_mean) * mean_share
-    new_square = old_square * square_beta + slope * slope * square_share
+    new_mean = old_mean + (grad - old_mean) * mean_share
+    new_square = old_square * square_beta + grad * grad * square_share
     stored = tl.load(weight + at, mask=inside, other=0.0)
     if rounding == COMPENSATED:
         bits = stored.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        low = tl.load(cut_off + at, mask=inside, other=0)
+        low = tl.load(compensation + at, mask=inside, other=0)
         value = (bits + low.to(tl.int32)).to(tl.float32, bitcast=True)
     else:
         value = stored.to(tl.float32)
@@ -145,7 +145,7 @@ def _update(
     one, two, three, _ = tl.randint4x(seed, at + first)
     if rounding == COMPENSATED:
         bits = value.to(tl.int32, bitcast=True)
-        tl.store(cut_off + at, bits.to(tl.int16), mask=inside)
+        tl.store(compensation + at, bits.to(tl.int16), mask=inside)
         high = ((bits + 32768) >> 16).to(tl.int16)
         tl.store(weight + at, high.to(tl.bfloat16, bitcast=True), mask=inside)
     elif rounding == AT_RANDOM:
@@ -175,11 +175,11 @@ def update(
     gradient: torch.Tensor,
     moments: tuple[Moment, Moment],
     step: Step,
-    cut_off: torch.Tensor | None = None,
+    compensation: torch.Tensor | None = None,
     clip: tuple[torch.Tensor, float] | None = None,
     first: int = 0,
 ) -> None:
-    """One update in place of a flat weight (T,): float32, or bf16 rounded at random, or with `cut_off` (T,) int16 compensated.
+    """One update in place of a flat weight (T,): float32, bf16 rounded at random, or bf16 with its `compensation` (T,) int16.
 
     `moments` are the means of gradients and of their squares. `clip` is the gradient's norm (a number on the device) and the
     most that it may be, as torch's `clip_grad_norm_` has it. Of a weight that comes in slices, `first` is the place of this
@@ -188,12 +188,12 @@ def update(
     (mean, square), count, (beta1, beta2) = moments, weight.numel(), step.betas
     eight = mean.scales is not None
     edges = [_edges(weight.device, signed=signed) if eight else None for signed in (True, False)]
-    rounding = EXACT if weight.dtype == torch.float32 else AT_RANDOM if cut_off is None else COMPENSATED
+    rounding = EXACT if weight.dtype == torch.float32 else AT_RANDOM if compensation is None else COMPENSATED
     blocks = -(-count // STATE_BLOCK)
     _update[(-(-blocks // _BLOCKS),)](
         weight,
         gradient,
-        cut_off,
+        compensation,
         mean.values,
         mean.scales,
         mean.code,

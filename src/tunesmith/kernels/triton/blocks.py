@@ -1,6 +1,6 @@
 """What a decoder block computes number by number, in Triton. Importing it takes Triton.
 
-Shapes: rows of H or F numbers, or (B, A, L, D) for rotations. In float32 inside, rounded once at the end; roots are float32.
+Shapes: rows of H or F numbers, or (B, A, L, D) for rotations. In float32 inside, rounded once at the end; rstd are float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _power_of_2 = cache(triton.next_power_of_2)
 
 
 @triton.jit
-def _norm(x, weight, out, root, size, epsilon, offset, width: tl.constexpr):
+def _norm(x, weight, out, rstd, size, epsilon, offset, width: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, width)
     inside = at < size
@@ -30,12 +30,12 @@ def _norm(x, weight, out, root, size, epsilon, offset, width: tl.constexpr):
     scale = tl.rsqrt(tl.sum(values * values, 0) / size + epsilon)
     factors = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + offset
     tl.store(out + row * size + at, (values * scale * factors).to(out.dtype.element_ty), mask=inside)
-    tl.store(root + row, scale)
+    tl.store(rstd + row, scale)
 
 
 @triton.jit
-def _norm_slopes(
-    gradient, x, root, weight, into_x, parts, rows, size, offset, programs, width: tl.constexpr, of_weight: tl.constexpr
+def _norm_backward(
+    gradient, x, rstd, weight, grad_x, parts, rows, size, offset, programs, width: tl.constexpr, of_weight: tl.constexpr
 ):
     program = tl.program_id(0)
     at = tl.arange(0, width)
@@ -47,13 +47,13 @@ def _norm_slopes(
         place = row.to(tl.int64) * size + at
         upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
         values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(root + row)
+        scale = tl.load(rstd + row)
         normed = values * scale
         if of_weight:
             total += upstream * normed
         upstream *= factors
         along = tl.sum(upstream * normed, 0) / size
-        tl.store(into_x + place, ((upstream - normed * along) * scale).to(into_x.dtype.element_ty), mask=inside)
+        tl.store(grad_x + place, ((upstream - normed * along) * scale).to(grad_x.dtype.element_ty), mask=inside)
         row += programs
     if of_weight:
         tl.store(parts + program * size + at, total, mask=inside)
@@ -69,7 +69,7 @@ def _gated(gate, up, out, count, block: tl.constexpr):
 
 
 @triton.jit
-def _gated_slopes(gradient, gate, up, into_gate, into_up, count, block: tl.constexpr):
+def _gated_backward(gradient, gate, up, grad_gate, grad_up, count, block: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < count
     upstream = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
@@ -77,9 +77,9 @@ def _gated_slopes(gradient, gate, up, into_gate, into_up, count, block: tl.const
     values = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(opening)
     active = opening * share
-    tl.store(into_up + at, (upstream * active).to(into_up.dtype.element_ty), mask=inside)
-    slope = upstream * values * (share + active * (1 - share))
-    tl.store(into_gate + at, slope.to(into_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_up + at, (upstream * active).to(grad_up.dtype.element_ty), mask=inside)
+    grad = upstream * values * (share + active * (1 - share))
+    tl.store(grad_gate + at, grad.to(grad_gate.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -130,30 +130,30 @@ def _warps(width: int) -> int:
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and the reciprocal root (..., 1)."""
+    """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and rstd (..., 1), the reciprocal of the root."""
     x, size = x.contiguous(), x.shape[-1]
-    out, root = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    out, rstd = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     width = _power_of_2(size)
-    if root.numel():
-        _norm[(root.numel(),)](x, weight.contiguous(), out, root, size, epsilon, offset, width=width, num_warps=_warps(width))
-    return out, root
+    if rstd.numel():
+        _norm[(rstd.numel(),)](x, weight.contiguous(), out, rstd, size, epsilon, offset, width=width, num_warps=_warps(width))
+    return out, rstd
 
 
-def norm_slopes(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
+def norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of x, and of weight in float32 where that is asked for."""
-    gradient, x, size, rows = gradient.contiguous(), x.contiguous(), x.shape[-1], root.numel()
-    into_x, programs = torch.empty_like(x), min(rows, _PROGRAMS) if of_weight else rows
-    parts = root.new_empty((programs, size)) if of_weight else root
+    gradient, x, size, rows = gradient.contiguous(), x.contiguous(), x.shape[-1], rstd.numel()
+    grad_x, programs = torch.empty_like(x), min(rows, _PROGRAMS) if of_weight else rows
+    parts = rstd.new_empty((programs, size)) if of_weight else rstd
     width = _power_of_2(size)
     if rows:
-        _norm_slopes[(programs,)](
+        _norm_backward[(programs,)](
             gradient,
             x,
-            root.contiguous(),
+            rstd.contiguous(),
             weight.contiguous(),
-            into_x,
+            grad_x,
             parts,
             rows,
             size,
@@ -163,7 +163,7 @@ def norm_slopes(
             of_weight=of_weight,
             num_warps=_warps(width),
         )
-    return into_x, parts.sum(0) if of_weight else None
+    return grad_x, parts.sum(0) if of_weight else None
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -175,13 +175,13 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def gated_slopes(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gated_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of gate and up."""
     gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
-    into_gate, into_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+    grad_gate, grad_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
     if count:
-        _gated_slopes[(-(-count // _BLOCK),)](gradient, gate, up, into_gate, into_up, count, block=_BLOCK)
-    return into_gate, into_up
+        _gated_backward[(-(-count // _BLOCK),)](gradient, gate, up, grad_gate, grad_up, count, block=_BLOCK)
+    return grad_gate, grad_up
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backwards: bool) -> torch.Tensor:

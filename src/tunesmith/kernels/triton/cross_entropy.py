@@ -14,7 +14,7 @@ _WARPS = 16
 
 
 @triton.jit
-def _cross_entropy(logits, targets, weights, losses, width, stride, with_slopes: tl.constexpr, block: tl.constexpr):
+def _cross_entropy(logits, targets, weights, losses, width, stride, with_grad: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     at = tl.arange(0, block)
@@ -31,15 +31,15 @@ def _cross_entropy(logits, targets, weights, losses, width, stride, with_slopes:
         top = higher
         begin += block
     tl.store(losses + row, tl.log(total) + top - right)
-    if with_slopes:
+    if with_grad:
         weight = tl.load(weights + row).to(tl.float32)
         begin = 0
         while begin < width:
             place = begin + at
             values = tl.load(logits + place, mask=place < width, other=float("-inf")).to(tl.float32)
-            slopes = tl.exp(values - top) / total
-            slopes = tl.where(place == target, slopes - 1.0, slopes) * weight
-            tl.store(logits + place, slopes.to(logits.dtype.element_ty), mask=place < width)
+            grad_logits = tl.exp(values - top) / total
+            grad_logits = tl.where(place == target, grad_logits - 1.0, grad_logits) * weight
+            tl.store(logits + place, grad_logits.to(logits.dtype.element_ty), mask=place < width)
             begin += block
 
 
@@ -55,7 +55,7 @@ def from_logits(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tens
             losses,
             width,
             logits.stride(0),
-            with_slopes=weights is not None,
+            with_grad=weights is not None,
             block=min(_BLOCK, triton.next_power_of_2(width)),
             num_warps=_WARPS,
         )

@@ -60,11 +60,11 @@ def _told(logits: torch.Tensor, tolerance: float) -> bool:
     targets = 200 * places
     told, into = F.cross_entropy(logits.float(), targets, reduction="none"), logits.float().softmax(1)
     into[places, targets] -= 1
-    slopes = logits.clone()
+    grad_logits = logits.clone()
     found = [
         cross_entropy.from_logits(logits, targets, None),
-        cross_entropy.from_logits(slopes, targets, weights),
-        slopes.float(),
+        cross_entropy.from_logits(grad_logits, targets, weights),
+        grad_logits.float(),
     ]
     expected = [told, told, into * weights[:, None]]
     return all(torch.allclose(*pair, rtol=tolerance, atol=tolerance) for pair in zip(found, expected, strict=True))

@@ -93,8 +93,8 @@ class Modules:
             scaled = self._then_free(self._cast(scaled, out, 4, e), scaled)
             total = tape.apply(e * out * t, [base, scaled], gives=[Give(base, None), Give(scaled, None)])
         else:
-            into_base = None if e == 4 else e * out * t
-            total = tape.apply(4 * out * t, [base, scaled], gives=[Give(base, into_base), Give(scaled, None)])
+            grad_base = None if e == 4 else e * out * t
+            total = tape.apply(4 * out * t, [base, scaled], gives=[Give(base, grad_base), Give(scaled, None)])
         tape.free(base, scaled, wide)
         return total if four_bit else self._then_free(self._cast(total, out, 4, e), total)
 
@@ -392,26 +392,26 @@ class Modules:
         if not self.early:
             picked = tape.make("activations", e * h * n)
             tape.free(hidden)
-        into_hidden = tape.make("activations", e * h * n)
+        grad_hidden = tape.make("activations", e * h * n)
         rows = min(n, chunk_rows(vocabulary))
         head = tape.make("gradients", 4 * vocabulary * h) if self.head else None
         exact = 8 if self.style.capped_logits else 4
         tape.scratch((exact + (e if e == 2 else 0)) * rows * vocabulary, "logits")
         products = e * h * max(rows, min(HEAD_ROWS, vocabulary) if head else 0)
-        slopes = tape.make("logits", e * rows * vocabulary)
+        grad_logits = tape.make("logits", e * rows * vocabulary)
         tape.scratch(products)
-        tape.drop(slopes, picked)
+        tape.drop(grad_logits, picked)
         if head is not None:
             narrow = tape.make("gradients", e * vocabulary * h) if e == 2 else head
             if narrow is not head:
                 tape.drop(head)
             self._keep_head(narrow)
         if self.early:
-            hidden.gradient = into_hidden
+            hidden.gradient = grad_hidden
             return
         # From the labelled places back to all.
         hidden.gradient = tape.make("activations", e * h * self.t)
-        tape.drop(into_hidden)
+        tape.drop(grad_hidden)
 
     def _stock_loss(self, hidden: Value) -> None:
         """The loss of transformers: logits of all places, in float32 for the loss; 12 V T bytes at the highest."""
@@ -422,18 +422,18 @@ class Modules:
         tape.drop(logits)
         if wide is not None:
             tape.drop(wide)
-        into_softmax = tape.make("logits", 4 * vocabulary * t)
-        into_logits = tape.make("logits", 4 * vocabulary * t)
-        tape.drop(softmax, into_softmax)
+        grad_softmax = tape.make("logits", 4 * vocabulary * t)
+        grad_logits = tape.make("logits", 4 * vocabulary * t)
+        tape.drop(softmax, grad_softmax)
         if e == 2:
             narrow = tape.make("logits", e * vocabulary * t)
-            tape.drop(into_logits)
-            into_logits = narrow
+            tape.drop(grad_logits)
+            grad_logits = narrow
         hidden.gradient = tape.make("activations", e * h * t)
         if self.head:
             self._keep_head(tape.make("gradients", e * vocabulary * h))
         tape.free(hidden)
-        tape.drop(into_logits)
+        tape.drop(grad_logits)
 
     def _keep_head(self, gradient: Buffer) -> None:
         """The head's gradient stays, or is used up at once where the optimizer runs in the backward pass."""

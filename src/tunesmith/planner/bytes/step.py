@@ -92,7 +92,7 @@ class _Step:
         self.tape = Tape()
         self.modules = Modules(self.tape, architecture, scenario)
         self.full = scenario.method == "full"
-        self.trained = architecture.parameters if self.full else architecture.lora_parameters(scenario.r)
+        self.trainable = architecture.parameters if self.full else architecture.lora_parameters(scenario.r)
         self.weight = scenario.element if self.full else 4  # bytes of a trained number and of its gradient
         self.whole = scenario.whole_parameters(architecture)
 
@@ -109,7 +109,7 @@ class _Step:
         elif scenario.optimizer_in_backward:
             tape.in_backward = self._update_scratch
         elif scenario.accumulating:
-            tape.make("gradients", self.weight * self.trained + scenario.element * self.whole, moved=False)
+            tape.make("gradients", self.weight * self.trainable + scenario.element * self.whole, moved=False)
             tape.in_backward = lambda _: 0  # each gradient is added to what is there, and freed
         tape.make("scratch", self._rounding(), moved=False)
         # Ids and positions of tokens, sources and targets of labels (int64), their weights (float32).
@@ -261,7 +261,7 @@ class _Step:
         """Trained parameters of one block."""
         layers = self.a.num_hidden_layers
         if not self.full:
-            return self.trained // layers
+            return self.trainable // layers
         return (self.a.linear_weights + self.a.expert_parameters + self.a.other_parameters - self.a.final_norm) // layers
 
     def optimizer_bytes(self) -> int:
@@ -271,10 +271,10 @@ class _Step:
     def states_and_masters(self) -> int:
         """The same, wherever they are."""
         if self.s.optim in {"adamw_torch_fused", "adamw_torch_foreach"}:
-            return 2 * (self.weight * self.trained + self.s.element * self.whole)
-        parts = ((self.weight, self.trained), (self.s.element, self.whole))
+            return 2 * (self.weight * self.trainable + self.s.element * self.whole)
+        parts = ((self.weight, self.trainable), (self.s.element, self.whole))
         masters = sum(master_bytes(self.s.optim) * count for weight, count in parts if weight == 2)
-        return round(state_bytes(self.s.optim) * (self.trained + self.whole)) + masters
+        return round(state_bytes(self.s.optim) * (self.trainable + self.whole)) + masters
 
     def _update_scratch(self, gradient: int, weight: int | None = None) -> int:
         """Float32 copies while one parameter is updated, a slice at a time (engine/optim/adamw.py)."""
@@ -292,7 +292,7 @@ class _Step:
         if self.s.optim == "adamw_torch_fused":
             return 0
         if self.s.optim == "adamw_torch_foreach":
-            return self.weight * self.trained
+            return self.weight * self.trainable
         linears = self.a.all_linears
         if self.full:
             largest = max(self.a.embedding_parameters, *(linear.weights for linear in linears))

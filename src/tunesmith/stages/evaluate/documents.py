@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 
 from tunesmith.engine.modeling.loss import logits_in_chunks
 from tunesmith.engine.packing.batch import PaddedCollator, to_device
 from tunesmith.errors import EvaluateError, Problem
-from tunesmith.runs import Run
+from tunesmith.runs import Run, prepared_rows
 
 
 def document_rows(run: Run) -> list[dict[str, Any]]:
@@ -20,13 +19,12 @@ def document_rows(run: Run) -> list[dict[str, Any]]:
 
     Raises EvaluateError where there are none.
     """
-    name = "test.arrow" if run.recipe.data.test is not None else "heldout.arrow"
-    path = run.path / "data" / name
-    rows = list(Dataset.from_file(str(path)))
+    name = "test" if run.recipe.data.test is not None else "heldout"
+    rows = list(prepared_rows(run, name))
     if not rows:
         why = "a perplexity needs documents that were not trained on"
         fix = "name documents in data.test, or raise data.heldout"
-        raise EvaluateError(Problem("TS502", "no test documents", str(path), why, fix))
+        raise EvaluateError(Problem("TS502", "no test documents", f"data/{name}.arrow", why, fix))
     return rows[: run.recipe.evaluate.max_rows]
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 
 from tunesmith.chat.template import ChatTemplate
@@ -28,7 +27,7 @@ from tunesmith.io.terminal import make_console
 from tunesmith.methods.settings import MAX_TOKENS
 from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest, stop_ids
 from tunesmith.recipe import OBJECTIVES
-from tunesmith.runs import EVAL_SUITE, Run, eval_folder, read_jsonl
+from tunesmith.runs import EVAL_SUITE, Run, eval_folder, prepared_rows, read_jsonl
 from tunesmith.stages.evaluate.documents import document_rows, score_documents
 from tunesmith.stages.evaluate.mmlu import Subject, files_digest, read_subjects, score_mmlu
 
@@ -242,9 +241,9 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def heldout_loss(run: Run, model: Any, tokenizer: Any) -> float | None:
     """Mean loss (nats a labelled token) over `data/heldout.arrow`; None where no rows are held out."""
-    rows = sorted(Dataset.from_file(str(run.path / "data" / "heldout.arrow")), key=lambda row: row["length"])
+    rows = sorted(prepared_rows(run, "heldout"), key=lambda row: row["length"])
     # An undesirable answer is nothing to reach a low loss on, and a prompt without a reference has none.
-    rows = [row for row in rows if row.get("label", True) and any(row["trained"])]
+    rows = [row for row in rows if row.get("label", True) and any(row["loss_mask"])]
     if not rows:
         return None
     collate, reason = choose_collator(model.config, tokenizer.pad_token_id, max(row["length"] for row in rows))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 
 from tunesmith.engine.modeling.loss import labelled_logits
 from tunesmith.engine.optim.rounding import round_model
@@ -17,8 +17,8 @@ from tunesmith.io.atomic import read_json, write_json
 from tunesmith.methods import Method, make_method
 from tunesmith.models.load import load_model, load_tokenizer, locate, stop_ids
 from tunesmith.recipe import OBJECTIVES, export_problems
-from tunesmith.runs import Run
-from tunesmith.stages.export.scorer import export_scorer
+from tunesmith.runs import Run, prepared_rows
+from tunesmith.stages.export.reward_model import export_reward_model
 
 PROBE_ROWS = 16
 #: Largest mean KL divergence (nats a token) between trained and exported; stochastic rounding to bf16
@@ -40,7 +40,7 @@ def export(run: Run) -> dict[str, Any]:
     folder = f"export/{recipe.export.name}"
     if not run.is_current(folder, inputs):
         with run.perform(folder, folder, inputs) as target:
-            work = export_scorer if OBJECTIVES[recipe.objective].scorer else _export
+            work = export_reward_model if OBJECTIVES[recipe.objective].reward_model else _export
             work(run, *trained_method(run), target)
     proof: dict[str, Any] = read_json(run.path / folder / "proof.json")
     return proof
@@ -60,7 +60,7 @@ def _export(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
     template = run.path / "data" / "chat_template.jinja"
     if template.is_file():  # raw text is prepared without one
         tokenizer.chat_template = template.read_text(encoding="utf-8")
-    rows = concatenate_datasets([Dataset.from_file(str(run.path / "data" / f"{n}.arrow")) for n in ("heldout", "train")])
+    rows = concatenate_datasets([prepared_rows(run, name) for name in ("heldout", "train")])
     probe, taught = probe_rows(rows.select(range(min(PROBE_ROWS, len(rows)))))
 
     model = method.load_trained(checkpoint)
@@ -92,14 +92,14 @@ def probe_rows(rows: Any) -> tuple[Any, bool]:
 
     Prompts without reference answers label nothing; they are compared in all their tokens.
     """
-    if all(any(trained) for trained in rows["trained"]):
+    if all(any(trained) for trained in rows["loss_mask"]):
         return rows, True
-    return rows.map(lambda row: {"trained": [False] + [True] * (len(row["input_ids"]) - 1)}), False
+    return rows.map(lambda row: {"loss_mask": [False] + [True] * (len(row["input_ids"]) - 1)}), False
 
 
 def _learned_stops(rows: Any) -> list[int]:
     """The ids that training taught to end a turn: the last trained id of each row."""
-    last = [[i for i, t in zip(r["input_ids"], r["trained"], strict=True) if t][-1] for r in rows]
+    last = [[i for i, t in zip(r["input_ids"], r["loss_mask"], strict=True) if t][-1] for r in rows]
     return [token for token, _ in Counter(last).most_common()]
 
 

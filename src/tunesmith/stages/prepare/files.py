@@ -19,7 +19,7 @@ SCHEMA = pa.schema(
     [
         ("where", pa.string()),  # file:line of the row
         ("input_ids", pa.list_(pa.int32())),
-        ("trained", pa.list_(pa.bool_())),  # whether the id carries loss, same length
+        ("loss_mask", pa.list_(pa.bool_())),  # whether the id carries loss, same length
         ("length", pa.int32()),
     ]
 )
@@ -29,7 +29,7 @@ PAIR_SCHEMA = pa.schema(
     [
         *SCHEMA,
         ("rejected_input_ids", pa.list_(pa.int32())),
-        ("rejected_trained", pa.list_(pa.bool_())),
+        ("rejected_loss_mask", pa.list_(pa.bool_())),
         ("rejected_length", pa.int32()),
     ]
 )
@@ -48,11 +48,11 @@ SCHEMAS: Mapping[RowKind, pa.Schema] = {
     "prompt": PROMPT_SCHEMA,
 }
 
-#: Beside them, while rows stand in the spool: what is kept of a row as a line of JSON, null in a document's further pieces.
+#: Also in the intermediate file: what is kept of a row as a line of JSON, null in a document's further pieces.
 _SHOWN = pa.field("shown", pa.string())
 
 
-def spool_schema(kind: RowKind) -> pa.Schema:
+def intermediate_schema(kind: RowKind) -> pa.Schema:
     """The columns that are trained on, with what is kept of each row."""
     return SCHEMAS[kind].append(_SHOWN)
 
@@ -66,7 +66,7 @@ class EncodedRow(Protocol):
     def sides(self) -> list[Encoded]: ...
 
 
-class SpooledRow(EncodedRow, Protocol):
+class IntermediateRow(EncodedRow, Protocol):
     """The same with what its kind of row has beside the ids, what is kept of it, and the rows that it is trained on as."""
 
     @property
@@ -76,7 +76,7 @@ class SpooledRow(EncodedRow, Protocol):
     @property
     def shown(self) -> dict[str, Any]: ...
     @property
-    def rows(self) -> Sequence[SpooledRow]: ...
+    def rows(self) -> Sequence[IntermediateRow]: ...
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,15 @@ class ShownRow:
     sides: list[Encoded]
 
 
-def spool_batch(made: Sequence[SpooledRow], kind: RowKind) -> pa.RecordBatch:
+def intermediate_batch(made: Sequence[IntermediateRow], kind: RowKind) -> pa.RecordBatch:
     """Encoded rows, or the pieces of documents, as one Arrow batch: the columns that are trained on, and `shown`."""
-    schema = spool_schema(kind)
+    schema = intermediate_schema(kind)
     rows = [row for each in made for row in each.rows]
     columns: list[list[Any]] = [[row.where for row in rows]]
     for side in range(2 if "rejected_length" in schema.names else 1):
         encoded = [row.sides[side] for row in rows]
         columns.append([each.input_ids for each in encoded])
-        columns.append([each.trained for each in encoded])
+        columns.append([each.loss_mask for each in encoded])
         columns.append([len(each.input_ids) for each in encoded])
     columns += _more_columns(rows, schema)
     columns.append([line for each in made for line in _lines(each)])
@@ -103,12 +103,12 @@ def spool_batch(made: Sequence[SpooledRow], kind: RowKind) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema=schema)
 
 
-def _lines(row: SpooledRow) -> list[str | None]:
+def _lines(row: IntermediateRow) -> list[str | None]:
     """What is kept of a row, and nothing for each of its further pieces."""
     return [json.dumps({"where": row.where, **row.shown}, ensure_ascii=False), *[None] * (len(row.rows) - 1)]
 
 
-def _more_columns(rows: Sequence[SpooledRow], schema: pa.Schema) -> list[list[Any]]:
+def _more_columns(rows: Sequence[IntermediateRow], schema: pa.Schema) -> list[list[Any]]:
     """The columns of judged answers and of prompts that others do not have."""
     if "label" in schema.names:
         return [[row.more.label for row in rows if isinstance(row.more, Judged)]]
@@ -141,14 +141,14 @@ class ArrowWriter:
 def shown_rows(batch: pa.RecordBatch, count: int) -> Iterator[ShownRow]:
     """The first rows of a batch, for a person to look at."""
     for row in batch.slice(0, count).to_pylist():
-        sides = [Encoded(row["input_ids"], row["trained"])]
+        sides = [Encoded(row["input_ids"], row["loss_mask"])]
         if "rejected_input_ids" in row:
-            sides.append(Encoded(row["rejected_input_ids"], row["rejected_trained"]))
+            sides.append(Encoded(row["rejected_input_ids"], row["rejected_loss_mask"]))
         yield ShownRow(row["where"], sides)
 
 
 def marked_sample(row: EncodedRow, tokenizer: Any) -> str:
-    """The row as text with its trained stretches between \u27e6 and \u27e7, under a line that tells where it stands.
+    """The row as text with its labelled spans between \u27e6 and \u27e7, under a line that tells where it stands.
 
     Of a pair both sides, one under the other.
     """
@@ -158,13 +158,13 @@ def marked_sample(row: EncodedRow, tokenizer: Any) -> str:
 
 def _marked(where: str, encoded: Encoded, tokenizer: Any) -> str:
     parts = []
-    for text, trained in stretches(encoded, tokenizer):
-        parts.append(f"\u27e6{text}\u27e7" if trained else text)
-    count = f"{sum(encoded.trained)} of {len(encoded.trained)} tokens trained on"
+    for text, labelled in spans(encoded, tokenizer):
+        parts.append(f"\u27e6{text}\u27e7" if labelled else text)
+    count = f"{sum(encoded.loss_mask)} of {len(encoded.loss_mask)} tokens trained on"
     return f"=== {where} ({count}) ===\n{''.join(parts)}\n"
 
 
-def stretches(encoded: Encoded, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+def spans(encoded: Encoded, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """The row as text, cut where what is trained on begins and ends."""
-    for trained, group in groupby(zip(encoded.input_ids, encoded.trained, strict=True), key=lambda pair: pair[1]):
-        yield tokenizer.decode([token for token, _ in group], skip_special_tokens=False), trained
+    for labelled, group in groupby(zip(encoded.input_ids, encoded.loss_mask, strict=True), key=lambda pair: pair[1]):
+        yield tokenizer.decode([token for token, _ in group], skip_special_tokens=False), labelled

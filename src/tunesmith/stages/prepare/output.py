@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tunesmith.recipe import RowKind
-from tunesmith.stages.prepare.files import SCHEMAS, ArrowWriter, ShownRow, shown_rows, spool_schema
+from tunesmith.stages.prepare.files import SCHEMAS, ArrowWriter, ShownRow, intermediate_schema, shown_rows
 from tunesmith.stages.prepare.ledger import Ledger
 from tunesmith.stages.prepare.whole import HELDOUT, TRAIN, WholeSet
 
@@ -34,13 +34,13 @@ class Lines:
         self._handle.close()
 
 
-class Spool:
+class IntermediateRows:
     """Encoded rows on disk between the two passes; `close` it, then `batches` reads them back, and it is gone."""
 
     def __init__(self, folder: Path, kind: RowKind) -> None:
         self.schema, self.kind = SCHEMAS[kind], kind
-        self._path = folder / "spool.arrow"
-        self._writer = ArrowWriter(self._path, spool_schema(kind))
+        self._path = folder / "intermediate.arrow"
+        self._writer = ArrowWriter(self._path, intermediate_schema(kind))
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Append rows."""
@@ -66,26 +66,28 @@ class Written:
     beyond: int = 0
 
 
-def write_sets(spool: Spool, whole: WholeSet, target: Path, ledger: Ledger, shown: int, positions: int | None) -> Written:
-    """Write train.arrow, heldout.arrow and heldout.jsonl and count rows and tokens; pieces share their document's fate."""
-    train, heldout = (ArrowWriter(target / f"{name}.arrow", spool.schema) for name in ("train", "heldout"))
+def write_sets(
+    rows: IntermediateRows, whole: WholeSet, target: Path, ledger: Ledger, shown: int, positions: int | None
+) -> Written:
+    """Write train.arrow, heldout.arrow and heldout.jsonl and count rows and tokens; pieces share their document's split."""
+    train, heldout = (ArrowWriter(target / f"{name}.arrow", rows.schema) for name in ("train", "heldout"))
     lines = Lines(target / "heldout.jsonl")
-    fates, sources = np.frombuffer(whole.fates, np.uint8), np.asarray(whole.sources)
-    ledger.rows_train.update(sources[fates == TRAIN].tolist())
-    ledger.rows_heldout.update(sources[fates == HELDOUT].tolist())
-    fates = np.repeat(fates, whole.pieces)
-    if spool.kind == "document":
-        ledger.pieces = {"train": int((fates == TRAIN).sum()), "heldout": int((fates == HELDOUT).sum())}
+    splits, sources = np.frombuffer(whole.splits, np.uint8), np.asarray(whole.sources)
+    ledger.rows_train.update(sources[splits == TRAIN].tolist())
+    ledger.rows_heldout.update(sources[splits == HELDOUT].tolist())
+    splits = np.repeat(splits, whole.pieces)
+    if rows.kind == "document":
+        ledger.pieces = {"train": int((splits == TRAIN).sum()), "heldout": int((splits == HELDOUT).sum())}
     written = Written()
     start = 0
-    for batch in spool.batches():
-        fate = fates[start : start + batch.num_rows]
+    for batch in rows.batches():
+        split = splits[start : start + batch.num_rows]
         start += batch.num_rows
-        trained = batch.filter(pa.array(fate == TRAIN))
-        _count_tokens(trained, ledger, spool.kind)
+        trained = batch.filter(pa.array(split == TRAIN))
+        _count_tokens(trained, ledger, rows.kind)
         written.shown += shown_rows(trained, shown - len(written.shown))
         train.write(trained)
-        kept = batch.filter(pa.array(fate == HELDOUT))
+        kept = batch.filter(pa.array(split == HELDOUT))
         heldout.write(kept)
         for line in kept["shown"].drop_null().to_pylist():
             lines.write(json.loads(line))
@@ -105,7 +107,7 @@ def _count_tokens(batch: pa.RecordBatch, ledger: Ledger, kind: RowKind) -> None:
     for side in _sides(batch):
         ledger.tokens_train += pc.sum(batch[f"{side}length"]).as_py() or 0
         if kind != "prompt":  # a reference is compared with what is sampled; nothing of it is trained on
-            ledger.tokens_trained_on += pc.sum(pc.list_flatten(batch[f"{side}trained"])).as_py() or 0
+            ledger.tokens_trained_on += pc.sum(pc.list_flatten(batch[f"{side}loss_mask"])).as_py() or 0
 
 
 def _longer(batch: pa.RecordBatch, positions: int) -> int:

@@ -67,9 +67,9 @@ def _longest_start(candidate: Candidate, template: ChatTemplate, limit: int) -> 
 def _cut(candidate: Candidate, limit: int) -> Candidate | None:
     """The row with its ids after `limit` cut off; None where no trained one is left."""
     whole = candidate.encoded
-    if whole is None or not any(whole.trained[:limit]):
+    if whole is None or not any(whole.loss_mask[:limit]):
         return None
-    return replace(candidate, encoded=Encoded(whole.input_ids[:limit], whole.trained[:limit], whole.notes))
+    return replace(candidate, encoded=Encoded(whole.input_ids[:limit], whole.loss_mask[:limit], whole.notes))
 
 
 def _rounds(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:

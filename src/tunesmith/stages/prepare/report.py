@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tunesmith.recipe import Recipe
-from tunesmith.stages.prepare.files import ShownRow, stretches
+from tunesmith.stages.prepare.files import ShownRow, spans
 
 _ROWS = 5  # shown with what is trained on
 _CHARACTERS = 4000  # of a side that is shown
@@ -50,11 +50,11 @@ def _shown(row: ShownRow, tokenizer: Any) -> dict[str, Any]:
     sides = []
     for name, side in zip(names, row.sides, strict=True):
         parts, left = [], _CHARACTERS
-        for text, trained in stretches(side, tokenizer):
-            parts.append((text[:left], trained))
+        for text, labelled in spans(side, tokenizer):
+            parts.append((text[:left], labelled))
             left -= len(text)
             if left <= 0:
                 parts.append((" [shortened]", False))
                 break
-        sides.append({"name": name, "parts": parts, "trained": sum(side.trained), "tokens": len(side.trained)})
+        sides.append({"name": name, "parts": parts, "labelled": sum(side.loss_mask), "tokens": len(side.loss_mask)})
     return {"where": row.where, "sides": sides}

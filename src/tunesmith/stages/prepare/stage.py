@@ -1,7 +1,7 @@
 """The data stage: every row that comes in is trained on, held out, or rejected with a reason.
 
-Rows stream: chunks of them go through `work` (in several processes where there are many), what is encoded goes to a spool on
-disk, `whole` settles what becomes of each row by what it keeps of it, and a second pass over the spool writes the sets.
+Rows stream: chunks of them go through `work` (in several processes where there are many), encoded rows go to an intermediate
+Arrow file, `whole` assigns each row to a split by what it keeps of it, and a second pass over that file writes the sets.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tunesmith.runs.decisions import read_decisions
 from tunesmith.stages.prepare.candidate import Candidate
 from tunesmith.stages.prepare.files import marked_sample
 from tunesmith.stages.prepare.ledger import Ledger, Problems
-from tunesmith.stages.prepare.output import Lines, Spool, write_sets
+from tunesmith.stages.prepare.output import IntermediateRows, Lines, write_sets
 from tunesmith.stages.prepare.overlong import DECISIONS
 from tunesmith.stages.prepare.pool import chunked, worked
 from tunesmith.stages.prepare.report import render
@@ -122,22 +122,22 @@ class _Preparation:
         worker = Worker(settings)
         if (test := data.test_part) is not None:
             ledger.test = write_test(test, data, self._kind, worker, self._whole, self._target)
-        spool = Spool(self._target, self._kind)
+        intermediate = IntermediateRows(self._target, self._kind)
         with _progress() as progress:
             task = progress.add_task("rows", total=None)
             for chunk in worked(chunked(itertools.chain(head, rows)), worker, settings):
-                self._take(chunk, spool)
+                self._take(chunk, intermediate)
                 progress.advance(task, chunk.rows_in.total())
-        spool.close()
+        intermediate.close()
         self._problems.raise_any()
         if not ledger.rows_in:
             why = "there is nothing to train on"
             what = "the data file holds no rows"
             raise DataError(Problem("TS103", what, data.parts[0].path, why, "write rows, or check the path"))
         ledger.more["balance"] = self._whole.settle(data.heldout)
-        if not any(fate != OUT for fate in self._whole.fates):
+        if not any(split != OUT for split in self._whole.splits):
             raise DataError(_nothing_left(ledger, data))
-        written = write_sets(spool, self._whole, self._target, ledger, _SAMPLES, positions)
+        written = write_sets(intermediate, self._whole, self._target, ledger, _SAMPLES, positions)
         self._rejects.close()
         self._unused.close()
         self._findings.close()
@@ -150,7 +150,7 @@ class _Preparation:
         page = render(self._recipe, counts, written.shown, worker.tokenizer, self._probed)
         write_text(self._target / "report.html", page)
 
-    def _take(self, chunk: Chunk, spool: Spool) -> None:
+    def _take(self, chunk: Chunk, intermediate: IntermediateRows) -> None:
         """Count a chunk, and hand what it made on."""
         ledger = self._ledger
         ledger.rows_in.update(chunk.rows_in)
@@ -170,7 +170,7 @@ class _Preparation:
             ledger.notes.update(made.notes)
             self._whole.add(made)
         if chunk.batch is not None:
-            spool.write(chunk.batch)
+            intermediate.write(chunk.batch)
 
     def _say(self, where: str, finding: Finding) -> None:
         self._ledger.findings.setdefault(finding.rule, Counter())[finding.action] += 1

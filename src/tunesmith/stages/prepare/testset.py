@@ -13,7 +13,7 @@ from tunesmith.io.documents import reader_of
 from tunesmith.io.rows import Row
 from tunesmith.recipe import DataSection, PartSection, RowKind
 from tunesmith.stages.prepare.candidate import TEST_READERS, Candidate, candidate_of, encoded_documents
-from tunesmith.stages.prepare.files import SCHEMA, ArrowWriter, spool_batch
+from tunesmith.stages.prepare.files import SCHEMA, ArrowWriter, intermediate_batch
 from tunesmith.stages.prepare.ledger import Problems
 from tunesmith.stages.prepare.output import Lines
 from tunesmith.stages.prepare.whole import WholeSet
@@ -80,7 +80,7 @@ class _Documents:
         self._rows = ArrowWriter(target / "test.arrow", SCHEMA)
 
     def write(self, row: Candidate) -> None:
-        self._rows.write(spool_batch([row], "document"))
+        self._rows.write(intermediate_batch([row], "document"))
 
     def close(self) -> None:
         self._rows.close()

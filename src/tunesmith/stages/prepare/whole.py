@@ -26,7 +26,7 @@ Reject = Callable[[Rejection], None]
 
 
 class WholeSet:
-    """Takes rows one by one, in order, then settles what becomes of each: `fates` has TRAIN, HELDOUT or OUT for it."""
+    """Takes rows one by one, in order, then settles what becomes of each: `splits` has TRAIN, HELDOUT or OUT for it."""
 
     def __init__(self, data: DataSection, seed: int, say: Say, reject: Reject, kind: str = "conversation") -> None:
         """`kind` is what a row is called where another one equals it."""
@@ -44,10 +44,10 @@ class WholeSet:
         self._statistics = SetStatistics(data)
         self._answers, self._languages = array("I"), _Names()
         self._prompts, self._sources = array("Q"), array("H")
-        #: In how many rows of the spool each stands.
+        #: In how many rows of the intermediate file each stands.
         self.pieces = array("I")
         self._labels = _Names()
-        self.fates = bytearray()
+        self.splits = bytearray()
 
     def add_test(self, key: int, prompt: str | None, signature: np.ndarray | None, where: str) -> None:
         """Remember a test row: train rows that equal it, nearly equal it or ask the same will be left out."""
@@ -59,7 +59,7 @@ class WholeSet:
 
     def add(self, row: Made) -> None:
         """Take a row; an equal or nearly equal earlier one, or one of the test set, leaves it out at once."""
-        number = len(self.fates)
+        number = len(self.splits)
         self._places.append(row.where, row.source)
         self._sources.append(row.source)
         self.pieces.append(row.pieces)
@@ -67,7 +67,7 @@ class WholeSet:
         self._labels.append(row.label)
         self._answers.append(row.facts.answer_characters)
         self._languages.append(row.facts.language)
-        self.fates.append(TRAIN)
+        self.splits.append(TRAIN)
         for finding in row.findings:
             self._say(row.where, finding)
         if (reason := self._alike(row, number)) is not None:
@@ -103,11 +103,11 @@ class WholeSet:
         return None if test is None else f"nearly the same as test row {test}"
 
     def _leave_out(self, number: int, reason: str, detail: str, *, unused: bool = False) -> None:
-        self.fates[number] = OUT
+        self.splits[number] = OUT
         self._reject(Rejection(self._places[number], self._sources[number], reason, detail, unused))
 
     def _left(self) -> list[int]:
-        return [number for number, fate in enumerate(self.fates) if fate != OUT]
+        return [number for number, split in enumerate(self.splits) if split != OUT]
 
     def _keep(self, rows: Sequence[int], kept: Sequence[int], reason: str, detail: str) -> None:
         """Leave those of `rows` unused that do not stand at one of the `kept` indices."""
@@ -147,7 +147,7 @@ class WholeSet:
             detail = f"another answer than {self._places[conflict.numbers[0]]} to the same prompt"
             later |= dict.fromkeys(conflict.numbers[1:], detail)
         for number in sorted(later):
-            if self.fates[number] != OUT:
+            if self.splits[number] != OUT:
                 detail = later[number]
                 self._say(self._places[number], Finding("conflicting-answers", action, detail))
                 if action == "reject":
@@ -174,10 +174,10 @@ class WholeSet:
         rows = self._left()
         count = min(len(rows) - 1, max(1, round(share * len(rows)))) if share > 0 and rows else 0
         for index in random.Random(self._seed + 1).sample(range(len(rows)), count):
-            self.fates[rows[index]] = HELDOUT
-        asked = {self._prompts[number] for number in rows if self.fates[number] == HELDOUT} - {0}
+            self.splits[rows[index]] = HELDOUT
+        asked = {self._prompts[number] for number in rows if self.splits[number] == HELDOUT} - {0}
         for number in rows:
-            if self.fates[number] == TRAIN and self._prompts[number] in asked:
+            if self.splits[number] == TRAIN and self._prompts[number] in asked:
                 self._leave_out(number, "leaks-heldout", "asks the same as a held-out row")
 
     @property

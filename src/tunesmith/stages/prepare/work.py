@@ -33,7 +33,7 @@ from tunesmith.stages.prepare.candidate import (
     prompts_of,
     with_messages,
 )
-from tunesmith.stages.prepare.files import spool_batch
+from tunesmith.stages.prepare.files import intermediate_batch
 from tunesmith.stages.prepare.overlong import fitted
 
 #: Why a row is left out, by the code of its problem, as `ledger.json` spells it.
@@ -144,7 +144,7 @@ class Worker:
                 kept.append(row)
                 chunk.made.append(self._made(row, each))
         if kept:
-            chunk.batch = spool_batch(kept, self._settings.kind)
+            chunk.batch = intermediate_batch(kept, self._settings.kind)
         return chunk
 
     def _encoded(self, chunk: Sequence[Candidate]) -> Iterator[Candidate | Problem]:

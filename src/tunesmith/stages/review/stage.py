@@ -14,14 +14,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from tunesmith.errors import Problem, RunError
 from tunesmith.io.atomic import read_json, sha256_file, write_json
 from tunesmith.io.documents import folder_digest, reader_of
 from tunesmith.models.load import load_tokenizer, locate
 from tunesmith.recipe import OBJECTIVES
-from tunesmith.runs import Run, read_jsonl
+from tunesmith.runs import Run, prepared_rows, read_jsonl
 from tunesmith.runs.decisions import LEAST_ROWS, VERDICTS, add_decisions, draw_sample, read_decisions, row_digest
 
 #: What `prepare` puts behind a row's place where it makes several rows of it.
@@ -30,7 +28,7 @@ _PART = re.compile(r"(?:#\d+| \(piece \d+ of \d+\))\Z")
 
 @dataclass(frozen=True)
 class Shown:
-    """A row to decide on: its place, its source row, the rules that it met, and its text as (text, trained) of each side."""
+    """A row to decide on: its place, its source row, the rules that it met, and its text as (text, labelled) of each side."""
 
     where: str
     value: dict[str, Any]
@@ -45,7 +43,7 @@ class Review:
         self.run = run
         self.data_digest = run.outputs_digest("prepare")
         self._path = run.path / "review" / "session.json"
-        self._rows = Dataset.from_file(str(run.path / "data" / "train.arrow"))
+        self._rows = prepared_rows(run, "train")
         self._numbers = {where: number for number, where in enumerate(self._rows["where"])}
         self._tokenizer = load_tokenizer(locate(run.recipe.model, run.recipe.revision))
         self._findings = self._read_findings()
@@ -119,15 +117,15 @@ class Review:
         return [where for where in self.places if where not in self.decisions]
 
     def show(self, where: str) -> Shown:
-        """A row with its trained stretches."""
+        """A row with its labelled spans."""
         row = self._rows[self._numbers[where]]
-        names = [("input_ids", "trained"), ("rejected_input_ids", "rejected_trained")]
-        sides = tuple(tuple(self._stretches(row[ids], row[trained])) for ids, trained in names if ids in row)
+        names = [("input_ids", "loss_mask"), ("rejected_input_ids", "rejected_loss_mask")]
+        sides = tuple(tuple(self._spans(row[ids], row[mask])) for ids, mask in names if ids in row)
         return Shown(where, self._values[where], tuple(text for _, text in self._found(where)), sides)
 
-    def _stretches(self, ids: list[int], trained: list[bool]) -> Iterator[tuple[str, bool]]:
-        for is_trained, group in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
-            yield self._tokenizer.decode([token for token, _ in group], skip_special_tokens=False), is_trained
+    def _spans(self, ids: list[int], loss_mask: list[bool]) -> Iterator[tuple[str, bool]]:
+        for is_labelled, group in groupby(zip(ids, loss_mask, strict=True), key=lambda pair: pair[1]):
+            yield self._tokenizer.decode([token for token, _ in group], skip_special_tokens=False), is_labelled
 
     def decide(self, where: str, verdict: str, by: str, value: Mapping[str, Any] | None = None) -> None:
         """Record a verdict (accept, reject or edit; the last with the new row) before anything else happens."""

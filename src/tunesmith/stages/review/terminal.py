@@ -65,9 +65,9 @@ def _print(shown: Shown, console: Console, counter: str) -> None:
         console.print(Text(plain(finding), style="yellow"))
     for side in shown.sides:
         text = Text()
-        for part, trained in side:
+        for part, labelled in side:
             # Brackets as well as colour: a pipe, and an eye that sees no green, must tell them apart.
-            text.append(f"\u27e6{plain(part)}\u27e7" if trained else plain(part), "bold green" if trained else "dim")
+            text.append(f"\u27e6{plain(part)}\u27e7" if labelled else plain(part), "bold green" if labelled else "dim")
         console.print(text, soft_wrap=True)
     console.print(_HELP, style="cyan")
 

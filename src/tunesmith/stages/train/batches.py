@@ -9,7 +9,7 @@ from tunesmith.engine.attention import flex
 from tunesmith.engine.attention.backends import use_attention, use_tree_attention
 from tunesmith.engine.attention.shifted import ShiftedCollator, use_shifted_attention
 from tunesmith.engine.modeling.noise import EmbeddingNoise
-from tunesmith.engine.packing.batch import Collator, PaddedCollator, choose_collator, reason_against_tree
+from tunesmith.engine.packing.batch import Collator, PaddedCollator, choose_collator, tree_unsupported_reason
 from tunesmith.engine.packing.tree import Limits
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.methods.settings import Settings
@@ -31,7 +31,7 @@ def step_batches(loss: Loss, model: Any, pad_id: int | None, longest: int, setti
         use_attention(model, "sdpa" if asked == "auto" else asked, lambda text: tell("attention-fallback", text))
     else:
         use_tree_attention(model, on=True)
-        reason = None if model.device.type == "cpu" else flex.reason_against(model.device, model.dtype)
+        reason = None if model.device.type == "cpu" else flex.unsupported_reason(model.device, model.dtype)
         if reason is not None:
             tell("attention-fallback", f"a dense mask in place of flex attention: {reason}", reason=reason)
     if settings.neftune_noise_alpha is not None:
@@ -57,7 +57,7 @@ def _collator(model: Any, pad_id: int | None, longest: int, settings: Settings, 
 
 def _shifted(model: Any, pad_id: int | None, longest: int, group: int, *, packing: bool, tell: Tell) -> ShiftedCollator:
     """Padded rows for shifted sparse attention; an event that they are."""
-    reason = reason_against_tree(model.config, longest)  # it needs the same: causal attention and no more
+    reason = tree_unsupported_reason(model.config, longest)  # it needs the same: causal attention and no more
     if reason is not None:
         what, why = f"shifted_sparse_attention: {reason}", "the loss would not be that of the attention that is asked for"
         raise RecipeError(Problem("TS006", what, "train", why, "remove train.shifted_sparse_attention"))

@@ -17,7 +17,7 @@ from tunesmith.engine.packing.batch import to_device
 from tunesmith.io.atomic import append_jsonl, write_jsonl
 from tunesmith.stages.train.losses import Loss, StepBatches
 
-#: What `HeldoutWatch.as_dict` gives before the first look.
+#: What `EvaluationCallback.as_dict` gives before the first look.
 NOTHING_SEEN: Mapping[str, Any] = {"history": [], "best": None, "stopped": False}
 
 _AT_ONCE = 128  # held-out rows that are laid out together
@@ -51,7 +51,7 @@ class Evaluation:
     seconds: float
 
 
-class HeldoutWatch(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
+class EvaluationCallback(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
     """Takes the held-out loss every `every` optimizer steps and after the last; writes evals.jsonl; keeps the best checkpoint.
 
     `evaluate` gives the loss, `save` writes the weights of a step and drops those of the best one before. With `patience`

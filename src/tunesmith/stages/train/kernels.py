@@ -19,7 +19,7 @@ def compile_blocks(settings: Settings, model: Any, tell: Callable[..., None]) ->
     An event also where custom kernels cannot be compiled, and training takes longer for it.
     """
     causal = causal_of(model)
-    reason = cpu.reason_against() if model.device.type == "cpu" else triton.reason_against(model.device)
+    reason = cpu.unsupported_reason() if model.device.type == "cpu" else triton.unsupported_reason(model.device)
     if reason is not None:
         tell("kernels-off", f"PyTorch's kernels in place of tunesmith's, which are faster: {reason}", reason=reason)
     try:

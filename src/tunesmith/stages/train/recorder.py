@@ -24,7 +24,7 @@ class Recorder:
         """Start the clock of the next step."""
         self._begun = time.perf_counter()
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude_from_timing(self, seconds: float) -> None:
         """Count so many seconds that have just gone by to no step."""
         self._begun += seconds
 

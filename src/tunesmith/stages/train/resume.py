@@ -127,7 +127,7 @@ class Saver:
         engine.save_to(self.earlier.savepoints, {"made_of": self.earlier.made, **self.more()})
         self._last = time.perf_counter()
         self._took = self._last - begun
-        engine.recorder.leave_out(self._took)
+        engine.recorder.exclude_from_timing(self._took)
 
     def stopped(self, step: int, console: Console) -> StoppedError:
         """The error of a training that a signal stopped after this step."""

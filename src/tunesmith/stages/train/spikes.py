@@ -32,7 +32,7 @@ def is_spike(loss: float, before: list[float]) -> bool:
     return loss > middle + _DEVIATIONS * spread and loss > _TIMES * middle
 
 
-class SpikeWatch:
+class SpikeDetector:
     """Looks at each step's loss, once its line of metrics is written."""
 
     def __init__(self, settings: Settings, earlier: Earlier, tell: Any) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from rich.console import Console
 from transformers import set_seed
 
@@ -20,7 +19,7 @@ from tunesmith.io.terminal import make_console
 from tunesmith.methods import make_method
 from tunesmith.models.load import load_tokenizer, locate, model_digest
 from tunesmith.recipe import OBJECTIVES, Objective, RowKind
-from tunesmith.runs import Run
+from tunesmith.runs import Run, prepared_rows
 from tunesmith.runs.decisions import require_signoff
 from tunesmith.stages.train.kernels import compile_blocks
 from tunesmith.stages.train.loops import Work, loop_of
@@ -118,7 +117,7 @@ _COLUMNS: Mapping[str, RowKind] = {"rejected_input_ids": "pair", "label": "judge
 
 def _rows(run: Run, objective: Objective) -> Any:
     """The rows to train on. Raises DataError where there are none, or they were prepared for another objective."""
-    rows = Dataset.from_file(str(run.path / "data" / "train.arrow"))
+    rows = prepared_rows(run, "train")
     found = next((kind for column, kind in _COLUMNS.items() if column in rows.column_names), None)
     if found != (objective.rows if objective.rows in _COLUMNS.values() else None):
         why = "what a row's columns mean depends on the objective"

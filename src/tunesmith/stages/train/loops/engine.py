@@ -7,21 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from tunesmith.errors import Problem, RecipeError
-from tunesmith.runs import Run
+from tunesmith.runs import Run, prepared_rows
 from tunesmith.stages.train.batches import step_batches
 from tunesmith.stages.train.checkpoints import Checkpoints
 from tunesmith.stages.train.engine import Engine
-from tunesmith.stages.train.evaluation import NOTHING_SEEN, HeldoutWatch, mean_loss
+from tunesmith.stages.train.evaluation import NOTHING_SEEN, EvaluationCallback, mean_loss
 from tunesmith.stages.train.finite import NotFiniteError, incident
 from tunesmith.stages.train.loops.base import Loop, Work
 from tunesmith.stages.train.losses import StepBatches, loss_of
 from tunesmith.stages.train.recorder import Recorder
 from tunesmith.stages.train.resume import Saver
 from tunesmith.stages.train.signals import StopSignals
-from tunesmith.stages.train.spikes import SpikeWatch
+from tunesmith.stages.train.spikes import SpikeDetector
 
 
 class EngineLoop(Loop):
@@ -29,12 +27,12 @@ class EngineLoop(Loop):
 
     batches: StepBatches
     checkpoints: Checkpoints
-    watch: HeldoutWatch | None = None
+    evaluation: EvaluationCallback | None = None
 
     def __init__(self, run: Run, rows: Any, tokenizer: Any) -> None:
         super().__init__(run, rows, tokenizer)
         self.loss = loss_of(run.recipe)
-        self.heldout = Dataset.from_file(str(run.path / "data" / "heldout.arrow"))
+        self.heldout = prepared_rows(run, "heldout")
         if run.recipe.train.eval_steps is not None and len(self.heldout) == 0:
             what, fix = "eval_steps, but no rows are held out", "raise data.heldout"
             raise RecipeError(Problem("TS008", what, "train", "there would be no held-out loss to go by", fix))
@@ -69,8 +67,8 @@ class EngineLoop(Loop):
             )
             self.checkpoints = Checkpoints(work.folder / "checkpoints", work.method, work.model, engine)
             self.checkpoints.go_on(earlier.of("checkpoint"))
-            self.watch = self._watch(work, engine, earlier.of("watch"))
-            spikes = SpikeWatch(settings, earlier, work.tell)
+            self.evaluation = self._evaluation(work, engine, earlier.of("evaluation"))
+            spikes = SpikeDetector(settings, earlier, work.tell)
             spikes.go_on(earlier.of("spikes"))
             saver = Saver(settings, earlier, signals, work.ranks, lambda: self._state(spikes))
             recorder.on_step += [
@@ -86,28 +84,28 @@ class EngineLoop(Loop):
         self._last_step = recorder.history[-1].step
 
     def save(self) -> Path:
-        if self.watch is None:
+        if self.evaluation is None:
             self.checkpoints.save(self._last_step)
         return self.checkpoints.kept()
 
     def facts(self) -> dict[str, Any]:
         """What is known of the held-out loss; nothing where nobody looked."""
-        if self.watch is None or self.watch.best is None:
+        if self.evaluation is None or self.evaluation.best is None:
             return {}
         return {
-            "best_step": self.watch.best.step,
-            "best_eval_loss": self.watch.best.eval_loss,
-            "last_eval_loss": self.watch.history[-1].eval_loss,
-            "stopped_early": self.watch.stopped,
-            "seconds_evaluating": self.watch.seconds,
+            "best_step": self.evaluation.best.step,
+            "best_eval_loss": self.evaluation.best.eval_loss,
+            "last_eval_loss": self.evaluation.history[-1].eval_loss,
+            "stopped_early": self.evaluation.stopped,
+            "seconds_evaluating": self.evaluation.seconds,
         }
 
-    def _state(self, spikes: SpikeWatch) -> dict[str, Any]:
+    def _state(self, spikes: SpikeDetector) -> dict[str, Any]:
         """What a savepoint holds beside the engine's own state."""
-        seen = self.watch and self.watch.as_dict()
-        return {"checkpoint": self.checkpoints.name, "watch": seen, "spikes": spikes.as_dict()}
+        seen = self.evaluation and self.evaluation.as_dict()
+        return {"checkpoint": self.checkpoints.name, "evaluation": seen, "spikes": spikes.as_dict()}
 
-    def _watch(self, work: Work, engine: Engine, seen: Mapping[str, Any] | None) -> HeldoutWatch | None:
+    def _evaluation(self, work: Work, engine: Engine, seen: Mapping[str, Any] | None) -> EvaluationCallback | None:
         """Looks at the held-out rows every so many steps, where that is asked for; their time counts to no step.
 
         `seen` is what an earlier part of the training saw.
@@ -119,15 +117,15 @@ class EngineLoop(Loop):
         def evaluate() -> float:
             begun = time.perf_counter()
             loss = mean_loss(self.loss, engine.model, rows, self.batches)
-            engine.recorder.leave_out(time.perf_counter() - begun)
+            engine.recorder.exclude_from_timing(time.perf_counter() - begun)
             return loss
 
         def save(step: int) -> None:
             begun = time.perf_counter()
             self.checkpoints.save(step)
-            engine.recorder.leave_out(time.perf_counter() - begun)
+            engine.recorder.exclude_from_timing(time.perf_counter() - begun)
 
-        watch = HeldoutWatch(
+        callback = EvaluationCallback(
             every=work.settings.eval_steps,
             patience=work.settings.early_stopping_patience,
             path=work.folder / "evals.jsonl",
@@ -136,9 +134,9 @@ class EngineLoop(Loop):
             losses=engine.losses,
             tell=work.tell,
         )
-        watch.go_on(seen or NOTHING_SEEN)
-        engine.add_callback(watch)
-        return watch
+        callback.go_on(seen or NOTHING_SEEN)
+        engine.add_callback(callback)
+        return callback
 
 
 def incident_of(engine: Engine, error: NotFiniteError, folder: Path) -> NotFiniteError:

@@ -8,7 +8,7 @@ from typing import Any
 from trl import KTOConfig, KTOTrainer
 
 from tunesmith.recipe import KtoSection
-from tunesmith.stages.train.loops.trl import TrlLoop, Watched, trained_span
+from tunesmith.stages.train.loops.trl import TrlLoop, Watched, labelled_span
 
 
 class _Kto(Watched, KTOTrainer):  # type: ignore[misc] # TRL is untyped here
@@ -37,7 +37,7 @@ def judged_rows(rows: Any, seed: int) -> Any:
     """Prompt and completion ids with labels, in a seeded order: KTO's trainer takes rows in the order that they are in."""
 
     def split(row: Mapping[str, Any]) -> dict[str, Any]:
-        first, end = trained_span(row["trained"])
+        first, end = labelled_span(row["loss_mask"])
         return {"prompt_ids": row["input_ids"][:first], "completion_ids": row["input_ids"][first:end]}
 
     return rows.map(split, remove_columns=[name for name in rows.column_names if name != "label"]).shuffle(seed=seed)

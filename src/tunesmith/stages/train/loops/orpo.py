@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.recipe import OrpoSection
-from tunesmith.stages.train.loops.trl import TrlLoop, Watched, trained_span
+from tunesmith.stages.train.loops.trl import TrlLoop, Watched, labelled_span
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it lives in trl.experimental; the page on objectives says so
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -33,11 +33,11 @@ def orpo_rows(rows: Any) -> Any:
     """The columns that TRL's collator of pairs pads: ids, masks and labels of both sides."""
 
     def made(row: Mapping[str, Any]) -> dict[str, Any]:
-        first = trained_span(row["trained"])[0]
+        first = labelled_span(row["loss_mask"])[0]
         prompt = row["input_ids"][:first]
         found: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
         for side, prefix in (("chosen", ""), ("rejected", "rejected_")):
-            begin, end = trained_span(row[f"{prefix}trained"])
+            begin, end = labelled_span(row[f"{prefix}loss_mask"])
             ids = row[f"{prefix}input_ids"][:end]
             found |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * end}
             found[f"{side}_labels"] = [-100] * begin + ids[begin:]

@@ -8,7 +8,7 @@ from typing import Any
 from trl import RewardConfig, RewardTrainer
 
 from tunesmith.methods import Method
-from tunesmith.methods.scorer import build_scorer
+from tunesmith.methods.reward_model import build_reward_model
 from tunesmith.recipe import RewardSection
 from tunesmith.stages.train.loops.trl import TrlLoop, watched
 
@@ -19,7 +19,7 @@ class Reward(TrlLoop):
     """Pairs of answers, scored by one number each."""
 
     def build(self, method: Method) -> Any:
-        return build_scorer(method, self.tokenizer.pad_token_id)
+        return build_reward_model(method, self.tokenizer.pad_token_id)
 
     def trainer(self, arguments: Mapping[str, Any], **more: Any) -> Any:
         asked = self.run.recipe.own(RewardSection)

@@ -66,12 +66,12 @@ def model_reward(folder: Path) -> Reward:
     Raises TrainError where the folder holds no reward model.
     """
     from tunesmith.inference.rewards import rewards_of
-    from tunesmith.models.load import load_scorer, load_tokenizer
+    from tunesmith.models.load import load_reward_model, load_tokenizer
 
     if not (folder / "reward.json").is_file():
         fix = "give the folder that `tunesmith export` made of a run with objective: reward"
         raise TrainError(Problem("TS303", "not the folder of an exported reward model", str(folder), _WHY, fix))
-    model, template = load_scorer(folder, dtype="float32"), ChatTemplate(load_tokenizer(folder))
+    model, template = load_reward_model(folder, dtype="float32"), ChatTemplate(load_tokenizer(folder))
 
     def reward(prompts: Prompts, answers: Sequence[str], _references: References) -> list[float]:
         turns = [[*p, {"role": "assistant", "content": a or " "}] for p, a in zip(prompts, answers, strict=True)]

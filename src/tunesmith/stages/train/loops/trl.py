@@ -137,7 +137,7 @@ def _as_trained(trainer: Any, model: Any) -> Iterator[None]:
         yield
 
 
-def trained_span(trained: Sequence[bool]) -> tuple[int, int]:
-    """Where the trained stretch begins, and the place after its end; what a template puts after the answer is left out."""
-    first = trained.index(True)
-    return first, len(trained) - list(reversed(trained)).index(True)
+def labelled_span(loss_mask: Sequence[bool]) -> tuple[int, int]:
+    """Where the labelled span begins, and the place after its end; what a template puts after the answer is left out."""
+    first = loss_mask.index(True)
+    return first, len(loss_mask) - list(reversed(loss_mask)).index(True)

@@ -13,7 +13,7 @@ from tests.invariant.test_training import MakeRecipe, metrics, trained, weights
 from tunesmith.errors import RecipeError
 from tunesmith.io.atomic import read_json
 from tunesmith.runs import Run, read_jsonl
-from tunesmith.stages.train.evaluation import HeldoutWatch
+from tunesmith.stages.train.evaluation import EvaluationCallback
 
 
 def summary(run: Run) -> Any:
@@ -62,7 +62,7 @@ def looked(losses: list[float], train: list[float], patience: int | None = None)
     events: list[str] = []
     saved: list[int] = []
     given = iter(losses)
-    watch = HeldoutWatch(
+    watch = EvaluationCallback(
         every=1,
         patience=patience,
         path=Path("/dev/null"),

@@ -4,39 +4,39 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 
 from tunesmith.errors import ExportError, Problem
 from tunesmith.inference.rewards import rewards_of
 from tunesmith.io.atomic import write_json
 from tunesmith.methods import Method
-from tunesmith.methods.scorer import load_trained_scorer
-from tunesmith.models.load import load_scorer, load_tokenizer
-from tunesmith.runs import Run
+from tunesmith.methods.reward_model import load_trained_reward_model
+from tunesmith.models.load import load_reward_model, load_tokenizer
+from tunesmith.runs import Run, prepared_rows
 
 _PROBE_PAIRS = 16
 #: Largest difference of a reward between what was trained and what was written; both are float32.
 _MAX_DIFFERENCE = 1e-3
 
 
-def export_scorer(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
+def export_reward_model(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
     """Write the reward model of a checkpoint and its proof into `target`.
 
     Raises ExportError where its rewards are not the trained one's.
     """
     tokenizer = load_tokenizer(method.folder)
     tokenizer.chat_template = (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8")
-    rows = concatenate_datasets([Dataset.from_file(str(run.path / "data" / f"{n}.arrow")) for n in ("heldout", "train")])
+    rows = concatenate_datasets([prepared_rows(run, name) for name in ("heldout", "train")])
     probe = rows.select(range(min(_PROBE_PAIRS, len(rows))))
 
-    model = load_trained_scorer(method, checkpoint)
+    model = load_trained_reward_model(method, checkpoint)
     model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sides = [rewards_of(model, probe[name]) for name in ("input_ids", "rejected_input_ids")]
     model.save_pretrained(target, max_shard_size=run.recipe.export.max_shard_size)
     tokenizer.save_pretrained(target)
     del model
 
-    written = load_scorer(target, dtype="float32")
+    written = load_reward_model(target, dtype="float32")
     again = [rewards_of(written, probe[name]) for name in ("input_ids", "rejected_input_ids")]
     apart = max(abs(a - b) for old, new in zip(sides, again, strict=True) for a, b in zip(old, new, strict=True))
     if not apart <= _MAX_DIFFERENCE:

@@ -1,0 +1,28 @@
+"""The rows that `prepare` wrote, as the later stages read them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import DataError, Problem
+from tunesmith.runs.folder import Run
+
+
+def prepared_rows(run: Run, name: str) -> Any:
+    """`data/<name>.arrow` as a `datasets.Dataset`, mapped into memory. Raises DataError for rows of an earlier version."""
+    from datasets import Dataset
+
+    path = run.path / "data" / f"{name}.arrow"
+    rows = Dataset.from_file(str(path))
+    check_columns(rows.column_names, path)
+    return rows
+
+
+def check_columns(names: Collection[str], path: Path) -> None:
+    """Raise DataError for the columns of an earlier version."""
+    if "trained" in names:
+        what = "the rows have a column 'trained', which is called 'loss_mask' now"
+        why = "an earlier version prepared them: which tokens carry loss would not be found"
+        raise DataError(Problem("TS113", what, str(path), why, "run `tunesmith prepare` again, into a new folder"))
