@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test check promises audit format docs lock clean
+# Tests run in so many processes of one thread each.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: install demo test test-all newest check promises audit format docs lock clean
 
 install: $(STAMP)
 
@@ -21,8 +25,24 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	@$(BIN)/tunesmith demo
 
+# The first tier: what every change is held to.
 test: check
-	@$(BIN)/python -m pytest
+	@$(PYTEST) -n $(WORKERS) -m "not slow and not serial"
+	@$(PYTEST) -m "serial and not slow"
+
+# Both tiers, and the contracts with the newest transformers, PEFT and TRL: before a change of the engine lands.
+test-all: check
+	@$(PYTEST) -n $(WORKERS) -m "not serial"
+	@$(PYTEST) -m serial
+	@$(MAKE) newest
+
+# An environment of its own, because the newest versions may be ahead of constraints.txt.
+newest:
+	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy only-if-needed \
+	  --editable '.[dev]' transformers peft trl accelerate
+	@OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest tests/contracts tests/unit/test_adapter.py tests/invariant/test_blocks.py
 
 check: install
 	@$(BIN)/ruff check .
@@ -53,4 +73,4 @@ lock: install
 	@mv constraints.tmp constraints.txt
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-newest runs .mypy_cache .ruff_cache .pytest_cache

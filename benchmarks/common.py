@@ -1,4 +1,4 @@
-"""What every benchmark writes: hardware, versions, claims and rows."""
+"""The result format of every benchmark: hardware, versions, claims and rows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tunesmith.runs import installed_versions
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the option that all benchmarks have."""
+    """A parser with the option that all benchmarks share."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--json", type=result_file, metavar="FILE", help="write the result to this file")
     return made
 
 
 def processor() -> str:
-    """The processor's name with what tells its generation, as names on rented machines do not."""
+    """The processor's name, family and model; names on rented machines do not identify the generation."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
     found = (re.search(rf"^{label}\s*:\s*(\d+)", text, re.MULTILINE) for label in ("cpu family", "model"))
     told = [f"{label} {match[1]}" for label, match in zip(("family", "model"), found, strict=True) if match]
@@ -30,7 +30,7 @@ def processor() -> str:
 
 
 def result_file(text: str) -> Path:
-    """A path whose earlier result, if there is one, is of this processor: parts of two do not go into one file."""
+    """A path; an earlier result there must be from this processor, since one file never mixes two processors."""
     path = Path(text)
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))["hardware"].get("processor")
@@ -40,12 +40,12 @@ def result_file(text: str) -> Path:
 
 
 def claim(name: str, value: float, unit: str) -> dict[str, Any]:
-    """One number that a document may quote."""
+    """One number that documents may quote."""
     return {"name": name, "value": value, "unit": unit}
 
 
 def in_turn(theirs: Callable[[], Any], ours: Callable[[], Any], calls: int) -> list[tuple[float, float]]:
-    """Seconds of both for calls that follow each other, after two that do not count."""
+    """Seconds of both for calls in alternation, after two warm-up calls that are not counted."""
     taken: list[tuple[float, float]] = []
     for _ in range(calls + 2):
         begun = time.perf_counter()
@@ -57,7 +57,7 @@ def in_turn(theirs: Callable[[], Any], ours: Callable[[], Any], calls: int) -> l
 
 
 def merged(path: Path | None, claims: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The claims and rows with those that an earlier result has beside them: of other names, and of other parts."""
+    """The claims and rows, plus those of an earlier result that have other names or belong to other parts."""
     if path is None or not path.is_file():
         return claims, rows
     earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -67,14 +67,14 @@ def merged(path: Path | None, claims: list[Any], rows: list[Any]) -> tuple[list[
 
 
 def this_machine() -> dict[str, Any]:
-    """What a result says of the machine that it was measured on. On a GPU this process has a CUDA context after it."""
+    """What a result records about its machine. On a GPU, this process has a CUDA context afterwards."""
     return {**detect().as_dict(), "processor": processor()}
 
 
 def write_result(
     path: Path | None, claims: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], **more: Any
 ) -> None:
-    """Write everything to `path` if one is given; `more` are other keys of the file, `hardware` too where it is known."""
+    """Write everything to `path` if it is given; `more` adds keys to the file, including `hardware` if it is known."""
     if path is not None:
         hardware = more.pop("hardware", None) or this_machine()
         result = {"hardware": hardware, "versions": installed_versions(), "claims": claims, "rows": rows, **more}
@@ -83,7 +83,7 @@ def write_result(
 
 
 def report(path: Path | None, claims: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-    """Print the claims, and write everything."""
+    """Print the claims and write everything."""
     for entry in claims:
         print(f"{entry['name']:<48} {entry['value']:.6g} {entry['unit']}")
     write_result(path, claims, rows, **more)

@@ -1,8 +1,8 @@
-"""One side of dpo_speed.py: for each line of its input, `MICRO RUN`, trains on the pairs of a prepared run, so many at once.
+"""One side of dpo_speed.py: for each input line `MICRO RUN`, trains on the pairs of a prepared run with that micro-batch.
 
 Answers are lines of JSON: `seconds` (reference and all steps), `losses`, `margins` (of rewards), `peak_memory_bytes`. Imports,
-loading the model and making the trainer are in no one's time. Both sides have the same allocator settings; ours settles its
-micro-batches itself.
+model loading and trainer construction are excluded from the timing. Both sides have the same allocator settings; our side
+chooses its micro-batches itself.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def our_side(run: Run) -> Answer:
 
 
 def trl_side(run: Run, micro: int, *, precompute: bool) -> Answer:
-    """TRL's DPOTrainer on the same ids, from the same adapter, with its own reference: the adapter off, or taken before."""
+    """TRL's DPOTrainer on the same ids, from the same adapter; its reference is the adapter turned off, or precomputed."""
     from trl import DPOTrainer
 
     class Prepared(DPOTrainer):
-        """The rows are token ids already; taking the reference before is a part of the training's time."""
+        """Rows are already token ids; the time of precomputing the reference counts as training time."""
 
         before = 0.0
 
@@ -89,7 +89,7 @@ def trl_side(run: Run, micro: int, *, precompute: bool) -> Answer:
 
 
 def arguments(run: Run, micro: int, scratch: str, *, precompute: bool) -> Any:
-    """TRL's arguments without checkpointing, in the recipe's type; bfloat16 is AMP, as TRL has it by default."""
+    """TRL's arguments without checkpointing, in the recipe's dtype; bfloat16 means AMP, TRL's default."""
     from trl import DPOConfig
 
     asked = run.recipe.train
@@ -119,7 +119,7 @@ def arguments(run: Run, micro: int, scratch: str, *, precompute: bool) -> Any:
 
 
 def pairs_in_order(run: Run) -> Dataset:
-    """The pairs in TRL's columns, as the engine draws them, those of a step by length."""
+    """The pairs in TRL's columns, in the engine's order, sorted by length within a step."""
     rows = Dataset.from_file(str(run.path / "data" / "train.arrow"))
     lengths = [max(len(row["input_ids"]), len(row["rejected_input_ids"])) for row in rows]
     drawn = in_order(rows, lengths, int(run.recipe.train.effective_batch_size), run.recipe.seed)
@@ -127,7 +127,7 @@ def pairs_in_order(run: Run) -> Dataset:
 
 
 def cut(row: dict[str, Any]) -> dict[str, Any]:
-    """A pair in TRL's columns; what the template writes after the answers is in neither side's loss, so it is left out."""
+    """A pair in TRL's columns, without the template's text after the answers: neither side has it in its loss."""
     names = {"prompt_ids": row["input_ids"][: row["loss_mask"].index(True)]}
     for name, prefix in (("chosen_ids", ""), ("rejected_ids", "rejected_")):
         flags = zip(row[f"{prefix}input_ids"], row[f"{prefix}loss_mask"], strict=True)
@@ -136,7 +136,7 @@ def cut(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_model(run: Run) -> Any:
-    """The model as transformers and PEFT make it, with the adapter that our side starts from (drawn from the same seed)."""
+    """The model as transformers and PEFT build it, with our side's initial adapter (drawn from the same seed)."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     folder, lora = locate(run.recipe.model, None), run.recipe.lora
@@ -154,7 +154,7 @@ def main() -> None:
     options.add_argument("side", choices=["tunesmith", "trl", "trl_precomputed"])
     asked = options.parse_args()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries may print; answers go where nothing else does
+    os.dup2(2, 1)  # libraries may print; only answers go to the original stdout
     steady_memory()
     for line in sys.stdin:
         micro, _, path = line.strip().partition(" ")

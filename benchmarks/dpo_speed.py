@@ -1,12 +1,12 @@
-"""Speed of DPO side by side with TRL: the same pairs, masks, start and global batch, in turns, the peer at its best.
+"""DPO speed compared with TRL: same pairs, masks, starting weights and global batch, in turns, the peer at its best.
 
     python benchmarks/dpo_speed.py --json benchmarks/results/dpo_speed.json      # an hour on two cores
 
-SmolLM2-135M, LoRA, pairs of hh-rlhf (helpful and harmless conversations). TRL's settings are searched for: (adapter off in each
-step, precompute_ref_log_probs) x (bfloat16, float32) x (1, 2, 4, 8 pairs at once, those of a step by length), one step of each.
-Then, in each turn, every side trains from the start on the turn's pairs, its reference included. What counts is the median over
-the turns of the ratio of their times: each side in the type that it is fastest in, and both in float32. Losses and margins are
-compared too, and every turn's seconds are kept.
+SmolLM2-135M, LoRA, pairs of hh-rlhf (helpful and harmless conversations). TRL's settings are searched: (adapter off in each
+step, precompute_ref_log_probs) x (bfloat16, float32) x (micro-batches of 1, 2, 4, 8 pairs, the pairs of a step sorted by
+length), one step of each. Then, in each turn, every side trains from the initial weights on the turn's pairs, including its
+reference. The result is the median over the turns of the ratio of their times: each side in its fastest dtype, and both in
+float32. Losses and margins are compared too, and the seconds of every turn are kept.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from tunesmith.stages.prepare import prepare
 HH = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf" / "test.jsonl.gz"
 TRL = ("trl", "trl_precomputed")
 DTYPES = ("bfloat16", "float32")
-SIZES = (1, 2, 4, 8)  # pairs at once that are tried
+SIZES = (1, 2, 4, 8)  # pairs per micro-batch to try
 R = 16
 RATE = 1e-4  # ten times the default, so that the losses move within a few steps
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train: whose code, in which type, with how many pairs at once (TRL's)."""
+    """One configuration: whose code, the dtype, and the pairs per micro-batch (TRL only)."""
 
     side: str
     dtype: str
@@ -51,13 +51,13 @@ class Setting:
 
 
 def drawn_rows(source: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """So many usable rows, drawn by the seed."""
+    """`count` usable rows, drawn by the seed."""
     usable = [row.value for row in read_rows(source) if row.value and not isinstance(to_pair(row.value, row.where), Problem)]
     return random.Random(seed).sample(usable, count)
 
 
 def prepared(rows: Sequence[Mapping[str, Any]], folder: Path, batch: int, seed: int, dtype: str) -> Path:
-    """A run over the rows in one of the types, prepared; one pass over them."""
+    """A prepared run of one epoch over the rows, in one dtype."""
     folder.mkdir(parents=True)
     raw = folder / "pairs.jsonl"
     raw.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -79,7 +79,7 @@ train: {{max_steps: {len(rows) // batch}, effective_batch_size: {batch}, learnin
 
 
 class Sides:
-    """A process for each side that is asked, and a prepared run for each type."""
+    """A process for each side in use, and a prepared run for each dtype."""
 
     def __init__(self, stack: ExitStack, folder: Path, batch: int, seed: int) -> None:
         self._stack, self._folder, self._batch, self._seed = stack, folder, batch, seed
@@ -99,7 +99,7 @@ class Sides:
 
 
 def screened(sides: Sides, runs: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Seconds of TRL's settings for one step, the fastest first."""
+    """Seconds of one step for each of TRL's settings, fastest first."""
     found = []
     for side, dtype, micro in itertools.product(TRL, DTYPES, SIZES):
         setting = Setting(side, dtype, micro)
@@ -110,14 +110,14 @@ def screened(sides: Sides, runs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def settings_of(found: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Setting, Setting]]:
-    """Ours and TRL's fastest, by the claim that they are for: each in its own type, and both in float32."""
+    """Our and TRL's fastest settings by claim suffix: each in its own dtype, and both in float32."""
     best = [Setting(each["side"], each["dtype"], each["micro"]) for each in found]
     single = next(each for each in best if each.dtype == "float32")
     return {"": (Setting("tunesmith", detect().compute_dtype), best[0]), "_float32": (Setting("tunesmith", "float32"), single)}
 
 
 def claims_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over the turns of ratios within a turn, and how far losses and margins are apart in float32."""
+    """Medians over the turns of the ratios within a turn, and the differences of losses and margins in float32."""
     claims = []
     for suffix in ("", "_float32"):
         pairs = [(row[f"ours{suffix}"], row[f"trl{suffix}"]) for row in rows]
@@ -147,7 +147,7 @@ def main() -> None:
         chosen = settings_of(found)
         for pair in chosen.values():
             for setting in pair:
-                sides.ask(setting, first)  # what the first step allocates
+                sides.ask(setting, first)  # the first step allocates
         for turn in range(asked.turns):
             begin = asked.pairs + turn * each
             runs = sides.runs(rows[begin : begin + each], f"turn-{turn}")

@@ -1,4 +1,4 @@
-"""How far the gradients of a prefix tree are from those of padded rows, in float64, on random trees of five architectures."""
+"""The difference between gradients of prefix trees and of padded rows: float64, random trees, five architectures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TREES = 40
 
 
 def random_rows(generator: random.Random) -> list[dict[str, Any]]:
-    """Rows grown from shared stems."""
+    """Random rows that share prefixes."""
     stems = [[generator.randrange(1, VOCABULARY) for _ in range(generator.randrange(1, 30))]]
     for _ in range(3):
         stems.append(generator.choice(stems) + [generator.randrange(1, VOCABULARY) for _ in range(generator.randrange(20))])
@@ -39,7 +39,7 @@ def random_rows(generator: random.Random) -> list[dict[str, Any]]:
 
 
 def largest_difference() -> dict[str, float]:
-    """For each architecture the largest |difference| over the largest |gradient| of any parameter in any tree."""
+    """For each architecture, the largest |difference| / |gradient| (2-norms) of any parameter in any tree."""
     found = {}
     for name in CONFIGS:
         theirs, mine = exact_model(name), fused_model(name)

@@ -1,6 +1,6 @@
-"""LLaMA-Factory in a virtual environment of its own, made on first use: its pins do not go with ours.
+"""LLaMA-Factory in its own virtual environment, created on first use: its pins conflict with ours.
 
-It takes the torch of this environment by its version, so that no other build is fetched.
+It pins torch to this environment's version, so that no other build is downloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VERSION = "0.9.5"
 
 
 def ensure() -> Path:
-    """The environment's Python. Raises CalledProcessError where LLaMA-Factory cannot be installed beside this torch."""
+    """The environment's Python. Raises CalledProcessError if LLaMA-Factory cannot be installed with this torch."""
     folder = cache_folder() / "peers" / f"llamafactory-{VERSION}"
     python = folder / "bin" / "python"
     if not (folder / "complete").is_file():
@@ -38,7 +38,7 @@ def ensure() -> Path:
 
 
 def _leave_text_alone(folder: Path, python: Path) -> None:
-    """Take out what decodes images and sound: it is compiled for CUDA, and beside a CPU's torch no import gets past it."""
+    """Remove image and audio decoding: it is compiled for CUDA, and with a CPU build of torch its import fails."""
     if torch.version.cuda is not None:
         return
     subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
@@ -47,6 +47,6 @@ def _leave_text_alone(folder: Path, python: Path) -> None:
 
 
 def paths() -> dict[str, str]:
-    """What its process needs beside its own: this package, for the meter of memory alone."""
+    """Variables that its process needs: the path of this package, only for the memory meter, and offline settings."""
     source = Path(tunesmith.__file__).resolve().parents[1]
     return {"PYTHONPATH": str(source), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "DISABLE_VERSION_CHECK": "1"}

@@ -1,6 +1,6 @@
 """LLaMA-Factory's side of train_speed.py: its own trainer on the prepared ids and masks, in its own environment.
 
-Answers as train_side.py does. Of tunesmith it imports the meter of memory and nothing else.
+It answers as train_side.py does, and imports only the memory meter from tunesmith.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from turns import Turns, in_order
 
 from tunesmith.hardware.memory import PeakMemory
 
-_LONG = 100_000  # steps that the schedule is made for; turns end by being told so
+_LONG = 100_000  # steps of the schedule; the caller ends the turns
 
 
 def save_rows(data: Path, target: Path, batch: int, seed: int) -> None:
-    """The prepared rows as LLaMA-Factory keeps tokenized data, in the engine's order, those of a step by length."""
+    """Save the prepared rows in LLaMA-Factory's tokenized format, in the engine's order, sorted by length within a step."""
 
     def columns(row: dict[str, Any]) -> dict[str, Any]:
         pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
@@ -33,7 +33,7 @@ def save_rows(data: Path, target: Path, batch: int, seed: int) -> None:
 
 
 def settings(asked: argparse.Namespace, tokenized: Path) -> dict[str, Any]:
-    """Its recipe: no checkpointing, the same adapter, batch, rows and rate."""
+    """Its config: no checkpointing, the same adapter, batch, rows and learning rate."""
     return {
         "stage": "sft",
         "do_train": True,
@@ -68,7 +68,7 @@ def settings(asked: argparse.Namespace, tokenized: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse and train."""
+    """Parse the arguments and train."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("side", choices=["llamafactory"])
     options.add_argument("--model", type=Path, required=True)

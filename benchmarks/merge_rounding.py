@@ -1,7 +1,7 @@
-"""How much of a training survives the rounding of its merged weights: to the nearest bf16 or fp16, or stochastically to bf16.
+"""How much of a training survives rounding of the merged weights: to nearest bf16 or fp16, or stochastically to bf16.
 
 Takes trained runs, merges each in float32, rounds the merged weights each way and compares predictions with the checkpoint's
-over labelled tokens of rows that were trained on.
+on labelled tokens of training rows.
 
     .venv/bin/python benchmarks/merge_rounding.py runs/demo/full runs/demo/lora runs/demo/qlora --json FILE
 """
@@ -24,7 +24,7 @@ PROBE_ROWS = 32
 
 
 def ways(seed: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """The roundings, each from float32 to float32."""
+    """The rounding functions, each from float32 to float32."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "none (float32)": lambda value: value,
@@ -35,7 +35,7 @@ def ways(seed: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
 
 
 def measure(path: Path) -> list[dict[str, Any]]:
-    """One row for each rounding of a run's merged weights."""
+    """One row for each way of rounding a run's merged weights."""
     run = open_run(path)
     method, checkpoint = trained_method(run)
     data = Dataset.from_file(str(run.path / "data" / "train.arrow"))

@@ -1,9 +1,9 @@
-"""What a micro-batch takes beside its tokens, in tokens' time: the measured side of `methods.settings.MICRO_BATCH_START`.
+"""The fixed cost of a micro-batch, in tokens of equal time: measures `methods.settings.MICRO_BATCH_START`.
 
     python benchmarks/micro_batches.py --json benchmarks/results/micro_batches.json      # ten minutes on two cores
 
-Forward and backward passes of the built-in model over rows of 240 tokens, 1 to 8 at once, each size in its turn, of lengths
-that were seen before. Least squares over the medians: seconds = a x tokens + b for each micro-batch; b / a is what is claimed.
+Forward and backward passes of the built-in model over rows of 240 tokens, 1 to 8 per micro-batch, the sizes in turns, with
+lengths that were seen before. Least squares over the medians: seconds = a x tokens + b per micro-batch; b / a is claimed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from tunesmith.recipe import Recipe
 from tunesmith.stages.train.losses import TokenLoss
 
 METHODS = ("full", "lora", "qlora")
-LENGTH = 240  # of a row, the second half trained
+LENGTH = 240  # of a row, its second half labelled
 AT_ONCE = (1, 2, 4, 8)
 TURNS = 5
 R = 16
 
 
 def batches() -> Mapping[int, Batch]:
-    """Random rows, by how many there are at once."""
+    """Random rows, by rows per micro-batch."""
     draw = random.Random(0)
     trained = [place >= LENGTH // 2 for place in range(LENGTH)]
     made = {}
@@ -46,7 +46,7 @@ def batches() -> Mapping[int, Batch]:
 
 
 def seconds(method: str, dtype: str) -> dict[int, list[float]]:
-    """Seconds of each turn, by tokens at once; the first turn, in which products are compiled, does not count."""
+    """Seconds of each turn, by tokens per micro-batch; the first turn, which compiles GEMMs, is excluded."""
     recipe = Recipe.model_validate({"model": NAME, "method": method, "data": {"train": "rows"}})
     model = make_method(recipe, builtin.ensure(), compute_dtype=dtype, r=R, lora_alpha=2 * R).build()
     use_tree_attention(model, on=True)

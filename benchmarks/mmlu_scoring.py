@@ -1,9 +1,9 @@
 """Scoring of one MMLU subject, 5-shot, SmolLM2-135M in float32 on CPU: tunesmith against lm-evaluation-harness.
 
-Both score the same questions from their text: the harness's own task makes its requests of the same files, and they must be
-ours to the character. Each side is a process of its own; turns alternate (A B A B), the claim is the median of their ratios.
-The harness has the fastest of several batch sizes, found in a short trial, and its default cache of one-token continuations.
-It is installed into a folder of the cache on first use, beside torch and transformers of this environment.
+Both score the same questions from their text: the harness's own task builds its requests from the same files, and they must
+match ours character for character. Each side runs in its own process; turns alternate (A B A B), and the claim is the median
+of their ratios. The harness uses the fastest of several batch sizes, found in a short trial, and its default cache of one-token
+continuations. It is installed into a cache folder on first use and uses this environment's torch and transformers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from common import claim, parser, report
 from tunesmith.inference.scoring import MAX_TOKENS
 from tunesmith.io.cache import cache_folder
 
-#: The harness and what its Hugging Face backend and its task class import beyond this environment. Without their own
-#: dependencies, which would bring a second numpy and datasets.
+#: The harness, and the packages that its Hugging Face backend and its task class import and this environment lacks.
+#: Installed without their own dependencies, which would bring a second numpy and datasets.
 PEER = (
     "lm_eval==0.4.13",
     "evaluate==0.4.6",
@@ -42,7 +42,7 @@ _SIDE = Path(__file__).with_name("mmlu_side.py")
 
 
 def peer_folder() -> Path:
-    """Where the harness is installed; made on first use."""
+    """The folder of the harness, which is installed on first use."""
     folder = cache_folder() / "peers" / PEER[0].replace("==", "-")
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def peer_folder() -> Path:
 
 
 class Side:
-    """A process that scores when told to."""
+    """A process that scores on request."""
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -76,24 +76,24 @@ class Side:
         return value
 
     def turn(self, parameter: int, questions: int | None = None) -> dict[str, Any]:
-        """Score the first `questions` questions (all of them without)."""
+        """Score the first `questions` questions (all of them if None)."""
         return self.ask(json.dumps({"parameter": parameter, "questions": questions}))
 
     def end(self) -> None:
-        """Let the process leave."""
+        """Let the process end."""
         self.process.stdin.close()
         self.process.wait()
 
 
 def fastest(side: Side, parameters: Sequence[int], questions: int) -> tuple[int, dict[int, float]]:
-    """The parameter whose turn over a few questions is fastest, after one turn to warm up, and the seconds of each."""
+    """The parameter with the fastest turn over a few questions, after one warm-up turn, and the seconds of each."""
     side.turn(parameters[0], 2)
     seconds = {parameter: side.turn(parameter, questions)["seconds"] for parameter in parameters}
     return min(seconds, key=lambda parameter: seconds[parameter]), seconds
 
 
 def measure(subject: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """Turns of both sides over one subject, and what they found."""
+    """Turns of both sides over one subject, and their results."""
     settings = {"mmlu": str(asked.mmlu), "mmlu_subjects": [subject], "mmlu_questions": asked.questions}
     own, peer = Side("tunesmith", settings), Side("lm_eval", settings)
     batch_size, trial = fastest(peer, BATCH_SIZES, asked.trial_questions)
@@ -121,7 +121,7 @@ def measure(subject: str, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_budgets(subject: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """Our own seconds by the budget of tokens: the medians of turns that alternate."""
+    """Our seconds by token budget: medians over alternating turns."""
     own = Side("tunesmith", {"mmlu": str(asked.mmlu), "mmlu_subjects": [subject], "mmlu_questions": asked.questions})
     own.turn(BUDGETS[0], 2)
     rounds = [{budget: own.turn(budget)["seconds"] for budget in BUDGETS} for _ in range(asked.turns)]

@@ -1,8 +1,8 @@
-"""One side of mmlu_scoring.py: scores the same questions of MMLU as often as lines of its input say so.
+"""One side of mmlu_scoring.py: scores the same MMLU questions once per input line.
 
-All lines are JSON. The input's first has keys of the recipe's evaluate section. Each other is a turn, with its `parameter`,
-which is the batch size for lm_eval and the budget of tokens for tunesmith, and its number of `questions`, null for all. The
-first answer is `ready`; that to a turn has its `seconds` and `log_likelihoods`, in the order of questions and letters.
+All lines are JSON. The first input line has keys of the recipe's evaluate section. Each further line is a turn, with its
+`parameter` (the batch size for lm_eval, the token budget for tunesmith) and its number of `questions`, null for all. The
+first answer is `ready`; the answer to a turn has its `seconds` and `log_likelihoods`, in the order of questions and letters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Turn = Callable[[int, int | None], list[float]]
 
 
 def own_side(subject: Subject) -> Turn:
-    """Tokenisation and scoring as `evaluate` does them."""
+    """Tokenisation and scoring as in `evaluate`."""
     from tunesmith.engine.modeling.gemm import use_products
     from tunesmith.inference.scoring import log_likelihoods
     from tunesmith.models.load import load_model, load_tokenizer
@@ -41,7 +41,7 @@ def own_side(subject: Subject) -> Turn:
 
 
 def peer_side(subject: Subject) -> Turn:
-    """`HFLM.loglikelihood` on the Instances that the harness's own task makes of the same files' questions."""
+    """`HFLM.loglikelihood` on the Instances that the harness's own task builds from the same files."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -63,7 +63,7 @@ def peer_side(subject: Subject) -> Turn:
 
 
 def harness_pairs(subject: Subject) -> Iterator[tuple[str, str]]:
-    """Contexts and continuations by lm_eval's ConfigurableTask from its own MMLU settings, with our rows as its data."""
+    """Contexts and continuations from lm_eval's ConfigurableTask with its own MMLU settings and our rows as data."""
     import datasets
     import yaml
     from lm_eval import tasks
@@ -88,12 +88,12 @@ def harness_pairs(subject: Subject) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Load, then a turn for each line."""
+    """Load the model, then run one turn per line."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("side", choices=["tunesmith", "lm_eval"])
     side = options.parse_args().side
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries may print; answers go where nothing else does
+    os.dup2(2, 1)  # libraries may print; only answers go to the original stdout
     settings = json.loads(sys.stdin.readline())
     (subject,) = read_subjects(EvaluateSection.model_validate(settings))
     turn = own_side(subject) if side == "tunesmith" else peer_side(subject)

@@ -1,11 +1,11 @@
-"""Custom kernels for CPUs against what PyTorch has for the same, call by call in turn, in float32.
+"""Custom CPU kernels against PyTorch's equivalents in float32, alternating call by call.
 
     python benchmarks/native_kernels.py --json benchmarks/results/kernels.json      # a minute on two cores
 
-Attention along a tree against PyTorch's flash kernel, block by block; a weight's gradient g^T x against torch's operator and
-oneDNN; norms, the gated activation and rotations against torch's operators; the loss of a frozen head against torch's
-`linear_cross_entropy`, and that of kept logits against torch's operators. Shapes are those of the built-in model. What counts
-is the median of the ratios of calls that follow each other; above 1 the custom kernel is the faster one.
+Tree attention against PyTorch's flash kernel, block by block; weight gradients g^T x against torch's operator and oneDNN;
+norms, SwiGLU and rotary embedding against torch's operators; the loss with a frozen head against torch's
+`linear_cross_entropy`, and the loss with stored logits against torch's operators. Shapes are those of the built-in model. The
+result is the median of the ratios of consecutive calls; above 1, the custom kernel is faster.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CALLS = 25
 
 
 def tree(root: int, leaves: list[int]) -> list[Node]:
-    """Rows that share their first tokens and nothing else."""
+    """Rows that share only their first tokens."""
     nodes, at = [Node(0, root, root + sum(leaves))], root
     for leaf in leaves:
         nodes.append(Node(at, at + leaf, at + leaf))
@@ -42,7 +42,7 @@ def tree(root: int, leaves: list[int]) -> list[Node]:
     return nodes
 
 
-#: Lengths as in the demo's data, alpaca_demo, and one long document.
+#: Lengths as in the demo's data and in alpaca_demo, and one long document.
 TREES = {
     "long instruction": tree(211, [25 + 7 * n % 36 for n in range(16)]),
     "system turn": tree(24, [40 + 53 * n % 260 for n in range(16)]),
@@ -95,7 +95,7 @@ def attention() -> list[dict[str, Any]]:
 
 
 def weights() -> list[dict[str, Any]]:
-    """A weight's gradient for each shape of a block."""
+    """The weight gradient for each shape of a block."""
     rows = []
     for out, into in ((WIDTH, HIDDEN), (HIDDEN, WIDTH), (HIDDEN, HIDDEN), (192, HIDDEN)):
         gradient, x = torch.randn(TOKENS, out), torch.randn(TOKENS, into)
@@ -106,7 +106,7 @@ def weights() -> list[dict[str, Any]]:
 
 
 def numbers() -> list[dict[str, Any]]:
-    """What blocks compute number by number."""
+    """The elementwise operators and norms of a block."""
     x, gradient, weight = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, HIDDEN), torch.randn(HIDDEN)
     gate, up, grad = (torch.randn(TOKENS, WIDTH) for _ in range(3))
     query = torch.randn(1, TOKENS, HEADS, SIZE).transpose(1, 2)
@@ -124,7 +124,7 @@ def numbers() -> list[dict[str, Any]]:
 
 
 def in_six_passes(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The loss of kept logits (N, V), which become its grads, by torch's operators."""
+    """The loss with stored logits (N, V), which its gradients overwrite, by torch's operators."""
     picked, weights = targets.unsqueeze(-1), weights.unsqueeze(-1)
     right, top = logits.gather(-1, picked), logits.amax(-1, keepdim=True)
     sums = logits.sub_(top).exp_().sum(-1, keepdim=True)
@@ -133,7 +133,7 @@ def in_six_passes(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
 
 
 def losses() -> list[dict[str, Any]]:
-    """The loss of a frozen head with its gradient for the hidden states, and of logits that are kept."""
+    """The loss with a frozen head and its gradient for the hidden states, and the loss with stored logits."""
     hidden, head = torch.randn(PLACES, HIDDEN), torch.randn(VOCABULARY, HIDDEN) / HIDDEN
     targets, weights = torch.randint(VOCABULARY, (PLACES,)), torch.rand(PLACES)
     leaf = hidden.clone().requires_grad_()
@@ -143,7 +143,7 @@ def losses() -> list[dict[str, Any]]:
             torch.autograd.grad(F.linear_cross_entropy(leaf, head, targets, reduction="sum"), leaf)
 
     ours = partial(cross_entropy.with_gradient, hidden, head, targets, weights)
-    one, other = (linear(head, hidden) for _ in range(2))  # (V, N), as the engine has them
+    one, other = (linear(head, hidden) for _ in range(2))  # (V, N), as in the engine
     return [
         row_of("loss of a frozen head", f"{PLACES} places", by_torch, ours),
         row_of(

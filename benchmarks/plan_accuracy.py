@@ -1,8 +1,8 @@
-"""How true the plan is: closed form against trace, both against PyTorch's allocation events, time against runs.
+"""Accuracy of the plan: closed form against trace, both against PyTorch's allocation events, time against runs.
 
     python benchmarks/plan_accuracy.py --json benchmarks/results/plan_accuracy.json     # about half an hour on two cores
 
-`--only NAME` does one part (formula, memory, time, starts, table) and leaves the others' results in the file as they are.
+`--only NAME` runs one part (formula, memory, time, starts, table) and leaves the other results in the file unchanged.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LENGTHS = (512, 2048)
 MEASURED_LENGTHS = (256, 1024)
 STEPS = 6
 ROUNDS = 3
-#: What a step may leave behind without its peak being in doubt: the loss and other scalars.
+#: Bytes that a step may leave behind without casting doubt on its peak: the loss and other scalars.
 LEFT_BYTES = 1 << 20
 
 Row = dict[str, Any]
@@ -62,7 +62,7 @@ def _config(name: str) -> Any:
 
 
 def percent(value: float, reference: float) -> float:
-    """How far `value` is from `reference`."""
+    """The difference of `value` from `reference`, in percent."""
     return 100 * (value / reference - 1)
 
 
@@ -102,7 +102,7 @@ def _batch(tokens: int) -> Batch:
 
 
 def allocated_peak(method_name: str, *, tokens: int, checkpointing: bool) -> int:
-    """Bytes at the highest point of a real step of the built-in model, by PyTorch's own allocation events on CPU."""
+    """Peak bytes of a real step of the built-in model, by PyTorch's own allocation events on CPU."""
     resolved = load_recipe(
         write_input(Path(tempfile.mkdtemp())), [f"train.gradient_checkpointing={str(checkpointing).lower()}"]
     )
@@ -118,7 +118,7 @@ def allocated_peak(method_name: str, *, tokens: int, checkpointing: bool) -> int
         optimizer.zero_grad()
 
     step()
-    gc.collect()  # an earlier model that is freed inside the profile would count against this one
+    gc.collect()  # an earlier model freed inside the profile would distort the count
     held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _tensors(model, optimizer, batch)}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
@@ -133,7 +133,7 @@ def allocated_peak(method_name: str, *, tokens: int, checkpointing: bool) -> int
 
 
 def _tensors(model: Any, optimizer: AdamW, batch: Batch) -> list[torch.Tensor]:
-    """Everything that is held between two steps."""
+    """All tensors held between two steps."""
     found = [*model.parameters(), *model.buffers(), *(value for value in batch.values() if isinstance(value, torch.Tensor))]
     for state in optimizer.state.values():
         found += [*state["exp_avg"].tensors(), *state["exp_avg_sq"].tensors(), state["master"]]
@@ -198,7 +198,7 @@ def timing() -> tuple[list[dict[str, Any]], list[Row]]:
 
 
 def _predict_and_train(method: Method, size: int) -> tuple[float, float, float, float]:
-    """Seconds of a step as predicted after a calibration, as a run then takes; bytes of the process, planned and used."""
+    """Seconds per step, predicted after a calibration and measured in a run; process bytes, planned and measured."""
     with tempfile.TemporaryDirectory() as scratch:
         overrides = [f"train.max_steps={STEPS}", "lora.r=16", f"train.per_device_train_batch_size={size}"]
         overrides += [f"train.effective_batch_size={size}"]
@@ -217,7 +217,7 @@ def _predict_and_train(method: Method, size: int) -> tuple[float, float, float, 
 
 
 def _wall(command: Sequence[str], repeats: int = 3) -> float:
-    """Median seconds of a command from start to end."""
+    """Median seconds of a command, end to end."""
     times = []
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(repeats):
@@ -236,7 +236,7 @@ def starts() -> tuple[list[dict[str, Any]], list[Row]]:
 
 
 def table() -> tuple[list[dict[str, Any]], list[Row]]:
-    """The article's row: Qwen2-7B, one row of 2,048 tokens, checkpointing; traced, by the engine's ways."""
+    """The article's row: Qwen2-7B, one row of 2,048 tokens, checkpointing; traced, with the engine's options."""
     base: dict[str, Any] = {"rows": 1, "length": 2048, "labelled": 2047, "gradient_checkpointing": True}
     wanted = {
         "qlora": {"method": "qlora"},

@@ -1,10 +1,10 @@
-"""Planted duplicates: 20,000 rows of real sets, of which 1,000 are exact copies of others and 1,000 nearly so.
+"""Planted duplicates: 20,000 rows of real data sets, of which 1,000 are exact copies of others and 1,000 are near-duplicates.
 
-Rows are drawn from gsm8k, clinc150, alpaca (en, zh) and hh-rlhf, seeded, after rows that the sets hold twice are left out. A
-near copy has words changed, left out or put in one by one for as long as its Jaccard index with its original stays at 0.8 or
-above (of sets of three-word runs, computed here apart from the code that is measured); short rows that no change leaves so near
-are not taken. A found row is false where its index with the row that it is said to equal is below the threshold; the claim is
-their share of all rows found. Of the rows that were not planted, those that are found and true are natural near duplicates.
+Rows are drawn from gsm8k, clinc150, alpaca (en, zh) and hh-rlhf, seeded, after removing rows that the sets contain twice. A
+near-duplicate has words changed, removed or inserted one by one as long as its Jaccard index with its original stays at 0.8 or
+above (on sets of three-word runs, computed here independently of the measured code). Short rows that drop below it with any
+change are not used. A found row is false if its index with the row it is matched to is below the threshold; the claim is
+the share of false rows among all rows found. Rows that are found and true but not planted are natural near-duplicates.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def jaccard(one: str, other: str) -> float:
 
 
 def near_copy(text: str, draw: random.Random, vocabulary: list[str]) -> str | None:
-    """The text changed word by word until the next change would be too much; None where none is small enough."""
+    """The text changed word by word until the next change would be too large; None if no change is small enough."""
     changed, parts = None, text.split(" ")
     while len(parts) > 1:
         at = draw.randrange(len(parts))
@@ -66,7 +66,7 @@ def near_copy(text: str, draw: random.Random, vocabulary: list[str]) -> str | No
 
 
 def planted(draw: random.Random, rows: int, copies: int) -> list[tuple[str, str, int]]:
-    """(text, kind, number of the original), shuffled so that an original may come before or after its copy."""
+    """(text, kind, number of the original), shuffled so that an original can come before or after its copy."""
     originals = list({" ".join(words(text)): text for text in _texts()}.values())
     draw.shuffle(originals)
     originals = originals[: rows - 2 * copies]
@@ -85,7 +85,7 @@ def planted(draw: random.Random, rows: int, copies: int) -> list[tuple[str, str,
 
 
 def measure(rows: list[tuple[str, str, int]]) -> dict[str, Any]:
-    """Recall of both kinds, the share of false findings, and the time."""
+    """Recall of both kinds, the share of false findings, and the times."""
     index, shown = NearDuplicates(THRESHOLD), [text for text, _, _ in rows]
     begun = time.perf_counter()
     signatures = [index.signature(text) for text in shown]
@@ -95,7 +95,7 @@ def measure(rows: list[tuple[str, str, int]]) -> dict[str, Any]:
     members: dict[int, list[int]] = {}
     for i, (_, _, number) in enumerate(rows):
         members.setdefault(number, []).append(i)
-    # Whichever of a pair comes second is the one to find.
+    # The second of each pair is the one to find.
     hits, totals = Counter[str](), Counter[str]()
     for places in members.values():
         if len(places) == 2:

@@ -1,7 +1,7 @@
-"""10,000 rows made by Hypothesis to break things, through every named template: none may be lost, none may forge a turn.
+"""10,000 hostile rows from Hypothesis through every named template: no row may be lost, and none may forge a turn.
 
-Random bytes, halves of surrogate pairs, deep and wrong JSON, huge texts, control tokens written out. A lost row is one that is
-neither encoded nor rejected with a reason; a forged turn is a row with another number of control ids than the same turns have
+Random bytes, halves of surrogate pairs, deep and wrong JSON, huge texts, spelled-out control tokens. A lost row is neither
+encoded nor rejected with a reason. A forged turn is a row whose number of control ids differs from that of the same turns
 with harmless texts.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the strategies of the tests
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the tests' strategies
 
 from common import claim, merged, parser, report
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -24,7 +24,7 @@ from tunesmith.recipe import NAMED_TEMPLATES, DataSection
 from tunesmith.runs.decisions import Decisions
 from tunesmith.stages.prepare.work import Settings, Worker
 
-ROWS = 10  # of an example
+ROWS = 10  # per example
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Precision and recall of the injection rule: jailbreak prompts seen in the wild against GSM8K's questions and other rows.
 
-The rule's phrases were chosen on every second prompt of the collection. What is claimed is measured on those at odd places,
-both in the collection as it is and with repeated prompts left out, so that none was looked at whichever way one counts. Prompts
-of one family stand in both parts, so an attack of a new family is found less often than this says: a row of its own has those
-that share less than a third of their three-word runs with any prompt of the other part. Some of the collection are plain role
-plays, which no rule should find.
+The rule's phrases were chosen on every second prompt of the collection. The claims are measured on prompts at odd positions,
+both in the collection as it is and in the collection without repeated prompts, so that none was seen under either count. Both
+parts contain prompts of the same families, so recall on a new family of attacks is lower than claimed. A separate row has the
+prompts that share less than a third of their three-word runs with any prompt of the other part. Some prompts of the collection
+are plain role plays, which no rule should find.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def _jailbreaks() -> tuple[list[str], list[str]]:
-    """The prompts that the phrases may have been chosen on, and the others."""
+    """The prompts on which the phrases may have been chosen, and the others."""
     texts = json.loads((DATA / "injection" / "inthewild_jailbreak_llms.json").read_text(encoding="utf-8"))
     distinct = list(dict.fromkeys(texts))
     seen = {*texts[::2], *distinct[::2]}
@@ -55,7 +55,7 @@ def _mmlu() -> list[str]:
     texts = []
     for path in sorted((DATA / "mmlu" / "test").glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as handle:
-            texts += [row[0] for row in csv.reader(handle) if row[-1] != "answer"]  # the copy has a header
+            texts += [row[0] for row in csv.reader(handle) if row[-1] != "answer"]  # this copy has a header
     return texts
 
 

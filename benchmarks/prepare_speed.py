@@ -1,10 +1,9 @@
-"""Rows a second of `prepare` with all its rules against TRL's preparation (`datasets.map`), and memory of a large file.
+"""Rows per second of `prepare` with all its rules against TRL's preparation (`datasets.map`), and memory for a large file.
 
-Both sides read the same conversations (gsm8k's rows, the words of their questions shuffled once the file is used up) with as
-many processes as there are cores. TRL's side is what its SFTTrainer does to a data set
-before training: the chat template, tokenization and the mask of answers. Of both the time of the same with 16 rows is taken
-off: imports, the model, the start of processes. Memory is the sum of PSS over the process and its children, sampled twice a
-second.
+Both sides read the same conversations (gsm8k's rows, with the words of the questions shuffled once the file is exhausted) with
+as many processes as there are cores. TRL's side does what SFTTrainer does to a data set before training: chat template,
+tokenization and the mask of answers. For both, the time of the same command with 16 rows is subtracted: imports, the model,
+process startup. Memory is the sum of PSS over the process and its children, sampled twice a second.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ TEMPLATE = (
 
 
 def rows(count: int) -> Iterator[dict[str, Any]]:
-    """Seeded conversations: the words of gsm8k's rows in another order each time the file has been used up."""
+    """Seeded conversations: gsm8k's rows, with the words reordered each time the file is exhausted."""
     lines = [json.loads(line) for line in DATA.read_text(encoding="utf-8").split("\n") if line]
     draw = random.Random(42)
     for number in range(count):
@@ -48,7 +47,7 @@ def rows(count: int) -> Iterator[dict[str, Any]]:
 
 
 def write(path: Path, count: int | None = None, size: int | None = None) -> int:
-    """Write `count` rows, or rows of `size` bytes in all; returns how many."""
+    """Write `count` rows, or rows totalling `size` bytes; returns the number of rows."""
     written, made = 0, 0
     with path.open("w", encoding="utf-8") as handle:
         for row in rows(count if count is not None else sys.maxsize):
@@ -60,7 +59,7 @@ def write(path: Path, count: int | None = None, size: int | None = None) -> int:
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds of a command, and the peak of its memory in bytes, children included."""
+    """Seconds of a command, and its peak memory in bytes, including children."""
     begun, peak = time.perf_counter(), 0
     process = subprocess.Popen(command)
     while process.poll() is None:
@@ -93,7 +92,7 @@ def theirs(folder: Path, name: str) -> list[str]:
 
 
 def side(path: Path) -> None:
-    """TRL's preparation of a file, on a random model of the smallest size."""
+    """TRL's preparation of a file, with a tiny random model."""
     os.environ["HF_DATASETS_CACHE"] = str(path.parent / f"cache-{path.stem}")
     import torch
     from datasets import load_dataset
@@ -125,7 +124,7 @@ def side(path: Path) -> None:
 
 
 def compared(folder: Path, rows: int, turns: int) -> dict[str, list[float]]:
-    """Rows a second of both sides, in turn, from the same file."""
+    """Rows per second of both sides, in turns, on the same file."""
     rates: dict[str, list[float]] = {"tunesmith": [], "trl": []}
     for _ in range(turns):
         for who, command in (("tunesmith", ours), ("trl", theirs)):

@@ -1,9 +1,9 @@
-"""The memory of a CPU process against the plan's: what a report shows as promised and as measured, without any calibration.
+"""Planned against measured memory of a CPU process, as a report shows them, without any calibration.
 
     python benchmarks/process_memory.py --json benchmarks/results/process_memory.json      # half an hour on two cores
 
-Three steps of each method with one and with sixteen rows at once, on the built-in model and on random ones of its kind with
-20 and 360 million parameters, each in a process of its own.
+Three steps of each method with micro-batches of one and sixteen rows, on the built-in model and on random models of the same
+architecture with 20 and 360 million parameters, each in its own process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tunesmith.planner.datafacts import prepared_facts
 from tunesmith.planner.plan import METHODS, plan_for
 from tunesmith.recipe import Method, load_recipe
 
-#: Random models, by what their name says.
+#: Shapes of the random models, by name.
 SHAPES: Mapping[str, dict[str, int]] = {
     "random-20m": {
         "hidden_size": 256,
@@ -53,7 +53,7 @@ SHAPES: Mapping[str, dict[str, int]] = {
 
 
 def model_folder(name: str, folder: Path) -> str:
-    """The built-in model's name, or the folder of a random one in bfloat16 with the same tokenizer."""
+    """The built-in model's name, or the folder of a random bfloat16 model with the same tokenizer."""
     if name == NAME:
         return NAME
     tokenizer = load_tokenizer(builtin.ensure())
@@ -64,7 +64,7 @@ def model_folder(name: str, folder: Path) -> str:
 
 
 def measured(model: str, name: str, method: Method, rows: int, folder: Path) -> dict[str, Any]:
-    """Promised and measured bytes of three steps."""
+    """Planned and measured bytes of three steps."""
     overrides = [f"model={model}", "train.max_steps=3", "lora.r=16", f"train.per_device_train_batch_size={rows}"]
     overrides += [f"train.effective_batch_size={rows}"]
     resolved = with_method(load_recipe(write_input(folder / "input", test_rows=4), overrides), method)
@@ -92,7 +92,7 @@ def measured(model: str, name: str, method: Method, rows: int, folder: Path) -> 
 
 
 def main() -> None:
-    """Measure all, and claim the extremes of the built-in model and of the larger one."""
+    """Measure all, and claim the extremes over the built-in model and the larger random one."""
     options = parser(__doc__ or "")
     asked = options.parse_args()
     rows = []

@@ -1,9 +1,9 @@
-"""Products of a block and of a head in float32: by the library that torch takes, and by oneDNN, call by call in turn.
+"""Float32 GEMMs of a block and of a head: by torch's library and by oneDNN, alternating call by call.
 
     python benchmarks/products.py --json benchmarks/results/products.json      # half a minute on two cores
 
-What counts is the median of the ratios of calls that follow each other; above 1 oneDNN is the faster one. Shapes are those of
-the built-in model, forward (x W^T), backward by the input (g W), and a head's logits. A weight's gradient: native_kernels.py.
+The result is the median of the ratios of consecutive calls; above 1, oneDNN is faster. Shapes are those of the built-in
+model: forward (x W^T), input gradient (g W), and a head's logits. For weight gradients see native_kernels.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Product = Callable[[], torch.Tensor]
 
 
 def compared(theirs: Product, ours: Product, flops: int, calls: int = CALLS) -> dict[str, float]:
-    """Rates of both, and the median ratio of their times."""
+    """The rates of both, and the median ratio of their times."""
     taken = in_turn(theirs, ours, calls)
     return {
         "torch_flops_per_second": flops / statistics.median(one for one, _ in taken),
@@ -37,7 +37,7 @@ def compared(theirs: Product, ours: Product, flops: int, calls: int = CALLS) -> 
 
 
 def main() -> None:
-    """Measure each shape and write them."""
+    """Measure each shape and write the results."""
     asked = parser(__doc__ or "").parse_args()
     rows: list[dict[str, Any]] = []
     torch.manual_seed(0)

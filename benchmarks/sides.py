@@ -1,4 +1,4 @@
-"""Processes that a benchmark asks in turns: a line in, a line of JSON out."""
+"""Processes that a benchmark queries in turns: one line in, one line of JSON out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 
 class Side:
-    """A process of a script beside this file that holds its model and works when told to.
+    """A process that runs a script in this folder, holds its model and works on request.
 
-    `python` is the interpreter, `environment` what is added to the process's own; what it prints to stderr is dropped.
+    `python` is the interpreter; `environment` is added to the process's own. Its stderr is discarded.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Side:
         )
 
     def read(self) -> dict[str, Any]:
-        """The next answer. Raises RuntimeError where the process has ended."""
+        """The next answer. Raises RuntimeError if the process has ended."""
         if self.process.stdout is None:
             raise AssertionError("the pipe was asked for")
         line = self.process.stdout.readline()

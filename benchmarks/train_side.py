@@ -1,6 +1,6 @@
-"""One side of train_speed.py: loads the model, then trains as many steps as each line of its input says.
+"""One side of train_speed.py: loads the model, then trains as many steps as each input line says.
 
-Answers are lines of JSON: first `{"ready": true}`, then for each turn `seconds, losses, grad_norms, peak_memory_bytes`.
+Answers are lines of JSON: first `{"ready": true}`, then `seconds, losses, grad_norms, peak_memory_bytes` for each turn.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tunesmith.stages.train.recorder import Recorder
 
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 PEERS = ("trl_padded", "trl_padding_free", "transformers")
-_LONG = 100_000  # steps that the schedule is made for; turns end by being told so
+_LONG = 100_000  # steps of the schedule; the caller ends the turns
 
 
 def read_rows(folder: Path) -> Dataset:
@@ -45,13 +45,13 @@ def read_rows(folder: Path) -> Dataset:
 
 
 def labelled(row: dict[str, Any]) -> dict[str, Any]:
-    """What a trainer wants of a row: ids, and labels where it is trained on."""
+    """The labels of a row: the token id where the loss mask is set, else -100."""
     pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
     return {"labels": [token if trained else -100 for token, trained in pairs]}
 
 
 def peer_arguments(asked: argparse.Namespace, micro: int, steps: int) -> dict[str, Any]:
-    """What TRL's and transformers' trainers are told alike; bfloat16 is AMP, as TRL has it by default."""
+    """Arguments common to TRL's and transformers' trainers; bfloat16 means AMP, TRL's default."""
     return {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": micro,
@@ -74,7 +74,7 @@ def peer_arguments(asked: argparse.Namespace, micro: int, steps: int) -> dict[st
 
 
 def peer(asked: argparse.Namespace, model: Any, rows: Dataset, micro: int, steps: int) -> Any:
-    """A trainer of TRL's (its loss, padded or padding-free) or transformers' own (the model's loss by torch, padded)."""
+    """TRL's trainer (its loss, padded or padding-free) or transformers' own (the model's loss by torch, padded)."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
@@ -88,9 +88,9 @@ def peer(asked: argparse.Namespace, model: Any, rows: Dataset, micro: int, steps
 
 
 def peer_side(asked: argparse.Namespace) -> None:
-    """A peer on the same ids and masks, with the same allocator settings; LoRA from the same start.
+    """A peer on the same ids and masks, with the same allocator settings; LoRA from the same initial adapter.
 
-    With `--screen` one step is timed for each of the sizes, on one model, and the process ends.
+    With `--screen`, one step is timed for each size, on one model, and the process ends.
     """
     rows = read_rows(asked.data)
     rows = in_order(rows, rows["length"], asked.rows, asked.seed).map(labelled).select_columns(["input_ids", "labels"])
@@ -113,7 +113,7 @@ def peer_side(asked: argparse.Namespace) -> None:
 
 
 def defaults_side(asked: argparse.Namespace) -> None:
-    """TRL's SFTTrainer as it comes."""
+    """TRL's SFTTrainer with its defaults."""
     from trl import SFTConfig, SFTTrainer
 
     rows = read_rows(asked.data).map(labelled).select_columns(["input_ids", "labels"])
@@ -136,7 +136,7 @@ def defaults_side(asked: argparse.Namespace) -> None:
 
 
 def start_folder(asked: argparse.Namespace) -> Path:
-    """The adapter that both sides begin with, made by the first one that asks."""
+    """The initial adapter of both sides, created by the first side that asks."""
     folder: Path = asked.scratch / f"adapter-{asked.r}"
     if not folder.is_dir():
         torch.manual_seed(asked.seed)
@@ -146,7 +146,7 @@ def start_folder(asked: argparse.Namespace) -> Path:
 
 
 def plain_model(asked: argparse.Namespace, dtype: str) -> Any:
-    """The model as transformers and PEFT make it."""
+    """The model as transformers and PEFT build it."""
     if asked.method == "full":
         return load_model(builtin.ensure(), dtype=dtype)
     if asked.method == "lora":
@@ -206,7 +206,7 @@ def our_side(asked: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parse and train."""
+    """Parse the arguments and train."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("side", choices=["tunesmith", *PEERS, "trl_defaults"])
     options.add_argument("--data", type=Path, required=True)

@@ -1,16 +1,16 @@
-"""Training speed side by side with TRL: the same rows, masks, start and global batch, in turns, the peer at its best.
+"""Training speed compared with TRL: same rows, masks, starting weights and global batch, in turns, the peer at its best.
 
     python benchmarks/train_speed.py --json benchmarks/results/train_speed.json      # three hours on two cores
 
-The peer's settings are searched for, not chosen: (bfloat16, float32) x (1, 2, 4, 8, 16 rows at once, those of a step by length)
-x (TRL padded, TRL padding-free, transformers' Trainer with torch's loss), one step of each; where more rows at once have become
-1.25 x as slow, more are not tried. The fastest go on, in processes of their own, with the same allocator settings as ours.
-Each side holds its model and waits; they take turns of an optimizer step (A B A B ...), and what counts is the median of the
-ratios of turns that follow each other. Every turn's seconds are kept.
+The peer's settings are searched, not chosen: (bfloat16, float32) x (micro-batches of 1, 2, 4, 8, 16 rows, the rows of a step
+sorted by length) x (TRL padded, TRL padding-free, transformers' Trainer with torch's loss), one step of each. The search over
+sizes stops at the first that is 1.25 x as slow. The fastest settings continue in their own processes, with the same allocator
+settings as ours. Each side holds its model and waits; the sides alternate optimizer steps (A B A B ...). The result is the
+median of the ratios of consecutive turns. The seconds of every turn are kept.
 
-Claimed are two ratios: each side in the type that it is fastest in, and both in float32. `trl_defaults` is TRL as it comes.
-LLaMA-Factory trains in an environment of its own (llamafactory_env.py). `--only PART` does one part and leaves the others'
-results in the file as they are.
+Two ratios are claimed: each side in its fastest dtype, and both in float32. `trl_defaults` is TRL with its defaults.
+LLaMA-Factory trains in an environment of its own (llamafactory_env.py). `--only PART` runs one part and leaves the other
+results in the file unchanged.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from tunesmith.recipe import ResolvedRecipe, load_recipe, parse_recipe
 
 ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_demo" / "alpaca_en_demo.json"
 
-ROWS = 16  # of an optimizer step
-MICRO = 8  # rows at once of TRL as it comes
-SIZES = (1, 2, 4, 8, 16)  # rows at once that are tried
-SLOWER = 1.25  # ends the search along the sizes
+ROWS = 16  # per optimizer step
+MICRO = 8  # rows per micro-batch of TRL with its defaults
+SIZES = (1, 2, 4, 8, 16)  # rows per micro-batch to try
+SLOWER = 1.25  # ends the search over sizes
 DTYPES = ("bfloat16", "float32")
-FINALISTS = 2  # of each type, that are measured in turn with ours
+FINALISTS = 2  # per dtype, measured in turns with ours
 TURNS = 3
-FLOOR_TURNS = 12  # the machine's speed changes from one to the next
+FLOOR_TURNS = 12  # the machine's speed changes from turn to turn
 PARITY_STEPS = 50
 R = 16
 
-#: The sides of train_side.py that are searched for their best settings.
+#: The sides of train_side.py whose best settings are searched.
 PEERS = ("trl_padded", "trl_padding_free", "transformers")
 
 Row = dict[str, Any]
@@ -74,32 +74,32 @@ def processes(
     dtype: str,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[list[Side]]:
-    """Sides that have loaded the model and wait; `environment` is added to their own."""
+    """Sides that have loaded the model and wait; `environment` is added to theirs."""
     arguments = ["--data", str(data), "--method", method, "--rows", str(rows), "--micro", str(micro), "--r", str(R)]
     with ExitStack() as stack:
         made = []
         for name in names:
             made.append(side_of(name, [*arguments, "--dtype", dtype, "--scratch", str(data)], environment))
             stack.callback(made[-1].end)
-            made[-1].read()  # that it is ready
+            made[-1].read()  # waits until it is ready
         yield made
 
 
 def side_of(name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Side:
-    """The process of a side; LLaMA-Factory's has its own environment."""
+    """The process of a side; LLaMA-Factory runs in its own environment."""
     if name != "llamafactory":
         return Side(name, "train_side.py", arguments, environment=environment)
     from llamafactory_env import ensure, paths
 
     model = Path(arguments[arguments.index("--scratch") + 1]) / "model-float32"
-    if not model.is_dir():  # it takes the dtype that the weights were saved in
+    if not model.is_dir():  # it uses the dtype of the saved weights
         load_model(builtin.ensure(), dtype="float32").save_pretrained(model)
         load_tokenizer(builtin.ensure()).save_pretrained(model)
     return Side(name, "llamafactory_side.py", ["--model", str(model), *arguments], python=ensure(), environment=paths())
 
 
 def prepared(name: str, folder: Path) -> Path:
-    """The `data/` folder of the demo's rows, or of alpaca_demo's (English); nothing held out."""
+    """The `data/` folder with the rows of the demo or of alpaca_demo (English); no held-out rows."""
     overrides = ["data.heldout=0", "data.on_bad_row=reject"]
     resolved: ResolvedRecipe
     if name == "demo":
@@ -114,7 +114,7 @@ def prepared(name: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer's settings, and the seconds of one step when they were searched for."""
+    """A peer's settings, and the seconds of one step in the search."""
 
     side: str
     dtype: str
@@ -123,7 +123,7 @@ class Peer:
 
 
 def screened(data: Path, name: str, method: str) -> tuple[list[Peer], Row]:
-    """Settings of the peers, the fastest first, by one step each. What a peer refuses is left out, and told."""
+    """Settings of the peers, fastest first, by one step each. Settings that a peer refuses are skipped and recorded."""
     found, failed = list[Peer](), list[str]()
     for side, dtype in itertools.product(PEERS, DTYPES):
         arguments = ["--data", str(data), "--method", method, "--rows", str(ROWS), "--micro", "1", "--r", str(R)]
@@ -141,7 +141,7 @@ def screened(data: Path, name: str, method: str) -> tuple[list[Peer], Row]:
 
 
 def until_slower(tried: Iterable[Peer]) -> Iterator[Peer]:
-    """The settings that are tried, by size, up to the first that is clearly slower than the fastest before it."""
+    """The settings tried, by size, up to the first that is clearly slower than the fastest so far."""
     fastest = math.inf
     for peer in tried:
         print(peer.side, peer.dtype, peer.micro, f"{peer.seconds:.1f} s", flush=True)
@@ -152,7 +152,7 @@ def until_slower(tried: Iterable[Peer]) -> Iterator[Peer]:
 
 
 def one_step(data: Path, peer: Peer) -> Peer:
-    """The peer with the seconds of its first step, which are infinite where it refuses the setting."""
+    """The peer with the seconds of its first step; infinite if it refuses the setting."""
     try:
         with processes([peer.side], data, "lora", rows=ROWS, micro=peer.micro, dtype=peer.dtype) as (side,):
             return replace(peer, seconds=float(side.ask("1")["seconds"]))
@@ -162,14 +162,14 @@ def one_step(data: Path, peer: Peer) -> Peer:
 
 
 def compared(data: Path, name: str, method: str, peer: Peer, ours: str, *, turns: int = TURNS) -> Row:
-    """Every turn of both sides, and the medians of their ratios: theirs over ours in time, ours over theirs in memory."""
+    """Every turn of both sides, and the median ratios: theirs over ours in time, ours over theirs in memory."""
     arguments = ["--data", str(data), "--method", method, "--rows", str(ROWS), "--r", str(R), "--scratch", str(data)]
     with ExitStack() as stack:
         sides = []
         for side, dtype, micro in (("tunesmith", ours, MICRO), (peer.side, peer.dtype, peer.micro)):
             sides.append(side_of(side, [*arguments, "--dtype", dtype, "--micro", str(micro)]))
             stack.callback(sides[-1].end)
-            sides[-1].read()  # that it is ready
+            sides[-1].read()  # waits until it is ready
         row = in_turns(sides, turns)
     made = {"part": f"{name}-{method}", "peer": asdict(peer), "our_dtype": ours, "rows_a_step": ROWS, **row}
     print(json.dumps(made), flush=True)
@@ -177,9 +177,9 @@ def compared(data: Path, name: str, method: str, peer: Peer, ours: str, *, turns
 
 
 def in_turns(sides: Sequence[Side], turns: int) -> Row:
-    """What the sides took, turn by turn; the first side's ratios to each other one."""
+    """What each side took, turn by turn; the ratios of the first side to each other side."""
     for side in sides:
-        side.ask("1")  # what the first step allocates
+        side.ask("1")  # the first step allocates
     taken: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
     for _ in range(turns):
         for side in sides:
@@ -203,7 +203,7 @@ def in_turns(sides: Sequence[Side], turns: int) -> Row:
 
 
 def speed(name: str, method: str) -> Callable[[Path], tuple[Claims, list[Row]]]:
-    """A part: our engine against the peer at its best, in the types that each is fastest in, and in float32."""
+    """A part: our engine against the peer at its best, each in its fastest dtype, and both in float32."""
 
     def part(folder: Path) -> tuple[Claims, list[Row]]:
         data = prepared(name, folder)
@@ -223,7 +223,7 @@ def speed(name: str, method: str) -> Callable[[Path], tuple[Claims, list[Row]]]:
 
 
 def llamafactory(folder: Path) -> tuple[Claims, list[Row]]:
-    """Rows a second against LLaMA-Factory for adapters on both sets, in the type and with the rows that it is fastest with."""
+    """Rows per second against LLaMA-Factory for adapters on both sets, in its fastest dtype and micro-batch."""
     claims, rows = [], []
     for name in ("demo", "alpaca"):
         data = prepared(name, folder)
@@ -240,7 +240,7 @@ def llamafactory(folder: Path) -> tuple[Claims, list[Row]]:
 
 
 def defaults(folder: Path) -> tuple[Claims, list[Row]]:
-    """Both sides as they come, each with the type that it chooses."""
+    """Both sides with their defaults, each in the dtype that it chooses."""
     dtype = detect().compute_dtype
     row = compared(prepared("demo", folder), "defaults", "lora", Peer("trl_defaults", dtype, MICRO, math.nan), dtype)
     time_ratio = claim("rows_per_second_ratio_to_trl_defaults", row["time_ratio"], "x")
@@ -248,9 +248,9 @@ def defaults(folder: Path) -> tuple[Claims, list[Row]]:
 
 
 def matrix_rate(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = linear) -> float:
-    """FLOP/s of float32 products in the model's own shapes, 2,048 tokens: the median, each shape by its share of the FLOPs.
+    """FLOP/s of float32 GEMMs in the model's own shapes, 2,048 tokens: the median, shapes weighted by their share of the FLOPs.
 
-    By oneDNN, which the engine asks; on an AMD processor it is up to twice as fast as what torch's own operators ask (MKL).
+    By oneDNN, which the engine uses; on an AMD processor it is up to twice as fast as MKL, which torch's own operators use.
     """
     shapes = {(576, 1536): 2, (1536, 576): 1, (576, 576): 2, (576, 192): 2}
     seconds, flops = 0.0, 0
@@ -267,12 +267,12 @@ def matrix_rate(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = 
 
 
 def floor(method: str) -> Callable[[Path], tuple[Claims, list[Row]]]:
-    """A part: the share of the FLOP floor that the engine reaches, the machine's rate measured before and after each turn.
+    """A part: the share of the FLOP floor that the engine reaches, with the machine's rate measured before and after each turn.
 
-    Claimed for the rate of the faster library, and for that of torch's own operators, which no engine made of them can pass.
+    Claimed for the rate of the faster library, and for that of torch's own operators, which no engine built on them can exceed.
 
-    Floor: 4 N (adapters) or 6 N (full) for each computed token, N weights of linear layers, and 4 h V or 6 h V for each
-    labelled one; attention, norms, adapters and the optimizer are not in it.
+    Floor: 4 N (adapters) or 6 N (full) per computed token, N weights of linear layers, and 4 h V or 6 h V per labelled
+    token; it excludes attention, norms, adapters and the optimizer.
     """
 
     def part(folder: Path) -> tuple[Claims, list[Row]]:
@@ -302,7 +302,7 @@ def floor(method: str) -> Callable[[Path], tuple[Claims, list[Row]]]:
 
 
 def parity(folder: Path) -> tuple[Claims, list[Row]]:
-    """The same losses as TRL over 50 steps, from the same start, for each method; few rows a step, so that it ends today."""
+    """Losses compared with TRL over 50 steps from the same weights, for each method; few rows per step to keep it short."""
     rows = []
     for method in ("full", "lora"):
         data = prepared("demo", folder / method)
@@ -327,7 +327,7 @@ def parity(folder: Path) -> tuple[Claims, list[Row]]:
 
 
 def gradients(_: Path) -> tuple[Claims, list[Row]]:
-    """Largest relative difference between gradients of a tree and of padded rows, float64, five architectures, random trees."""
+    """Largest relative difference between gradients of trees and of padded rows: float64, five architectures, random trees."""
     from gradient_parity import largest_difference
 
     rows = [{"part": "gradients", "architecture": name, "max_rel_diff": diff} for name, diff in largest_difference().items()]
@@ -349,7 +349,7 @@ PARTS: Mapping[str, Callable[[Path], tuple[Claims, list[Row]]]] = {
 
 
 def main() -> None:
-    """Run the parts, writing what there is after each."""
+    """Run the parts and write the results after each."""
     options = parser(__doc__ or "")
     options.add_argument("--only", choices=list(PARTS), action="append")
     asked = options.parse_args()

@@ -1,4 +1,4 @@
-"""A stand-in for the hub: data sets of a folder, over HTTP on this machine, as huggingface_hub asks for them."""
+"""A local replacement for the hub: serves a folder's data sets over HTTP with the requests that huggingface_hub makes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(data_sets: Path) -> Iterator[tuple[str, list[str]]]:
-    """The address to give as HF_ENDPOINT, and the files asked for so far; `data_sets` holds owner/name/files."""
+    """The address for HF_ENDPOINT, and the files requested so far; `data_sets` holds owner/name/files."""
     with _Hub(data_sets) as hub:
         thread = threading.Thread(target=hub.serve_forever, daemon=True)
         thread.start()

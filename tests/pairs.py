@@ -1,4 +1,4 @@
-"""Preference pairs as several tests need them."""
+"""Preference pairs shared by several tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.conftest import COLOURS
 
 
 def pair_row(number: int) -> dict[str, Any]:
-    """A raw row: the question of a thing's colour, the preferred answer short, the other one polite and wrong."""
+    """A raw row: a question about a thing's colour; the preferred answer is short, the other one polite and wrong."""
     right, wrong = COLOURS[number % 8], COLOURS[(number + 3) % 8]
     question = f"Which colour is thing number {number}{', tell me please' * (number % 5)}?"
     return {"prompt": question, "chosen": right, "rejected": f"Well, I would say {wrong}{', perhaps' * (number % 3)}."}
@@ -18,6 +18,6 @@ PAIRS = [pair_row(number) for number in range(40)]
 
 
 def sides(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Both sides of dataset rows of pairs as plain rows, the chosen ones first."""
+    """Both sides of dataset pairs as plain rows, the chosen ones first."""
     chosen = [{"input_ids": pair["input_ids"], "loss_mask": pair["loss_mask"]} for pair in pairs]
     return chosen + [{"input_ids": pair["rejected_input_ids"], "loss_mask": pair["rejected_loss_mask"]} for pair in pairs]

@@ -1,4 +1,4 @@
-"""Whether a step of a policy objective moves probability to the answers that were rewarded: exact, no luck in it."""
+"""Whether a step of a policy objective moves probability to the rewarded answers: exact, without sampling noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datasets import Dataset
 from tunesmith.models.load import load_model
 from tunesmith.runs import Run
 
-#: A reward of short answers that writes down what it was asked.
+#: A reward for short answers that records its calls.
 REWARD = """\
 import json
 
@@ -28,9 +28,9 @@ def short(prompts, completions, references):
 
 
 def share_towards_reward(run: Run, base: Path, notes: Path, tokenizer: Any, *, grouped: bool) -> float:
-    """Sum over the sampled one-token answers of advantage x change of log-probability, by the sum of its absolute values.
+    """Sum over the sampled one-token answers of advantage x change of log-probability, divided by the sum of absolute values.
 
-    The advantage is the reward less the mean of its prompt's answers, or of all; 1 is a step all the way up, noise is about 0.
+    The advantage is the reward minus the mean of its prompt's answers, or of all. 1 is a step straight up, noise is about 0.
     """
     rows = Dataset.from_file(str(run.path / "data" / "train.arrow"))
     asked = {json.loads(row["prompt"])[-1]["content"]: row["prompt_ids"] for row in rows}

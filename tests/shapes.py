@@ -1,4 +1,4 @@
-"""The shape of the small random models that several tests build in different architectures."""
+"""The shape of the small random models that several tests build for different architectures."""
 
 from __future__ import annotations
 

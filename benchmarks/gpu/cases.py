@@ -1,7 +1,7 @@
 """What benchmarks/gpu measures: the rows of its tables, as data. No torch here.
 
-A case is one training of a few steps in a process of its own. `tables` says where it stands in docs/gpu.md. `seconds` is about
-what it takes on an H100, so that a run with little time leaves out what does not fit; the order is that of importance.
+A case is one training of a few steps in its own process. `tables` says in which tables of docs/gpu.md it appears. `seconds` is
+its approximate time on an H100, so that a run with little time can skip cases that do not fit. Cases are ordered by importance.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 Side = Literal["tunesmith", "stock", "trl_padded", "trl_packed"]
 
-#: A 7 B model's shape with nothing of its size, for a dry run on a CPU.
+#: The structure of a 7 B model at a tiny size, for a dry run on a CPU.
 TINY: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -26,9 +26,9 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a method and a way to train it; `rows` of `own` tokens each after `shared` ones that all have in common.
+    """A model, a method and options; `rows` rows, each with `own` tokens after `shared` tokens that all rows have in common.
 
-    `train` are keys of the recipe's section. Loss is on all of a row's own tokens.
+    `train` has keys of the recipe's section of that name. The loss covers all of a row's own tokens.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Case:
         return self.shared + self.own
 
     def tiny(self) -> Case:
-        """The same way with few tokens, for a dry run."""
+        """The same case with few tokens, for a dry run."""
         return replace(self, own=max(24, self.own // 64), shared=self.shared // 16, steps=2)
 
 
@@ -74,7 +74,7 @@ CASES = (
     # Rows with one long instruction.
     Case("sharing_7b", QWEN, "lora", **SHARING),
     Case("sharing_7b_trl_padded", QWEN, "lora", "trl_padded", seconds=30, **SHARING),
-    # As the article trains: transformers' loss, PEFT's preparation, torch's fused AdamW.
+    # As in the article: transformers' loss, PEFT's preparation, torch's fused AdamW.
     Case("stock_qlora_7b", QWEN, "qlora", "stock", (1, 3), train=CHECKPOINTED),
     Case("stock_lora_7b", QWEN, "lora", "stock", (1, 3), train=CHECKPOINTED),
     Case("stock_full_7b", QWEN, "full", "stock", (1, 3), train=CHECKPOINTED),
@@ -87,7 +87,7 @@ CASES = (
     Case("lora_14b", "Qwen/Qwen2.5-14B", "lora", train=CHECKPOINTED),
     Case("full_1.5b", "Qwen/Qwen2-1.5B", "full", rows=4, train=FAST),
     Case("sharing_7b_trl_packed", QWEN, "lora", "trl_packed", seconds=30, **SHARING),
-    # One long row: what keeping attention is worth.
+    # One long row: the effect of keeping attention.
     Case("lora_7b_long", QWEN, "lora", own=16384, seconds=30, train=CHECKPOINTED),
     Case("lora_7b_long_kept", QWEN, "lora", own=16384, seconds=30, train=KEPT),
     Case("qlora_14b", "Qwen/Qwen2.5-14B", "qlora", train=CHECKPOINTED),

@@ -1,11 +1,11 @@
-"""One case of benchmarks/gpu in a process of its own: builds the model, trains a few steps, prints one line of JSON.
+"""One case of benchmarks/gpu in its own process: builds the model, trains a few steps, prints one line of JSON.
 
     python cell.py CASE                  # of cases.py; --dry-run for a tiny model
-    python cell.py CASE --calibrate      # seconds of its step for later plans, as `plan --calibrate` takes them
-    python cell.py CASE --trace H100     # what is planned and traced for a card; needs no GPU
+    python cell.py CASE --calibrate      # seconds of its step for later plans, as in `plan --calibrate`
+    python cell.py CASE --trace H100     # the plan and the trace for a GPU model; needs no GPU
 
-Weights are random. Peak memory is what torch's allocator reserved at most plus what the process has beside it on the device
-(context, libraries), as nvidia-smi counts it; on a CPU that of the process. run.py tells the allocator to grow its segments.
+Weights are random. Peak memory is the maximum that torch's allocator reserved plus what else the process has on the device
+(context, libraries), as nvidia-smi counts it; on a CPU it is that of the process. run.py enables expandable segments.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from tunesmith.stages.train.kernels import fuse_asked
 from tunesmith.stages.train.losses import TokenLoss
 from tunesmith.stages.train.recorder import Recorder
 
-UNKNOWN, END = "<unknown>", "<end>"  # for a tokenizer that TRL asks for and nobody uses
+UNKNOWN, END = "<unknown>", "<end>"  # for a tokenizer that TRL requires and never uses
 TIMED_AFTER = 1  # steps that only allocate and compile
 GPUS = read_gpus()
 
@@ -60,20 +60,20 @@ Rows = list[dict[str, Any]]
 
 
 def recipe_of(case: Case, model: str, kind: str) -> Recipe:
-    """The case as a recipe for a kind of device: its rows are one micro-batch and one step."""
+    """The case as a recipe for a kind of device: its rows form one micro-batch and one step."""
     own = {"per_device_train_batch_size": case.rows, "learning_rate": 1e-5, "warmup_ratio": 0.0, **case.train}
     if not own.get("optimizer_in_backward"):
         own["effective_batch_size"] = case.rows
     if kind == "cpu":
         for name in ("optimizer_offloading", "use_liger_kernel"):
-            own.pop(name, None)  # of a dry run: refused where there is no GPU
+            own.pop(name, None)  # for a dry run: refused without a GPU
     train = {**own, "max_steps": case.steps + TIMED_AFTER}
     values = {"model": model, "method": case.method, "data": {"train": "rows.jsonl"}, "lora": {"r": 16}, "train": train}
     return Recipe.model_validate(values)
 
 
 def rows_of(case: Case, vocabulary: int) -> Rows:
-    """Rows of random tokens, the first ones the same in all; loss on the others, but not on a row's first token."""
+    """Rows of random tokens that share their first ones; loss on the others, but not on the first token of a row."""
     drawn = random.Random(0)
     shared = [drawn.randrange(3, vocabulary) for _ in range(case.shared)]
     before = max(1, case.shared)
@@ -85,21 +85,21 @@ def rows_of(case: Case, vocabulary: int) -> Rows:
 
 
 def planned(case: Case, recipe: Recipe, rows: Rows, device: Device) -> Plan:
-    """What `tunesmith plan` says of the case on the device."""
+    """The output of `tunesmith plan` for the case on the device."""
     sample = tuple(Row(row["input_ids"], sum(row["loss_mask"])) for row in rows)
     facts = DataFacts(len(rows), sample, "counted", shares=case.shared > 0)
     return plan_for(recipe, facts, device, GPUS, methods=[case.method], free=False)
 
 
 def on_device() -> str:
-    """Where tensors go."""
+    """The device type for tensors."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Meter:
-    """Seconds of steps and the peak of memory, of a training that tells when a step is over.
+    """Seconds of steps and peak memory of a training that calls `step` after each step.
 
-    With `profile` the last step is not timed: what its operators take is written to that file.
+    With `profile` the last step is not timed; the times of its operators are written to that file.
     """
 
     def __init__(self, case: Case, profile: Path | None) -> None:
@@ -110,7 +110,7 @@ class Meter:
         self._profile = torch.profiler.profile() if profile else None
 
     def start(self) -> None:
-        """The model is there: forget what building it took."""
+        """The model is built: reset the peak and the clock."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.peak.reset()
@@ -130,7 +130,7 @@ class Meter:
         self._begun = time.perf_counter()
 
     def result(self) -> dict[str, Any]:
-        """Medians and peaks, in the row's words."""
+        """Medians and peaks, with the keys of a row."""
         case, timed = self._case, self.seconds[TIMED_AFTER:]
         reserved = self.peak.peak_bytes()
         beside = beside_allocator()
@@ -149,7 +149,7 @@ class Meter:
 
 
 def operators(profile: torch.profiler.profile) -> str:
-    """A table of what took longest: on the device where there is one, and on the CPU that starts it."""
+    """A table of the slowest operators: on the device if there is one, and on the CPU that launches them."""
     averages, orders = profile.key_averages(), ["self_cpu_time_total"]
     if torch.cuda.is_available():
         orders.insert(0, "self_cuda_time_total")
@@ -157,7 +157,7 @@ def operators(profile: torch.profiler.profile) -> str:
 
 
 def beside_allocator() -> int:
-    """Bytes of the device that are in use outside torch's allocator: the context and libraries, where nobody else is on it."""
+    """Device bytes in use outside torch's allocator: the context and libraries, if no other process uses the device."""
     if not torch.cuda.is_available():
         return 0
     free, total = torch.cuda.mem_get_info()
@@ -165,7 +165,7 @@ def beside_allocator() -> int:
 
 
 def seen_by_nvidia_smi() -> int | None:
-    """Bytes in use on the device now, as nvidia-smi has it."""
+    """Bytes in use on the device now, according to nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) * 2**20
@@ -174,7 +174,7 @@ def seen_by_nvidia_smi() -> int | None:
 
 
 def train_ours(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows, plan: Plan, meter: Meter) -> dict[str, Any]:
-    """The engine as the train stage runs it, on a model that was built from its config."""
+    """The engine as the train stage runs it, on a model built from its config."""
     model = build_model(make_config(values), scenario, on_device())
     use_tree_attention(model, on=True)
     settings = plan.options[case.method].settings
@@ -200,7 +200,7 @@ def train_ours(case: Case, scenario: Scenario, values: dict[str, Any], rows: Row
 
 
 def train_stock(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows, meter: Meter) -> dict[str, Any]:
-    """Transformers' model and loss, PEFT's preparation and adapters, torch's fused AdamW: as the plan's `stock` has it."""
+    """Transformers' model and loss, PEFT's preparation and adapters, torch's fused AdamW: the plan's `stock` configuration."""
     model = build_model(make_config(values), scenario, on_device())
     causal_of(model).set_attn_implementation("sdpa")
     optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], scenario)
@@ -218,7 +218,7 @@ def train_stock(case: Case, scenario: Scenario, values: dict[str, Any], rows: Ro
 
 
 def train_trl(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows, meter: Meter) -> dict[str, Any]:
-    """TRL's SFTTrainer on the same rows and labels, in bf16: four rows at once, padded or packed (best fit)."""
+    """TRL's SFTTrainer on the same rows and labels, in bf16: four rows per micro-batch, padded or packed (best fit)."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -266,7 +266,7 @@ def train_trl(case: Case, scenario: Scenario, values: dict[str, Any], rows: Rows
 
 
 def stock_scenario(case: Case, dtype: Any) -> Scenario:
-    """The case by transformers' and PEFT's own ways."""
+    """The case as transformers and PEFT run it by default."""
     return Scenario(
         case.method,
         rows=case.rows,
@@ -280,10 +280,10 @@ def stock_scenario(case: Case, dtype: Any) -> Scenario:
 
 
 def promised(case: Case, plan: Plan) -> tuple[Scenario, dict[str, Any]]:
-    """The step that is trained, and the bytes and seconds that the plan has for it."""
+    """The step that is trained, and its planned bytes and seconds."""
     option = plan.options[case.method]
     if case.side == "tunesmith":
-        # On a GPU flex attention keeps what sdpa's keeps; it is the model that has to be told that its batches are trees.
+        # On a GPU, flex attention keeps what SDPA keeps; the memory model only needs to know that batches are trees.
         return replace(option.scenario, attention="tree"), {
             "planned_bytes": option.peak_memory_bytes,
             "planned_safe_bytes": option.safe_memory_bytes,
@@ -311,7 +311,7 @@ def promised(case: Case, plan: Plan) -> tuple[Scenario, dict[str, Any]]:
 
 
 def traced(case: Case, plan: Plan, scenario: Scenario, values: dict[str, Any]) -> int:
-    """Bytes that the real modules ask for on fake tensors; of many blocks a few are traced and multiplied."""
+    """Bytes that the real modules request on FakeTensors; of many blocks, a few are traced and scaled up."""
     option = plan.options[case.method]
     if case.side == "tunesmith":
         return trace_peak(plan, option).total_bytes
@@ -319,7 +319,7 @@ def traced(case: Case, plan: Plan, scenario: Scenario, values: dict[str, Any]) -
 
 
 def model_of(case: Case, *, dry: bool) -> str:
-    """The model's name, or with `dry` a folder with the config of a tiny one of its kind."""
+    """The model's name, or with `dry` a folder with the config of a tiny model of the same architecture."""
     if not dry:
         return case.model
     folder = Path(tempfile.mkdtemp())
@@ -329,7 +329,7 @@ def model_of(case: Case, *, dry: bool) -> str:
 
 
 def main() -> None:
-    """Measure a case, or calibrate with it, and print the line."""
+    """Measure, calibrate or trace a case, and print the line."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("case", choices=[case.name for case in CASES])
     options.add_argument("--calibrate", action="store_true", help="measure its step for the plan, as `plan --calibrate` does")
@@ -339,7 +339,7 @@ def main() -> None:
     asked = options.parse_args()
     quiet()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries may print; the answer goes where nothing else does
+    os.dup2(2, 1)  # libraries may print; only the answer goes to the original stdout
     case = next(case for case in CASES if case.name == asked.case)
     case = case.tiny() if asked.dry_run else case
     model = model_of(case, dry=asked.dry_run)

@@ -1,10 +1,10 @@
-"""What a GPU reaches operator by operator at the sizes of a 7 B model's step: where the plan's shares of its peaks are from.
+"""What a GPU reaches, operator by operator, at the sizes of a 7 B model's step: source of the plan's fractions of its peaks.
 
     benchmarks/gpu/run.sh operators --json benchmarks/results/gpu_NAME_operators.json    # on a machine with a GPU, 20 s
     benchmarks/gpu/run.sh operators --dry-run --json /tmp/dry.json                       # tiny ones, on a CPU too
 
-Medians of what triton.testing.do_bench times on a GPU. A row has milliseconds, and TFLOP/s or GB/s where it computes or moves
-what can be counted: each tensor read and written once.
+Medians of triton.testing.do_bench on a GPU. A row has milliseconds, and TFLOP/s or GB/s if its FLOPs or bytes can be counted:
+each tensor read and written once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model and a micro-batch of it; `row` is the length of each of several rows, `copied` numbers of a plain copy."""
+    """Sizes of a model and a micro-batch; `row` is the length of each of several rows, `copied` the elements of a copy."""
 
     hidden: int
     intermediate: int
@@ -53,7 +53,7 @@ class Sizes:
 
 
 def sizes(*, dry: bool) -> Sizes:
-    """Those of Qwen2-7B, or for a dry run of a tiny model of its kind."""
+    """The sizes of Qwen2-7B, or for a dry run of a tiny model of the same architecture."""
     values = {**known_models()[QWEN], **(TINY if dry else {})}
     names = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
     hidden, intermediate, vocabulary, heads, kv_heads = (values[name] for name in names)
@@ -77,12 +77,12 @@ def timed(name: str, function: Callable[[], Any], flops: float = 0, moved: float
 
 
 def random(*shape: int, grad: bool = False) -> torch.Tensor:
-    """bf16 numbers on the device; operators can be faster on zeros."""
+    """A random bf16 tensor on the device; operators can be faster on zeros."""
     return torch.randn(shape, device=DEVICE, dtype=BF16, requires_grad=grad)
 
 
 def products(size: Sizes) -> Iterator[Row]:
-    """Linear layers, forward and into their input, beside what an adapter of rank 16 adds to one."""
+    """Linear layers, forward and input gradient, and what an adapter of rank 16 adds to one."""
     hidden, inner = size.hidden, size.intermediate
     for outs, ins in ((hidden, hidden), (size.kv_heads * size.head_dim, hidden), (inner, hidden), (hidden, inner)):
         weight, x, gradient = random(outs, ins), random(size.tokens, ins), random(size.tokens, outs)
@@ -106,7 +106,7 @@ def products(size: Sizes) -> Iterator[Row]:
 
 
 def attention(size: Sizes) -> Iterator[Row]:
-    """Causal attention of two rows and of one of half the length: SDPA's kernels, and flex attention where lengths differ."""
+    """Causal attention over two rows and over one of half the length: SDPA's kernels, and flex attention if lengths differ."""
     kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if DEVICE.type == "cuda" else (SDPBackend.MATH,)
     for rows, length in ((2, size.row), (1, size.row // 2)):
         q, k, v = (
@@ -140,7 +140,7 @@ def both_ways(name: str, function: Callable[[], torch.Tensor], inputs: tuple[tor
 
 
 def elementwise(size: Sizes) -> Iterator[Row]:
-    """What a block computes number by number, by each kind of kernels."""
+    """The elementwise operators and norms of a block, by each kind of kernel."""
     x, weight, gate, up, gradient = (
         random(1, size.tokens, size.hidden),
         random(size.hidden),
@@ -170,7 +170,7 @@ def elementwise(size: Sizes) -> Iterator[Row]:
 
 
 def weights(size: Sizes) -> Iterator[Row]:
-    """Dequantising a 4-bit matrix, and one update of as many weights with each format of states; a plain copy."""
+    """Dequantising a 4-bit matrix, one update of as many weights with each state format, and a plain copy."""
     weight = random(size.intermediate, size.hidden)
     packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     yield timed("dequantise", lambda: dequantize_4bit(packed, state), moved=2.5 * weight.numel())
@@ -187,7 +187,7 @@ def weights(size: Sizes) -> Iterator[Row]:
 
 
 def main() -> None:
-    """Time all of them."""
+    """Time all operators."""
     options = parser(__doc__ or "")
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     options.add_argument("--dry-run", action="store_true", help="tiny sizes: that the script works, not how fast anything is")

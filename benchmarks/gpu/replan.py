@@ -1,8 +1,8 @@
-"""Plans the measured cases of a result again, as the plan is today, with the calibration of that run; needs no GPU.
+"""Replans the measured cases of a result with today's planner and the calibration of that run; needs no GPU.
 
     PYTHONPATH=benchmarks .venv/bin/python benchmarks/gpu/replan.py benchmarks/results/gpu_NAME.json
 
-What was measured stays as it is; what was predicted, and how far that is off, is written anew.
+Measurements stay unchanged; predictions and their errors are rewritten.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def case_of(row: dict[str, Any]) -> Case:
 
 
 def predicted(case: Case, device: Device) -> dict[str, Any]:
-    """What is planned for it on the device, with the calibration that TUNESMITH_CALIBRATION names."""
+    """The plan's figures for it on the device, with the calibration that TUNESMITH_CALIBRATION names."""
     values, _ = catalogue.find_config(case.model)
     plan = planned(case, recipe_of(case, case.model, device.kind), rows_of(case, values["vocab_size"]), device)
     return promised(case, plan)[1]

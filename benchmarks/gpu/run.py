@@ -1,11 +1,11 @@
-"""The article's table on a GPU, and what tunesmith makes of it: trains the cases of cases.py one after the other.
+"""The article's table on a GPU, with its configurations and tunesmith's: trains the cases of cases.py one after the other.
 
     benchmarks/gpu/run.sh --json benchmarks/results/gpu_NAME.json [--minutes 9]    # on a machine with a GPU
     benchmarks/gpu/run.sh --dry-run --json /tmp/dry.json                           # tiny models, on a CPU too
-    benchmarks/gpu/run.sh --trace H100 --json benchmarks/results/gpu_traced.json   # what is planned and traced; needs no GPU
+    benchmarks/gpu/run.sh --trace H100 --json benchmarks/results/gpu_traced.json   # the plan and the trace; needs no GPU
 
-The result is written after each case, so that a run that is cut off leaves what it has measured. Cases that the time left does
-not hold are left out and named, and so are those that fail, with what they said.
+The result is written after each case, so an interrupted run keeps what it has measured. Cases that do not fit in the remaining
+time are skipped and named, and so are cases that fail, with their last output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from common import claim, parser, report, write_result
 from tunesmith.hardware.allocators import grow_segments
 
 HERE = Path(__file__).resolve().parent
-#: The cases with which a method is calibrated: where the host has the longer part of a step, and where the GPU has.
+#: The cases that calibrate each method: one where the host takes the longer part of a step, one where the GPU does.
 CALIBRATED = {method: (f"{method}_7b", f"{method}_7b_fast") for method in ("qlora", "lora", "full")}
 GIB = 2**30
 
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is started for: to measure a case, or with `calibrates` to measure its step for the plans."""
+    """The task of a process: to measure a case, or with `calibrates` to measure its step for the plans."""
 
     case: Case
     options: Sequence[str]
@@ -55,7 +55,7 @@ class Job:
 
 
 class Cell:
-    """A case's process. It imports at once and leaves the device alone until it is asked, so that it can start early."""
+    """A case's process. It imports immediately but does not touch the device until asked, so it can start early."""
 
     def __init__(self, *arguments: str, environment: Mapping[str, str]) -> None:
         self._out, self._said = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115 # closed with the process
@@ -66,7 +66,7 @@ class Cell:
         )
 
     def answer(self, timeout: float) -> Row:
-        """What it measured. Raises RuntimeError with what it said last where it fails."""
+        """Its measurements. Raises RuntimeError with its last output if it fails."""
         try:
             self._process.communicate("go\n", timeout)
         except subprocess.TimeoutExpired as error:
@@ -80,7 +80,7 @@ class Cell:
         return row
 
     def stop(self) -> None:
-        """End it, if it has not ended."""
+        """Stop it if it is still running."""
         self._process.kill()
         self._process.wait()
         for file in (self._out, self._said, self._process.stdin):
@@ -94,7 +94,7 @@ def _read(file: IO[str]) -> str:
 
 
 def errors(rows: Sequence[Row], measured: str, predicted: str) -> list[float]:
-    """How far predictions are over what was measured, in percent, of the rows of Table 3."""
+    """Errors of the predictions relative to the measurements, in percent, for the rows of Table 3."""
     return [100 * (row[predicted] / row[measured] - 1) for row in rows if 3 in row["tables"] and row.get(measured)]
 
 
@@ -129,14 +129,14 @@ def claims_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def traced_claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """How far the plan's bytes are from those of the trace."""
+    """The traced bytes of each case, and the plan's largest error relative to the trace."""
     made = [100 * (row["planned_allocated_bytes"] / row["traced_bytes"] - 1) for row in rows]
     claims = [claim(f"{row['part']}_traced_gib", row["traced_bytes"] / GIB, "GiB") for row in rows]
     return [*claims, claim("plan_vs_trace_max_error_percent", max(map(abs, made)), "%")] if rows else []
 
 
 class Clock:
-    """What is left of the time that a run may take."""
+    """The time that a run has left."""
 
     def __init__(self, minutes: float | None) -> None:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
@@ -148,7 +148,7 @@ class Clock:
 
 
 def one_ahead(jobs: Sequence[Job], environment: Mapping[str, str]) -> Iterator[tuple[Job, Cell]]:
-    """Each job with its process; the next one's starts before."""
+    """Each job with its process; the next process is already started."""
     with ExitStack() as started:
 
         def start(job: Job) -> Cell:
@@ -164,7 +164,7 @@ def one_ahead(jobs: Sequence[Job], environment: Mapping[str, str]) -> Iterator[t
 
 
 def jobs_of(cases: Sequence[Case], options: Sequence[str], profiles: Path | None, *, calibrates: bool) -> list[Job]:
-    """One for each case; before them, where it `calibrates`, a step of each method that they have."""
+    """One job per case; with `calibrates`, calibration steps for each of their methods come first."""
     methods = [method for method in CALIBRATED if any(case.method == method for case in cases)] if calibrates else []
     by_name = {case.name: case for case in CASES}
     first = [Job(by_name[name], options, calibrates=True) for method in methods for name in CALIBRATED[method]]
@@ -172,7 +172,7 @@ def jobs_of(cases: Sequence[Case], options: Sequence[str], profiles: Path | None
 
 
 def described() -> dict[str, Any]:
-    """What there is to say of the machine, found by a process that ends, since finding it takes memory of the GPU."""
+    """The machine's description, from a process that exits, because finding it uses GPU memory."""
     command = [sys.executable, "-c", "import json, common; print(json.dumps(common.this_machine()))"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -180,13 +180,13 @@ def described() -> dict[str, Any]:
 
 
 def chosen(only: Sequence[str] | None, *, trace: bool) -> list[Case]:
-    """The cases that are asked for. TRL's are not traced, nor one whose states are elsewhere: fake tensors share a device."""
+    """The cases asked for. TRL's are not traced, nor those with offloaded states: FakeTensors share one device."""
     asked = [case for case in CASES if only is None or case.name in only]
     return [case for case in asked if not trace or (3 in case.tables and not case.train.get("optimizer_offloading"))]
 
 
 def options() -> argparse.Namespace:
-    """What the command line asks for."""
+    """The parsed command line."""
     made = parser(__doc__ or "")
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--minutes", type=float, help="leave out cases that this time does not hold")
@@ -206,7 +206,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Measure or trace the cases, and report after each."""
     asked = options()
-    grow_segments()  # of the cases' processes
+    grow_segments()  # for the processes of the cases
     clock = Clock(asked.minutes)
     more = ["--dry-run"] if asked.dry_run else ["--trace", asked.trace] if asked.trace else []
     kind = "dry run" if asked.dry_run else "trace" if asked.trace else "measured"
@@ -220,7 +220,7 @@ def main() -> None:
     known = json.loads(asked.calibration.read_text(encoding="utf-8"))["calibration"] if asked.calibration else []
     found: dict[str, Any] = {"kind": kind, "hardware": hardware, "calibration": known, "left_out": left_out}
     with tempfile.TemporaryDirectory() as scratch:
-        # The calibration is this run's own: each method's probe leaves its entry in the file.
+        # The calibration belongs to this run: each method's calibration adds its entries to the file.
         entries = Path(scratch) / "calibration.json"
         entries.write_text(json.dumps(known), encoding="utf-8")
         jobs = jobs_of(cases, more, asked.profiles, calibrates=not (asked.trace or known))
@@ -233,7 +233,7 @@ def main() -> None:
                 row = cell.answer(min(allowed, clock.left))
             except RuntimeError as error:
                 print(f"{' '.join(job.command)} failed: {error}", file=sys.stderr, flush=True)
-                # A method that could not be calibrated is planned by the roofline alone.
+                # A method without calibration is planned by the roofline alone.
                 left_out += [] if job.calibrates else [{"part": name, "reason": str(error)}]
             else:
                 print(json.dumps(row), flush=True)

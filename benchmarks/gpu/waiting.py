@@ -1,7 +1,7 @@
-"""Imports what takes seconds and leaves the device alone, waits for a line on standard input, and then does what cell.py does.
+"""Imports slow modules without touching the device, waits for a line on standard input, then runs cell.py.
 
-run.py starts the next case's process this way while a case is measured. What it imports creates no CUDA context, whose memory
-would be counted as the other case's; bitsandbytes would.
+run.py starts the process of the next case this way while a case is measured. These imports create no CUDA context, whose memory
+would be counted for the other case; bitsandbytes would create one.
 """
 
 from __future__ import annotations

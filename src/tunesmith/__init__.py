@@ -1,14 +1,14 @@
-"""tunesmith: full fine-tuning, LoRA or QLoRA: planned, trained, proven and compared on your data.
+"""tunesmith: plan, train, verify and compare full fine-tuning, LoRA and QLoRA on your data.
 
-Each stage is a function here and a command of the same name; importing the package imports no torch.
+Each stage is a function here and a command of the same name. Importing the package does not import torch.
 
-Layers, each importing only what stands below it (enforced by import-linter):
+Layers; each imports only from those below it (enforced by import-linter):
 
-    cli > pipeline > demo, stages (augment, plan, prepare, review, train, export, evaluate, compare) > methods > packing, chat,
-    quality, models, hardware, plotting > run > recipe > rowrules > io > errors
+    cli > pipeline > demo, stages (augment, plan, prepare, review, train, export, evaluate, compare) > planner > methods >
+    inference, evaluation > engine > chat, quality, models, hardware, plotting > kernels > runs > recipe > io > errors
 """
 
-# Nothing is imported here: with `python -m tunesmith` the working folder is still first on the module path.
+# Nothing is imported here: under `python -m tunesmith` the working folder is still first on the module path.
 __version__ = "0.1.0"
 
 TYPE_CHECKING = False
@@ -47,7 +47,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """The functions of `__all__`, imported when first used."""
+    """The functions of `__all__`, imported on first use."""
     from importlib import import_module
 
     if name in __all__:

@@ -1,8 +1,8 @@
-"""Every error that a user can cause or mend, as one tree.
+"""Every error that a user can cause or fix, as one tree.
 
-A `Problem` says what is wrong, where, why it matters and what to do. A `TunesmithError` carries one or more of
+A `Problem` says what is wrong, where, why it matters and how to fix it. A `TunesmithError` carries one or more of
 them: checks collect all problems and raise once. The command line turns a `TunesmithError` into readable text and
-exit code 2; anything else that escapes is a defect of tunesmith and keeps its traceback.
+exit code 2; any other exception that escapes is a bug in tunesmith and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-#: Stable codes. A code is never re-used for another meaning.
+#: Stable codes. A code is never reused with another meaning.
 CODES: dict[str, str] = {
     "TS001": "recipe-unreadable",
     "TS002": "recipe-unknown-key",
@@ -120,19 +120,19 @@ class Problem:
 
 
 class TunesmithError(Exception):
-    """Base of everything that tunesmith raises on purpose; holds all problems found by one check."""
+    """Base of all errors that tunesmith raises on purpose; holds all problems found by one check."""
 
     def __init__(self, problems: Sequence[Problem] | Problem) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type[TunesmithError], Any]:
-        """As it came out of another process it has its problems again, not their text."""
+        """Pickle the problems, not their text, so that they survive a process boundary."""
         return type(self), (self.problems,)
 
 
 class RecipeError(TunesmithError):
-    """The recipe cannot be read, or holds unknown keys or values out of range."""
+    """The recipe cannot be read, or has unknown keys or values out of range."""
 
 
 class DataError(TunesmithError):
@@ -140,7 +140,7 @@ class DataError(TunesmithError):
 
 
 class AugmentError(TunesmithError):
-    """More rows cannot be made: no endpoint is named, or it does not answer."""
+    """More rows cannot be generated: no endpoint is named, or it does not answer."""
 
 
 class ModelError(TunesmithError):
@@ -148,15 +148,15 @@ class ModelError(TunesmithError):
 
 
 class HardwareError(TunesmithError):
-    """Hardware that a plan is asked for is not known, or is described wrongly."""
+    """The hardware of a plan is unknown, or its description is wrong."""
 
 
 class PlanError(TunesmithError):
-    """A plan cannot be made of what was given, or nothing fits."""
+    """A plan cannot be made from the input, or nothing fits."""
 
 
 class TrainError(TunesmithError):
-    """Training was stopped on purpose, for instance because the loss is not finite."""
+    """Training was stopped on purpose, for example because the loss is non-finite."""
 
 
 class RunError(TunesmithError):
@@ -164,19 +164,19 @@ class RunError(TunesmithError):
 
 
 class ExportError(TunesmithError):
-    """An exported model differs from what was trained."""
+    """An exported model differs from the trained model."""
 
 
 class EvaluateError(TunesmithError):
-    """A task cannot be scored as the recipe asks."""
+    """A task cannot be scored as the recipe specifies."""
 
 
-#: Names the file that a stage's process writes an error into, for the one that has started it to raise it again.
+#: Names the file that a stage's process writes an error to, so that its parent can raise it again.
 ERRORS_TO = "TUNESMITH_ERRORS_TO"
 
 
 class EndedError(TunesmithError):
-    """A stage did not come to its end, and no problem of the user's is why; `exit_code` is the process's."""
+    """A stage ended early for a reason other than a user error; `exit_code` is the exit code of its process."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__([])
@@ -187,21 +187,21 @@ class EndedError(TunesmithError):
 
 
 class StageFailedError(EndedError):
-    """A stage that ran as a process of its own died, or met a defect, which it has printed itself."""
+    """A stage in its own process died, or hit a bug and printed it itself."""
 
     def __str__(self) -> str:
-        return f"the stage's process ended with exit code {self.exit_code}; what it printed says why"
+        return f"the stage's process ended with exit code {self.exit_code}; see its output for the reason"
 
 
 class StoppedError(EndedError):
-    """A signal stopped the stage, which goes on from there when it is called again."""
+    """A signal stopped the stage; it resumes when it is called again."""
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.exit_code - 128).name}"
 
 
 def error_as_json(error: TunesmithError) -> dict[str, Any]:
-    """An error as another process can raise it again."""
+    """The error as JSON, so that another process can raise it again."""
     kind = next(each for each in type(error).__mro__ if each.__module__ == __name__)
     return {"error": kind.__name__, "problems": [asdict(problem) for problem in error.problems]}
 
@@ -213,6 +213,6 @@ def error_of_json(values: Mapping[str, Any]) -> TunesmithError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, without its pages of advice; its type where it says nothing."""
+    """The first line of a library error's message, without its long advice; its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Several stages in order: the only module, beside the command line, that knows more than one."""
+"""Runs stages in order: the only module besides the command line that knows more than one stage."""
 
 from __future__ import annotations
 
@@ -29,11 +29,8 @@ from tunesmith.io.signals import handling
 from tunesmith.recipe import OBJECTIVES, Method, Origin, Recipe, ResolvedRecipe, export_problems, hardware_problems
 from tunesmith.runs import Run, create_run
 
-#: Exit codes of a training that a signal has stopped between two steps.
+#: Exit codes of training that a signal stopped between two steps.
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-
-#: Rules of the plan that choose a method.
-CHOICES = ("many-rows", "adapter-is-enough", "only-four-bit-fits", "only-full-is-left")
 
 ALL_METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -46,14 +43,15 @@ def with_method(resolved: ResolvedRecipe, method: str) -> ResolvedRecipe:
 
 
 def settle_method(resolved: ResolvedRecipe, console: Console) -> ResolvedRecipe:
-    """The recipe with `method: auto` replaced by what the plan for this machine recommends, settings included.
+    """The recipe with `method: auto` replaced by what the plan for this machine recommends, including settings.
 
-    Raises PlanError where nothing fits.
+    Raises PlanError if nothing fits.
     """
     if resolved.recipe.method != "auto":
         return resolved
     from tunesmith.hardware.catalogue import read_gpus, this_device
     from tunesmith.planner.datafacts import read_facts
+    from tunesmith.planner.decide import CHOICES
     from tunesmith.planner.plan import encoder_for, fixed_keys, plan_for, with_settings
 
     recipe, gpus = resolved.recipe, read_gpus()
@@ -69,8 +67,8 @@ def settle_method(resolved: ResolvedRecipe, console: Console) -> ResolvedRecipe:
 def run(resolved: ResolvedRecipe, path: Path, console: Console) -> Run:
     """prepare, plan, train, export and evaluate in the run folder `path`; stages that are up to date do nothing.
 
-    Raises RecipeError before anything runs for a key that this machine cannot honour, and ExportError for what could be trained
-    and not exported.
+    Before anything runs, raises RecipeError for a key that this machine does not support, and ExportError for what could be
+    trained but not exported.
     """
     _check(resolved.recipe)
     this = create_run(settle_method(resolved, console), path)
@@ -80,7 +78,7 @@ def run(resolved: ResolvedRecipe, path: Path, console: Console) -> Run:
 
 
 def _check(recipe: Recipe) -> None:
-    """What shows before a run that would end it hours later."""
+    """Check in advance what would otherwise fail hours into the run."""
     from tunesmith.hardware.catalogue import surely_no_gpu
 
     if problems := hardware_problems(recipe.train, cpu=surely_no_gpu()):
@@ -90,7 +88,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], console: Console) -> dict[str, Any]:
-    """One run for each method in `folder`/<method>, the base model scored once, and their comparison."""
+    """One run per method in `folder`/<method>, the base model scored once, and the comparison table."""
     from tunesmith.stages.compare import COMPARISON, compare
     from tunesmith.stages.evaluate import evaluate_base
 
@@ -109,7 +107,7 @@ def run_methods(resolved: ResolvedRecipe, folder: Path, methods: Sequence[str], 
 
 
 def _measure_machine(this: Run, methods: Sequence[str], console: Console) -> None:
-    """Run a few steps of each method of which this machine has none on record, so that no run's time is promised by guess."""
+    """Calibrate each method that this machine has no measurement for, so that every planned time rests on one."""
     from tunesmith.hardware.calibration import Bound, read_entries, time_correction
     from tunesmith.hardware.catalogue import read_gpus, this_device
     from tunesmith.planner.calibrate import calibrate
@@ -130,11 +128,11 @@ def _measure_machine(this: Run, methods: Sequence[str], console: Console) -> Non
         refuse_unplanned(recipe.objective)
         calibrate(recipe, prepared_facts(this.path / "data"), device, unknown, console, free=False)
     except (ModelError, PlanError):
-        return  # the plan says why there is none
+        return  # the plan stage prints the reason
 
 
 def _tune(this: Run, console: Console) -> None:
-    """What comes after `prepare`: plan, train, export and evaluate."""
+    """Run the stages after `prepare`: plan, train, export and evaluate."""
     _plan(this, console)
     train_apart(this, console)
     _export(this, console)
@@ -142,7 +140,7 @@ def _tune(this: Run, console: Console) -> None:
 
 
 def prepare_shown(this: Run, console: Console) -> None:
-    """`prepare`, with its ledger printed."""
+    """Run `prepare` and print its ledger."""
     from tunesmith.stages.prepare import prepare
 
     ledger = prepare(this)
@@ -166,7 +164,7 @@ def _reasons(counts: Mapping[str, int]) -> str:
 
 
 def _plan(this: Run, console: Console) -> None:
-    """The promise for this run; a model or an objective that the planner does not cover is trained without one."""
+    """Plan this run and print the prediction; a model or objective that the planner does not cover trains without one."""
     from tunesmith.stages.plan import plan
 
     try:
@@ -176,11 +174,11 @@ def _plan(this: Run, console: Console) -> None:
         return
     memory, step = promise["peak_memory_bytes"] / 2**30, promise["seconds_per_step"]
     minutes = promise["hours"] * 60
-    _say(console, "plan", f"{promise['method']}: {memory:.2f} GiB at peak, {step:.2f} s a step, {minutes:.1f} min of training")
+    _say(console, "plan", f"{promise['method']}: {memory:.2f} GiB at peak, {step:.2f} s/step, {minutes:.1f} min of training")
 
 
 def score_shown(this: Run, console: Console) -> None:
-    """What was promised beside what was measured, in a line; nothing for a run without a plan."""
+    """Print one line that compares plan and measurement; nothing for a run without a plan."""
     from tunesmith.stages.plan import score
 
     scored = score(this)
@@ -189,20 +187,20 @@ def score_shown(this: Run, console: Console) -> None:
         _say(
             console,
             "score",
-            f"the plan was off by {memory['error_percent']:+.0f} % in memory and {step['error_percent']:+.0f} % in time a step",
+            f"the plan was off by {memory['error_percent']:+.0f} % in memory and {step['error_percent']:+.0f} % in step time",
         )
 
 
 def train_apart(this: Run, console: Console) -> None:
-    """`train` in a process of its own: its memory is all given back, and its peak is its own.
+    """Run `train` in its own process, so that all its memory is returned and its peak memory is measured separately.
 
-    Its progress goes to this process's standard error; its facts are told here in a line. Raises its errors as `train` does,
-    and StageFailedError where it has died.
+    Its progress goes to this process's standard error; its results are printed here in one line. Raises the same errors as
+    `train`, and StageFailedError if the process died.
     """
     command = [sys.executable, "-P", "-m", "tunesmith", "train", str(this.path)]
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "error.json"
-        # In a session of its own it gets a signal once: from here, and this process waits for what it makes of it.
+        # In its own session the child gets each signal once, from here; this process waits for how it handles it.
         environment = {**os.environ, ERRORS_TO: str(told)}
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=environment)
         with handling(lambda number, _: child.send_signal(number)):
@@ -233,8 +231,8 @@ def _export(this: Run, console: Console) -> None:
     _say(
         console,
         "export",
-        f"export/{this.recipe.export.name}, equal to the checkpoint: KL {proof['mean_kl']:.1e} nats a token, "
-        f"{100 * proof['top1_agreement']:.1f} % same first choice",
+        f"export/{this.recipe.export.name}, equal to the checkpoint: KL {proof['mean_kl']:.1e} nats per token, "
+        f"{100 * proof['top1_agreement']:.1f} % top-1 agreement",
     )
 
 
@@ -242,14 +240,14 @@ def _evaluate(this: Run, console: Console) -> None:
     from tunesmith.stages.evaluate import evaluate
 
     if OBJECTIVES[this.recipe.objective].reward_model:
-        _say(console, "evaluate", "nothing: a reward model answers no question")
+        _say(console, "evaluate", "skipped: a reward model generates no answers")
         return
     results = evaluate(this, console=console)
     loss = "" if results["eval_loss"] is None else f", eval loss {results['eval_loss']:.3f}"
     mmlu = results.get("mmlu")
     known = "" if mmlu is None else f", MMLU {100 * mmlu['accuracy']:.1f} % on {mmlu['questions']} questions"
     if "perplexity" in results:
-        score = f"perplexity {results['perplexity']:.2f}, {100 * results['task_score']:.1f} % of tokens the first choice,"
+        score = f"perplexity {results['perplexity']:.2f}, {100 * results['task_score']:.1f} % top-1 token accuracy,"
     else:
         score = f"task score {100 * results['task_score']:.1f} %"
     _say(console, "evaluate", f"{score} on {results['rows']} rows{loss}{known}")

@@ -1,4 +1,4 @@
-"""Figures as SVG text with no outside reference, in one style; matplotlib is imported when the first one is drawn."""
+"""Self-contained SVG figures in one style; matplotlib is imported when the first figure is drawn."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from markupsafe import Markup
 
-#: One colour for each method, distinct for colour-blind readers too (Okabe and Ito 2008).
+#: One colour per method, distinguishable for colour-blind readers (Okabe and Ito 2008).
 COLOURS = {"base": "#8a8f98", "full": "#d55e00", "lora": "#0072b2", "qlora": "#009e73"}
 _FALLBACK = ("#cc79a7", "#56b4e9", "#e69f00", "#f0e442")
 
 
 def colour(name: str, number: int) -> str:
-    """The colour of a model, by its method's name, else by its place."""
+    """The colour of a model, by method name, else by its position."""
     return COLOURS.get(name, _FALLBACK[number % len(_FALLBACK)])
 
 
 def figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of that many inches with one pair of axes."""
+    """A figure of this size in inches, with one pair of axes."""
     with contextlib.chdir(Path(__file__).parent):  # matplotlib reads a matplotlibrc of the working folder
         import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    # A fixed salt and no date make the same numbers give the same bytes.
+    # A fixed salt and no date make the output deterministic: same numbers, same bytes.
     mpl.rcParams.update({"svg.hashsalt": "tunesmith", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11})
     mpl.rcParams["text.parse_math"] = False  # a run's name may have a $ in it
     made = Figure(figsize=(width, height), layout="constrained")
@@ -39,5 +39,5 @@ def svg(made: Any) -> Markup:
     buffer = io.StringIO()
     made.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    # Without the XML declaration, as it goes into a page; matplotlib has escaped the texts in it.
+    # Without the XML declaration, because it is embedded in a page; matplotlib has escaped its texts.
     return Markup(text[text.index("<svg") :])  # noqa: S704

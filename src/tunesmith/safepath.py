@@ -1,7 +1,7 @@
-"""No code is taken from the folder that the command is called in, whose files may be anybody's, and none from a hub.
+"""Keeps Python from loading code from the working folder, whose files may be untrusted, or from a hub.
 
-`python -m` puts that folder first on the module path, an empty or relative entry of PYTHONPATH, PATH or LD_LIBRARY_PATH means
-it, and each process that is started would do so again. Imports nothing but what Python has loaded by then.
+`python -m` puts that folder first on the module path, and an empty or relative entry of PYTHONPATH, PATH or LD_LIBRARY_PATH
+refers to it. Child processes would inherit both. Imports only modules that Python has already loaded by then.
 """
 
 import os
@@ -11,9 +11,9 @@ _LISTS = ("PYTHONPATH", "PATH", "LD_LIBRARY_PATH")
 
 
 def leave_working_folder() -> None:
-    """Take the working folder off the module path, here and in every process that this one starts.
+    """Remove the working folder from the module path, here and in every child process.
 
-    An absolute entry of PYTHONPATH stays, also where it is that folder: it was named. What an installation added stays too.
+    An absolute entry of PYTHONPATH stays even if it is that folder: the user named it. Entries of installations stay too.
     """
     if not sys.flags.safe_path and sys.path:
         del sys.path[0]  # the folder of `-m`, or of the script
@@ -23,10 +23,10 @@ def leave_working_folder() -> None:
 
 
 def leave_hub_kernels() -> None:
-    """Keep libraries from fetching compiled kernels from a hub and running them.
+    """Keep libraries from downloading compiled kernels from a hub and running them.
 
-    bitsandbytes does so as it is imported, transformers for some kinds of attention, where the package `kernels` is there.
-    None in `sys.modules` is how the import system says that a module is not to be had.
+    If the package `kernels` is installed, bitsandbytes does so on import, and transformers for some kinds of attention.
+    None in `sys.modules` makes the import system treat a module as unavailable.
     """
     os.environ["USE_HUB_KERNELS"] = "0"
     sys.modules["kernels"] = None  # type: ignore[assignment]

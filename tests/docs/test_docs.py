@@ -1,4 +1,4 @@
-"""The documents say what the code does."""
+"""The documentation matches the code."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ def blocks(language: str) -> list[str]:
 
 
 def test_every_row_of_a_table_is_one_line() -> None:
-    """A line of a table that does not end it has all cells, or the page shows the rest of the row as text."""
+    """A table row that spans two lines would render its rest as plain text, so each line must have all cells."""
     for page in (REPO / "docs").glob("*.md"):
         lines = page.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, 1):
             assert not line.startswith("| ") or line.rstrip().endswith("|"), f"{page.name}:{number}"
 
 
-def test_readme_recipe_is_valid() -> None:
-    (text,) = blocks("yaml")
-    assert len(text.splitlines()) <= 10
-    assert parse_recipe(text, "README.md", Path("/")).recipe.method == yaml.safe_load(text)["method"]
+def test_readme_recipes_are_valid() -> None:
+    texts = blocks("yaml")
+    assert len(texts) == 2
+    for text in texts:
+        assert len(text.splitlines()) <= 10
+        assert parse_recipe(text, "README.md", Path("/")).recipe.method == yaml.safe_load(text)["method"]
 
 
 def test_readme_commands_exist() -> None:
@@ -58,7 +60,7 @@ def test_readme_commands_exist() -> None:
 
 
 def test_readme_plan_is_what_the_command_prints(tmp_path: Path) -> None:
-    """Byte for byte; `make docs` does not write it, so copy what the command prints."""
+    """Byte for byte. `make docs` does not write it: copy the command's output."""
     (shown,) = blocks("text")
     command = [sys.executable, "-m", "tunesmith", "plan", "Qwen/Qwen2-7B", "--gpu", "RTX 4090"]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
@@ -72,19 +74,15 @@ def test_ci_calls_the_readme_test_command() -> None:
 
 def test_links_lead_somewhere() -> None:
     for document in (
-        REPO / "README.md",
-        REPO / "CONTRIBUTING.md",
-        REPO / "docs" / "architecture.md",
-        REPO / "docs" / "plan.md",
-        REPO / "docs" / "speed.md",
-        REPO / "docs" / "data.md",
+        *REPO.glob("*.md"),
+        *(REPO / "docs").glob("*.md"),
     ):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-#: The Triton that torch's builds for GPUs ask for, exactly (their wheels' metadata). Builds for CPUs ask for none: a
-#: pin without a solution on a GPU's machine would show nowhere else.
+#: The exact Triton version that torch's GPU builds require (their wheels' metadata). CPU builds require none: a
+#: pin that cannot be resolved on a GPU machine would show nowhere else.
 TRITON_OF_TORCH = {"2.13.0": "3.7.1"}
 
 
@@ -95,7 +93,7 @@ def test_pins_have_a_solution_with_torch_for_gpus() -> None:
 
 
 def test_the_layers_are_those_that_are_enforced() -> None:
-    """docs/architecture.md draws the layers that pyproject.toml holds imports to."""
+    """docs/architecture.md draws the layers that pyproject.toml enforces on imports."""
     contracts = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
     enforced = [layer.replace("tunesmith.", "") for layer in contracts[0]["layers"]]
     drawn = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Layers\n")[2].partition("\n##")[0]

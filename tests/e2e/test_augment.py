@@ -1,4 +1,4 @@
-"""Paraphrases, asked of a real HTTP server that speaks the chat-completions protocol."""
+"""Paraphrases, requested from a real HTTP server that implements the chat-completions protocol."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytest.importorskip("openai", reason="the extra `augment` is not installed")
 
 
 class Endpoint:
-    """A server that answers by `reply` and counts; the first `failures` requests end with status 503."""
+    """A server that answers with `reply` and counts requests; the first `failures` requests get status 503."""
 
     def __init__(self, reply: Callable[[str], str]) -> None:
         self.reply, self.failures, self.requests, self.at_once, self.most_at_once = reply, 0, 0, 0, 0
@@ -56,7 +56,7 @@ class Endpoint:
                 self.wfile.write(data)
 
             def log_message(self, *_: Any) -> None:
-                """Quiet."""
+                """No logging."""
 
         barrier = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -163,7 +163,7 @@ def test_what_a_question_must_keep() -> None:
 
 
 def test_a_missing_endpoint_is_told(recipe: Callable[..., Recipe], endpoint: Endpoint) -> None:
-    with pytest.raises(AugmentError, match=r"no endpoint is named"):
+    with pytest.raises(AugmentError, match=r"no endpoint is configured"):
         run(recipe(model=None))
     endpoint.failures = 99
     with pytest.raises(AugmentError, match=r"the endpoint failed"):

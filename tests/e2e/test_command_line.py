@@ -1,4 +1,4 @@
-"""What surrounds a command: where it prints to, what it is given twice, a home that cannot be written. No traceback, ever."""
+"""A command's environment: its output stream, repeated arguments, a read-only home. Never a traceback."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_full_device_is_told(folder: Path) -> None:
             code, _, error = called(folder, *command, stdout=full.fileno())
         assert code == 2, command
         assert "No space left on device" in error
-    assert (folder / "run" / "data" / "ledger.json").is_file()  # the work is done, only its last word is lost
+    assert (folder / "run" / "data" / "ledger.json").is_file()  # the work is done, only the final message is lost
 
 
 def test_a_reader_that_has_left_is_no_error(folder: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_path_with_letters_that_the_terminal_lacks(folder: Path, encoding: str
 
 
 def test_a_home_that_cannot_be_written(folder: Path) -> None:
-    """Caches are done without; the built-in model, which is kept in one, is a readable error."""
+    """Commands work without caches; the built-in model, which needs a cache, gives a readable error."""
     home = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "", "TUNESMITH_CALIBRATION": "", "TUNESMITH_CACHE": ""}
     for command in (["prepare", "recipe.yaml", "--run", "run"], ["train", "run"]):
         code, _, error = called(folder, *command, **home)
@@ -83,7 +83,7 @@ def test_a_home_that_cannot_be_written(folder: Path) -> None:
 
 def test_what_is_named_twice_is_refused(folder: Path) -> None:
     code, _, error = called(folder, "run", "recipe.yaml", "--run", "out", "--methods", "lora,lora")
-    assert (code, "a method stands twice" in error, (folder / "out").exists()) == (2, True, False)
+    assert (code, "a method is listed twice" in error, (folder / "out").exists()) == (2, True, False)
     run = create_run(load_recipe(folder / "recipe.yaml"), folder / "run")
     with pytest.raises(RunError, match="TS602"):
         compare([run, open_run(folder / "run" / ".." / "run")], folder / "both")
@@ -108,7 +108,7 @@ def test_a_key_that_stands_twice_is_refused(text: str, where: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text, "recipe.yaml", Path("/base"))
     (problem,) = caught.value.problems
-    assert (problem.code, problem.where, "stands twice" in problem.what) == ("TS001", where, True)
+    assert (problem.code, problem.where, "duplicate key" in problem.what) == ("TS001", where, True)
 
 
 def test_merged_keys_may_be_overridden() -> None:

@@ -1,4 +1,4 @@
-"""The script that measures a GPU works on a machine without one, and its figures are what they are called."""
+"""The GPU benchmark script runs on a machine without a GPU, and its figures match their names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(*arguments: str, result: Path) -> tuple[subprocess.CompletedProcess[str]
 
 
 def test_a_dry_run_measures_and_plans(tmp_path: Path, generator: ModuleType) -> None:
-    """The engine on rows that share, and the stock way: the same first loss, one prefix computed once, a plan for each."""
+    """The engine on rows with a shared prefix, and stock LoRA: the same first loss, prefix computed once, a plan for each."""
     only = ("--only", "sharing_7b", "--only", "stock_lora_7b")
     done, result = run("--dry-run", *only, result=tmp_path / "dry.json")
     assert done.returncode == 0, done.stderr
@@ -42,15 +42,15 @@ def test_a_dry_run_measures_and_plans(tmp_path: Path, generator: ModuleType) -> 
     assert [ours["part"], stock["part"]] == ["sharing_7b", "stock_lora_7b"]
     for row in (ours, stock):
         assert row["peak_memory_bytes"] > 0
-        assert row["planned_seconds"] != row["roofline_seconds"]  # it was calibrated first
-        assert row["losses"][0] == pytest.approx(6.24, abs=0.1)  # log 512: nothing is learnt yet
+        assert row["planned_seconds"] != row["roofline_seconds"]  # calibrated first
+        assert row["losses"][0] == pytest.approx(6.24, abs=0.1)  # log 512: nothing has been learnt yet
     table = "\n".join(generator.gpu_measured(result))
     assert "stock LoRA | 1 x 32 |" in table
     assert f"| tunesmith | {ours['rows_per_second']:.1f} |" in table
 
 
 def test_what_fails_is_named(tmp_path: Path) -> None:
-    """Too little time for any case, and a card that nobody knows."""
+    """Too little time for any case, and an unknown card."""
     done, result = run("--dry-run", "--only", "lora_7b", "--minutes", "0.05", result=tmp_path / "late.json")
     assert done.returncode == 1
     assert result["rows"] == []
@@ -81,7 +81,7 @@ def test_claims_are_what_they_are_called(script: ModuleType) -> None:
         "lora_7b_tokens_per_second": 20_000,
         "qlora_7b_tokens_per_second": 18_000,
         "qlora_to_lora_speed_ratio": pytest.approx(0.9),
-        "plan_memory_max_error_percent": pytest.approx(16),  # of the second row, under what was measured
+        "plan_memory_max_error_percent": pytest.approx(16),  # of the second row, below the measurement
         "plan_memory_under_max_percent": pytest.approx(16),
         "plan_time_max_error_percent": pytest.approx(10),
         "prefix_sharing_rows_per_second_ratio": 5,

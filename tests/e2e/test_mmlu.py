@@ -1,4 +1,4 @@
-"""MMLU through the stages, on the tiny model: scored, kept, compared, and left alone where it is not asked for."""
+"""MMLU through the stages, on the tiny model: scored, stored, compared, and skipped if not requested."""
 
 from __future__ import annotations
 

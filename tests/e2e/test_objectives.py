@@ -1,4 +1,4 @@
-"""KTO, ORPO, reward models, GRPO and RLOO through the stages, on the tiny model, beside TRL's own trainers."""
+"""KTO, ORPO, reward models, GRPO and RLOO through the stages, on the tiny model, compared with TRL's own trainers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture
 def made(tmp_path: Path, tiny_model: Path) -> Callable[..., Run]:
-    """A prepared run over rows; `more` is YAML of further sections."""
+    """A prepared run over rows; `more` is YAML with further sections."""
 
     def make(objective: str, rows: list[dict[str, Any]], more: str = "", train_more: str = "", method: str = "full") -> Run:
         path = tmp_path / "rows.jsonl"
@@ -230,7 +230,7 @@ def test_prepared_rows_are_not_taken_for_another_objectives(made: Callable[..., 
     for other in others:
         with pytest.raises(RunError, match="TS012"):
             train(other, QUIET)
-    monkeypatch.setattr(Run, "outdated", lambda *_: None)  # as where the files of data/ were put in place of others
+    monkeypatch.setattr(Run, "outdated", lambda *_: None)  # as if the files in data/ had been replaced
     for other in others:
         with pytest.raises(DataError, match="TS113"):
             train(other, QUIET)

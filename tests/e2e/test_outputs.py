@@ -1,4 +1,4 @@
-"""No command removes or replaces what tunesmith did not write: one case for each command, and each path that it writes to."""
+"""No command removes or replaces files that tunesmith did not write: one case per command and path that it writes to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tunesmith.stages.train import train
 
 @pytest.fixture(scope="module")
 def done_once(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, colour_rows: list[Any]) -> Path:
-    """A folder with a recipe and a run that is evaluated."""
+    """A folder with a recipe and an evaluated run."""
     folder = tmp_path_factory.mktemp("done")
     lines = [json.dumps(row) + "\n" for row in colour_rows]
     (folder / "train.jsonl").write_text("".join(lines[:32]), encoding="utf-8")
@@ -48,14 +48,14 @@ augment: {{out: more.jsonl}}
 
 @pytest.fixture
 def done(done_once: Path, tmp_path: Path) -> Path:
-    """A copy of it; its recipe's paths lead to the copy."""
+    """A copy of it; its recipe's paths point to the copy."""
     folder = tmp_path / "work"
     shutil.copytree(done_once, folder)
     return folder
 
 
 def _mydocs(folder: Path) -> Path:
-    """Somebody's folder."""
+    """A folder of the user."""
     docs = folder / "mydocs"
     docs.mkdir()
     (docs / "thesis.txt").write_text("years of work", encoding="utf-8")
@@ -63,7 +63,7 @@ def _mydocs(folder: Path) -> Path:
 
 
 def _thesis(folder: Path) -> Path:
-    """Somebody's file."""
+    """A file of the user."""
     path = folder / "thesis.txt"
     path.write_text("years of work", encoding="utf-8")
     return path
@@ -78,7 +78,7 @@ def _runs(folder: Path) -> Path:
 
 
 def _beside(folder: Path, name: str) -> Path:
-    """Somebody's file in a folder of the run; its own path."""
+    """A user's file in a folder of the run; returns the file's path."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("my notes", encoding="utf-8")
@@ -86,20 +86,20 @@ def _beside(folder: Path, name: str) -> Path:
 
 
 def _edit(folder: Path, name: str) -> Path:
-    """Somebody's line in one of tunesmith's files; its path."""
+    """A user's line in one of tunesmith's files; returns the file's path."""
     path = folder / name
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     return path
 
 
 def _beside_changed(folder: Path, name: str, override: str) -> Path:
-    """Somebody's file in a folder of the run, whose recipe wants that folder anew; the file's path."""
+    """A user's file in a folder of the run that the changed recipe would write again; returns the file's path."""
     create_run(load_recipe(folder / "run" / "recipe.yaml", [override]), folder / "run")
     return _beside(folder, name)
 
 
 def _review_file(folder: Path) -> Path:
-    """Somebody's file that a prepared run's recipe names as its review file; its path."""
+    """A user's file that a prepared run's recipe names as its review file; returns its path."""
     (folder / "run").rename(folder / "old")
     prepare(create_run(load_recipe(folder / "recipe.yaml", ["data.review=thesis.txt"]), folder / "run"))
     return _thesis(folder)
@@ -112,7 +112,7 @@ def _evaluation(folder: Path) -> str:
 
 _RATE = "train.learning_rate=0.1"
 
-#: Command, what is put there, and the arguments that would have it replaced; by a name that says which.
+#: By name: the command, what to create, and the arguments that would replace it.
 CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "plan a folder": (_mydocs, ["plan", "{model}", "--gpu", "24GB", "--out", "{0}"]),
     "plan a file": (_thesis, ["plan", "{model}", "--gpu", "24GB", "--out", "{0}"]),
@@ -179,7 +179,7 @@ def test_what_is_not_ours_is_refused_by_name(
     assert any(stable in error for stable in ("TS015", "TS010", "TS132")), error
     assert Path(mine).name in error.replace("\n", "") or name == "plan the working folder"
     after = _tree(done)
-    ours = {"run/run.json", "run/recipe.yaml"}  # that a new recipe is asked for may be noted
+    ours = {"run/run.json", "run/recipe.yaml"}  # the request for a new recipe may be recorded
     kept = {path: content for path, content in before.items() if path not in ours}
     assert {path: after.get(path) for path in kept} == kept
     assert (Path(mine).read_bytes() if Path(mine).is_file() else None) == before.get(Path(mine).relative_to(done).as_posix())
@@ -188,7 +188,7 @@ def test_what_is_not_ours_is_refused_by_name(
 def _called(
     arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str]:
-    """Exit code and error text of a command. One that forbids torch to its process gets one of its own."""
+    """Exit code and error text of a command. A command that forbids torch in its process runs in its own process."""
     if arguments[0] == "prepare":
         ran = subprocess.run(
             [sys.executable, "-P", "-m", "tunesmith", *arguments], cwd=folder, capture_output=True, text=True, check=False

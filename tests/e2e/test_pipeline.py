@@ -33,7 +33,7 @@ def write(path: Path, text: str) -> Path:
 def task(tmp_path: Path, tiny_model: Path, colour_rows: list[dict[str, Any]]) -> Path:
     """A folder with rows, test rows, schema and a recipe."""
     lines = [json.dumps(row) + "\n" for row in colour_rows]
-    write(tmp_path / "train.jsonl", "".join([*lines[:32], lines[0]]))  # the last one is a copy
+    write(tmp_path / "train.jsonl", "".join([*lines[:32], lines[0]]))  # the last row is a copy
     write(tmp_path / "test.jsonl", "".join(lines[32:]))
     write(tmp_path / "schema.json", json.dumps({"type": "object", "required": ["colour"]}))
     recipe = f"""\
@@ -47,7 +47,7 @@ evaluate: {{json_schema: schema.json, label: colour, max_new_tokens: 8}}
 
 def test_three_methods_and_their_comparison(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = task.parent
-    monkeypatch.setenv("TUNESMITH_CALIBRATION", str(folder / "calibration.json"))  # a machine that was never measured
+    monkeypatch.setenv("TUNESMITH_CALIBRATION", str(folder / "calibration.json"))  # a machine without calibration
     done = tunesmith("run", task, "--run", "out", "--methods", "full,lora,qlora", cwd=folder)
     assert done.returncode == 0, done.stderr
     table = json.loads((folder / "out" / "compare" / "compare.json").read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def test_three_methods_and_their_comparison(task: Path, monkeypatch: pytest.Monk
         assert len((run / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
         promise = json.loads((run / "plan" / "plan.json").read_text(encoding="utf-8"))
         assert [entry["method"] for entry in promise["methods"]] == [method]
-        assert promise["methods"][0]["time_measurements"] == 1  # the machine was measured first
+        assert promise["methods"][0]["time_measurements"] == 1  # the machine was calibrated first
         score = json.loads((run / "score" / "score.json").read_text(encoding="utf-8"))
         summary = json.loads((run / "train" / "summary.json").read_text(encoding="utf-8"))
         for key in ("peak_memory_bytes", "seconds_per_step"):
@@ -89,8 +89,8 @@ def test_three_methods_and_their_comparison(task: Path, monkeypatch: pytest.Monk
 
     again = tunesmith("run", task, "--run", "out", "--methods", "full,lora,qlora", cwd=folder)
     assert again.returncode == 0, again.stderr
-    assert "tok/s" not in again.stderr  # nothing was trained again
-    assert "answers" not in again.stderr  # nor evaluated
+    assert "tok/s" not in again.stderr  # training did not run again
+    assert "answers" not in again.stderr  # nor did evaluation
     assert "calibrate" not in again.stderr
 
 
@@ -119,7 +119,7 @@ def test_stages_one_by_one(task: Path) -> None:
 
 GOOD = json.dumps(chat_row("q", "a"))
 
-#: name: (train file's name, its text, expected code, expected place)
+#: name: (train file's name, its text, expected code, expected location)
 BAD_DATA = {
     "malformed JSON": ("d.jsonl", GOOD + '\n{"messages": [}\n', "TS102", "d.jsonl:2:15"),
     "malformed array": ("d.json", '[{"a": 1},\n{"b" 2}]', "TS102", "d.json:2:6"),
@@ -144,7 +144,7 @@ Inside = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inside:
-    """The command line in this process, which has the libraries loaded; what it says as `tunesmith` gives it."""
+    """The command line in this process, with the libraries already loaded; returns its output as `tunesmith` prints it."""
 
     def run_it(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(cwd)
@@ -178,7 +178,7 @@ def test_bad_data_ends_in_one_readable_error(tmp_path: Path, tiny_model: Path, i
     done = (tunesmith if name == "malformed JSON" else inside)("run", recipe, "--run", "out", cwd=tmp_path)
     check_readable(done, code, where)
     left = {p.name for p in (tmp_path / "out").iterdir()}
-    assert left - {".lock"} == {"recipe.yaml", "run.json"}  # no data, not even a part
+    assert left - {".lock"} == {"recipe.yaml", "run.json"}  # no data, not even partial
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_bad_recipe_ends_in_one_readable_error(
     ("settings", "code", "told"),
     [
         (["train.use_liger_kernel=true"], "TS007", "use_liger_kernel without a GPU"),
-        (["objective=reward", "method=qlora"], "TS402", "not merged"),
+        (["objective=reward", "method=qlora"], "TS402", "cannot be merged"),
         (["objective=grpo", "grpo.reward_funcs=[valid-json]", "train.effective_batch_size=12"], "TS006", "groups of 8"),
         (["train.early_stopping_patience=2"], "TS006", "without eval_steps"),
     ],

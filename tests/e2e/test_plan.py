@@ -24,7 +24,7 @@ def test_plan_of_a_catalogued_model(tmp_path: Path) -> None:
     folder = tmp_path / "plan"
     assert {path.name for path in folder.iterdir()} == {".tunesmith", "plan.json", "frontier.svg", "recipe.yaml"}
     assert "method: lora  # plan" in (folder / "recipe.yaml").read_text(encoding="utf-8")
-    # The recipe that was written can be planned again, once there are rows.
+    # The written recipe can be planned again once there are rows.
     (folder / "train.jsonl").write_text(json.dumps({"instruction": "Say yes.", "output": "yes"}) + "\n", encoding="utf-8")
     again = tunesmith("plan", folder / "recipe.yaml", "--gpu", "24GB", "--data", folder / "train.jsonl", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -51,7 +51,7 @@ def test_no_torch_and_not_long_for_405_b(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-2:] == ["code 2", "False False"]
     assert "TS704" in done.stderr
     assert "8 of the 8 H100 together" in done.stderr
-    assert took < 8  # about 1.3 s where nothing else runs
+    assert took < 8  # about 1.3 s on an idle machine
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_trace_agrees_with_the_closed_form(tmp_path: Path, tiny_model: Path) -> 
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "closed form" in line)
     error = float(line.rpartition("(")[2].rpartition(" %")[0])
-    assert 0 <= error < 3  # rounding to blocks shows in a model of a megabyte
-    assert "TFLOP a step: mm" in done.stdout
+    assert 0 <= error < 3  # rounding to blocks is visible for a 1 MB model
+    assert "TFLOP per step: mm" in done.stdout
 
 
 def test_auto_takes_what_the_plan_recommends_and_calibration_is_used(task: Path) -> None:

@@ -1,4 +1,4 @@
-"""PPO through the stages: the reward rises, the first update starts from equal probabilities, files are as those of others."""
+"""PPO through the stages: the reward rises, the first update starts from equal probabilities, files match other objectives'."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_step_goes_towards_what_was_rewarded(
     summary = train(run, Console(quiet=True))
     (line,) = read_jsonl(run.path / "train" / "metrics.jsonl")
     assert summary["steps"] == 1
-    assert abs(line["kl"]) < 1e-4  # nothing has moved when the answers are sampled
+    assert abs(line["kl"]) < 1e-4  # no weight has changed when the answers are sampled
     assert export(run)["mean_kl"] < 0.01
     assert share_towards_reward(run, tiny_model, tmp_path / "mine.py.jsonl", tokenizer, grouped=False) > 0.5
 
@@ -77,7 +77,7 @@ def test_values_and_probabilities_do_not_depend_on_the_padding(tiny_model: Path)
 
 def test_json_rewards_without_references_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     run = run_of(tmp_path, tiny_model, "lora", "reward_funcs: [json-fields]", ", max_steps: 1")
-    with pytest.raises(TrainError, match="no JSON object"):  # in a process of its own too
+    with pytest.raises(TrainError, match="no JSON object"):  # in a separate process too
         train_apart(run, Console(quiet=True))
     with pytest.raises(TrainError, match="no JSON object"):
         train(run, Console(quiet=True))

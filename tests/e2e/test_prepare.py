@@ -1,4 +1,4 @@
-"""The data stage as a whole: what goes in comes out, whatever it is and however many processes read it."""
+"""The data stage as a whole: every input row is accounted for, for any input and any number of reader processes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_findings_are_told_without_content_and_counted(tmp_path: Path, recipe: A
     rows = rows_of(60)
     rows[3] = chat_row("What is asked here again and again by all?", "What is asked here again and again by all?")
     rows[7] = chat_row(question(7), "<div><p>The answer is 7 and some more</p></div>")
-    rows[9] = chat_row(question(8), f"{COLOURS[0]} {WORDS[40 % 12]} 8 ")  # row 8 but for a blank
+    rows[9] = chat_row(question(8), f"{COLOURS[0]} {WORDS[40 % 12]} 8 ")  # row 8 except for a blank
     write_rows(rows)
     run = create_run(recipe("train: train.jsonl, max_rows: 50"), tmp_path / "run")
     ledger = prepare(run)

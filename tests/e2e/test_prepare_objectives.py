@@ -1,4 +1,4 @@
-"""The data stage over what other objectives than SFT learn from: documents, pairs, judged answers, prompts."""
+"""The data stage for objectives other than SFT: documents, pairs, judged answers, prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tunesmith.stages.prepare import prepare
 from tunesmith.stages.review import Review
 from tunesmith.stages.review.terminal import review
 
-SECRET = "AKIA" + "IOSFODNN7EXAMPLE"  # a key of a known form, from its maker's documentation
+SECRET = "AKIA" + "IOSFODNN7EXAMPLE"  # a key of a known format, from its vendor's documentation
 
 
 @pytest.fixture

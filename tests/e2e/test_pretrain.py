@@ -1,4 +1,4 @@
-"""Continued pre-training through the real command line: raw text, its export, and SFT from that; the loss is transformers'."""
+"""Continued pre-training through the real command line: raw text, its export, and SFT from it; loss equal to transformers'."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(10 + 9 * (i
 
 @pytest.fixture
 def base(tmp_path: Path, tiny_model: Path) -> Path:
-    """The tiny model without a chat template, as base models come."""
+    """The tiny model without a chat template, like base models."""
     folder = tmp_path / "base"
     LlamaForCausalLM.from_pretrained(tiny_model).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -55,7 +55,7 @@ def test_pretrain_then_sft(tmp_path: Path, base: Path) -> None:
     assert ledger["pieces"] == {"train": len(train), "heldout": len(heldout)}
     assert len(train) > ledger["rows_train"]
     tokenizer = AutoTokenizer.from_pretrained(base)
-    told = sum(len(tokenizer(text)["input_ids"]) for text in TEXTS)  # each has an eos more, and a first token untold
+    told = sum(len(tokenizer(text)["input_ids"]) for text in TEXTS)  # each has one eos more, and an unlabelled first token
     assert sum(sum(row["loss_mask"]) for row in [*train, *heldout]) == told
     origins = [{row["where"].partition(" (")[0] for row in rows} for rows in (train, heldout)]
     assert not origins[0] & origins[1]  # no document is in both
@@ -91,7 +91,7 @@ def test_loss_is_that_of_transformers_over_padded_documents(tiny_model: Path, to
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
     logits = model(input_ids=padded, attention_mask=mask).logits[:, :-1].flatten(0, 1).detach()
     labels = padded.masked_fill(mask == 0, -100)[:, 1:].flatten()
-    expected = torch.nn.functional.cross_entropy(logits, labels)  # transformers' own loss is in float32, which is too coarse
+    expected = torch.nn.functional.cross_entropy(logits, labels)  # transformers' own loss is float32, which is too coarse
     rows = [{"input_ids": row, "loss_mask": [False] + [True] * (len(row) - 1)} for row in ids]
     use_tree_attention(model, on=packing)
     collate = collate_tree if packing else PaddedCollator(0)

@@ -1,4 +1,4 @@
-"""One pass of the real 135M model through the whole demo task, small: LoRA learns the answer's form."""
+"""One pass of the real 135M model through the whole demo task, small: LoRA learns the answer format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUIET = Console(quiet=True)
 @pytest.mark.real_model
 def test_lora_learns_the_demo_task(tmp_path: Path, real_model: Path) -> None:
     recipe = demo.write_input(tmp_path / "input", train_rows=120, test_rows=8, max_rows=80)
-    # A higher rate than the default, since this run has ten steps only.
+    # A higher rate than the default, since this run has only ten steps.
     overrides = ["method=lora", "train.learning_rate=0.001", "data.heldout=0.1", "evaluate.max_new_tokens=48"]
     run = create_run(load_recipe(recipe, overrides), tmp_path / "run")
     ledger = prepare(run)

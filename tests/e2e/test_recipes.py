@@ -1,4 +1,4 @@
-"""The recipes of public data sets: each loads its set whole, every row trained, held out or rejected with a reason."""
+"""The recipes of public data sets: each loads its full set, and every row is trained, held out or rejected with a reason."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = {
 }
 TEST_ROWS = {"clinc150": 4500, "gsm8k": 1319, "nlupp": 104, "wnut17": 1287}
 
-#: Benchmarks are nothing to train on; that they load shows what mappings can do.
+#: Benchmarks must not be trained on; loading them shows what mappings can do.
 OTHERS = {
     "mmlu": (
         """
@@ -91,6 +91,6 @@ def test_benchmarks_load_by_a_mapping(shared_data: Path, tmp_path: Path, name: s
 
 
 def test_a_template_that_cannot_be_read_is_told_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="the template of 'prompt' cannot be read") as caught:
+    with pytest.raises(Exception, match="the template of 'prompt' cannot be parsed") as caught:
         parse_recipe('model: x\ndata: {train: a.jsonl, columns: {prompt: "{{ a"}}\n', "recipe.yaml", tmp_path)
     assert "data.columns" in str(caught.value)

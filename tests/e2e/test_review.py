@@ -1,4 +1,4 @@
-"""The review: shown, decided, left and taken up again, signed, and what training and the next preparation make of it."""
+"""The review: shown, decided, interrupted and resumed, signed, and its effect on training and the next preparation."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_rejections_and_edits_reach_the_review_file_and_block_training(run: Any,
     assert decisions.apply(rows[at[2]]) == rows[at[2]]
     assert decisions.apply({**rows[at[0]], "more": 1}) is not None, "a changed row is another row"
     assert len(decisions.by_row) == 36
-    # After another preparation only rows without a decision are shown.
+    # After another preparation, only rows without a decision are shown.
     (run.path / "review" / "session.json").unlink()
     assert Review(run).open_places() == session.places[:2]
 

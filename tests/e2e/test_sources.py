@@ -1,4 +1,4 @@
-"""Every kind of `data.train`, opened by the command line as a user does; the hub by a stand-in on this machine."""
+"""Every kind of `data.train`, opened through the command line; a local server replaces the hub."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_one_source_alone(source: str, tmp_path: Path, tiny_model: Path) -> None
         done = prepared(tmp_path, data, tiny_model, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache"))
         assert done.returncode == 0, done.stderr
         assert ledger(tmp_path)["rows_train"] == 4
-        # Once more nothing is done, and a revision that is not there is a readable error.
+        # A repeated command does nothing, and a missing revision gives a readable error.
         assert prepared(tmp_path, data, tiny_model, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache")).returncode == 0
         missing = prepared(
             tmp_path, "data: {train: 'hub:nobody/none'}", tiny_model, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache")

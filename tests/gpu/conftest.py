@@ -1,6 +1,6 @@
-"""Fixtures of the tests that need a GPU. They need no network: models are random, the tokenizer is made here.
+"""Fixtures of the tests that need a GPU. They need no network: models are random, the tokenizer is built here.
 
-Without a GPU they are skipped. `TUNESMITH_GPU_TESTS=cpu` runs those that can on the CPU, to try the tests themselves.
+Without a GPU they are skipped. `TUNESMITH_GPU_TESTS=cpu` runs the tests that can run on the CPU, to check the tests themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMALL = {"num_hidden_layers": 2, "eos_token_id": 1, "pad_token_id": 1}
 def device() -> torch.device:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = False
-        for dtype in (torch.float32, torch.bfloat16):  # cuBLAS's workspaces come with the first products of each thread
+        for dtype in (torch.float32, torch.bfloat16):  # cuBLAS allocates its workspaces with each thread's first GEMMs
             layer = torch.nn.Linear(64, 64, device="cuda", dtype=dtype)
             layer(torch.ones((64, 64), device="cuda", dtype=dtype)).sum().backward()
         return torch.device("cuda")
@@ -52,7 +52,7 @@ def word_tokenizer(device: torch.device) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def word_model(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A random 2-layer Llama with it."""
+    """A random 2-layer Llama with that tokenizer."""
     return random_llama(
         tmp_path_factory.mktemp("models") / "words", word_tokenizer, **SMALL, hidden_size=64, intermediate_size=128
     )
@@ -60,7 +60,7 @@ def word_model(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrai
 
 @pytest.fixture(scope="session")
 def wide_model(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A wider one, whose activations are many of the allocator's segments."""
+    """A wider model, whose activations span many of the allocator's segments."""
     return random_llama(
         tmp_path_factory.mktemp("models") / "wide", word_tokenizer, **SMALL, hidden_size=1024, intermediate_size=16384
     )

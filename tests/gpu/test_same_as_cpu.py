@@ -1,4 +1,4 @@
-"""What a GPU computes is what the CPU computes: loss, gradients, 4-bit weights, updates."""
+"""A GPU computes the same as the CPU: loss, gradients, 4-bit weights, updates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Rows = list[dict[str, Any]]
 
 
 def branching_rows(shared: int = 150, longest: int = 90) -> Rows:
-    """Rows that have an instruction in common, over several blocks of flex attention, and one that has nothing."""
+    """Rows that share an instruction over several blocks of flex attention, and one row that shares nothing."""
     stem = [1 + (7 * place) % (VOCABULARY - 1) for place in range(shared)]
     endings = [[1 + branch] * 9 + [1 + (branch * place) % 50 for place in range(10 * branch, longest)] for branch in range(5)]
     rows = [stem + ending for ending in endings]
@@ -38,7 +38,7 @@ def branching_rows(shared: int = 150, longest: int = 90) -> Rows:
 
 
 def on(device: torch.device, model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients on the device, to which the model goes; the layout's masks are made anew."""
+    """Loss and gradients on the device, to which the model is moved; the layout's masks are rebuilt."""
     fresh = {**batch, "tree_layout": Layout(batch["tree_layout"].nodes, batch["tree_layout"].length)}
     for module in model.to(device).modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -49,7 +49,7 @@ def on(device: torch.device, model: Any, batch: dict[str, Any]) -> tuple[float, 
 
 
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], within: float) -> None:
-    """Each gradient, relative to the largest number of its own tensor."""
+    """Compare each gradient, relative to the largest element of its own tensor."""
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         scale = max(float(gradient.abs().max()), 1e-6)
@@ -102,7 +102,7 @@ def test_four_bit_weights_are_the_same(device: torch.device) -> None:
 
 @pytest.mark.parametrize("optim", STATE_BITS)
 def test_updates_of_each_optimizer(device: torch.device, optim: str) -> None:
-    """A bf16 weight after a few updates: to the nearest number of bf16, or where rounding is drawn, to a few of them."""
+    """A bf16 weight after a few updates: equal to one bf16 step, or with stochastic rounding to a few steps."""
     torch.manual_seed(0)
     start, gradients = torch.randn(300, 40), [torch.randn(300, 40) for _ in range(3)]
     results = []
@@ -113,7 +113,7 @@ def test_updates_of_each_optimizer(device: torch.device, optim: str) -> None:
             parameter.grad = gradient.to(where, torch.bfloat16)
             optimizer.step()
         results.append(parameter.detach().float().cpu())
-    spacing = start.abs().clamp_min(0.1) / 128  # of bf16 numbers near it
+    spacing = start.abs().clamp_min(0.1) / 128  # of bf16 values near it
     apart = (results[0] - results[1]).abs() / spacing
     most = {"adamw": 1.0, "adamw_kahan": 1.0}.get(optim, 4.0)
     assert float(apart.max()) <= most + 0.01

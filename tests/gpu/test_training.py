@@ -1,4 +1,4 @@
-"""Training on a GPU: what is predicted, running out of memory for real, and going on after an interruption."""
+"""Training on a GPU: predictions, real out-of-memory errors, and resume after an interruption."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ train: {{max_steps: {STEPS}, effective_batch_size: 8, learning_rate: 0.001, {tra
 
 
 def weights_of(run: Run) -> dict[str, torch.Tensor]:
-    """What was trained."""
+    """The trained weights."""
     (folder,) = (run.path / "train" / "checkpoints").iterdir()
     return {name: tensor.float() for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
@@ -57,10 +57,10 @@ def losses_of(run: Run) -> list[float]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_interrupted_training_goes_on(tmp_path: Path, word_model: Path, method: str) -> None:
-    """Each step once, the same losses, and weights that went the same way.
+    """Each step once, the same losses, and weights that moved the same way.
 
-    A GPU adds some sums in no fixed order, and Adam makes a whole step of a gradient that is nearly nothing, to either side: a
-    single weight may lie many roundings from where it was.
+    A GPU accumulates some sums in no fixed order, and Adam turns a nearly zero gradient into a full step in either direction.
+    So a single weight may differ by many rounding steps.
     """
     whole, parts = (run_of(tmp_path, word_model, name, method, "save_steps: 2") for name in ("whole", "parts"))
     train(whole)
@@ -72,7 +72,7 @@ def test_an_interrupted_training_goes_on(tmp_path: Path, word_model: Path, metho
     expected, found = weights_of(whole), weights_of(parts)
     assert expected.keys() == found.keys()
     start = load_file(word_model / "model.safetensors")
-    # An adapter's B begins as nothing; its A is drawn.
+    # An adapter's B starts at zero; its A is random.
     names = [name for name in expected if name in start or "lora_B" in name]
     assert names
     moved = [expected[name] - (start[name].float() if name in start else 0) for name in names]
@@ -86,7 +86,7 @@ def length(tensors: list[torch.Tensor]) -> float:
 
 
 def test_a_step_that_does_not_fit_is_computed_in_smaller_parts(tmp_path: Path, wide_model: Path, gpu: torch.device) -> None:
-    """The allocator is held to what three quarters of the rows take; the same rows, the same losses, and an event."""
+    """The allocator is limited to the memory of three quarters of the rows: the same rows, the same losses, and an event."""
     keys = "per_device_train_batch_size: 8, packing: false"
     plenty, little = (run_of(tmp_path, wide_model, name, "full", keys) for name in ("plenty", "little"))
     torch.cuda.empty_cache()
@@ -96,7 +96,7 @@ def test_a_step_that_does_not_fit_is_computed_in_smaller_parts(tmp_path: Path, w
     peak, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     states = sum(tensor.numel() * 16 for tensor in weights_of(plenty).values())
-    assert peak - before - states > 2**27  # else the allocator's segments decide
+    assert peak - before - states > 2**27  # else the allocator's segments dominate
     room = before + states + (peak - before - states) * 3 // 4
     torch.cuda.set_per_process_memory_fraction(room / total)
     try:
@@ -110,7 +110,7 @@ def test_a_step_that_does_not_fit_is_computed_in_smaller_parts(tmp_path: Path, w
 @pytest.mark.parametrize("checkpointing", [False, True, "keep_attention"])
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_asked_for_are_those_of_the_trace(gpu: torch.device, method: Method, checkpointing: Checkpointing) -> None:
-    """A real step of a model of some size, against the same step on fake tensors: within 2 %."""
+    """A real step of a medium-sized model, compared with the same step on FakeTensors: within 2 %."""
     shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8}
     config = make_config({"model_type": "qwen2", "vocab_size": 8192, "num_key_value_heads": 2, **shape})
     scenario = Scenario(method, rows=1, length=1024, labelled=512, gradient_checkpointing=checkpointing)

@@ -1,4 +1,4 @@
-"""The operators of a block as single functions compute what transformers' modules compute, and keep less."""
+"""A block's fused operators compute the same as transformers' modules and save less for the backward pass."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_fused_model_equals_transformers_in_float64(name: str, adapted: bool, 
                 torch.nn.init.normal_(parameter, std=0.1)
     mine = copy.deepcopy(theirs)
     for module in mine.modules():
-        vars(module).pop("forward", None)  # the exact norms, which the fused ones are by themselves
+        vars(module).pop("forward", None)  # removes the patched exact norms: the fused ones are exact
     fuse_blocks(mine.get_base_model() if adapted else mine, make_kernels())
     fuse_adapters(mine)
     assert_equal(results(mine), results(theirs), 1e-11)
@@ -55,7 +55,7 @@ def test_a_fused_model_equals_transformers_in_float64(name: str, adapted: bool, 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bf16_is_as_near_to_float32_as_transformers_own(name: str) -> None:
-    """In the mean over starts: of a single one the ratio is anything from 0.6 to 1.5, and another one on another processor."""
+    """On average over seeds: for a single seed the ratio is anything from 0.6 to 1.5, and depends on the processor."""
     far = torch.zeros(2)
     for seed in range(10):
         torch.manual_seed(seed)
@@ -72,7 +72,7 @@ def test_bf16_is_as_near_to_float32_as_transformers_own(name: str) -> None:
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
-    """MLP and norms keep fewer bytes than transformers' own."""
+    """MLP and norms save fewer bytes than transformers' own."""
     kept = []
     for fuse in (False, True):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).train()
@@ -92,7 +92,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 
 
 def test_blocks_of_other_architectures_are_left_alone() -> None:
-    """Their linear layers are not."""
+    """But their linear layers are replaced."""
     config = OlmoConfig(**{key: value for key, value in SHAPE.items() if key != "head_dim"}, vocab_size=61)
     model = AutoModelForCausalLM.from_config(config)
     fuse_blocks(model)

@@ -1,4 +1,4 @@
-"""Watching the held-out loss changes nothing of the training, keeps the best checkpoint, and stops where it should."""
+"""Evaluating the held-out loss does not change training, keeps the best checkpoint, and stops early where it should."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_looking_changes_nothing(make_recipe: MakeRecipe, tmp_path: Path, method
 
 
 def test_the_best_checkpoint_is_kept_and_training_stops(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """A rate at which a few rows are soon learnt by heart: the held-out loss falls first and rises then."""
+    """A rate at which a few rows are soon memorised: the held-out loss first falls and then rises."""
     rate = {"train__learning_rate": 0.05, "train__lr_scheduler_type": "constant", "train__warmup_ratio": 0}
     more = {"train__max_steps": 200, "train__eval_steps": 5, "train__early_stopping_patience": 3, "lora__r": 32}
     run = trained(make_recipe, tmp_path / "run", method="lora", **more, **rate)
@@ -50,7 +50,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops(make_recipe: MakeRecipe,
     assert facts["checkpoint"] == f"train/checkpoints/step-{best['step']:06d}"
     assert [folder.name for folder in (run.path / "train" / "checkpoints").iterdir()] == [f"step-{best['step']:06d}"]
     assert "stopped-early" in {event["code"] for event in run.events("train")}
-    # The weights are those of that step, not of the last one.
+    # The weights are from that step, not from the last one.
     short = trained(make_recipe, tmp_path / "short", method="lora", lora__r=32, train__max_steps=best["step"], **rate)
     one, two = weights(run), weights(short)
     assert one.keys() == two.keys()
@@ -58,7 +58,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops(make_recipe: MakeRecipe,
 
 
 def looked(losses: list[float], train: list[float], patience: int | None = None) -> tuple[list[str], list[int], bool]:
-    """Events, saved steps and whether it stopped, of a watch that sees these losses."""
+    """Events, saved steps and whether training stopped, for an evaluation callback that sees these losses."""
     events: list[str] = []
     saved: list[int] = []
     given = iter(losses)

@@ -1,4 +1,4 @@
-"""Exports compute what was trained; where they would not, nothing is left behind."""
+"""Exports compute the same as the trained model; if they would not, nothing is left behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_merged_equals_trained(make_recipe: Any, tmp_path: Path, method: str, dt
     assert proof["mean_kl"] < 1e-3
     assert proof["tokens"] > 0
     folder = run.path / "export" / "merged"
-    # Before rounding, the merged float32 model is the trained one to the last digits; this is the stricter check.
+    # Before rounding, the merged float32 model equals the trained one to the last digits; this is the stricter check.
     trained, checkpoint = trained_method(run)
     model = trained.load_trained(checkpoint).eval()
     ids = torch.arange(100, 160)[None]
@@ -49,7 +49,7 @@ def test_merged_equals_trained(make_recipe: Any, tmp_path: Path, method: str, dt
 
 
 def test_trained_end_of_turn_becomes_a_stop_token(make_recipe: Any, tmp_path: Path) -> None:
-    """A template that ends turns with another token than the model's eos: generation must stop there."""
+    """A template that ends turns with a token other than the model's eos: generation must stop there."""
     template = tmp_path / "t.jinja"
     template.write_text("{% for m in messages %}<|im_start|>{{ m.content }}<|endoftext|>{% endfor %}", encoding="utf-8")
     run = create_run(make_recipe(data__chat_template=str(template)), tmp_path / "run")
@@ -61,7 +61,7 @@ def test_trained_end_of_turn_becomes_a_stop_token(make_recipe: Any, tmp_path: Pa
 
 
 def test_an_export_that_differs_is_refused(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge that drops the adapter, as rounding to nearest does in part, must not get past the proof."""
+    """A merge that drops the adapter, as rounding to nearest does in part, must fail the proof."""
     run = create_run(make_recipe(method="lora", train__max_steps=20, train__learning_rate=0.02), tmp_path / "run")
     prepare(run)
     train(run, QUIET)

@@ -1,4 +1,4 @@
-"""The block mask of a tree says what its dense mask says, and flex attention with it computes the same."""
+"""A tree's block mask equals its dense mask, and flex attention with it computes the same."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CPU = torch.device("cpu")
 
 @st.composite
 def trees(draw: st.DrawFn) -> Tree:
-    """Rows of up to four stretches, each long enough to reach over a block's edge, many of them shared."""
+    """Rows of up to four stretches, each long enough to cross a block boundary, many of them shared."""
     stretches = [[number] * draw(st.integers(1, 300)) for number in range(1, 6)]
     chosen = st.lists(st.sampled_from(stretches), min_size=1, max_size=4)
     return build_tree([list(chain(*draw(chosen))) for _ in range(draw(st.integers(1, 6)))])
 
 
 def listed(counts: torch.Tensor, numbers: torch.Tensor) -> set[tuple[int, int]]:
-    """(block of queries, block of keys) of each entry."""
+    """(query block, key block) of each entry."""
     return {
         (query, int(key))
         for query in range(numbers.shape[-2])
@@ -36,7 +36,7 @@ def listed(counts: torch.Tensor, numbers: torch.Tensor) -> set[tuple[int, int]]:
 
 
 def blocks_of(mask: BlockMask) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """Blocks that are seen whole, and those that are looked into."""
+    """Full blocks, and partial blocks."""
     assert mask.full_kv_num_blocks is not None
     assert mask.full_kv_indices is not None
     return listed(mask.full_kv_num_blocks, mask.full_kv_indices), listed(mask.kv_num_blocks, mask.kv_indices)
@@ -65,7 +65,7 @@ def test_blocks_are_what_the_dense_mask_says(tree: Tree) -> None:
 
 
 def test_flex_attention_with_it_equals_the_dense_mask() -> None:
-    """Forward, as flex attention has no backward pass on a CPU; tests/gpu holds its gradients."""
+    """Forward only, since flex attention has no backward pass on a CPU; tests/gpu checks its gradients."""
     shared = [1] * 150
     tree = build_tree([shared + [number] * (40 * number) for number in range(2, 7)] + [[9] * 77])
     layout = Layout(tree.nodes, len(tree.ids))
@@ -76,7 +76,7 @@ def test_flex_attention_with_it_equals_the_dense_mask() -> None:
     assert layout.blocks(CPU) is mask
     expected = masked_attention(query, key, value, layout, 0.3)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is slow uncompiled
+        warnings.simplefilter("ignore")  # it warns that it is slow uncompiled
         found = flex_attention(query, key, value, block_mask=mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 

@@ -1,4 +1,4 @@
-"""The closed form is the trace of the real modules: within one percent, and never under it."""
+"""The closed form matches the trace of the real modules: within one percent, and never below it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _architecture(name: str) -> Any:
 
 
 def compared(name: str, **more: Any) -> tuple[float, Estimate]:
-    """The closed form over the trace, minus one."""
+    """The closed form divided by the trace, minus one."""
     scenario = Scenario(**{**BASE, **more})
     made = estimate(_architecture(name), scenario)
     return made.total_bytes / trace((CONFIGS | OTHERS)[name], scenario).total_bytes - 1, made
@@ -69,7 +69,7 @@ def compared(name: str, **more: Any) -> tuple[float, Estimate]:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_closed_form_equals_trace(name: str, method: str) -> None:
-    """The two lengths cross over: benchmarks/plan_accuracy.py has all combinations, on models of 7 to 9 B parameters."""
+    """One length per checkpointing; benchmarks/plan_accuracy.py has all combinations, on models of 7 to 9 B parameters."""
     for checkpointing, length in ((False, 384), (True, 192)):
         error, _ = compared(name, method=method, gradient_checkpointing=checkpointing, length=length, labelled=200)
         assert 0 <= error < 0.01, (checkpointing, length, error)
@@ -80,7 +80,7 @@ def test_closed_form_equals_trace(name: str, method: str) -> None:
 )
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_modules_trained_whole_are_counted_in_full(name: str, saved: tuple[str, ...], method: str) -> None:
-    """Copies, gradients and states of what is trained whole beside the adapter; gemma's head is its embedding."""
+    """Copies, gradients and states of modules that are fully trained next to the adapter; gemma's head is its embedding."""
     error, made = compared(name, method=method, modules_to_save=saved)
     assert 0 <= error < 0.01, error
     assert made.breakdown["optimizer"] > 12 * 512 * 6000
@@ -121,7 +121,7 @@ def test_other_architectures_are_within_three_percent(name: str, method: str) ->
 
 
 def test_several_chunks_of_logits() -> None:
-    """More labelled places than one chunk holds (5,592 of a vocabulary of 6,000)."""
+    """More labelled positions than one chunk holds (5,592 for a vocabulary of 6,000)."""
     error, made = compared("llama", rows=2, length=3000, labelled=5990)
     assert 0 <= error < 0.01
     assert made.breakdown["logits"] < 2**28
@@ -135,7 +135,7 @@ def test_breakdown_adds_up_to_the_peak() -> None:
 
 
 def test_blocks_that_are_not_shown_count_as_if_they_were() -> None:
-    """Bytes grow by the same amount with each block more, from four blocks on."""
+    """From four blocks on, bytes grow by the same amount per additional block."""
     sizes = []
     for layers in (4, 5, 6, 40, 41):
         config = LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})

@@ -1,4 +1,4 @@
-"""A prefix tree computes what padded rows compute: loss and every gradient, in float64, for each architecture."""
+"""A prefix tree computes the same as padded rows: loss and every gradient, in float64, for each architecture."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     **SHAPE,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 128,
-    "initializer_range": 0.2,  # large enough that attention is far from uniform
+    "initializer_range": 0.2,  # so large that attention is far from uniform
 }
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
@@ -69,7 +69,7 @@ def test_tree_keeps_every_row(rows: list[dict[str, Any]], min_shared: int) -> No
     for row, path in zip(rows, tree.paths, strict=True):
         assert [tree.ids[place] for place in path] == row["input_ids"]
         assert [tree.positions[place] for place in path] == list(range(len(path)))
-    # What a token may see, by the nodes, is exactly what stands before it in its row.
+    # According to the nodes, a token attends to exactly the tokens before it in its row.
     mask = Layout(tree.nodes, len(tree.ids)).mask(torch.device("cpu"))
     for path in tree.paths:
         for index, place in enumerate(path):
@@ -101,7 +101,7 @@ def test_a_step_is_cut_into_micro_batches_within_the_limits(rows: list[dict[str,
 
 
 def test_rows_that_share_come_together() -> None:
-    """Two instructions, mixed: each micro-batch pays for one of them."""
+    """Two instructions, mixed: each micro-batch computes only one of them."""
     rows = [[kind] * 40 + [10 + number, 11, 12] for number in range(8) for kind in (1, 2)]
     groups = split_for_trees(rows, Limits(70))
     assert [{rows[index][0] for index in group} for group in groups] in ([{1}, {2}], [{2}, {1}])
@@ -109,14 +109,14 @@ def test_rows_that_share_come_together() -> None:
 
 
 def test_what_shares_nothing_fills_micro_batches_tightly() -> None:
-    """70 + 26 and 60 + 36 fit into two times 96; taken in their order they would take three. Trees are filled up."""
+    """70 + 26 and 60 + 36 fit into two times 96; in their given order they would need three. Trees are padded."""
     rows = [[start + place for place in range(length)] for start, length in ((0, 60), (100, 70), (200, 36), (300, 26))]
     assert len(split_for_trees(rows, Limits(95))) == 3
     assert sorted(map(sorted, split_for_trees(rows, Limits(100)))) == [[0, 2], [1, 3]]
 
 
 def test_memory_is_weighed_against_time() -> None:
-    """The smallest micro-batches whose step is within a twentieth of the fastest; rows that share a prefix are not torn."""
+    """The smallest micro-batches whose step is within 1/20 of the fastest; rows that share a prefix are not split up."""
     apart = [[number * 1000 + place for place in range(100)] for number in range(20)]  # 2,000 tokens, nothing in common
     for start, size in ((0, 200), (20, 500), (50, 1000), (500, 2000)):
         groups = split_for_trees(apart, Limits(4096, None, start))
@@ -126,9 +126,9 @@ def test_memory_is_weighed_against_time() -> None:
         costs = {tokens: 2000 + start * len(split_for_trees(apart, Limits(tokens))) for tokens in (256, 512, 1024, 2048, 4096)}
         assert 2000 + start * len(groups) <= 1.05 * min(costs.values())
     shared = [[*range(400), 1000 + number, 2000 + number] for number in range(20)]
-    assert split_for_trees(shared, Limits(4096, None, 10)) == [list(range(20))]  # each part would pay for 400 tokens again
+    assert split_for_trees(shared, Limits(4096, None, 10)) == [list(range(20))]  # each part would recompute 400 tokens
     assert len(split_by_length([100] * 20, Limits(4096, None, 20))) == 4
-    assert len(split_for_trees(apart, Limits(300, None, 0))) > 6  # the limit holds
+    assert len(split_for_trees(apart, Limits(300, None, 0))) > 6  # the limit is respected
 
 
 def test_padded_rows_come_with_their_like() -> None:
@@ -137,7 +137,7 @@ def test_padded_rows_come_with_their_like() -> None:
 
 
 def exact_model(name: str) -> Any:
-    """A model that computes in float64 throughout: transformers' RMS norms go through float32, which hides 1e-8."""
+    """A model that computes in float64 throughout: transformers' RMS norms use float32, which hides 1e-8."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).double()
     for module in model.modules():
@@ -153,7 +153,7 @@ def exact_model(name: str) -> Any:
 
 
 def fused_model(name: str) -> Any:
-    """The same model as training computes it: norms, MLPs and attention as single functions."""
+    """The same model as in training: fused norms, MLPs and attention."""
     model = exact_model(name)
     for module in model.modules():
         vars(module).pop("forward", None)
@@ -174,7 +174,7 @@ def with_gradients(model: Any, loss_of: Callable[[], torch.Tensor]) -> tuple[flo
 
 
 def with_labels(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """What transformers takes for whole rows: padded on the right, labels of -100 but where they are trained on."""
+    """transformers' inputs for whole rows: right-padded, with labels of -100 where the loss mask is 0."""
     length = max(len(row["input_ids"]) for row in rows)
     tokens, labels, mask = [torch.full((len(rows), length), filling) for filling in (0, -100, 0)]
     for number, row in enumerate(rows):
@@ -185,7 +185,7 @@ def with_labels(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def transformers_loss(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """The mean over the labels by transformers' own forward over whole rows, and torch's cross-entropy."""
+    """The mean loss over the labels from transformers' own forward over whole rows and torch's cross-entropy."""
     inputs = with_labels(rows)
     wanted = inputs.pop("labels")[:, 1:]
     logits = model(**inputs).logits[:, :-1]
@@ -223,7 +223,7 @@ def test_no_token_is_computed_that_no_label_needs(rows: list[dict[str, Any]]) ->
 
 @pytest.mark.parametrize("collate", [collate_tree, PaddedCollator(pad_id=0)], ids=["tree", "padded"])
 def test_the_last_block_ends_at_the_labelled_places(collate: Collator) -> None:
-    """Behind the last attention nothing is asked of the others; a call without labelled places gives all of them."""
+    """After the last attention only labelled positions are computed; a call without labelled positions computes all."""
     model = fused_model("llama")
     rows = [{"input_ids": [*range(1, 31), 40 + n, 50, 51], "loss_mask": [False] * 31 + [True] * 2} for n in range(4)]
     batch = collate(rows)
@@ -238,7 +238,7 @@ def test_the_last_block_ends_at_the_labelled_places(collate: Collator) -> None:
 
 
 def test_structured_attention_equals_a_dense_mask() -> None:
-    """Depth four, several roots, one token nodes; gradients of query, key and value."""
+    """Depth four, several roots, one-token nodes; gradients of query, key and value."""
     rows = [[1] * 9 + [2] * n + [3] * m for n in (8, 9) for m in (1, 8, 20)] + [[5, 6]]
     tree = build_tree(rows)
     layout = Layout(tree.nodes, len(tree.ids))
@@ -261,7 +261,7 @@ def test_shared_instruction_is_computed_once() -> None:
     shared = list(range(1, 51))
     rows = [{"input_ids": [*shared, 51 + n, 52, 53], "loss_mask": [False] * 51 + [True] * 2} for n in range(6)]
     batch = collate_tree(rows)
-    assert batch["input_ids"].shape == (1, filled(50 + 6 * 2))  # each row's last label only has to be told
+    assert batch["input_ids"].shape == (1, filled(50 + 6 * 2))  # each row's last label is only a target
     assert batch["labelled"] == 12
 
 

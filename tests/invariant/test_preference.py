@@ -1,4 +1,4 @@
-"""DPO on prefix trees: equal to padded rows, to the formula, and to TRL's trainer; and what must hold of its training."""
+"""DPO on prefix trees: equal to padded rows, to the formula, and to TRL's trainer; and invariants of its training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WHOLE = Limits()
 
 @st.composite
 def random_pairs(draw: st.DrawFn) -> Pairs:
-    """Pairs grown from shared prompts; answers may begin alike, be of different lengths, or one a prefix of the other."""
+    """Pairs grown from shared prompts; answers may share a prefix, differ in length, or one may be a prefix of the other."""
     prompts = [draw(st.lists(ids, min_size=1, max_size=14))]
     for _ in range(draw(st.integers(0, 2))):
         prompts.append(draw(st.sampled_from(prompts)) + draw(st.lists(ids, max_size=12)))
@@ -62,7 +62,7 @@ def loss_and_gradients(model: Any, batch: dict[str, Any], *, tree: bool) -> tupl
 
 
 def plain_loss(model: Any, pairs: Pairs) -> torch.Tensor:
-    """The same by the paper's formula, row by row, over whole logits."""
+    """The same loss by the paper's formula, row by row, over whole logits."""
     use_tree_attention(model, on=False)
     sums = []
     for row in sides(pairs):
@@ -96,7 +96,7 @@ def test_tree_equals_padded_rows_to_1e_10(name: str, pairs: Pairs) -> None:
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("name", [*CONFIGS, "granite"])
 def test_equal_to_the_formula_over_whole_logits(name: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and every gradient, the head's too, with labels in one chunk and in many; Granite scales its logits itself."""
+    """Loss and every gradient, the head's too, with labels in one chunk and in many; Granite scales its own logits."""
     if chunk is not None:
         monkeypatch.setattr("tunesmith.engine.modeling.dpo_loss.chunk_rows", lambda _: chunk)
         monkeypatch.setattr("tunesmith.engine.modeling.loss.chunk_rows", lambda _: chunk)
@@ -138,7 +138,7 @@ def random_pair_list(count: int) -> Pairs:
 
 
 def test_soft_caps_and_biases_have_exact_gradients() -> None:
-    """The log-probabilities' own backward pass against numeric differences: cap, bias, head, hidden states."""
+    """The log-probabilities' custom backward pass against finite differences: cap, bias, head, hidden states."""
     from tunesmith.engine.modeling.dpo_loss import _LabelLogProbs
 
     torch.manual_seed(0)
@@ -150,7 +150,7 @@ def test_soft_caps_and_biases_have_exact_gradients() -> None:
 
 
 def test_no_tensor_of_places_by_vocabulary_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 0)  # 64 places at once
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 0)  # 64 positions per chunk
     monkeypatch.setattr("tunesmith.engine.modeling.dpo_loss.chunk_rows", chunks.chunk_rows)
     model = exact_model("llama").float()
     batch = PairCollator(PaddedCollator(pad_id=0), WHOLE).collate(random_pair_list(20))
@@ -182,7 +182,7 @@ def test_both_sides_of_a_pair_come_in_one_micro_batch(pairs: Pairs, tokens: int,
 
 
 def test_a_prompt_is_computed_once_for_both_sides() -> None:
-    """A system prompt of 10 for all, questions of 9, answers of 3 and 4, of which the last token only has to be told."""
+    """A system prompt of 10 for all, questions of 9, answers of 3 and 4, whose last token is only a target."""
     pairs = []
     for number in range(5):
         prompt = [*range(10), *range(100 * number + 20, 100 * number + 29)]
@@ -265,7 +265,7 @@ def test_tree_trains_as_padded_rows_do(make_pairs: MakePairs, tmp_path: Path, me
 
 @pytest.mark.parametrize("method", METHODS)
 def test_margin_grows_and_starts_at_nothing(make_pairs: MakePairs, tmp_path: Path, method: str) -> None:
-    """The first loss is log 2, as the model is its own reference; then the chosen answers win."""
+    """The first loss is log 2, since the model is its own reference; then the chosen answers win."""
     rate = 2e-3 if method == "full" else 2e-2
     more = COMMON | {"train__learning_rate": rate, "train__max_steps": 20, "train__effective_batch_size": 12}
     run = trained(make_pairs, tmp_path / "run", method=method, **more)
@@ -293,7 +293,7 @@ def test_beta_and_smoothing_are_used(make_pairs: MakePairs, tmp_path: Path) -> N
     hard = trained(make_pairs, tmp_path / "hard", dpo__beta=1.0, **common)
     smooth = trained(make_pairs, tmp_path / "smooth", dpo__label_smoothing=0.4, **common)
     first = [metrics(run, "grad_norm")[0][0] for run in (plain, hard, smooth)]
-    # At a margin of nothing the gradient is beta (1 - 2 e) / 2.
+    # At zero margin the gradient is beta (1 - 2 e) / 2.
     assert first[1] == pytest.approx(10 * first[0], rel=1e-3)
     assert first[2] == pytest.approx(0.2 * first[0], rel=1e-3)
 
@@ -347,7 +347,7 @@ def test_bf16_and_update_in_backward_learn(make_pairs: MakePairs, tmp_path: Path
     assert metrics(run, "reward_margin")[-1][0] > 0.3
 
 
-# --- beside TRL ---
+# --- compared with TRL ---
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -368,7 +368,7 @@ def test_losses_are_those_of_trls_trainer(make_pairs: MakePairs, tmp_path: Path,
 
 
 def trl_history(run: Run, tmp_path: Path, rate: float) -> list[dict[str, float]]:
-    """The log of TRL's DPOTrainer over the run's rows, one batch of all of them a step."""
+    """The log of TRL's DPOTrainer over the run's rows, all of them in one batch per step."""
     from trl import DPOConfig, DPOTrainer
 
     from tunesmith.models.load import load_tokenizer
@@ -381,7 +381,7 @@ def trl_history(run: Run, tmp_path: Path, rate: float) -> list[dict[str, float]]
         names = {"prompt_ids": row["input_ids"][: row["loss_mask"].index(True)]}
         for name, prefix in (("chosen_ids", ""), ("rejected_ids", "rejected_")):
             flags = zip(row[f"{prefix}input_ids"], row[f"{prefix}loss_mask"], strict=True)
-            names[name] = [token for token, flag in flags if flag]  # without what the template writes after the turn
+            names[name] = [token for token, flag in flags if flag]  # without the text that the template adds after the turn
         return names
 
     rows = [cut(row) for row in Dataset.from_file(str(run.path / "data" / "train.arrow"))]
@@ -408,7 +408,7 @@ def trl_history(run: Run, tmp_path: Path, rate: float) -> list[dict[str, float]]
 
 
 def trl_model(run: Run) -> Any:
-    """The model as our run started from it: the adapter is drawn from the same seed."""
+    """The model from which our run started: the adapter is initialised from the same seed."""
     from tunesmith.methods import make_method
 
     model = AutoModelForCausalLM.from_pretrained(run.recipe.model, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A longer window: fused blocks stay exact, and the exported model is loaded with it by plain transformers."""
+"""A longer window: fused blocks stay exact, and plain transformers loads the exported model with it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_fused_blocks_are_exact_with_scaled_positions(short_model: Path, kind: A
     plain = load_model(short_model, dtype="float64").train()
     mine = copy.deepcopy(theirs)
     fuse_blocks(mine)
-    assert_equal(results(mine), results(theirs), 1e-5)  # transformers' norms are float32 inside
+    assert_equal(results(mine), results(theirs), 1e-5)  # transformers' norms compute in float32
     assert not torch.allclose(results(plain)["logits"], results(mine)["logits"], rtol=1e-4, atol=1e-6)
 
 

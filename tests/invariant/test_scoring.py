@@ -1,4 +1,4 @@
-"""Scoring on prefix trees gives what each request gives alone: log-likelihoods to 1e-10 in float64, the same greedy flags."""
+"""Scoring on prefix trees equals scoring each request alone: log-likelihoods to 1e-10 in float64, the same greedy flags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ any_id = st.integers(1, VOCABULARY - 1)
 
 @st.composite
 def random_requests(draw: st.DrawFn) -> list[Request]:
-    """Contexts grown from shared stems, asked once or several times, with continuations of one or more tokens."""
+    """Contexts grown from shared stems, requested once or several times, with continuations of one or more tokens."""
     stems = [draw(st.lists(ids, min_size=1, max_size=14))]
     for _ in range(draw(st.integers(0, 3))):
         stems.append(draw(st.sampled_from(stems)) + draw(st.lists(ids, max_size=14)))
@@ -36,7 +36,7 @@ def random_requests(draw: st.DrawFn) -> list[Request]:
 
 
 def one_by_one(model: Any, requests: list[Request]) -> list[Likelihood]:
-    """Each request as a row of its own, by the model's own forward."""
+    """Each request as its own row, with the model's own forward."""
     use_tree_attention(model, on=False)
     model.eval()
     found = []
@@ -67,7 +67,7 @@ def test_trees_equal_rows_one_by_one(name: str, requests: list[Request], max_tok
 
 
 class Padded:
-    """Models that no tree is exact for."""
+    """Models for which no tree is exact."""
 
     windowed = MistralConfig(**SMALL, sliding_window=4)
     capped = Gemma2Config(**SMALL, final_logit_softcapping=2.0, sliding_window=64)
@@ -81,7 +81,7 @@ def test_padded_rows_equal_rows_one_by_one(config: Any, requests: list[Request],
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).double()
     for module in model.modules():
-        if type(module).__name__ == "CohereLayerNorm":  # goes through float32, which hides 1e-8
+        if type(module).__name__ == "CohereLayerNorm":  # computes in float32, which hides 1e-8
             module.forward = lambda x, own=module: torch.nn.functional.layer_norm(
                 x, x.shape[-1:], own.weight, None, own.variance_epsilon
             )
@@ -89,13 +89,13 @@ def test_padded_rows_equal_rows_one_by_one(config: Any, requests: list[Request],
     assert reason_for_padding(model.config, requests) is not None
     found = log_likelihoods(model, requests, max_tokens=max_tokens)
     expected = one_by_one(model, requests)
-    tolerance = 1e-10 if config is Padded.scaled else 1e-5  # the others' norms go through float32
+    tolerance = 1e-10 if config is Padded.scaled else 1e-5  # the others' norms compute in float32
     assert [one.log_likelihood for one in found] == pytest.approx([one.log_likelihood for one in expected], abs=tolerance)
     assert [one.greedy for one in found] == [one.greedy for one in expected]
 
 
 def test_greedy_continuations_are_found() -> None:
-    """What greedy decoding writes is greedy, and nothing is once a token of it is changed."""
+    """The output of greedy decoding is greedy, and it no longer is once one token is changed."""
     model = exact_model("llama")
     context = [1, 2, 3, 4]
     written = list(context)
@@ -108,7 +108,7 @@ def test_greedy_continuations_are_found() -> None:
 
 
 def test_a_place_gets_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four questions with four one-token choices: one header, four nodes, four places."""
+    """Four questions with four one-token choices: one header, four nodes, four positions."""
     batches = []
 
     def watch(model: Any, batch: Any) -> Any:
@@ -125,7 +125,7 @@ def test_a_place_gets_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of three places; a chunk without labels of its own cannot be, since places are those that tell one."""
+    """Chunks of three positions. No chunk is without labels, since each position predicts one."""
     model = exact_model("llama")
     requests = [Request([1, 2, 3, q], [5, 6, 7, letter]) for q in range(1, 6) for letter in (8, 9)]
     expected = one_by_one(model, requests)
@@ -155,7 +155,7 @@ def test_stretches_hold_every_row_within_the_budget(rows: list[tuple[int, ...]],
 
 
 def test_no_cut_is_better() -> None:
-    """Against all ways to cut nine rows of two headers: none computes fewer tokens within the budget."""
+    """Compared with all ways to cut nine rows of two headers: none computes fewer tokens within the budget."""
     rows = sorted(
         [(header,) * 30 + (9, question, *(5,) * (10 + 3 * question)) for header in (1, 2) for question in range(5)][1:]
     )
@@ -167,9 +167,9 @@ def test_no_cut_is_better() -> None:
         if max(trees) <= budget:
             sizes.append(sum(trees))
     found = [len(build_tree(stretch).ids) for stretch in split_sorted(rows, budget)]
-    slack = 8 * len(rows)  # what rows share is counted up to seven tokens short, see `split_sorted`
+    slack = 8 * len(rows)  # shared prefixes are counted up to seven tokens short, see `split_sorted`
     assert min(sizes) <= sum(found) <= min(sizes) + slack
-    assert {row[0] for row in split_sorted(rows, 150)[0]} == {1}  # a new header is the place to cut
+    assert {row[0] for row in split_sorted(rows, 150)[0]} == {1}  # the best cut is at a new header
 
 
 def test_progress_and_the_order_of_results() -> None:

@@ -1,4 +1,4 @@
-"""Shifted sparse attention equals a dense mask written from the paper's definition, and looks at no later token."""
+"""Shifted sparse attention equals a dense mask built from the paper's definition, and never attends to a later token."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_trains_with_it_and_the_group_matters(make_recipe: Any, tmp_path: Path) 
         losses[group] = [line["loss"] for line in read_jsonl(run.path / "train" / "metrics.jsonl")]
         told = [event["code"] for event in run.events("train") if event["code"] != "setting"]
         assert told == ([] if group is None else ["packing-off"])
-    assert losses[2048] == pytest.approx(losses[None], rel=1e-5)  # rows shorter than half a group: nothing is cut
+    assert losses[2048] == pytest.approx(losses[None], rel=1e-5)  # rows shorter than half a group: one group, full attention
     assert losses[8] != pytest.approx(losses[None], rel=1e-5)
 
 

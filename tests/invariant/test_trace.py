@@ -23,7 +23,7 @@ from tunesmith.planner.tracing.traced import multiplied
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Torch's own products and operators in place of oneDNN's and ours."""
+    """Torch's own GEMMs and operators instead of oneDNN and the custom kernels."""
     for module in cpu.KERNELS:
         monkeypatch.setattr(module, "unsupported_reason", lambda: "as on a GPU")
     with torch.backends.mkldnn.flags(enabled=False):
@@ -74,8 +74,8 @@ def test_trace_equals_real_allocation_of_other_ways(more: dict[str, Any]) -> Non
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_kernels_of_ours_take_no_more(name: str, checkpointing: bool, method: Any) -> None:
-    """As trained on a CPU: what is traced, byte for byte; less where the peak is in a norm's gradient or a bf16 block."""
-    cpu.unsupported_reason()  # what is tried the first time is not the model's
+    """As trained on a CPU: the traced bytes exactly, or fewer if the peak is in a norm's gradient or a bf16 block."""
+    cpu.unsupported_reason()  # the first call's test must not count as the model's
     dtype = "float32" if method == "full" else "bfloat16"
     scenario = replace(FULL, method=method, dtype=dtype, gradient_checkpointing=checkpointing)
     traced, real = trace(CONFIGS[name], scenario).total_bytes, measure(CONFIGS[name], scenario).total_bytes
@@ -93,7 +93,7 @@ def test_what_was_alive_adds_up_to_the_peak() -> None:
 
 
 def test_flops_are_those_of_the_matrices() -> None:
-    """Full fine-tuning: 6 for each weight and token, recomputing 2 more; head and the last block's end at labelled places."""
+    """Full fine-tuning: 6 per weight and token, 2 more to recompute; head and last block's end only at labelled positions."""
     config, tokens, labelled = CONFIGS["llama"], FULL.tokens, FULL.labelled
     layers, less = config.num_hidden_layers, FULL.tokens - FULL.labelled
     h, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
@@ -106,7 +106,7 @@ def test_flops_are_those_of_the_matrices() -> None:
     architecture = read_architecture(config.to_dict())
     planned = micro_batch_work(architecture, FULL, estimate(architecture, FULL), FULL.length)
     assert planned.product_flops == 6 * products + 6 * h * config.vocab_size * labelled
-    # The recomputation of a block stops before its last product, which nothing that is kept depends on.
+    # The recomputation of a block stops before its last GEMM, on which no saved tensor depends.
     skipped = 2 * h * f * (layers * tokens - less)
     assert again == 8 * products - skipped + head
 
@@ -134,7 +134,7 @@ def test_meter_counts_each_storage_once_and_until_it_is_freed() -> None:
 
 @pytest.mark.parametrize("reshard", [False, True])
 def test_devices_that_share_a_step_hold_less_each(reshard: bool) -> None:
-    """FSDP2 over a group of which only this process is there; the closed form is a bound from above."""
+    """FSDP2 over a group in which only this process exists; the closed form is an upper bound."""
     config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6})
     scenario = replace(FULL, dtype="bfloat16", stock=True, optim="adamw_torch_fused", gradient_checkpointing=True)
     alone = trace(config, scenario).total_bytes

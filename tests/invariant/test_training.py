@@ -1,4 +1,4 @@
-"""What must hold of training, run through the stages on a tiny model."""
+"""Invariants of training, run through the stages on a tiny model."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_same_seed_same_bits(make_recipe: MakeRecipe, tmp_path: Path, method: st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_rows_at_once_equal_four_times_two(make_recipe: MakeRecipe, tmp_path: Path, method: str) -> None:
-    """The loss is the mean over the labelled tokens of the global batch, however it is cut into micro-batches.
+    """The loss is the mean over the labelled tokens of the global batch, however it is split into micro-batches.
 
-    One step over all 36 train rows, so that both runs see the same rows; rows differ in length and in labelled tokens.
+    One step over all 36 train rows, so both runs see the same rows; rows differ in length and in labelled tokens.
     """
     common = {"method": method, "train__effective_batch_size": 36, "train__max_steps": 2, "train__compute_dtype": "float32"}
     whole = trained(make_recipe, tmp_path / "whole", train__per_device_train_batch_size=36, **common)
@@ -156,7 +156,7 @@ def test_every_optimizer_learns_in_bf16(make_recipe: MakeRecipe, tmp_path: Path,
 def test_the_loss_follows_the_plain_run(
     make_recipe: MakeRecipe, tmp_path: Path, change: dict[str, Any], tolerance: float
 ) -> None:
-    """20 steps in bf16 at a rate that brings the loss down by more than 0.4: never further apart than the tolerance."""
+    """20 steps in bf16 at a rate that lowers the loss by more than 0.4: never further apart than the tolerance."""
     common = {"method": "full", "train__compute_dtype": "bfloat16", "train__max_steps": 20, "train__learning_rate": 2e-3}
     plain = trained(make_recipe, tmp_path / "plain", **common)
     other = trained(make_recipe, tmp_path / "other", **common, **change)
@@ -199,7 +199,7 @@ def test_without_kernels_of_ours_training_is_the_same_and_tells(
         monkeypatch.setattr(module, "call", lambda *_: pytest.fail("a kernel was asked"))
     plain = trained(make_recipe, tmp_path / "plain", **common)
     told = [[e["message"] for e in run.events("train") if e["code"] == "kernels-off"] for run in (own, plain)]
-    assert told == [[], ["PyTorch's kernels in place of tunesmith's, which are faster: there is no C++ compiler (g++)"]]
+    assert told == [[], ["PyTorch's kernels instead of tunesmith's faster ones: there is no C++ compiler (g++)"]]
     for (one,), (other,) in zip(metrics(own, "loss"), metrics(plain, "loss"), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
 
@@ -209,8 +209,8 @@ def test_attention_falls_back_and_tells(make_recipe: MakeRecipe, tmp_path: Path)
     run = trained(make_recipe, tmp_path / "flash", method="lora", **asked)
     events = [event for event in run.events("train") if event["code"] == "attention-fallback"]
     assert [event["message"].split(":")[0] for event in events] == [
-        "attention flash_attention_3 cannot be used, flash_attention_2 is tried",
-        "attention flash_attention_2 cannot be used, sdpa is tried",
+        "attention flash_attention_3 is unavailable, falling back to flash_attention_2",
+        "attention flash_attention_2 is unavailable, falling back to sdpa",
     ]
     assert "packing-off" in [event["code"] for event in run.events("train")]
     padded = trained(make_recipe, tmp_path / "padded", method="lora", **asked | {"train__attn_implementation": "sdpa"})
@@ -228,7 +228,7 @@ def test_noise_changes_the_losses_and_follows_the_seed(make_recipe: MakeRecipe, 
 
 def test_update_in_backward_refuses_accumulation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     more = {"train__optimizer_in_backward": True, "train__gradient_accumulation_steps": 2}
-    with pytest.raises(RecipeError, match="nothing left to accumulate"):
+    with pytest.raises(RecipeError, match="nothing to accumulate"):
         trained(make_recipe, tmp_path / "run", method="full", **more)
 
 

@@ -1,5 +1,5 @@
-/* An allocator with a limit, to be preloaded: what torch asks for is refused once so many bytes are alive, as on a GPU.
- * Everything is counted; only large aligned blocks, which are tensors, are ever refused. glibc only. */
+/* A preloaded allocator with a limit: torch's allocations fail once that many bytes are allocated, as on a GPU.
+ * It counts everything, but only large aligned blocks, which are tensors, can fail. glibc only. */
 #include <errno.h>
 #include <malloc.h>
 #include <stdatomic.h>

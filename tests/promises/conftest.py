@@ -1,4 +1,4 @@
-"""What the tests of promises share: small runs to interrupt, and the file that the long versions' figures go into."""
+"""Shared by the tests of promises: small runs to interrupt, and the file for the long versions' figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunesmith.stages.prepare import prepare
 
 @pytest.fixture(scope="session")
 def promises(request: pytest.FixtureRequest) -> Iterator[Promises]:
-    """Figures by name; `long` where they are asked for. A test states them once all that it looks at has held."""
+    """Figures by name; `long` if they are requested. A test states them after all its checks have passed."""
     path = request.config.getoption("--promises")
     found = Promises(None if path is None else Path(path))
     yield found
@@ -26,7 +26,7 @@ def promises(request: pytest.FixtureRequest) -> Iterator[Promises]:
 
 @pytest.fixture
 def make_run(tmp_path: Path, tiny_model: Path, write_rows: Any) -> Callable[..., Run]:
-    """A prepared run by name, of one of the methods' settings and more of the train section."""
+    """A prepared run by name, with one of the methods' settings and further keys of the train section."""
     write_rows([chat_row(f"Say {number} and {number * 7 % 11}", f"so it is {number}") for number in range(45)])
 
     def make(name: str, case: str, more: str = "save_steps: 3", steps: int = STEPS) -> Run:

@@ -1,4 +1,4 @@
-"""When a training in a process of its own is about to begin: model and libraries are loaded by then."""
+"""A hook for the moment when training in a separate process is about to begin, with model and libraries loaded."""
 
 from __future__ import annotations
 

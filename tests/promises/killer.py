@@ -1,13 +1,13 @@
-"""Runs the command line until a chosen file call of a savepoint's write, and there does what is asked.
+"""Runs the command line until a chosen file call of a savepoint's write, and acts there.
 
     python -m tests.promises.killer kill N -- train runs/x     SIGKILL before the N-th call, counted from 1
     python -m tests.promises.killer full N -- train runs/x     no file may grow from the N-th call on
     python -m tests.promises.killer count 0 -- train runs/x    prints the calls of the third write
 
-A name in place of N is the first call of that function.
+A name instead of N means the first call of that function.
 
-The interpreter's profile hook sees each call of a C function, from the first time that metrics.jsonl is opened; the code
-under test is as it always is.
+The interpreter's profile hook sees each call of a C function once metrics.jsonl has been opened; the code under test is
+unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.promises.hooks import when_metrics_open
 from tunesmith.cli.main import main
 from tunesmith.stages.train.savepoints import Savepoints
 
-#: C functions that change a disk, or read what a save has written.
+#: C functions that change the disk or read back a save.
 CALLS = {"mkdir", "open", "write", "fsync", "rename", "replace", "unlink", "rmdir", "chmod", "serialize_file", "statvfs"}
 
 
@@ -68,6 +68,6 @@ class Killer:
 
 if __name__ == "__main__":
     killer = Killer(sys.argv[1], sys.argv[2])
-    when_metrics_open(lambda: sys.setprofile(killer))  # before it, only starting up would be slower
+    when_metrics_open(lambda: sys.setprofile(killer))  # earlier, it would only slow down startup
     sys.argv = ["tunesmith", *sys.argv[4:]]
     main()

@@ -1,9 +1,9 @@
-"""Runs the command line in less memory: from the time that metrics.jsonl is opened, tensors get so many bytes more.
+"""Runs the command line with limited memory: once metrics.jsonl is opened, tensors may take only BYTES more.
 
     LD_PRELOAD=allocator.so python -m tests.promises.limited BYTES -- train runs/x
     LD_PRELOAD=allocator.so python -m tests.promises.limited count -- train runs/x    prints the peak, without a limit
 
-The limit is that of the preloaded allocator (allocator.c): what does not fit is refused, and torch raises its own error.
+The preloaded allocator (allocator.c) enforces the limit: an allocation that does not fit fails, and torch raises its own error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ for name in ("tunesmith_limit", "tunesmith_peak"):
 
 
 def limit(more: str) -> None:
-    """From now on; or no limit, and the peak is printed at the end."""
+    """Set the limit from now on; with `count`, set none and print the peak at the end."""
     begun = ALLOCATOR.tunesmith_limit(0 if more == "count" else int(more))
     if more == "count":
         atexit.register(lambda: print("grew", ALLOCATOR.tunesmith_peak() - begun))

@@ -1,6 +1,6 @@
-"""The network cut, for a process and all that it starts: copied as `sitecustomize.py` into a folder on PYTHONPATH.
+"""Blocks the network for a process and its children: copied as `sitecustomize.py` into a folder on PYTHONPATH.
 
-An attempt to connect, or to look up a name, is noted in the file that TUNESMITH_ATTEMPTS names, and refused.
+An attempt to connect or to look up a name is recorded in the file that TUNESMITH_ATTEMPTS names, and refused.
 """
 
 import os
@@ -11,7 +11,7 @@ CALLS = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket
 
 
 def hook(event: str, arguments: tuple[Any, ...]) -> None:
-    """Sees every call that Python's sockets make."""
+    """Audit hook that sees every call of Python's sockets."""
     if event in CALLS:
         with open(os.environ["TUNESMITH_ATTEMPTS"], "a", encoding="utf-8") as handle:  # noqa: PTH123 - pathlib is not there yet
             handle.write(f"{event} {arguments[1:] if event == 'socket.connect' else arguments}\n")

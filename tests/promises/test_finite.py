@@ -1,4 +1,4 @@
-"""Numbers that are none stop the training before a weight moves, and what is known of them is kept."""
+"""NaN and Inf stop training before the optimizer step, and an incident records what is known about them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def scale(factor: float, *names: str) -> Spoil:
     return spoil
 
 
-#: What is done to the base model: weights that are no numbers, and finite ones whose products or gradients are not.
+#: Changes to the base model: non-finite weights, and finite ones whose matmuls or gradients are not finite.
 SPOILT: dict[str, Spoil] = {
     "NaN in attention": put("model.layers.0.self_attn.q_proj.weight", float("nan")),
     "infinity in the gate": put("model.layers.1.mlp.gate_proj.weight", float("inf")),
@@ -90,8 +90,8 @@ def test_nothing_is_trained_on_what_is_no_number(
         assert found["step"] == 1
         assert len(found["rows"]) == 8
         assert found["causes"][0] in caught.value.problems[0].what
-        if name.startswith(("NaN", "infinity")) and method != "qlora":  # four-bit weights hold no such number any more
-            assert "look at the base model" in found["causes"][0], (name, method)
+        if name.startswith(("NaN", "infinity")) and method != "qlora":  # four-bit weights cannot hold NaN or Inf
+            assert "check the base model" in found["causes"][0], (name, method)
         stopped += 1
     assert stopped == len(cases)
     promises.state("not finite", "count", nonfinite_cases=len(cases), nonfinite_stopped=stopped)
@@ -100,7 +100,7 @@ def test_nothing_is_trained_on_what_is_no_number(
 def test_the_rows_of_a_bad_token_are_named(
     tmp_path: Path, tiny_model: Path, tokenizer: Any, colour_rows: Any, write_rows: Any
 ) -> None:
-    """The embedding of one token is no number: the rows that have it are named, after steps that went well."""
+    """The embedding of one token is NaN: the rows that contain it are named, after steps that succeeded."""
     (token,) = tokenizer.encode("Z", add_special_tokens=False)
     rows = [
         *colour_rows[:30],
@@ -116,7 +116,7 @@ def test_the_rows_of_a_bad_token_are_named(
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
     run = run_of(tmp_path / "run", model, "lora", "save_steps: 1")
-    with pytest.raises(TrainError, match=r"1 of 8 rows alone give no finite loss: .*train\.jsonl:31"):
+    with pytest.raises(TrainError, match=r"1 of 8 rows give a non-finite loss on their own: .*train\.jsonl:31"):
         train(run)
     found = incident_of(run)
     assert [row["where"].rpartition(":")[2] for row in found["rows"] if row["loss"] == "nan"] == ["31"]
@@ -124,12 +124,12 @@ def test_the_rows_of_a_bad_token_are_named(
     assert found["step"] == len(done) + 1
     assert [step["step"] for step in found["last_steps"]] == [step["step"] for step in done]
     saved = list((run.path / "train" / "savepoints").glob("step-*"))
-    assert len(saved) == min(2, len(done))  # the last good ones are left
+    assert len(saved) == min(2, len(done))  # the last good ones remain
 
 
 def test_a_save_refuses_a_weight_that_is_no_number() -> None:
     weights = {"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")]), "c": torch.tensor([1, 2])}
-    with pytest.raises(TrainError, match="weights that are not finite after step 7") as caught:
+    with pytest.raises(TrainError, match="non-finite weights after step 7") as caught:
         check_weights(7, weights)
     assert caught.value.problems[0].where == "b"
     check_weights(7, {name: weights[name] for name in "ac"})

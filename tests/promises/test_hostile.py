@@ -1,4 +1,4 @@
-"""Hostile models, templates, recipes and data: refused with exit code 2, and nothing that they ask for is done."""
+"""Hostile models, templates, recipes and data: refused with exit code 2, and none of their actions happens."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.promises.training import Promises
 from tests.unit.folders import HOSTILE
 from tunesmith.cli.main import main
 
-Make = Callable[[Path], str]  # makes the hostile input in a folder with `model` and `train.jsonl`, and gives a recipe
+Make = Callable[[Path], str]  # writes the hostile input to a folder with `model` and `train.jsonl`, and returns a recipe
 
 RECIPE = "model: ./model\nmethod: lora\ndata: {train: train.jsonl}\ntrain: {max_steps: 1}\n"
 
 
 class Payload:
-    """Unpickled, it writes the canary."""
+    """Writes the canary when unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -125,7 +125,7 @@ INPUTS: dict[str, Make] = {
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """A new folder by name, with a model and rows as they should be."""
+    """A new folder by name, with a sound model and sound rows."""
 
     def make(name: str) -> Path:
         folder = tmp_path / "".join(letter if letter.isalnum() else "-" for letter in name)
@@ -139,7 +139,7 @@ def place(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def refused(folder: Path, text: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What `tunesmith prepare` says of the recipe, which it must refuse without leaving anything behind."""
+    """The error of `tunesmith prepare` for the recipe, which it must refuse without leaving anything behind."""
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["tunesmith", "prepare", "recipe.yaml", "--run", "run"])
     with pytest.raises(SystemExit) as left:
@@ -193,7 +193,7 @@ def test_a_sound_recipe_is_not_refused(
 
 
 def test_a_payload_would_work(tmp_path: Path) -> None:
-    """What is refused is dangerous indeed."""
+    """The refused payload is really dangerous."""
     pickle.loads(pickled(tmp_path))  # noqa: S301 - our own
     assert canary(tmp_path).exists()
 

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, and a disk that is full at any file: the next start goes on, and nothing is lost or repeated."""
+"""SIGKILL at any moment, and a disk that is full at any file: the next start resumes, and nothing is lost or repeated."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tunesmith.stages.train import train
 from tunesmith.stages.train.savepoints import damage_of
 
 CASE = CASES["lora, dropout, evaluation"]
-WRITES = {"write", "serialize_file"}  # calls that a full disk refuses
+WRITES = {"write", "serialize_file"}  # calls that fail on a full disk
 
 
 def with_savepoints(run: Run) -> None:
-    """Stopped after a few steps: the next save also removes an old savepoint."""
+    """Stop the run after a few steps, so the next save also removes an old savepoint."""
     with started(run) as process:
         wait_for_steps(run, process, 3)
         process.terminate()
@@ -37,7 +37,7 @@ def calls_of_a_save(make_run: Callable[..., Run]) -> list[str]:
 
 
 def test_sigkill_at_random_moments(make_run: Callable[..., Run], promises: Promises) -> None:
-    """One training, killed again and again: while it starts, in a step, in a save."""
+    """One training run, killed repeatedly: while it starts, in a step, in a save."""
     moments = 20 if promises.long else 2
     steps = 3 * moments + STEPS
     whole, parts = (make_run(name, CASE, "save_steps: 2", steps) for name in ("whole", "parts"))

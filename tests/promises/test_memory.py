@@ -1,4 +1,4 @@
-"""Out of memory: the longest rows are tried first, a step is computed in smaller parts, a row that does not fit is told."""
+"""Out of memory: the longest rows are tried first, a step is split into smaller parts, a row that does not fit is reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def allocator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The allocator with a limit, to be preloaded."""
+    """The allocator with a limit, for LD_PRELOAD."""
     source, built = Path(__file__).with_name("allocator.c"), tmp_path_factory.mktemp("allocator") / "allocator.so"
     subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(built), str(source)], check=True)  # noqa: S607 - whichever is there
     return built
@@ -35,14 +35,14 @@ def allocator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A random Llama whose activations outweigh all else."""
+    """A random Llama whose activations dominate its memory."""
     folder = tmp_path_factory.mktemp("models") / "deep-llama"
     return random_llama(folder, tokenizer, hidden_size=96, intermediate_size=512, num_hidden_layers=10)
 
 
 @pytest.fixture
 def make_run(tmp_path: Path, deep_model: Path, write_rows: Any) -> Callable[..., Run]:
-    """Rows of 25 to 300 tokens, 32 of which go at once where memory allows it."""
+    """Rows of 25 to 300 tokens, 32 per micro-batch if memory allows it."""
     draw = random.Random(42)
     numbers = [" ".join(str(draw.randint(0, 9)) for _ in range(number % 8 * 15 + 5)) for number in range(64)]
     write_rows([chat_row(f"Repeat {each}", each) for each in numbers])
@@ -60,7 +60,7 @@ def make_run(tmp_path: Path, deep_model: Path, write_rows: Any) -> Callable[...,
 
 @pytest.fixture
 def finished(allocator: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Run, str], tuple[int, str, str]]:
-    """Exit code, output and error of a training in so many bytes more than it begins with."""
+    """Exit code, output and error of a training run that may take `limit` bytes more than at its start."""
     monkeypatch.setenv("LD_PRELOAD", str(allocator))
 
     def run_it(run: Run, limit: str) -> tuple[int, str, str]:
@@ -82,7 +82,7 @@ def test_a_step_that_does_not_fit_is_computed_in_parts(make_run: Any, finished: 
         assert code == 0, error
         found = [event["message"] for event in tight.events("train") if event["code"] == "out-of-memory"]
         assert found
-        assert "of the same rows a step" in found[0]
+        assert "with the same rows per step" in found[0]
         assert not [event for event in free.events("train") if event["code"] == "out-of-memory"]
         both = [read_jsonl(run.path / "train" / "metrics.jsonl") for run in (free, tight)]
         assert [step["labelled_tokens"] for step in both[0]] == [step["labelled_tokens"] for step in both[1]]

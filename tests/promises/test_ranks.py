@@ -1,4 +1,4 @@
-"""Two processes (gloo) that train one run: the losses of one, every step once whenever they are killed."""
+"""Two processes (gloo) that train one run: the same losses as one process, and every step once even if they are killed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def two(run: Run) -> subprocess.Popen[str]:
-    """`tunesmith train` in two processes, in a group of their own."""
+    """`tunesmith train` in two processes, in their own process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,7 +48,7 @@ def finished(run: Run) -> None:
 
 
 def test_two_processes_train_what_one_does(make_run: Callable[..., Run], promises: Promises) -> None:
-    """The same rows in each step, so the same losses but for rounding; dropout draws other numbers in each process."""
+    """The same rows in each step, so the same losses up to rounding; dropout draws different numbers in each process."""
     names = ("full, accumulation", "lora, dropout, evaluation") if promises.long else ("lora, dropout, evaluation",)
     for name in names:
         text = CASES[name].replace("lora: {lora_dropout: 0.2}\n", "")

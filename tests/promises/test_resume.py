@@ -1,4 +1,4 @@
-"""An interrupted training goes on to the same bits: every step once, the same weights, whatever the method."""
+"""Resume is bit-exact: every step once and the same weights, for every method."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FILES = ("metrics.jsonl", "evals.jsonl")
 
 
 def test_the_same_bits_as_without_interruption(make_run: Callable[..., Run], promises: Promises) -> None:
-    """Weights, optimizer, generators and schedule three steps before the end, the weights at the end, and every figure."""
+    """Weights, optimizer, generators and schedule three steps before the end, the weights at the end, and every metric."""
     cases = grid() | CASES if promises.long else {name: CASES[name] for name in IN_SHORT}
     bits = 0
     for number, (name, case) in enumerate(cases.items()):
@@ -72,8 +72,8 @@ def test_a_damaged_savepoint_is_passed_over(make_run: Callable[..., Run]) -> Non
     (newer / "optimizer.safetensors").write_bytes(content)
     train(parts)
     codes = [(event["code"], event["message"]) for event in parts.events("train")]
-    assert ("savepoint-damaged", f"{newer.name} is not used: optimizer.safetensors is changed") in codes
-    assert ("resumed", f"goes on after step {int(older.name[-6:])}") in codes
+    assert ("savepoint-damaged", f"{newer.name} is not used: optimizer.safetensors was changed") in codes
+    assert ("resumed", f"resumed after step {int(older.name[-6:])}") in codes
     assert differing_bits(*(run.path / "train" / "checkpoints" for run in (whole, parts))) == 0
     assert lines(parts.path / "train" / "metrics.jsonl") == lines(whole.path / "train" / "metrics.jsonl")
 
@@ -89,7 +89,7 @@ def test_what_has_changed_is_refused_by_its_key(make_run: Callable[..., Run]) ->
     assert problem.code == "TS311"
     assert problem.what.endswith("has changed: settings.learning_rate, train.learning_rate")
     assert sorted((run.path / "train" / "savepoints").rglob("*")) == before
-    assert train(make_run("run", case, "save_steps: 5"))["steps"] == STEPS  # how often it is saved may change
+    assert train(make_run("run", case, "save_steps: 5"))["steps"] == STEPS  # save_steps may change
     events = run.events("train")
     assert [event["code"] for event in events].count("resumed") == 1
 
@@ -118,7 +118,7 @@ def test_two_processes_do_not_work_on_one_run(make_run: Callable[..., Run]) -> N
 
 
 def test_a_signal_to_run_reaches_the_training(make_run: Callable[..., Run]) -> None:
-    """`tunesmith run` trains in a process of its own: that one finishes its step, saves, and both leave with 143."""
+    """`tunesmith run` trains in a child process: that one finishes its step, saves, and both exit with 143."""
     prepared = make_run("run", CASES["lora, dropout, evaluation"])
     recipe = prepared.path.parent / "recipe.yaml"
     recipe.write_text((prepared.path / "recipe.yaml").read_text(encoding="utf-8"), encoding="utf-8")
@@ -140,5 +140,5 @@ def test_a_second_signal_leaves_at_once(make_run: Callable[..., Run]) -> None:
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)
         process.communicate()
-    assert process.returncode in {-signal.SIGINT, -signal.SIGTERM}  # whichever was seen second
+    assert process.returncode in {-signal.SIGINT, -signal.SIGTERM}  # whichever signal was seen second
     assert not (run.path / "train" / "savepoints").exists()  # it did not wait for the step to be saved

@@ -1,4 +1,4 @@
-"""Savepoints: what was written is read, whatever is done to the files is found, and a full disk costs nothing."""
+"""Savepoints: they read back what was written, detect any damage to the files, and survive a full disk."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_damage_is_found(tmp_path: Path, promises: Promises) -> None:
-    """Bit flips, cuts, additions and deletions in the newest of two: each is found, told, and the one before it is used."""
+    """Bit flips, cuts, additions and deletions in the newest of two: each is found and reported, and the older one is used."""
     older, newer = (written(tmp_path / "whole", step) for step in (3, 4))
     draw = random.Random(42)
     times = 300 if promises.long else 40
@@ -76,7 +76,7 @@ def test_every_kind_of_damage_is_found(tmp_path: Path, promises: Promises) -> No
 
 
 def test_a_disk_that_is_full_leaves_the_savepoint_before(tmp_path: Path) -> None:
-    """No file may grow beyond 600 bytes, as on a full disk; in a process of its own, for the limit holds for all its files."""
+    """No file may grow beyond 600 bytes, as on a full disk; in a separate process, since the limit applies to all its files."""
     before = written(tmp_path)
     code = """
 import resource, signal, sys

@@ -1,4 +1,4 @@
-"""A loss that leaps is told with its rows, and undone where the recipe wants it; an interruption changes nothing about that."""
+"""A loss spike is reported with its rows, and rolled back if the recipe says so; an interruption does not change that."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ STEPS = 40
 def test_what_is_a_spike() -> None:
     steady = [2.0 + 0.01 * (number % 5) for number in range(WINDOW)]
     assert is_spike(4.0, steady)
-    assert not is_spike(2.1, steady)  # stands out by the spread, but not by half
+    assert not is_spike(2.1, steady)  # an outlier by the spread, but less than 1.5 x the median
     assert not is_spike(4.0, steady[:11])  # too few to compare with
-    assert not is_spike(4.0, [1.0, 3.0] * 16)  # they are spread as wide
+    assert not is_spike(4.0, [1.0, 3.0] * 16)  # the spread is as wide
     assert not is_spike(0.1, steady)
 
 
 @pytest.fixture
 def make_run(tmp_path: Path, tiny_model: Path, write_rows: Any) -> Callable[..., Run]:
-    """Rows that are all alike, which are soon known by heart, but for a few whose answers are nonsense."""
+    """Rows that are all alike and soon memorised, except for a few with nonsense answers."""
 
     def make(name: str, more: str = "") -> Run:
         rows = [chat_row(f"Say yes, number {number}", "yes, yes, yes, yes") for number in range(120)]
@@ -70,7 +70,7 @@ def test_a_spike_is_told_with_its_rows(make_run: Callable[..., Run]) -> None:
     }
     assert len(nonsense) >= 2
     for event in found:
-        # What nonsense taught may show in the rows right after it: how much depends on the processor's rounding.
+        # The effect of nonsense rows may show in the next step: how much depends on the processor's rounding.
         assert event["step"] in nonsense or event["step"] - 1 in nonsense
         assert len(event["rows"]) == 2
         assert event["loss"] > 1.5 * event["median"]
@@ -85,7 +85,7 @@ def test_going_back_undoes_it_whenever_it_is_interrupted(make_run: Callable[...,
     assert back
     assert all(event["to"] < event["step"] and event["to"] % 2 == 0 for event in back)
     first = back[0]["step"]
-    for after in (first - 2, first):  # just before, and once it is undone
+    for after in (first - 2, first):  # just before it, and after it is rolled back
         with pytest.raises(StoppedError):
             signalled(parts, signal.SIGTERM, after)
     train(parts)
@@ -101,7 +101,7 @@ def test_going_back_undoes_it_whenever_it_is_interrupted(make_run: Callable[...,
 
 
 def test_a_loss_that_spikes_again_and_again_ends_the_training() -> None:
-    """Three times training goes back; a fourth spike within the window ends it, one after it does not."""
+    """Training rolls back three times; a fourth spike within the window ends it, one after the window does not."""
     asked = parse_recipe("model: m\ndata: {train: t}\ntrain: {on_spike: rollback, save_steps: 2}", "r", Path()).recipe
     settings = settle(asked, 100, detect())
     back: list[int] = []
@@ -112,7 +112,7 @@ def test_a_loss_that_spikes_again_and_again_ends_the_training() -> None:
         watch._roll_back(engine, step)
     after = SpikeDetector(settings, earlier, lambda *_, **__: None)
     after.go_on(watch.as_dict())
-    with pytest.raises(TrainError, match="has spiked at step 50 after going back at steps 20, 30, 40") as caught:
+    with pytest.raises(TrainError, match="has spiked at step 50 after rollbacks at steps 20, 30, 40") as caught:
         watch._roll_back(engine, 50)
     assert caught.value.problems[0].code == "TS313"
     after._roll_back(engine, 20 + WINDOW)
@@ -120,7 +120,7 @@ def test_a_loss_that_spikes_again_and_again_ends_the_training() -> None:
 
 
 def test_where_to_go_back_to_must_be_known() -> None:
-    with pytest.raises(RecipeError, match="on_spike: rollback without a number of save_steps"):
+    with pytest.raises(RecipeError, match="on_spike: rollback without a number for save_steps"):
         parse_recipe("model: m\ndata: {train: t}\ntrain: {on_spike: rollback}", "r", Path())
     with pytest.raises(RecipeError, match=r"train.on_spike with objective: kto"):
         parse_recipe("model: m\nobjective: kto\ndata: {train: t}\ntrain: {on_spike: rollback, save_steps: 1}", "r", Path())

@@ -1,4 +1,4 @@
-"""Stages are idempotent, whenever they are killed, and need no network."""
+"""Stages are idempotent, whenever they are killed, and need no network access."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.promises.training import Promises
 from tunesmith.io.atomic import sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
-#: By stage, the folder that it fills; in their order.
+#: The folder that each stage writes, in stage order.
 STAGES = {"prepare": "data", "train": "train", "export": "export", "evaluate": "eval"}
-#: Files that say when, or how long something took.
+#: Files with times or durations.
 TIMED = {"metrics.jsonl", "summary.json", "results.json", "proof.json", "events.jsonl", "report.html", "cost.json"}
 
 
@@ -54,13 +54,13 @@ def done(stage: str, recipe: Path, run: Path) -> None:
 
 
 def digests(run: Path, folder: str) -> dict[str, str]:
-    """What a stage wrote, but for the files that tell of time."""
+    """Digests of a stage's files, except those with times."""
     files = [path for path in (run / folder).rglob("*") if path.is_file() and path.name not in TIMED]
     return {path.relative_to(run).as_posix(): sha256_file(path) for path in files}
 
 
 def killed_once(arguments: list[str], seconds: float) -> bool:
-    """Kill a stage after so many seconds; sooner where it has ended by then, as nothing would have been tried."""
+    """Kill a stage after `seconds`; earlier if it would have finished by then, since that would test nothing."""
     for _ in range(5):
         with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
@@ -75,7 +75,7 @@ def killed_once(arguments: list[str], seconds: float) -> bool:
 def test_a_killed_stage_does_the_same_again(
     make_recipe_file: Callable[[str], Path], tmp_path: Path, promises: Promises
 ) -> None:
-    """Killed at random moments and begun again, each stage leaves what it leaves undisturbed; once more, it does nothing."""
+    """Killed at random moments and restarted, each stage leaves its undisturbed result; run once more, it does nothing."""
     draw = random.Random(42)
     kills = 4 if promises.long else 1
     stages = STAGES if promises.long else {"prepare": "data", "train": "train"}
@@ -97,7 +97,7 @@ def test_a_killed_stage_does_the_same_again(
         done(stage, recipe, parts)
         after = {path: path.stat().st_mtime_ns for path in sorted(parts.rglob("*")) if path.is_file()}
         written = {path.name for path in after if after[path] != before.get(path)}
-        assert written <= {"recipe.yaml", ".lock"}, (stage, written)  # the recipe is resolved each time, to the same text
+        assert written <= {"recipe.yaml", ".lock"}, (stage, written)  # each start resolves the recipe, to the same text
     assert killed == kills * len(stages)
     promises.state("stages killed", "count", stages_killed=killed, stages_differing=differing)
 
@@ -121,7 +121,7 @@ def test_a_killed_prepare_leaves_no_process_behind(tmp_path: Path, tiny_model: P
 
 @pytest.fixture
 def cut(tmp_path: Path, real_model: Path) -> dict[str, str]:
-    """The environment of processes without a network; attempts go into the file `attempts`. The built-in model is there."""
+    """An environment without network access; attempts are recorded in the file `attempts`. The built-in model is available."""
     folder = tmp_path / "cut"
     folder.mkdir()
     shutil.copy(Path(__file__).with_name("offline.py"), folder / "sitecustomize.py")
@@ -130,7 +130,7 @@ def cut(tmp_path: Path, real_model: Path) -> dict[str, str]:
 
 
 def test_nothing_needs_a_network(make_recipe_file: Any, tmp_path: Path, cut: dict[str, str], promises: Promises) -> None:
-    """All stages of a run, and in the long version the whole demo, with every connection refused and noted."""
+    """All stages of a run, and in the long version the whole demo, with every connection refused and recorded."""
     commands = [["run", str(make_recipe_file("recipe")), "--run", str(tmp_path / "run")]]
     commands += [["demo", "--out", str(tmp_path / "demo")]] if promises.long else []
     for arguments in commands:

@@ -1,4 +1,4 @@
-"""Training that is interrupted from outside, and what is left of it, bit by bit."""
+"""Training that is interrupted from outside, and bitwise comparison of the results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tunesmith.stages.train import train
 STEPS = 36
 LAST_SAVED = 33  # with `save_steps: 3`
 
-#: Method and settings by name, each an open flow mapping.
+#: Method and settings by name, each an unclosed YAML flow mapping.
 CASES = {
     "full, accumulation": "method: full\ntrain: {per_device_train_batch_size: 2, ",
     "full, 8 bit, in backward": "method: full\ntrain: {optim: adamw_8bit, optimizer_in_backward: true, ",
@@ -49,7 +49,7 @@ def grid() -> dict[str, str]:
 
 
 class Promises:
-    """The figures that the long versions of the tests state; nothing is kept of the short ones."""
+    """The figures that the long versions of the tests state; the short versions' figures are dropped."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -58,38 +58,38 @@ class Promises:
 
     @property
     def long(self) -> bool:
-        """Whether figures are asked for."""
+        """Whether figures are requested."""
         return self.path is not None
 
     def state(self, part: str, unit: str, **values: float) -> None:
-        """Figures of a part, by the names of their claims."""
+        """Record a part's figures, by the names of their claims."""
         if self.long:
             self.claims += [claim(name, value, unit) for name, value in values.items()]
             self.rows.append({"part": part, **values})
 
     def write(self) -> None:
-        """Into the file, beside the figures of parts that did not run."""
+        """Write the figures to the file, and keep those of parts that did not run."""
         if self.path is not None and self.claims:
             report(self.path, *merged(self.path, self.claims, self.rows))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file without how long they took."""
+    """The lines of a JSONL file without durations."""
     return [{key: value for key, value in line.items() if key != "seconds"} for line in read_jsonl(path)]
 
 
 def state_of(savepoint: Path) -> str:
-    """What a savepoint holds beside tensors, without how long the evaluations took."""
+    """A savepoint's state other than tensors, without the durations of evaluations."""
     return re.sub(r'"seconds": [0-9.e-]+', "", (savepoint / "state.json").read_text(encoding="utf-8"))
 
 
 def steps_of(run: Run) -> list[int]:
-    """The steps in metrics.jsonl, in the order in which they stand there."""
+    """The steps in metrics.jsonl, in file order."""
     return [line["step"] for line in read_jsonl(run.path / "train" / "metrics.jsonl")]
 
 
 def differing_bits(one: Path, other: Path) -> int:
-    """Bits in which the safetensors files of two folders differ; what one of them lacks counts whole."""
+    """Bits in which the safetensors files of two folders differ; a missing tensor counts with all its bits."""
     sides = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")} for folder in (one, other)]
     if not sides[0]:
         raise AssertionError(f"no tensors in {one}")
@@ -104,7 +104,7 @@ def differing_bits(one: Path, other: Path) -> int:
 
 
 def same(one: Run, other: Run) -> None:
-    """Both were trained to the same bits, each step once."""
+    """Assert that both runs have bit-identical results, with each step once."""
     assert steps_of(other) == list(range(1, len(steps_of(one)) + 1))
     for name in ("metrics.jsonl", "evals.jsonl"):
         assert lines(other.path / "train" / name) == lines(one.path / "train" / name)
@@ -113,7 +113,7 @@ def same(one: Run, other: Run) -> None:
 
 @contextmanager
 def once(seen: Callable[[], bool], then: Callable[[], object]) -> Iterator[None]:
-    """In the block a thread looks every two milliseconds, and does what is asked the first time that it sees it."""
+    """Within the block, a thread polls `seen` every two milliseconds and calls `then` the first time that it is true."""
 
     def watch() -> None:
         while not ended.wait(0.002):
@@ -132,27 +132,27 @@ def once(seen: Callable[[], bool], then: Callable[[], object]) -> Iterator[None]
 
 
 def steps_written(run: Run) -> int:
-    """Whole lines of metrics.jsonl."""
+    """Number of complete lines in metrics.jsonl."""
     path = run.path / "train" / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 @contextmanager
 def last_savepoint_kept(run: Run) -> Iterator[Path]:
-    """In the block the savepoint of step `LAST_SAVED` is copied once it is there: it goes when training ends."""
+    """Within the block, copy the savepoint of step `LAST_SAVED` as soon as it exists: it is removed when training ends."""
     source, kept = run.path / "train" / "savepoints" / f"step-{LAST_SAVED:06d}", run.path.parent / f"{run.path.name}-kept"
     with once(source.is_dir, lambda: shutil.copytree(source, kept, copy_function=os.link)):
         yield kept
 
 
 def signalled(run: Run, number: signal.Signals, after: int) -> None:
-    """Train; once so many steps stand in metrics.jsonl, this process gets the signal."""
+    """Train, and send this process the signal once metrics.jsonl has `after` steps."""
     with once(lambda: steps_written(run) >= after, lambda: os.kill(os.getpid(), number)):
         train(run)
 
 
 def started(run: Run, *under: str) -> subprocess.Popen[str]:
-    """`tunesmith train` of a run in a process of its own, under a module of this folder where one is named."""
+    """`tunesmith train` of a run in a separate process, under a module of this folder if one is named."""
     begin = ["-m", f"tests.promises.{under[0]}", *under[1:], "--"] if under else ["-m", "tunesmith"]
     command = [sys.executable, *begin, "train", str(run.path)]
     root = Path(__file__).resolve().parents[2]
@@ -160,7 +160,7 @@ def started(run: Run, *under: str) -> subprocess.Popen[str]:
 
 
 def wait_for_steps(run: Run, process: subprocess.Popen[str], more: int) -> None:
-    """Until so many steps more than now stand in metrics.jsonl, or the process has ended."""
+    """Wait until metrics.jsonl has `more` more steps than now, or the process has ended."""
     wanted = steps_written(run) + more
     while process.poll() is None and steps_written(run) < wanted:
         time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""What the source must not contain: whatever runs foreign input as code, but where a border says how it is held."""
+"""What the source must not contain: anything that runs foreign input as code, except at the guarded borders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CALLS = {
     "numpy.load",
     "pd.read_pickle",
 }
-#: Names that start a process, and the modules that may: each with arguments of its own making and no shell.
+#: Names that start a process, and the modules that may use them, with arguments they build themselves and no shell.
 PROCESSES = {"subprocess.run", "subprocess.Popen", "subprocess.check_output", "subprocess.call", "os.execv", "os.execvp"}
 MAY_START = {
     "pipeline.py",
@@ -38,7 +38,7 @@ MAY_START = {
     "hardware/catalogue.py",
     "stages/review/terminal.py",
 }
-#: Words that only the border with foreign models may give, and what they must be there.
+#: Arguments that only the border with foreign models may pass, and their required values there.
 BORDER = {"trust_remote_code": False, "use_safetensors": True}
 
 
@@ -52,7 +52,7 @@ def dotted(node: ast.expr) -> str:
 
 
 def findings(tree: ast.AST, name: str) -> Iterator[str]:
-    """What a module does that it must not, with lines."""
+    """A module's forbidden actions, with line numbers."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [each.name for each in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -101,7 +101,7 @@ def test_each_kind_is_found(line: str) -> None:
 
 
 def test_every_call_of_from_pretrained_stands_at_the_border() -> None:
-    """With the words that keep foreign code out."""
+    """With the arguments that keep foreign code out."""
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":

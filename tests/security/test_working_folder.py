@@ -1,4 +1,4 @@
-"""Nothing that lies in the folder where a command is called is run: a canary under every name that Python could import."""
+"""No file in a command's working folder is executed: a canary under every name that Python could import."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ train: {{max_steps: 1, effective_batch_size: 2}}
 
 @pytest.fixture(scope="module")
 def imported_by_python(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """What `python -m` itself imports before a package's first line, which no package can prevent."""
+    """Modules that `python -m` itself imports before a package's first line, which no package can prevent."""
     folder = tmp_path_factory.mktemp("package")
     (folder / "first.py").write_text("import sys\nprint(*sys.modules)\n", encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "first"], cwd=folder, capture_output=True, text=True, check=True)
@@ -44,7 +44,7 @@ def imported_by_python(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 @pytest.fixture
 def hostile(tmp_path: Path, imported_by_python: set[str]) -> Callable[[bool], Path]:
-    """A folder full of modules that leave a canary; `python -m` needs it without those that Python has to find."""
+    """A folder full of modules that leave a canary; for `python -m`, without the names that Python itself must find."""
 
     def make(by_module: bool) -> Path:
         folder = tmp_path / "somebody"
@@ -55,7 +55,7 @@ def hostile(tmp_path: Path, imported_by_python: set[str]) -> Callable[[bool], Pa
         text = f"open({str(tmp_path / 'canary')!r}, 'a').write(__name__ + '\\n')\nraise SystemExit(77)\n"
         for name in filter(str.isidentifier, names):
             (folder / f"{name}.py").write_text(text, encoding="utf-8")
-        # Programs and settings that are looked up by name.
+        # Programs and settings that are found by name.
         for name in ("g++", "c++", "cc", "nvidia-smi", "vi", "git", "python", "ldconfig"):
             program = folder / name
             program.write_text(f"#!/bin/sh\necho {name} >> {tmp_path / 'canary'}\n", encoding="utf-8")
@@ -86,7 +86,7 @@ def _with_rows(folder: Path, recipe: str, tiny_model: Path, rows: list[dict[str,
 
 
 def _turns(times: int) -> list[list[dict[str, str]]]:
-    """Further turns that make copies of a row differ."""
+    """Additional turns that make copies of a row differ."""
     return [
         [{"role": "user", "content": f"And number {each} {'again ' * each}?"}, {"role": "assistant", "content": f"{each}"}]
         for each in range(times)
@@ -100,11 +100,11 @@ def test_all_stages_in_a_hostile_folder(
     folder = hostile(by_module)
     _with_rows(folder, RECIPE, tiny_model, colour_rows, 2 if by_module else 30)
     command = [sys.executable, "-m", "tunesmith"] if by_module else [COMMAND]
-    # An empty entry of a path means the working folder.
+    # An empty path entry means the working folder.
     done = _called(folder, [*command, "run", "recipe.yaml", "--run", "out"], PATH=f":.:{os.environ['PATH']}")
     _untouched(folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    # matplotlib's settings there change no figure, and are not even read.
+    # matplotlib's settings there do not change any figure, and are not even read.
     done = _called(folder, [*command, "compare", "out", "--out", "report"])
     _untouched(folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -126,7 +126,7 @@ def test_processes_of_torchrun_in_a_hostile_folder(
 def test_a_reward_is_its_file_alone(
     hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
 ) -> None:
-    """What lies beside a reward's file is not found by its imports, nor what claims to be its byte code."""
+    """A reward's imports do not find files next to it, and forged byte code for it is not used."""
     folder = hostile(False)
     _with_rows(folder, GRPO, tiny_model, colour_rows)
     reward = folder / "mine.py"
@@ -140,7 +140,7 @@ def test_a_reward_is_its_file_alone(
 
 
 def _write_byte_code(path: Path, text: str) -> None:
-    """Byte code of other text, in the place and with the time and size that Python checks."""
+    """Byte code of different text, at the path and with the time and size that Python checks."""
     code = (
         "import importlib.util, importlib._bootstrap_external as b, sys, pathlib\n"
         "path, text = sys.argv[1:]\n"
@@ -154,7 +154,7 @@ def _write_byte_code(path: Path, text: str) -> None:
 
 
 def test_no_kernel_is_fetched_from_a_hub(tmp_path: Path) -> None:
-    """With the package that fetches them installed: it is not even imported."""
+    """Even with the package that fetches them installed, it is not imported."""
     (tmp_path / "kernels.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'a').write('kernels')\n", encoding="utf-8")
     code = (
         "import sys\n"

@@ -1,4 +1,4 @@
-"""Model folders that are not what they should be, each by what is done to a sound one, with the code that refuses it."""
+"""Broken or hostile model folders: each a change to a sound one, with the error code that refuses it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def link_out(folder: Path) -> None:
 
 
 def link_to_blobs(folder: Path) -> None:
-    """As the hub's cache has links, but to a folder of somebody else's that is called like its own."""
+    """A link like those of the hub's cache, but to another owner's folder with the same name."""
     private = folder.parent / "else" / "blobs"
     private.mkdir(parents=True)
     (private / "secret.json").write_text("{}", encoding="utf-8")
@@ -47,7 +47,7 @@ def tokenizer_config(**changes: object) -> Spoil:
 
 
 def header(change: Callable[[dict[str, Any]], object], more: bytes = b"") -> Spoil:
-    """Weights whose header is changed and whose bytes are not."""
+    """Weights with a changed header and unchanged data."""
 
     def spoil(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -62,13 +62,13 @@ def header(change: Callable[[dict[str, Any]], object], more: bytes = b"") -> Spo
 
 
 def first(value: dict[str, Any]) -> dict[str, Any]:
-    """The entry of the tensor that begins the file."""
+    """The entry of the file's first tensor."""
     tensors = (each for name, each in value.items() if name != "__metadata__")
     return min(tensors, key=lambda each: each["data_offsets"][0])
 
 
 def saved(change: Callable[[dict[str, Any]], object]) -> Spoil:
-    """Sound weights with other tensors."""
+    """Sound weights with different tensors."""
 
     def spoil(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
@@ -81,7 +81,7 @@ def saved(change: Callable[[dict[str, Any]], object]) -> Spoil:
 
 
 def instead(name: str, make: Callable[[Path], object]) -> Spoil:
-    """Something else where a file was."""
+    """Something else in place of a file."""
 
     def spoil(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -95,7 +95,7 @@ def tokenizer(**changes: object) -> Spoil:
 
 
 def repeated(letter: str, times: int) -> dict[str, object]:
-    """A normaliser that doubles a letter so many times."""
+    """A normaliser that doubles a letter `times` times."""
     double = {"type": "Replace", "pattern": {"String": letter}, "content": letter * 2}
     return {"type": "Sequence", "normalizers": [double] * times}
 
@@ -106,7 +106,7 @@ def without_tokenizer(folder: Path) -> None:
 
 
 def outside(folder: Path) -> Path:
-    """A file beside the folder that is nobody's business."""
+    """A private file next to the folder."""
     path = folder.parent / "private.txt"
     path.write_text("private\n", encoding="utf-8")
     return path
@@ -116,7 +116,7 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
 QKV = "model.layers.0.self_attn.k_proj.weight"
 
 HOSTILE: dict[str, tuple[str, Spoil]] = {
-    # What runs code.
+    # Code execution.
     "pickle beside the weights": ("TS203", lambda f: (f / "pytorch_model.bin").write_bytes(b"\x80")),
     "checkpoint pickle": ("TS203", lambda f: (f / "optimizer.pt").write_bytes(b"\x80")),
     "auto_map in the config": ("TS204", config(auto_map={"AutoModel": "evil.Model"})),
@@ -132,7 +132,7 @@ HOSTILE: dict[str, tuple[str, Spoil]] = {
     "attention that a hub has": ("TS204", config(_attn_implementation="flash_attention_2")),
     "experts from a hub": ("TS204", config(_experts_implementation="somebody/kernels")),
     "quantised with kernels of a hub": ("TS212", config(quantization_config={"quant_method": "mxfp4"})),
-    # What leads outside.
+    # Paths that lead outside.
     "an adapter over another model": ("TS213", text("adapter_config.json", '{"base_model_name_or_path": "../other"}')),
     "index up": ("TS205", lambda f: index(f, "../other.safetensors")),
     "index absolute": ("TS205", lambda f: index(f, "/etc/passwd")),
@@ -151,7 +151,7 @@ HOSTILE: dict[str, tuple[str, Spoil]] = {
         "TS205",
         lambda f: edit_json(f / "tokenizer_config.json", merges_file=f"../{outside(f).name}"),
     ),
-    # Files that are none.
+    # Not regular files.
     "no weights": ("TS202", lambda f: (f / "model.safetensors").unlink()),
     "no config": ("TS202", lambda f: (f / "config.json").unlink()),
     "no tokenizer": ("TS216", without_tokenizer),
@@ -166,7 +166,7 @@ HOSTILE: dict[str, tuple[str, Spoil]] = {
     "a pipe as template": ("TS211", instead("chat_template.jinja", os.mkfifo)),
     "an endless template": ("TS211", instead("chat_template.jinja", lambda p: p.write_bytes(b"x" * (2 << 20)))),
     "a config of 100 MB": ("TS211", instead("config.json", lambda p: p.write_bytes(b" " * (100 << 20) + b"{}"))),
-    # JSON that is none, or not what it is for.
+    # Invalid JSON, or JSON of the wrong kind.
     "config is a list": ("TS202", text("config.json", "[]")),
     "config is not JSON": ("TS202", text("config.json", "{")),
     "config is not UTF-8": ("TS202", lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}')),

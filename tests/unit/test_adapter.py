@@ -1,4 +1,4 @@
-"""The adapter as one function computes what PEFT's layers compute, and its weights stay PEFT's."""
+"""The fused adapter computes the same as PEFT's layers, and its weights stay PEFT's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Two(torch.nn.Module):
 
 
 def pair(dropout: float = 0.0, **config: Any) -> tuple[Any, Any]:
-    """The same adapted model twice: as PEFT computes it, and as one function; B is not zero, so that both parts count."""
+    """The same adapted model twice: with PEFT's forward, and fused; B is not zero, so both parts count."""
     torch.manual_seed(0)
     wanted = LoraConfig(r=4, lora_alpha=6, target_modules=["first", "second"], lora_dropout=dropout, **config)
     theirs = get_peft_model(Two().double(), wanted, autocast_adapter_dtype=False).double().train()
@@ -39,7 +39,7 @@ def pair(dropout: float = 0.0, **config: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_values_and_gradients_equal_pefts(use_rslora: bool, dtype: torch.dtype, tolerance: float) -> None:
-    """In float32 by a custom kernel, where there is one; in float64 by torch's operators."""
+    """In float32 with a custom kernel if there is one; in float64 with torch's operators."""
     theirs, mine = pair(use_rslora=use_rslora)
     mine.to(dtype)
     near = {"rtol": tolerance, "atol": tolerance}
@@ -56,7 +56,7 @@ def test_values_and_gradients_equal_pefts(use_rslora: bool, dtype: torch.dtype, 
         if name in wanted:
             torch.testing.assert_close(parameter.grad.double(), wanted[name], **near)
     mine.zero_grad()
-    mine(inputs[1].detach()).square().sum().backward()  # as the first block, whose input needs no gradient
+    mine(inputs[1].detach()).square().sum().backward()  # like the first block, whose input needs no gradient
     for name, parameter in mine.named_parameters():
         if name in wanted:
             torch.testing.assert_close(parameter.grad.double(), wanted[name], **near)
@@ -74,7 +74,7 @@ def test_dropout_draws_as_peft_does() -> None:
         results.append((result.detach(), value.grad, *(p.grad for p in model.parameters() if p.requires_grad)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    # Out of training nothing is dropped.
+    # No dropout outside training.
     torch.testing.assert_close(mine.eval()(x), theirs.eval()(x), rtol=1e-12, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""What torch's allocator is told before it starts."""
+"""Settings of torch's allocator before it starts."""
 
 from __future__ import annotations
 

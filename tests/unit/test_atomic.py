@@ -1,4 +1,4 @@
-"""Commits: the old content or the new, never a part, and nothing left behind."""
+"""Commits: the old content or the new, never a partial one, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_folder_that_somebody_touched_is_not_replaced(tmp_path: Path, touch: C
 
 
 def test_a_folder_that_lost_a_file_is_replaced(tmp_path: Path) -> None:
-    """There is nothing to lose in what is gone."""
+    """A missing file holds nothing that could be lost."""
     final = tmp_path / "out"
     for content in ("first", "second"):
         with commit_folder(final, "test") as folder:
@@ -187,7 +187,7 @@ def test_what_appears_while_a_folder_is_filled_is_not_replaced(tmp_path: Path) -
             (folder / "a").write_text("a", encoding="utf-8")
             final.write_text("thesis", encoding="utf-8")
 
-    with pytest.raises(RunError, match="a file stands there"):
+    with pytest.raises(RunError, match="there is a file at this path"):
         fill()
     assert final.read_text(encoding="utf-8") == "thesis"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -217,7 +217,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
 
 
 def test_removal_of_what_has_no_manifest_goes_by_the_names(tmp_path: Path) -> None:
-    """As power cuts leave folders: only where all files are of the kinds that are written there."""
+    """Folders as left by a power cut: removed only if all files are of the kinds that are written there."""
     for name, files in {"ours": ["a.json", "b.safetensors"], "mixed": ["a.json", "mine.txt"]}.items():
         with commit_folder(tmp_path / name, "test") as folder:
             for file in files:
@@ -233,7 +233,7 @@ def test_removal_spares_what_was_put_there(tmp_path: Path) -> None:
         with commit_folder(tmp_path / "live" / name, "test") as folder:
             (folder / "a").write_text("a", encoding="utf-8")
     _put_file(tmp_path / "live" / "shared")
-    with pytest.raises(RunError, match=r"shared/mine\.txt in it does not belong to it"):
+    with pytest.raises(RunError, match=r"it also holds shared/mine\.txt"):
         empty_folder(tmp_path / "live", ["own", "shared"])
     with pytest.raises(RunError, match="shared, shared"):
         empty_folder(tmp_path / "live", ["own"])

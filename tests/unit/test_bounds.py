@@ -1,4 +1,4 @@
-"""Small files that unpack to gigabytes: read within bounds, with a readable word about what was too large."""
+"""Small files that unpack to gigabytes: read within bounds, with a readable message about what was too large."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 def packed(path: Path, parts: list[tuple[bytes, int]]) -> None:
-    """A gzip file of each part so many times, which is never in memory whole."""
+    """A gzip file of repeated parts, as (content, count), which is never fully in memory."""
     with gzip.open(path, "wb", compresslevel=1) as handle:
         for part, times in parts:
             for _ in range(times):
@@ -30,7 +30,7 @@ def parquet(path: Path, column: pa.Array) -> None:
 
 
 def shared(size: int, rows: int) -> pa.Array:
-    """One text for all rows, kept once."""
+    """One text for all rows, stored once."""
     return pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["a" * size]))
 
 
@@ -50,7 +50,7 @@ def run_ends(path: Path) -> None:
 
 LINE, LINES = (b"x" * MIB, 700), (b"x" * 1023 + b"\n") * 1024
 
-#: What makes the file, how many rows can be read of the first 1,000, and what is said of the others or of the file.
+#: How to write the file, how many of the first 1,000 rows can be read, and the error for the others or for the file.
 BOMBS: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "line.csv.gz": (lambda p: packed(p, [(b"q,a\n1,2\n", 1), LINE, (b"\n3,4\n", 1)]), 2, "more than 64 MiB in one"),
     "cell.csv.gz": (lambda p: packed(p, [(b'q,a\n1,2\n"', 1), (LINES, 700), (b'",4\n', 1)]), 1, "field larger"),
@@ -85,7 +85,7 @@ def test_a_bomb_is_read_within_bounds(name: str, tmp_path: Path) -> None:
     make, rows, told = BOMBS[name]
     make(tmp_path / name)
     assert (tmp_path / name).stat().st_size < 10 * MIB
-    limit = 6 << 30  # for what would take tens
+    limit = 6 << 30  # unbounded, it would take tens of GiB
 
     def bounded() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -1,4 +1,4 @@
-"""The built-in model: what the GGUF conversion loses is put back."""
+"""The built-in model: what the GGUF conversion loses is restored."""
 
 from __future__ import annotations
 

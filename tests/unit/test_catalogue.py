@@ -1,4 +1,4 @@
-"""The catalogues: every model's count is the published one, every card can be named, and what is wrong is told."""
+"""The catalogues: every model has its published parameter count, every card has a name, and errors are reported."""
 
 from __future__ import annotations
 

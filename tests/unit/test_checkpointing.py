@@ -1,4 +1,4 @@
-"""Blocks that are computed again: the same gradients to the bit, and attention once where it is kept."""
+"""Recomputed blocks: bit-identical gradients, and attention runs once if its result is kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYERS = CONFIGS["llama"].num_hidden_layers
 
 
 class _Counted(TorchDispatchMode):
-    """How often each operator is called."""
+    """Counts the calls of each operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class _Counted(TorchDispatchMode):
 
 
 def step(checkpointing: Checkpointing, *, packed: bool) -> tuple[dict[str, torch.Tensor], Counter[str]]:
-    """Gradients, and the operators that were called for them."""
+    """Gradients, and the operators called to compute them."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).train()
     fuse_blocks(model)
@@ -67,11 +67,11 @@ def test_gradients_are_the_same_bits(packed: bool, operator: str, own: bool, mon
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
         assert plain[operator] == LAYERS
         assert calls[operator] == times * LAYERS
-        assert calls["aten::mm"] > plain["aten::mm"]  # the products are computed again, whatever is kept
+        assert calls["aten::mm"] > plain["aten::mm"]  # the matmuls are recomputed in any case
 
 
 def test_what_is_compiled_as_flex_attention_is_computed_once() -> None:
-    """Flex attention has no backward pass on CPUs; products and a softmax stand for it."""
+    """Flex attention has no backward pass on CPUs; matmuls and a softmax replace it."""
 
     def mix(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         mixed: torch.Tensor = (query @ key.mT * 0.3).softmax(-1) @ value
@@ -95,6 +95,6 @@ def test_what_is_compiled_as_flex_attention_is_computed_once() -> None:
 
 def test_what_keeps_attention_has_an_attention_to_keep() -> None:
     (what,) = problems(GOOD + "train: {gradient_checkpointing: keep_attention, attn_implementation: eager}")
-    assert "no one result to keep" in what
+    assert "no single output to keep" in what
     (what,) = problems(GOOD + "train: {gradient_checkpointing: attention}")
     assert "'keep_attention'" in what

@@ -1,4 +1,4 @@
-"""Cleaning mends what was damaged and leaves alone what has a meaning."""
+"""Cleaning repairs damaged text and does not touch meaningful text."""
 
 from __future__ import annotations
 

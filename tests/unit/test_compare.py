@@ -1,4 +1,4 @@
-"""The comparison's numbers and texts."""
+"""The comparison's figures and texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def row(method: str, score: float, interval: list[float] | None = None, **extra:
 def test_bootstrap_covers_the_ratio_and_is_paired() -> None:
     generator = np.random.default_rng(1)
     full = (generator.random(400) < 0.8).astype(float)
-    assert bootstrap_ratio(full, full) == [100.0, 100.0]  # paired: the same answers have no spread
+    assert bootstrap_ratio(full, full) == [100.0, 100.0]  # paired: identical answers have no spread
     worse = full * (generator.random(400) < 0.9)
     low, high = bootstrap_ratio(worse, full)
     assert low < 100 * worse.mean() / full.mean() < high
@@ -40,7 +40,7 @@ def test_bootstrap_covers_the_ratio_and_is_paired() -> None:
 
 
 def test_bootstrap_interval_has_its_coverage() -> None:
-    """Of 200 samples of 100 rows, about 95 % of the intervals hold the true ratio (the bound is 4 sigma wide)."""
+    """Of 200 samples of 100 rows, about 95 % of the intervals contain the true ratio (the bound is 4 sigma wide)."""
     generator = np.random.default_rng(2)
     hits = 0
     for _ in range(200):
@@ -75,7 +75,7 @@ def test_verdict_names_the_leanest_that_is_close_to_full() -> None:
     assert text.startswith("full scored best: 99.0 % of the task against 0.0 % for the base model")
     assert "lora reaches 97.0 %" in text
     assert "qlora" not in text
-    # What the interval does not tell apart is a tie, and the cheapest is named.
+    # Runs that the interval cannot separate are a tie, and the cheapest is named.
     rows[2]["of_best_interval"] = [95.0, 101.0]
     text = verdict(rows)
     assert text.startswith("A tie: full 99.0 %, lora 97.0 % of the task against 0.0 % for the base model")
@@ -85,5 +85,5 @@ def test_verdict_names_the_leanest_that_is_close_to_full() -> None:
     assert "lora took the least memory (10 trainable parameters, 2.00 GiB at peak, 1.0 minutes of training), " in verdict(rows)
     assert verdict(rows).endswith("full the least time (0.5 minutes of training).")
     rows[0].update(task_score=0.96, of_best_interval=[94.0, 100.5])
-    assert "do not tell full (99.0 % of the task) from the base model (96.0 %)" in verdict(rows)
+    assert "do not distinguish full (99.0 % of the task) from the base model (96.0 %)" in verdict(rows)
     assert verdict([row("base", 0.5), row("lora", 0.5)]).startswith("No method beats the base model's 50.0 %")

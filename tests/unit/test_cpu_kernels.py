@@ -1,4 +1,4 @@
-"""Kernels in C++: compiled once and whole, refused with a reason, and equal to the formulas at awkward sizes."""
+"""Kernels in C++: compiled once and atomically, refused with a reason, and equal to the formulas at awkward sizes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets torch's number of threads, for the time of the test."""
+    """Sets torch's number of threads for the duration of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -122,14 +122,14 @@ def test_a_reason_is_told_again_and_again(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @pytest.mark.parametrize("module", cpu.KERNELS, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_a_kernel_that_computes_nonsense_is_refused(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose functions change nothing, as a miscompiled one might."""
+    """A kernel whose functions do nothing, as a miscompiled one might."""
     monkeypatch.setattr(module, "call", lambda *_: 0)
     reason = module.unsupported_reason.__wrapped__()
     assert "not those of the formula" in reason
 
 
 def test_the_first_call_may_come_from_a_block_that_is_recomputed() -> None:
-    """What is tried then must not be counted among the tensors that the block saves."""
+    """Tensors of the kernel's test must not be counted among those that the block saves."""
     for module in cpu.KERNELS:
         module.unsupported_reason.cache_clear()
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).train()
@@ -145,7 +145,7 @@ def test_the_first_call_may_come_from_a_block_that_is_recomputed() -> None:
 
 
 def chain(*lengths: int) -> list[Node]:
-    """Each node the child of the one before."""
+    """Each node is the child of the previous one."""
     ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
     return [Node(end - length, end, ends[-1]) for length, end in zip(lengths, ends, strict=True)]
 
@@ -166,7 +166,7 @@ TREES = {
 
 
 def inputs(nodes: list[Node], heads: int, shared: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Query, key, value and a gradient, as the model has them: (H, T, D) of a memory of (T, H, D)."""
+    """Query, key, value and a gradient in the model's memory layout: (H, T, D) views of (T, H, D)."""
     draw = torch.Generator().manual_seed(0)
     tokens = max(node.end for node in nodes)
     return [
@@ -224,7 +224,7 @@ def test_attention_reads_what_lies_otherwise_in_memory() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("what", [float("nan"), float("inf")])
 def test_attention_does_not_hide_what_is_no_number(dtype: torch.dtype, what: float) -> None:
-    """In a key, seen by its node's later tokens and its descendants and by no other."""
+    """A non-finite key reaches its node's later tokens and its descendants, and no others."""
     nodes = TREES["several roots"]
     query, key, value, gradient = inputs(nodes, 2, 1, 16, dtype)
     key[0, 7] = what
@@ -240,7 +240,7 @@ def test_attention_does_not_hide_what_is_no_number(dtype: torch.dtype, what: flo
     assert not grad_query[40:].isnan().any()
 
 
-# --- products ---
+# --- GEMMs ---
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 255, 600])
@@ -280,7 +280,7 @@ def test_a_thin_weights_gradient(threads: Callable[[int], None], tokens: int, ra
 
 @pytest.mark.parametrize("tokens", [0, 1, 50, 203])
 @pytest.mark.parametrize("columns", [1, 40, 193])
-@pytest.mark.parametrize("numbers", [1, 37, 3300])  # the last more than are multiplied before sums go to memory
+@pytest.mark.parametrize("numbers", [1, 37, 3300])  # the last exceeds the depth after which sums are stored
 @pytest.mark.parametrize("rank", [1, 16, 70])
 def test_a_layer_with_its_adapter(threads: Callable[[int], None], tokens: int, columns: int, numbers: int, rank: int) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -304,7 +304,7 @@ def test_a_layer_with_its_adapter(threads: Callable[[int], None], tokens: int, c
 
 
 def test_panels_that_do_not_fit_the_cache_at_once() -> None:
-    """A weight of more numbers than are copied at once, added to what is there block by block."""
+    """A weight with more elements than fit into the panels at a time: it is processed block by block."""
     x, weight, down, up = torch.randn(30, 1500), torch.randn(1601, 1500), torch.randn(4, 1500), torch.randn(1601, 4)
     exact = [each.double() for each in (x, weight, down, up)]
     _, out = adapters.adapted(x, weight.T, down.T, up.T)
@@ -319,7 +319,7 @@ def test_panels_that_do_not_fit_the_cache_at_once() -> None:
 def test_cross_entropy(
     threads: Callable[[int], None], places: int, size: int, vocabulary: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Scores that grow with the token, so that each block of the vocabulary has a new maximum."""
+    """Scores grow with the token, so each block of the vocabulary has a new maximum."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn((places, size + 2), generator=draw, dtype=torch.float64)
     head = torch.randn((vocabulary, size), generator=draw, dtype=torch.float64)
@@ -348,7 +348,7 @@ def test_cross_entropy_of_logits_that_are_kept(
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn((vocabulary, places), generator=draw, dtype=torch.float64)
-    logits *= torch.linspace(1, 30, vocabulary).unsqueeze(-1)  # higher and higher
+    logits *= torch.linspace(1, 30, vocabulary).unsqueeze(-1)  # increasing scores
     logits[: vocabulary // 2, places // 2 :] = float("-inf")
     targets = torch.randint(vocabulary // 2, vocabulary, (places,), generator=draw)
     weights = torch.rand(places, generator=draw, dtype=torch.float64)
@@ -367,7 +367,7 @@ def test_cross_entropy_of_logits_that_are_kept(
 
 @pytest.mark.parametrize("first", [True, False])
 def test_tokens_that_are_hardly_likely_add_up(threads: Callable[[int], None], first: bool) -> None:
-    """Each of them is less than what rounding cuts off a sum with the likely one in it; all together are 2 % of it."""
+    """Each of them is below the rounding error of a sum that contains the likely token; together they are 2 % of it."""
     threads(1)
     logits = torch.full((2**19, 1), -17.0)
     likely = 0 if first else 2**19 - 1
@@ -409,13 +409,13 @@ def test_the_loss_does_not_hide_what_is_no_number(dtype: torch.dtype, what: floa
     assert losses.isnan().tolist() == logits.isnan().any(0).tolist() == [False, True, False]
 
 
-# --- what blocks compute number by number ---
+# --- elementwise operators of blocks ---
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 16), (1, 7, 100), (3, 5, 577)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.005)])
 def test_norms_and_gates(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
-    """In bfloat16 the numbers of the formula, rounded once: 0.005 is a little more than half of its last digit."""
+    """In bfloat16 the formula's values, rounded once: 0.005 is slightly more than half of its last digit."""
     draw = torch.Generator().manual_seed(0)
     x, up, gradient = (5 * torch.randn(shape, generator=draw).to(dtype) for _ in range(3))
     weight = torch.randn(shape[-1], generator=draw).to(dtype)
@@ -466,7 +466,7 @@ def test_gates_and_norms_do_not_hide_what_is_no_number(dtype: torch.dtype) -> No
 
 
 def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
-    """To the nearest, to the even one of two, which a product of two often lies between; what is too large becomes infinite."""
+    """To nearest, ties to even, which products of two values often hit; too large values become infinite."""
     draw = torch.Generator().manual_seed(0)
     x, cos = (torch.randn((1, 1, 50, 128), generator=draw).mul(3).exp().bfloat16() for _ in range(2))
     x[..., 0] = 3e38
@@ -474,7 +474,7 @@ def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
     expected = (x.float() * cos.float()).bfloat16()
     assert expected.isinf().any()
     assert torch.equal(made[expected.isfinite()], expected[expected.isfinite()])
-    assert not made[expected.isinf()].isfinite().any()  # infinity, or what infinity times 0 is
+    assert not made[expected.isinf()].isfinite().any()  # infinity, or NaN from infinity times 0
 
 
 @pytest.mark.parametrize("size", [2, 8, 34, 128])
@@ -492,7 +492,7 @@ def test_rotations(size: int, rows: int, backwards: bool, dtype: torch.dtype, to
 
 
 def test_what_has_no_kernel_goes_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another dtype, another activation, a tensor that stands for others: nothing is asked of the library."""
+    """Another dtype, another activation, a FakeTensor: the library is not called."""
     monkeypatch.setattr(blocks, "call", lambda *_: pytest.fail("the kernel was asked"))
     x = torch.randn(2, 3, 8)
     assert_close(OWN.gated(x, x, "gelu"), EAGER.gated(x, x, "gelu"))

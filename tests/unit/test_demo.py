@@ -1,4 +1,4 @@
-"""The demo's data: the same from the same seed, honest labels, no test row in the train rows."""
+"""The demo's data: the same for the same seed, correct labels, no test row in the train rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw text to rows: what is read, how it is encoded, and that no token is lost or told twice."""
+"""Raw text to rows: what is read, how it is encoded, and that no token is lost or labelled twice."""
 
 from __future__ import annotations
 

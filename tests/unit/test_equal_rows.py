@@ -1,4 +1,4 @@
-"""Rows of one length that share nothing: found, and computed by SDPA's causal kernels as the dense mask has them."""
+"""Rows of equal length that share nothing: detected, and computed by SDPA's causal kernels with the dense mask's results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunesmith.engine.packing.tree import build_tree
 
 HEADS, SHARED, SIZE = 6, 2, 8
 
-#: Rows, and how many of one length they are; 0 where they are not to be computed as such.
+#: Rows, and the expected number of equal rows; 0 if they must not be computed as equal rows.
 ROWS = [
     ([[1, 2, 3]], 1),
     ([[1, 2, 3], [4, 5, 6]], 2),
@@ -40,7 +40,7 @@ def test_rows_of_one_length_are_found(rows: list[list[int]], expected: int) -> N
     apart = torch.zeros((layout.length, layout.length), dtype=torch.bool)
     for begin, end in pairwise(starts):
         apart[begin:end, begin:end] = True
-    if expected:  # each sees its own row and nothing else
+    if expected:  # each token attends only to its own row
         assert torch.equal(layout.mask(torch.device("cpu")), apart.tril())
 
 
@@ -49,7 +49,7 @@ def test_rows_of_one_length_are_found(rows: list[list[int]], expected: int) -> N
 def test_attention_and_gradients_are_those_of_the_dense_mask(count: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layout = layout_of([[number] * 7 for number in range(count)])
-    # (1, H, T, D) as a model's projections lie in memory: token by token
+    # (1, H, T, D) in the memory layout of a model's projections: token by token
     shapes = [(1, layout.length, heads, SIZE) for heads in (HEADS, SHARED, SHARED)]
     leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
     upstream = torch.randn(1, HEADS, layout.length, SIZE).to(dtype)
@@ -64,7 +64,7 @@ def test_attention_and_gradients_are_those_of_the_dense_mask(count: int, dtype: 
 
 
 def test_no_gradient_is_put_into_zeros() -> None:
-    """As that of an index would be: three tensors to fill and to copy in each block."""
+    """As indexing would: three tensors to fill and to copy in each block."""
     leaves = [torch.randn(1, 12, heads, SIZE, requires_grad=True) for heads in (HEADS, SHARED, SHARED)]
     query, key, value = (leaf.transpose(1, 2) for leaf in leaves)
     made = equal_rows_attention(query, key, value, 2, 0.3).transpose(1, 2)

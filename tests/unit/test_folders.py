@@ -1,4 +1,4 @@
-"""Which files of a folder are a split's: by their names, or by the data set's description, and never one outside."""
+"""Which files of a folder belong to a split: by name or by the data set's description, and never one outside the folder."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no data file in it"):
+    with pytest.raises(DataError, match="no data files found"):
         read(folder_of(tmp_path, "notes.txt"))
     with pytest.raises(DataError, match=r"(?s)no split 'validation'.*set `split` to one of: test, train"):
         read(folder_of(tmp_path, "train.jsonl", "test.jsonl"), "validation")

@@ -1,4 +1,4 @@
-"""What was forgotten: changes, their intervals, and what is said of them."""
+"""Forgetting: changes, their intervals, and the verdicts on them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rows(*accuracies: tuple[str, float | None], questions: int = 1000) -> list[d
 
 
 def answered(table: list[dict[str, Any]]) -> dict[str, list[bool]]:
-    """The first questions right, as many as the accuracy says."""
+    """Answers whose first questions are right, as many as the accuracy says."""
     made = {}
     for row in table:
         facts = row["mmlu"] or {"accuracy": 0, "questions": 0}
@@ -78,8 +78,8 @@ def test_a_base_at_chance_and_a_loss_within_the_noise_are_told() -> None:
     table = rows(("base", 0.26), ("full", 0.24), questions=100)
     add_changes(table, answered(table) | {"full": [number >= 76 for number in range(100)]})
     text = str(forgetting_verdict(table))
-    assert "For full the 95 % interval holds no change" in text
-    assert "not answer better than by chance" in text
+    assert "For full the 95 % interval includes no change" in text
+    assert "not answer better than chance" in text
     table = rows(("base", 0.6), ("full", 0.6))
     add_changes(table, answered(table))
     assert "none lost more than 5 %" in str(forgetting_verdict(table))
@@ -94,4 +94,4 @@ def test_the_interval_is_that_of_resampled_questions() -> None:
     drawn = 100 * (after[picks].mean(1) - before[picks].mean(1))
     expected = np.percentile(drawn, [2.5, 97.5])
     assert change_interval(list(after), list(before)) == pytest.approx(list(expected), abs=0.35)
-    assert change_interval(list(before), list(before)) == [0.0, 0.0]  # paired: the same answers have no spread
+    assert change_interval(list(before), list(before)) == [0.0, 0.0]  # paired: identical answers have no spread

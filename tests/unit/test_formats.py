@@ -1,4 +1,4 @@
-"""Rows to conversations: three formats, and a coded problem for everything else."""
+"""Rows to conversations: three formats, and an error code for everything else."""
 
 from __future__ import annotations
 

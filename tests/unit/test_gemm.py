@@ -1,4 +1,4 @@
-"""Products by oneDNN: the same numbers and gradients as torch's, used where they should be, and nothing that piles up."""
+"""GEMMs with oneDNN: the same values and gradients as torch's, used where they should be, and no growing cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tunesmith.kernels.cpu import products as kernel
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The shapes that oneDNN is asked for."""
+    """The shapes that oneDNN is called with."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
     shapes: list[Any] = []
@@ -36,7 +36,7 @@ def test_the_same_product(asked: list[Any]) -> None:
     x, weight, bias = torch.randn(33, 24), torch.randn(40, 24), torch.randn(40)
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(linear(expected.float(), weight.T), expected.float() @ weight)  # read column by column
+    torch.testing.assert_close(linear(expected.float(), weight.T), expected.float() @ weight)  # read by columns
     torch.testing.assert_close(linear(x.T, x.T), x.T @ x)
     assert len(asked) == 3
 
@@ -67,7 +67,7 @@ def test_where_torch_computes_itself(asked: list[Any]) -> None:
     use_products(layer)
     x = torch.randn(300, 24)
     expected = F.linear(x, layer.weight, layer.bias)
-    layer(x[:200])  # a few rows do not pay for it
+    layer(x[:200])  # too few rows to be worth it
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
@@ -82,7 +82,7 @@ def test_where_torch_computes_itself(asked: list[Any]) -> None:
 
 
 def test_other_layers_stay() -> None:
-    """A subclass may compute something else."""
+    """A subclass may compute something different."""
 
     class Twice(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ print((grown() - before) // 2**20)
 
 
 def test_compiled_products_do_not_pile_up() -> None:
-    """480 products of different shapes: without a bound they stay for good."""
+    """480 GEMMs of different shapes: without a bound, they stay cached forever."""
     ours = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
 
     def grown(told: bool) -> int:

@@ -1,4 +1,4 @@
-"""Batched generation equals one prompt at a time, and what transformers generates; sampling draws from the same logits."""
+"""Batched generation equals one prompt at a time, and transformers' output; sampling draws from the same logits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def float64_model(name: str) -> Any:
 
 
 def alike(shared: int) -> list[list[int]]:
-    """Prompts of different lengths that begin with the same `shared` ids."""
+    """Prompts of different lengths that start with the same `shared` ids."""
     generator = torch.Generator().manual_seed(1)
     prefix, *rests = (torch.randint(3, 60, (n,), generator=generator).tolist() for n in (shared, 1, 7, 3, 5))
     return [prefix + rest for rest in rests]
@@ -55,7 +55,7 @@ def alike(shared: int) -> list[list[int]]:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("shared", [0, 1, 12])
 def test_a_shared_prefix_changes_no_answer(name: str, shared: int) -> None:
-    """Rows that end at different steps included: two of the ids that come are taken for stops."""
+    """Including rows that end at different steps: two of the generated ids are used as stop ids."""
     model, prompts = float64_model(name), alike(shared)
     free = [transformers_answer(model, prompt, [0]) for prompt in prompts]
     stops = [free[0][2], free[1][5]]

@@ -1,4 +1,4 @@
-"""Kernels for GPUs compute what the formulas do, by Triton's interpreter, which needs no GPU; tests/gpu has them compiled."""
+"""GPU kernels match the formulas, in Triton's interpreter, which needs no GPU; tests/gpu runs them compiled."""
 
 from __future__ import annotations
 
@@ -174,21 +174,21 @@ def test_block_kernels_are_the_formulas() -> None:
     found = interpreted(BLOCKS)
     assert found["trial"] is None
     assert found["torch.float32"] < 5e-6
-    assert found["torch.bfloat16"] < 0.02  # the formulas round at each operator, the kernels once
+    assert found["torch.bfloat16"] < 0.02  # the formulas round after each operator, the kernels once
     assert found["qwen3"] < 1e-5
     assert found["gemma"] < 1e-5
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_updates_are_those_of_the_optimizer() -> None:
-    """To rounding where nothing is drawn; what is drawn keeps the mean; slices and the whole give the same bits."""
+    """Equal up to rounding; stochastic rounding keeps the mean; slices and the whole give the same bits."""
     found = interpreted(UPDATES)
     assert found["float32 8"] < 1e-3
     assert found["float32 16"] < 1e-3
     assert found["clipped"] < 1e-3 < found["unclipped"]
     assert max(found["bfloat16 8"], found["bfloat16 16"]) < 0.03
     assert found["compensated"] < 1e-3
-    assert found["halves"] < 0.1  # weights that are not the nearest bf16 number: states are rounded at random
+    assert found["halves"] < 0.1  # weights that are not the nearest bf16 value: states are rounded stochastically
     assert 0.1 < found["differ"] < 0.9
     assert found["bias"] < 2e-4
     assert found["not nearest"] == 0

@@ -1,4 +1,4 @@
-"""Judged answers and prompts out of rows, and which keys go with which objective."""
+"""Judged answers and prompts from rows, and which keys belong to which objective."""
 
 from __future__ import annotations
 
@@ -120,9 +120,9 @@ def test_batches_are_whole_groups() -> None:
         ("objective: grpo\ngrpo: {reward_funcs: [valid-json]}\ntrain: {effective_batch_size: 12}", "groups of 8"),
         (
             "objective: rloo\nrloo: {reward_funcs: [valid-json]}\ntrain: {effective_batch_size: 64}",
-            "32 prompts a step, but there are 10",
+            "32 prompts per step, but there are 10",
         ),
-        ("objective: kto\ntrain: {per_device_train_batch_size: 1}", "one row at a time"),
+        ("objective: kto\ntrain: {per_device_train_batch_size: 1}", "one row per micro-batch"),
     ],
 )
 def test_batches_that_cannot_be_are_refused(text: str, told: str) -> None:

@@ -1,4 +1,4 @@
-"""Liger's kernels compute what PyTorch's operators do, by Triton's interpreter, which needs no GPU; and where they are not."""
+"""Liger's kernels match PyTorch's operators, in Triton's interpreter, which needs no GPU; and where they are unavailable."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_equal_to_the_models_own_loss_and_gradients(config: Any, lengths: tuple[
     model.zero_grad()
     theirs = model(**with_labels(made)).loss
     theirs.backward()
-    # transformers takes its loss in float32.
+    # transformers computes its loss in float32.
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
@@ -79,7 +79,7 @@ def test_equal_to_the_models_own_loss_and_gradients(config: Any, lengths: tuple[
 def test_loss_in_chunks_equals_cross_entropy(
     trained: tuple[str, ...], biased: bool, cap: float | None, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """150 places in chunks of 64, weighted; value and gradients to the last digits, in float64 and, by kernels, float32."""
+    """150 positions in chunks of 64, weighted; value and gradients to the last digits, in float64, or float32 with kernels."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     if not kernels:
         for module in cpu.KERNELS:
@@ -110,11 +110,11 @@ def test_loss_in_chunks_equals_cross_entropy(
 
 
 def test_padding_goes_by_length_and_not_by_pad_id() -> None:
-    """Pad equals the end-of-turn token (2): it must carry loss where it is real."""
+    """Pad equals the end-of-turn token (2), which must be labelled where it is real."""
     batch = PaddedCollator(pad_id=2)(
         [{"input_ids": [5, 2], "loss_mask": [False, True]}, {"input_ids": [5, 6, 2], "loss_mask": [False, False, True]}]
     )
-    assert batch["input_ids"].tolist() == [[5, 2], [5, 6]]  # what is told last goes through the model in no row
+    assert batch["input_ids"].tolist() == [[5, 2], [5, 6]]  # the last label of a row never goes through the model
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
     assert batch["sources"].tolist() == [0, 3]
     assert batch["targets"].tolist() == [2, 2]

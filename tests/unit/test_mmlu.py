@@ -1,4 +1,4 @@
-"""MMLU's files, prompts and requests; no model here but where the real files are scored."""
+"""MMLU's files, prompts and requests; no model except where the real files are scored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TITLES = "question,choice0,choice1,choice2,choice3,answer\n"
 
 @pytest.fixture
 def mmlu(tmp_path: Path) -> Path:
-    """Two subjects: one as published, without titles and with letters; one with titles and numbers."""
+    """Two subjects: one as published, with letters and no header; one with a header and numbers."""
     for part in ("dev", "test"):
         (tmp_path / part).mkdir()
     (tmp_path / "dev" / "us_law_dev.csv").write_text("One?,a,b,c,d,B\nTwo?,e,f,g,h,D\n", encoding="utf-8")
@@ -75,7 +75,7 @@ def test_what_is_missing_is_told(mmlu: Path) -> None:
     (mmlu / "dev" / "maths_dev.csv").unlink()
     ((code, _, where, _),) = problems(mmlu)
     assert (code, where) == ("TS511", str(mmlu / "dev" / "maths_dev.csv"))
-    assert len(read_subjects(settings(mmlu, mmlu_shots=0))) == 2  # no examples, no file of them
+    assert len(read_subjects(settings(mmlu, mmlu_shots=0))) == 2  # no examples, so no example file
 
 
 def test_every_malformed_file_is_told_with_its_line(mmlu: Path) -> None:
@@ -84,7 +84,7 @@ def test_every_malformed_file_is_told_with_its_line(mmlu: Path) -> None:
     maths.write_text(f"{TITLES}Seven?,1,2,3,4,E\n", encoding="utf-8")
     (first, second) = problems(mmlu)
     assert first[:3] == ("TS513", "the answer is 'E'", f"{maths}:2")
-    assert second[:3] == ("TS513", "5 cells, a question has 6", f"{law}:3")
+    assert second[:3] == ("TS513", "5 cells, but a question has 6", f"{law}:3")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_requests_are_the_ids_of_the_whole_text(tokenizer: Any) -> None:
 
 
 def test_prompts_of_the_real_files_are_the_harness_s(shared_data: Path) -> None:
-    """Digest of texts that lm_eval 0.4.13's own task made of these files; `mmlu_side.py` compares them in each benchmark."""
+    """Digest of the texts that lm_eval 0.4.13's task makes from these files; `mmlu_side.py` compares them in each benchmark."""
     subjects = read_subjects(EvaluateSection(mmlu=str(shared_data / "mmlu"), mmlu_questions=12))
     assert len(subjects) == 57
     text = "\0".join(prompt for subject in subjects for prompt in prompts(subject))

@@ -1,4 +1,4 @@
-"""What is trained whole beside an adapter: embedding, norms and head, through saving, loading and merging."""
+"""Modules that are fully trained next to an adapter: embedding, norms and head, through saving, loading and merging."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def method_of(base: Path, name: str, saved: str) -> Any:
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])
 def test_trained_saved_loaded_and_merged(base: Path, tmp_path: Path, name: str) -> None:
-    """Embedding and norms move with the adapter; what is merged computes what was trained, tied or not."""
+    """Embedding and norms train with the adapter; the merged model equals the trained one, tied or not."""
     method = method_of(base, name, "[embed_tokens, norm]")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -91,7 +91,7 @@ def test_trained_saved_loaded_and_merged(base: Path, tmp_path: Path, name: str) 
 
 
 def test_the_reference_is_the_untrained_model(base: Path) -> None:
-    """With the adapter off neither it nor what is trained whole counts."""
+    """With the adapter disabled, neither it nor the fully trained modules count."""
     model = method_of(base, "lora", "[embed_tokens]").build()
     plain = AutoModelForCausalLM.from_pretrained(base)
     for each in (model, plain):
@@ -145,5 +145,5 @@ def test_long_lora_in_one_recipe(make_recipe: Any, tmp_path: Path) -> None:
     after = load_file(folder / "model.safetensors")
     assert proof["mean_kl"] < 0.01
     changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
-    assert changed == set(before)  # embedding, norms, and by the adapter every linear layer
+    assert changed == set(before)  # embedding, norms, and through the adapter every linear layer
     assert summary["trainable_parameters"] > before["model.embed_tokens.weight"].numel()

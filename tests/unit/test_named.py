@@ -1,4 +1,4 @@
-"""Named chat templates: their text, what is trained, and what the probe says of them."""
+"""Named chat templates: their text, their loss mask, and the probe's result for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TALK = [
     {"role": "assistant", "content": "A2"},
 ]
 
-#: By the model cards of each family.
+#: According to each family's model cards.
 RENDERED = {
     "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
     "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n",

@@ -1,4 +1,4 @@
-"""Near duplicates, conflicts, overlap with benchmarks and balance."""
+"""Near-duplicates, conflicts, overlap with benchmarks, and class balance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS = [f"{a}{b}" for a in "bcdfghklmnprst" for b in ("ala", "eno", "iru", "oso
 
 
 def jaccard(one: str, other: str) -> float:
-    """Of the sets of runs, written anew: what `signature` must be true to."""
+    """Jaccard index of the sets of word runs, implemented independently: the reference for `signature`."""
 
     def runs(text: str) -> set[tuple[str, ...]]:
         padded = ["<"] * (RUN - 1) + words(text) + [">"] * (RUN - 1)
@@ -186,5 +186,5 @@ def test_label_by_column_or_expression() -> None:
     assert Label("row['a b'] + 1")(row, messages) == "2"
     assert Label("missing")(row, messages) is None
     assert Label("1 / 0")(row, messages) is None
-    with pytest.raises(RecipeError, match="not an expression"):
+    with pytest.raises(RecipeError, match="not a valid expression"):
         Label("a +")

@@ -1,4 +1,4 @@
-"""NEFTune's noise: as large as the paper says for each row's own length, in a tree too, and only while training."""
+"""NEFTune's noise: the paper's scale for each row's own length, in a tree too, and only in training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALPHA = 5.0
 
 
 def added(collate: Collator, *, train: bool) -> tuple[torch.Tensor, Batch]:
-    """What the noise adds to the embeddings of a batch, (B, L, H)."""
+    """The noise added to the embeddings of a batch, (B, L, H)."""
     model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).train(train)
     batch = collate(ROWS)
     use_tree_attention(model, on="tree_layout" in batch)
@@ -37,7 +37,7 @@ def test_noise_is_as_large_as_each_rows_length_says(collate: Collator) -> None:
     noise, batch = added(collate, train=True)
     reach = ALPHA / (row_lengths(batch) * noise.shape[-1]).sqrt()
     assert bool((noise.abs() <= reach.unsqueeze(-1) * 1.001).all())
-    # A uniform variable's deviation is its reach over the root of three.
+    # A uniform variable's standard deviation is its range limit divided by sqrt(3).
     torch.testing.assert_close(noise.std(-1).mean(), (reach / 3**0.5).mean(), rtol=0.1, atol=0)
     lengths = row_lengths(batch)
     assert lengths[0, 0] == (63 if "tree_layout" in batch else 24)  # the last label does not go through the model

@@ -1,4 +1,4 @@
-"""Activations that leave and come back: the same gradients, bit for bit, and only activations travel."""
+"""Offloaded activations: bit-identical gradients, and only activations are moved."""
 
 from __future__ import annotations
 

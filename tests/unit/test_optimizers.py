@@ -1,4 +1,4 @@
-"""AdamW with float32 masters: torch's own in float32, and no update lost in bf16."""
+"""AdamW with float32 masters: equal to torch's in float32, and no update lost in bf16."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_equals_torch_on_float32() -> None:
 
 
 def test_parameters_of_a_group_are_updated_as_if_each_were_alone() -> None:
-    """Those in float32 go together; one of them has no gradient at first, and one is bf16."""
+    """float32 parameters are updated together; one of them has no gradient at first, and one is bf16."""
     torch.manual_seed(0)
     shapes = {
         (40, 7): torch.float32,
@@ -60,7 +60,7 @@ def test_parameters_of_a_group_are_updated_as_if_each_were_alone() -> None:
 def test_states_that_are_kept_elsewhere_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, optim: str, dtype: torch.dtype
 ) -> None:
-    """In slices, saved and put back on the way; what is read of them is a copy."""
+    """In slices, saved and restored in between; reading them gives a copy."""
     monkeypatch.setattr(adamw, "OPTIMIZER_SLICE", 256)
     torch.manual_seed(0)
     start, gradients = torch.randn(90, 7), [torch.randn(90, 7) for _ in range(4)]
@@ -89,7 +89,7 @@ def test_states_that_are_kept_elsewhere_give_the_same_bits(
 
 
 def test_small_updates_survive_in_bf16() -> None:
-    """Steps of 1e-5 on weights of 1: bf16 alone would never move."""
+    """Steps of 1e-5 on weights of 1: plain bf16 would never change."""
     start = torch.ones(1000)
     weight, plain, exact = (torch.nn.Parameter(start.to(d)) for d in (torch.bfloat16, torch.bfloat16, torch.float32))
     optimizer = AdamW([weight], lr=1e-5)
@@ -121,7 +121,7 @@ def test_gradient_norm_of_bf16_is_exact_in_float32() -> None:
 
 @pytest.mark.parametrize(("bits", "error"), [(16, 0.1), (8, 0.11)])
 def test_small_states_follow_the_exact_ones(bits: int, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 steps on a quadratic: the way taken differs from exact AdamW's by the rounding; in slices, the last one short."""
+    """100 steps on a quadratic: the total update differs from exact AdamW's by rounding; in slices, the last one shorter."""
     monkeypatch.setattr(adamw, "OPTIMIZER_SLICE", 1024)
     generator = torch.Generator().manual_seed(0)
     start, goal = (torch.randn(2500, generator=generator) for _ in range(2))
@@ -137,7 +137,7 @@ def test_small_states_follow_the_exact_ones(bits: int, error: float, monkeypatch
 
 
 def test_small_states_lose_no_small_updates_in_the_mean() -> None:
-    """Steps of 1e-5 on bf16 weights of 1 without a master: most weights stay, some jump, the mean moves as it should."""
+    """Steps of 1e-5 on bf16 weights of 1 without a master: most weights stay, some jump, the mean moves correctly."""
     weight = torch.nn.Parameter(torch.ones(200_000, dtype=torch.bfloat16))
     optimizer = AdamW([weight], lr=1e-5, bits=16)
     for _ in range(20):
@@ -161,7 +161,7 @@ def test_bytes_a_parameter(optim: str) -> None:
 
 
 def test_kahan_sums_are_float32_sums() -> None:
-    """Beside a bf16 weight stand the 16 bits that rounding cut off: with exact states the sum is float32's, bit for bit."""
+    """A bf16 weight plus the 16 bits that rounding cut off: with exact states the sum equals float32's, bit for bit."""
     generator = torch.Generator().manual_seed(5)
     start = torch.randn(3000, generator=generator).bfloat16()
     weight, exact = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())

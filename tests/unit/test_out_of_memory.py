@@ -1,4 +1,4 @@
-"""Running out of memory: what is one, what to compute instead, and what to change."""
+"""Out of memory: how it is detected, how the step is split, and which setting to change."""
 
 from __future__ import annotations
 
@@ -66,16 +66,14 @@ def test_the_same_rows_in_smaller_parts() -> None:
         assert len(smaller) > made
         made, tokens = len(smaller), max(batch["input_ids"].numel() for batch in smaller)
         seen.append(made)
-    assert seen[-1] == 5  # each row alone
+    assert seen[-1] == 5  # one row per micro-batch
     assert batches.limits.tokens is not None
 
 
 def test_the_next_lever_is_named_with_bytes(model: Any) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     first = next_lever(settings_of("method: full"), model, 50)
-    assert (
-        first == f"train.gradient_checkpointing: true (keeps {3 * 50 * 8 * 2:,} bytes of the row, and computes the rest again)"
-    )
+    assert first == f"train.gradient_checkpointing: true (keeps {3 * 50 * 8 * 2:,} bytes of the row, and recomputes the rest)"
     assert next_lever(settings_of("method: full\ntrain: {gradient_checkpointing: keep_attention}"), model, 50) == first
     checkpointing = "train: {gradient_checkpointing: true}"
     second = next_lever(settings_of(f"method: full\n{checkpointing}"), model, 50)
@@ -85,7 +83,7 @@ def test_the_next_lever_is_named_with_bytes(model: Any) -> None:
     third = next_lever(settings_of("method: full\ntrain: {gradient_checkpointing: true, optim: adamw_8bit}"), model, 50)
     assert third is not None
     assert third.startswith("method: lora")
-    elsewhere = copy.deepcopy(model).to("meta")  # as on a GPU: not where the machine's memory is
+    elsewhere = copy.deepcopy(model).to("meta")  # as on a GPU: not in host memory
     full = "method: full\ntrain: {gradient_checkpointing: true, optim: adamw_8bit"
     assert str(next_lever(settings_of(f"{full}}}"), elsewhere, 50)).startswith("train.optimizer_offloading: true")
     assert next_lever(settings_of(f"{full}, optimizer_offloading: true}}"), elsewhere, 50) == third
@@ -94,7 +92,7 @@ def test_the_next_lever_is_named_with_bytes(model: Any) -> None:
     assert fourth.startswith("method: qlora")
     assert f"instead of {2 * count:,}" in fourth
     assert next_lever(settings_of(f"method: qlora\n{checkpointing}"), model, 50) is None
-    assert next_lever(settings_of("method: lora"), model, 0) == fourth  # no row has been computed: activations are not it
+    assert next_lever(settings_of("method: lora"), model, 0) == fourth  # no row was computed: activations are not the cause
 
 
 def test_the_error_says_what_and_how(model: Any) -> None:

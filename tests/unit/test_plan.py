@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.conftest import ROOT, chat_row
 from tunesmith.cli.plan import Request, facts_of, read_asks, recipe_of
@@ -22,10 +23,11 @@ from tunesmith.io.atomic import read_json, write_json
 from tunesmith.models.architecture import Architecture
 from tunesmith.models.catalogue import known_models
 from tunesmith.models.families import read_architecture
+from tunesmith.pipeline import settle_method
 from tunesmith.planner.bytes.step import estimate, offloaded_bytes
 from tunesmith.planner.chart import frontier
 from tunesmith.planner.datafacts import assumed, read_facts
-from tunesmith.planner.decide import Asks, smallest_cluster
+from tunesmith.planner.decide import CHOICES, Asks, smallest_cluster
 from tunesmith.planner.options import OVERHEAD, Planner, corrected, roofline_step
 from tunesmith.planner.plan import plan_for, with_settings
 from tunesmith.planner.result import Plan
@@ -93,7 +95,7 @@ def test_rule_of_thumb_is_shown_where_it_disagrees() -> None:
     plan = planned("Qwen/Qwen2-7B", "20GB")
     assert plan.as_dict()["rule_of_thumb"] == "qlora"
     assert plan.recommended == "lora"
-    assert "): qlora; by the computed bytes, which count: lora, qlora" in rules(plan)["memory-multiples"]
+    assert "): qlora; by the computed bytes, which decide: lora, qlora" in rules(plan)["memory-multiples"]
 
 
 def test_large_models_name_the_smallest_cluster() -> None:
@@ -117,7 +119,7 @@ def test_nothing_fits_and_the_nearest_is_named() -> None:
 
 
 def test_states_in_the_machines_memory_let_full_fit_a_smaller_card() -> None:
-    """15.2 GB of weights, and 12 bytes a parameter elsewhere; it costs the time of moving them."""
+    """15.2 GB of weights, and 12 bytes per parameter elsewhere; it costs the time to move them."""
     size = find_device("24GB", GPUS)
     options = {}
     for offloading in ("false", "true"):
@@ -137,7 +139,7 @@ def test_states_in_the_machines_memory_let_full_fit_a_smaller_card() -> None:
         0,
     )
     gib = offloaded_bytes(architecture, scenario) / GIB
-    assert told == [f"optimizer_offloading needs up to {gib:.1f} GiB of the machine's own memory"]
+    assert told == [f"optimizer_offloading needs up to {gib:.1f} GiB of host memory"]
     ways = [roofline_step(architecture, each, size, 1, 2048) for each in (scenario, beside)]
     assert ways[0].computing > ways[1].computing
 
@@ -197,12 +199,12 @@ def test_resolved_recipe_is_what_was_planned() -> None:
 
 @pytest.mark.parametrize("attention", ["auto", "eager"])
 def test_attention_is_kept_where_it_fits_and_there_is_one_result_to_keep(attention: str) -> None:
-    """Long rows on a small card: what is computed again is chosen between memory and time."""
+    """Long rows on a small card: what to recompute is a trade-off between memory and time."""
     resolved = recipe("Qwen/Qwen2-7B", f"train.attn_implementation={attention}", "train.per_device_train_batch_size=1")
     plan = plan_for(resolved.recipe, assumed(10_000, 8192), find_device("24GB", GPUS), GPUS, methods=["qlora"], entries=[])
     lever = plan.options["qlora"].lever
     assert lever.gradient_checkpointing == ("keep_attention" if attention == "auto" else True)
-    assert ("but for attention" in settings_line(plan.options["qlora"])) == (attention == "auto")
+    assert ("except attention" in settings_line(plan.options["qlora"])) == (attention == "auto")
 
 
 def test_what_the_user_set_is_left_as_it_is() -> None:
@@ -235,13 +237,13 @@ def test_shared_prefixes_are_read_from_the_data(tmp_path: Path) -> None:
     assert whole.tokens < whole.row_tokens / 4
     assert padded.tokens >= padded.row_tokens - 16  # each row's last label only has to be told
     assert whole.labelled == padded.labelled
-    # The last one is of the longest rows, whose last labels only have to be told.
+    # The last step has the longest rows, whose last labels are only targets.
     assert shared.batches(2, Limits(), packing=False)[-1][0].tokens == 2 * (shared.longest - 1)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_the_bound_is_of_the_longest_rows_however_few_they_are(tmp_path: Path, method: Method) -> None:
-    """One row of 4,000 is long: no draw is likely to have it, and a run will meet it."""
+    """One row in 4,000 is long: a sample is unlikely to contain it, but a run will meet it."""
     short = [chat_row(f"{i}?", "yes") for i in range(3_999)]
     settings = ("train.per_device_train_batch_size=2", "train.packing=false")
     card = find_device("24GB", GPUS)
@@ -299,7 +301,7 @@ def test_preference_takes_both_sides_and_a_forward_pass_before(tmp_path: Path) -
     assert sft.seconds_before == 0
     assert 2.0 < dpo.seconds_per_step / sft.seconds_per_step < 2.3
     epoch = dpo.seconds_per_step * dpo.steps / dpo.settings.num_train_epochs
-    assert 0.3 < dpo.seconds_before / epoch < 0.55  # a forward pass of forward and backward with frozen weights
+    assert 0.3 < dpo.seconds_before / epoch < 0.55  # a forward pass relative to forward and backward with frozen weights
     assert dpo.hours == pytest.approx((dpo.seconds_before + dpo.steps * dpo.seconds_per_step) / 3600)
     assert dpo.settings.learning_rate == 1e-5
 
@@ -318,7 +320,7 @@ def work(architecture: Architecture, **more: Any) -> Any:
 
 
 def test_flops_are_those_of_the_trace(architecture: Architecture) -> None:
-    """The trace of this step counts 92.6 TFLOP with all 2,047 places labelled, attention without its causal half."""
+    """The trace of this step counts 92.6 TFLOP with all 2,047 positions labelled, attention without its causal half."""
     made = work(architecture, labelled=2047, gradient_checkpointing=True)
     whole_attention = made.flops + made.attention_flops
     assert whole_attention / 1e12 == pytest.approx(92.6, rel=0.03)
@@ -336,7 +338,7 @@ def test_time_follows_what_is_computed(architecture: Architecture) -> None:
 
 
 def test_a_gpu_waits_for_the_host_where_there_is_little_to_compute(architecture: Architecture) -> None:
-    """The longer of both: starting operators takes the same for 256 tokens as for 2,048; of 8,192 computing does."""
+    """The longer of both: launching operators takes the same for 256 tokens as for 2,048; for 8,192, computing dominates."""
     h100, each = find_device("H100", GPUS), EFFICIENCY["cuda"]
     few, some, many = (work(architecture, length=length, labelled=1024 * length // 2048) for length in (256, 2048, 8192))
     assert few.operators == some.operators == many.operators
@@ -380,7 +382,7 @@ def test_corrections_come_from_like_measurements(tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     assert read_entries(file) == []
     add_entries(file, [entry(7.0, roofline=ROOFLINE - 1)])
-    assert time_correction(read_entries(file), "cpu", "lora", "bfloat16", 576).measurements == 0  # of another prediction
+    assert time_correction(read_entries(file), "cpu", "lora", "bfloat16", 576).measurements == 0  # for a different prediction
     add_entries(
         file, [entry(1.5), entry(1.7), entry(1.6, bytes_beside=2**30), entry(9.0, method="full"), entry(4.0, hidden_size=4096)]
     )
@@ -401,7 +403,7 @@ def test_corrections_come_from_like_measurements(tmp_path: Path) -> None:
 
 
 def test_each_side_of_a_step_is_corrected_by_its_own_measurements() -> None:
-    """A host twice as fast shortens a step until the GPU has the longer part; its ratio says nothing of what a GPU computes."""
+    """A host twice as fast shortens a step until the GPU takes longer; its ratio says nothing about the GPU's compute."""
     known = [entry(0.5, bound="starting"), entry(0.5, bound="starting"), entry(1.2)]
     starting, computing = (time_correction(known, "cpu", "lora", "bfloat16", 576, bound) for bound in ("starting", "computing"))
     assert (starting.typical, starting.measurements, computing.typical, computing.measurements) == (0.5, 2, 1.2, 1)
@@ -451,7 +453,7 @@ def test_what_products_keep_is_added_in_bfloat16_until_runs_tell() -> None:
     assert len({*peaks(recipe("SmolLM2-135M", "train.compute_dtype=float32"), [])}) == 1
 
 
-# --- what was typed ---
+# --- typed input ---
 
 
 def request(**more: Any) -> Request:
@@ -505,3 +507,22 @@ def test_overrides_reach_the_plan() -> None:
     assert planner.best("lora").settings.r == 64
     with pytest.raises(RecipeError):
         recipe_of(request(overrides=["lora.rank=64"]))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rows", "method"), [("12GB", 2_000, "qlora"), ("24GB", 2_000, "lora"), ("B200", 200_000, "full")]
+)
+def test_auto_says_why_for_each_method(
+    gpu: str, rows: int, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`method: auto` settles whatever is recommended, and prints the one rule that chose it."""
+    line = json.dumps(chat_row("Which colour?", "red")) + "\n"
+    (tmp_path / "train.jsonl").write_text(line * rows, encoding="utf-8")
+    monkeypatch.setattr("tunesmith.hardware.catalogue.this_device", lambda gpus: find_device(gpu, gpus))
+    text = "model: Qwen/Qwen2-7B\nmethod: auto\ndata: {train: train.jsonl}\n"
+    settled = settle_method(parse_recipe(text, "recipe.yaml", tmp_path), Console(stderr=True, width=200))
+    assert settled.recipe.method == method
+    assert f"method {method}: " in capsys.readouterr().err
+    plan = planned("Qwen/Qwen2-7B", gpu, rows)
+    assert plan.recommended == method
+    assert len([reason for reason in plan.reasons if reason.rule in CHOICES]) == 1

@@ -1,6 +1,6 @@
-"""Each sentence that a plan prints, held against plan.json and against another plan where it speaks of other cards or rows.
+"""Checks each sentence that a plan prints against plan.json, and against another plan if it is about other cards or rows.
 
-A sentence that no pattern here knows fails the test: what is added to the plan's words is checked, or not said.
+A sentence that matches no pattern here fails the test, so every new sentence of the plan needs a check.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tunesmith.recipe import parse_recipe
 GPUS = read_gpus()
 METHODS = ("full", "lora", "qlora")
 SHARDING = r"(ZeRO-1|ZeRO-2|ZeRO-3 or FSDP full shard)"
-#: Memory over the fp16 weights from which on a method is taken, by the rule of thumb.
+#: The rule of thumb: the ratio of memory to fp16 weights from which a method is chosen.
 MULTIPLES = {"full": 4.0, "lora": 1.5, "qlora": 0.5}
 
 MODELS = (
@@ -39,7 +39,7 @@ MODELS = (
 )
 CARDS = ("24GB", "2xRTX 3090", "8xT4", "8xH100", "B200")
 ASKS = (Asks(), Asks(hours=2.0), Asks(budget=5.0), Asks(latency_critical=True), Asks(hours=50.0, budget=300.0))
-#: Each pair once, with asks and rows in turn.
+#: Each pair once, cycling through asks and rows.
 PAIRS = [
     (model, card, ASKS[(a + b) % len(ASKS)], (10_000, 500, 120_000)[(a + 2 * b) % 3])
     for (a, model), (b, card) in itertools.product(enumerate(MODELS), enumerate(CARDS))
@@ -52,7 +52,7 @@ def planned(model: str, card: str, asks: Asks, rows: int) -> Plan:
 
 
 class Checks:
-    """What a plan's words must agree with: plan.json, what was asked, and plans for other cards."""
+    """The references for a plan's text: plan.json, the request, and plans for other cards."""
 
     def __init__(self, model: str, card: str, asks: Asks, rows: int) -> None:
         self.asked = (model, card, asks, rows)
@@ -69,7 +69,7 @@ class Checks:
         return settings
 
     def usable(self, method: str) -> bool:
-        """Whether a method fits and is within what was asked."""
+        """Whether a method fits and meets the request."""
         each = self.methods[method]
         dear = self.asks.budget is not None and each["cost"] > self.asks.budget
         slow = self.asks.hours is not None and each["hours"] > self.asks.hours
@@ -177,7 +177,7 @@ class Checks:
         assert number(rows) == self.rows < number(limit)
 
     def said(self, text: str) -> None:
-        """Find the one pattern of a sentence and hold it."""
+        """Find the one pattern that matches a sentence and check it."""
         found = [(check, match) for pattern, check in PATTERNS if (match := re.fullmatch(pattern, text))]
         assert len(found) == 1, f"no pattern, or several, for: {text}"
         check, match = found[0]
@@ -196,8 +196,8 @@ def number(text: str) -> Any:
 N = r"([\d.,]+)"
 PATTERNS: list[tuple[str, Callable[..., object]]] = [
     (
-        rf"{N} GiB are {N} x the fp16 weights \({N} GiB\)\. What fits by the rule of thumb \(full from 4 x, LoRA from 1\.5 x, "
-        r"QLoRA from 0\.5 x\): ([a-z, ]+); by the computed bytes, which count: ([a-z, ]+)",
+        rf"{N} GiB is {N} x the fp16 weights \({N} GiB\)\. Methods that fit by the rule of thumb \(full from 4 x, LoRA from "
+        r"1\.5 x, QLoRA from 0\.5 x\): ([a-z, ]+); by the computed bytes, which decide: ([a-z, ]+)",
         Checks.multiples,
     ),
     (
@@ -213,15 +213,15 @@ PATTERNS: list[tuple[str, Callable[..., object]]] = [
         r"r (\d+): (\d+) train rows; alpha (\d+)",
         lambda c, *n: holds(tuple(map(int, n)) == (c.chosen["r"], c.rows, c.chosen["lora_alpha"])),
     ),
-    (r"(\d+) rows a step: (\d+) rows are seen in the run, as (\d+) at once", Checks.batch),
-    (rf"(\S+) epochs are {N} steps; the learning rate rises over the first {N}", Checks.epochs),
+    (r"(\d+) rows per step: (\d+) rows are seen in the run, in micro-batches of (\d+)", Checks.batch),
+    (rf"(\S+) epochs are {N} steps; the learning rate warms up over the first {N}", Checks.epochs),
     (
-        r"activations(?:, but not attention,)? are computed again in the backward pass: memory demands it, or it buys a larger "
-        "micro-batch",
+        r"activations(?:, except those of attention,)? are recomputed in the backward pass, to fit in memory or to allow a "
+        "larger micro-batch",
         lambda c: holds(c.chosen["gradient_checkpointing"]),
     ),
     (
-        r"optimizer states are small \((\w+)\), .*: float32 masters do not fit",
+        r"compact optimizer states \((\w+)\), .*: float32 master weights do not fit",
         lambda c, optim: holds(optim == c.chosen["optim"] != "adamw"),
     ),
     (
@@ -229,25 +229,25 @@ PATTERNS: list[tuple[str, Callable[..., object]]] = [
         rf"(?:; full takes at least (\d+) x (.+) with {SHARDING} \(not yet built in\))?",
         Checks.large,
     ),
-    (r"times and money are of one of the (\d+) cards: a job over several is not planned yet", Checks.one_card),
+    (r"times and costs are for one of the (\d+) cards: jobs on several are not planned yet", Checks.one_card),
     (rf"(\w+) takes {N} h, more than {N} h", Checks.too_long),
     (rf"(\w+) costs \${N}, more than \${N}", Checks.too_dear),
     (
-        "serving is latency-critical: not QLoRA, whose 4-bit base is dequantised in every product",
+        "serving is latency-critical: not QLoRA, whose 4-bit base is dequantised in every matmul",
         lambda c: holds(c.asks.latency_critical),
     ),
-    ("QLoRA is what is left: the base in 4 bits, the adapter trained as in LoRA", lambda c: c.alone("qlora")),
-    ("full fine-tuning is what is left", lambda c: c.alone("full")),
+    ("only QLoRA is left: the base model in 4 bits, the adapter trained as in LoRA", lambda c: c.alone("qlora")),
+    ("only full fine-tuning is left", lambda c: c.alone("full")),
     (rf"{N} rows are enough to train every weight, and full fine-tuning fits", Checks.many),
-    (rf"{N} rows are fewer than {N}: expand the data first, it decides more than the method does", Checks.few),
+    (rf"{N} rows are fewer than {N}: expand the data first; it matters more than the method", Checks.few),
     (
         rf"(\w+) would fit on (\d+) of the (\d+) (.+) together, with {SHARDING}, which is not built in yet",
         Checks.together,
     ),
     (rf"(\w+) fits on one (.+) \({N} GiB, \${N} an hour\): {N} h, \${N}", Checks.elsewhere),
     (rf"(\w+) would take (\d+) x (.+) \(\${N} an hour\) with {SHARDING}, which is not built in yet", Checks.cluster),
-    (rf"full would be taken from {N} rows on", Checks.more_rows),
-    ("no single card that is known gives what was asked for", Checks.nowhere),
+    (rf"full would be recommended from {N} rows on", Checks.more_rows),
+    ("no single card in the catalogue meets the limits", Checks.nowhere),
 ]
 
 
@@ -255,7 +255,7 @@ PATTERNS: list[tuple[str, Callable[..., object]]] = [
 def test_every_sentence_is_true(model: str, card: str, asks: Asks, rows: int) -> None:
     checks = Checks(model, card, asks, rows)
     plan, told = checks.plan, checks.told
-    # What is printed is what plan.json has.
+    # The printed text equals plan.json's.
     printed = " ".join(line.strip() for line in verdict(plan))
     for each in [*(reason["text"] for reason in told["reasons"]), *told["what_would_change_it"]]:
         assert each in printed
@@ -264,7 +264,7 @@ def test_every_sentence_is_true(model: str, card: str, asks: Asks, rows: int) ->
         assert not any(map(checks.usable, METHODS))
         assert "recommended" not in printed
         problem = plan.problem()
-        assert problem.fix == ("; ".join(told["what_would_change_it"]) or "take a smaller model")
+        assert problem.fix == ("; ".join(told["what_would_change_it"]) or "use a smaller model")
         assert ("would fit" in problem.what) == any(each["fits"] for each in told["methods"])
     else:
         assert checks.usable(told["recommended"])

@@ -60,7 +60,7 @@ def test_the_clipped_loss_by_hand(ratio: float, advantage: float, loss: float, c
 
 def test_the_value_loss_by_hand() -> None:
     values, old, returns = torch.tensor([[1.0, 0.1]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 1.0]])
-    # 1.0 moved too far: counted from 0.2, half of 0.64; 0.1 did not: half of 0.81.
+    # 1.0 moved too far, so it is clipped: half of 0.64 from 0.2; 0.1 did not: half of 0.81.
     assert float(value_loss(values, old, returns, torch.ones(1, 2), 0.2)) == pytest.approx(0.725)
 
 
@@ -71,7 +71,7 @@ def test_whitened_values() -> None:
 
 
 class FiveAnswers:
-    """Five sampled answers of different lengths, and a run as far as an update looks at it."""
+    """Five sampled answers of different lengths, and the parts of a run that an update needs."""
 
     def __init__(self, at_once: int, max_grad_norm: float = 1e9, weight_decay: float = 0.1) -> None:
         torch.manual_seed(0)
@@ -97,7 +97,7 @@ class FiveAnswers:
         noise, self.gain, self.goal = (torch.randn(self.mask.shape, generator=draw) * self.mask for _ in range(3))
         shifted = logprobs + 0.3 * noise
         self.known = Answers(prompts, answers, shifted, shifted, values, self.mask)
-        self.stepped: list[torch.Tensor] = []  # the gradients that the optimizer sees
+        self.stepped: list[torch.Tensor] = []  # the gradients passed to the optimizer
         self.ppo.adamw = SimpleNamespace(step=self._step, zero_grad=lambda **_: self.ppo.policy.zero_grad())  # type: ignore[assignment]
 
     def _step(self) -> None:
@@ -113,7 +113,7 @@ def norm_of(gradients: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5])
 def test_an_update_weighs_each_token_alike_however_many_answers_go_at_once(at_once: int) -> None:
-    """Loss, gradient and clipped share against one pass over all tokens by the formulas above."""
+    """Loss, gradient and clipped share, compared with one pass over all tokens by the formulas above."""
     run = FiveAnswers(at_once)
     loss, norm, clipped = run.update()
     known, asked, mask = run.known, run.ppo.asked, run.mask
@@ -133,7 +133,7 @@ def test_an_update_weighs_each_token_alike_however_many_answers_go_at_once(at_on
 def test_the_value_head_is_clipped_with_the_model() -> None:
     run = FiveAnswers(5, max_grad_norm=0.01)
     _, norm, _ = run.update()
-    assert norm > 0.1  # told as it was before
+    assert norm > 0.1  # reported before clipping
     assert norm_of(run.stepped) == pytest.approx(0.01, rel=1e-3)
 
 

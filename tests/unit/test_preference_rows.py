@@ -1,4 +1,4 @@
-"""Preference rows to pairs: each form says the same, and everything else is a coded problem."""
+"""Preference rows to pairs: all forms give the same pairs, and anything else gets an error code."""
 
 from __future__ import annotations
 

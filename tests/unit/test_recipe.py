@@ -1,4 +1,4 @@
-"""The recipe: everything wrong is told at once, nothing unknown passes, and origins survive a round trip."""
+"""The recipe: all errors are reported together, unknown keys are refused, and origins survive a round trip."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_every_key_says_which_stages_it_decides() -> None:
     assert set(decided()) == set(Recipe.model_fields)
 
 
-#: By objective, the digests of prepare, plan, train and export, from before stages were declared at the keys.
+#: By objective, the digests of prepare, plan, train and export from before keys declared their stages.
 DIGESTS = {
     "sft": ("638dce32", "12f89b9b", "ead6208e", "84bc6caa"),
     "dpo": ("9e19694a", "5fc231ae", "3f14a85c", "84bc6caa"),
@@ -165,7 +165,7 @@ def test_a_key_of_a_section_in_a_section_can_be_overridden_and_survives_a_round_
 
 
 def test_off_needs_no_quotes() -> None:
-    """YAML 1.1 reads it as false; the recipe that is kept reads the same."""
+    """YAML 1.1 reads it as false; the saved recipe reads the same."""
     resolved = parse_recipe("model: m\ndata: {train: t.jsonl, quality: {repetition: off}}", "r.yaml", Path())
     assert resolved.recipe.data.quality == {"repetition": "off"}
     assert parse_dumped_recipe(dump_recipe(resolved), "again").recipe == resolved.recipe

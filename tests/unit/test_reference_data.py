@@ -1,4 +1,4 @@
-"""What `prepare` writes against other references: Jaccard by brute force, transformers' templates, NumPy, counts by hand."""
+"""`prepare`'s output against independent references: brute-force Jaccard, transformers' templates, NumPy, counts by hand."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Row = dict[str, Any]
 Words = list[str]
 
 VOCABULARY = [f"{a}{b}" for a in "bcdfghklmnprstvw" for b in ("ala", "eno", "iru", "oso", "uta", "aki", "ewi", "ofu")]
-THRESHOLD = 0.8  # `data.duplicates.threshold` where the recipe names none
-BELOW, ABOVE = 0.78, 0.85  # texts between these are not made: MinHash may miss one pair in fifty right at the threshold
+THRESHOLD = 0.8  # the default of `data.duplicates.threshold`
+BELOW, ABOVE = 0.78, 0.85  # no texts in between: MinHash may miss one pair in fifty right at the threshold
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run of the stage wrote, read without its code."""
+    """A run's output, read without the stage's code."""
 
     folder: Path
     ledger: dict[str, Any]
@@ -51,7 +51,7 @@ class Prepared:
     unused: list[Row]
 
     def lines(self, name: str = "train") -> list[int]:
-        """Line numbers of the rows of train.jsonl that stand in one of the sets."""
+        """Line numbers in train.jsonl of the rows in one of the sets."""
         return sorted(line_of(row["where"]) for row in getattr(self, name))
 
     def rejected(self, reason: str) -> list[int]:
@@ -79,7 +79,7 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
 
 
 def small_tokenizer() -> Any:
-    """Byte-level BPE trained on the words of these tests: it is loaded in no time, and stages load it each time."""
+    """Byte-level BPE trained on the words of these tests: it loads fast, and every stage loads it."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     control = ["<|im_start|>", "<|im_end|>"]
@@ -106,7 +106,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Pat
 
 @pytest.fixture
 def prepared(tmp_path: Path, small_model: Path) -> Prepare:
-    """Writes rows, prepares them, and reads what came of it. `data` and `more` are text of the recipe."""
+    """Writes rows, prepares them, and reads the result. `data` and `more` are recipe text."""
 
     def make(files: dict[str, Iterable[Row | str]], data: str, more: str = "") -> Prepared:
         for name, rows in files.items():
@@ -130,7 +130,7 @@ def drawn(draw: random.Random, count: int) -> Words:
 
 
 def spoken(row: Row) -> str:
-    """All that is said in a row, the system turn apart."""
+    """The text of all turns of a row except the system turn."""
     if "text" in row:
         return str(row["text"])
     return " ".join(turn["content"] for turn in row["messages"] if turn["role"] != "system")
@@ -149,7 +149,7 @@ def jaccard(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]]) 
 
 
 def edits(question: Words, answer: Words, draw: random.Random) -> list[tuple[Words, Words, str]]:
-    """Question, answer and system of train rows made of a test row: near ones in each direction, and far ones."""
+    """Question, answer and system of train rows made from a test row: near ones in each direction, and far ones."""
     system = "Answer in one word."
     changed = [*question[:20], "changed", *question[21:]]
     return [
@@ -160,7 +160,7 @@ def edits(question: Words, answer: Words, draw: random.Random) -> list[tuple[Wor
         ([*drawn(draw, 7), *question], answer, system),
         (question[7:], answer, system),
         (question[1:], answer[:-6], system),
-        ([*question, answer[0]], answer[1:], system),  # the same words, of which one has another speaker
+        ([*question, answer[0]], answer[1:], system),  # the same words, one of them by another speaker
         (question, answer, "Another system turn."),
         (["so", *question], drawn(draw, 50), system),  # far: another answer
         (drawn(draw, 50), answer, system),  # far: another question
@@ -173,25 +173,25 @@ def conversation(question: Words, answer: Words, system: str = "Answer in one wo
 
 
 def turns(*contents: str) -> Row:
-    """A conversation that a user begins."""
+    """A conversation that starts with a user turn."""
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
 
 
 @pytest.mark.parametrize(("objective", "action"), [("sft", "reject"), ("sft", "warn"), ("kto", "warn")])
 def test_no_row_nearly_the_same_as_a_test_row_is_trained_on(prepared: Prepare, objective: str, action: str) -> None:
-    """Each train row is held against each test row, and against each train row before it, by its own Jaccard index.
+    """Each train row is compared with each test row and each earlier train row by its exact Jaccard index.
 
-    For `kto` each row comes as a wanted and as an unwanted answer: both leak, but they are no near duplicates of each other.
+    For `kto` each row occurs as a desirable and as an undesirable answer: both leak, but they are not near-duplicates.
     """
     draw = random.Random(1)
     asked = [(drawn(draw, 50), drawn(draw, 50)) for _ in range(5)]
     made = [edit for question, answer in asked for edit in edits(question, answer, draw)]
     draw.shuffle(made)
-    # Near the test row and near a train row that is not: whichever is found first, the row leaks.
+    # Near the test row, and near a train row that is not: the row leaks, whichever is found first.
     question, answer = asked[0]
     longer = [*question, *drawn(draw, 11)]
     made = [(longer[11:], answer, "System."), (longer, answer, "System."), *made]
-    # Near each other alone.
+    # Near only each other.
     alone = drawn(draw, 50), drawn(draw, 50)
     made += [(*alone, "System."), (["so", *alone[0]], alone[1], "System.")]
     labels = (True, False) if objective == "kto" else (None,)
@@ -243,7 +243,7 @@ def test_a_pair_whose_chosen_side_is_nearly_a_test_row_is_not_trained_on(prepare
 
 
 def test_rows_equal_to_a_test_row_or_asking_the_same_are_left_out_without_near_duplicates(prepared: Prepare) -> None:
-    """Compared as train rows are cleaned, whichever of the two sides needs it."""
+    """Both sides are compared after cleaning, whichever of them needs it."""
 
     def told(text: str) -> Row:
         return {"messages": [{"role": "assistant", "content": text}]}
@@ -251,8 +251,8 @@ def test_rows_equal_to_a_test_row_or_asking_the_same_are_left_out_without_near_d
     tests = [
         turns("Who wrote it?", "Anna."),
         turns("First question here?", "First answer.", "Second question here?", "Second answer."),
-        told("Nobody asked for this one."),  # has no prompt, so the whole row alone can tell
-        turns("Where is the cafe\u0301 of the town?", "In the old street."),  # to be composed
+        told("Nobody asked for this one."),  # no prompt: only the whole row can match
+        turns("Where is the cafe\u0301 of the town?", "In the old street."),  # decomposed Unicode
         turns("What is left over at night?", "Bread."),
     ]
     leaks = [
@@ -296,7 +296,7 @@ def test_a_prompt_near_a_test_rows_prompt_leaks_with_and_without_a_reference(pre
     rows = [
         {"prompt": f"so {questions[0]}"},
         {"prompt": f"and {questions[0]}", "answer": "another answer"},
-        {"prompt": questions[1], "answer": long_answer},  # of the test row it has the answer alone
+        {"prompt": questions[1], "answer": long_answer},  # shares only the answer with the test row
     ]
     tests = [{"prompt": questions[0], "answer": long_answer}]
     grpo = "objective: grpo\ngrpo: {reward_funcs: ['length:1-9']}"
@@ -311,7 +311,7 @@ def test_a_test_prompt_in_an_earlier_turn_leaks(prepared: Prepare) -> None:
         turns("Who wrote it?", "Anna.", "When was that, do you know?", "Last year, in the autumn."),
         turns("First here?", "One.", "Second here?", "Three.", "And what of the third one?", "Nothing is known of it."),
         turns("First here?", "One.", "Another second question?", "Two hundred, and some more."),
-        turns("Before all that, who came?", "Nobody came.", "Who wrote it?", "Anna, they say."),  # asked after something else
+        turns("Before all that, who came?", "Nobody came.", "Who wrote it?", "Anna, they say."),  # asked after another turn
         turns("Who wrote it?", "Somebody else.", "In what year?", "In May.", "Which?", "Ten years ago.", "So?", "So it is."),
     ]
     done = prepared({"train.jsonl": rows, "test.jsonl": tests}, "heldout: 0")
@@ -354,7 +354,7 @@ def test_no_document_nearly_the_same_as_a_test_document_is_trained_on(prepared: 
 
 
 def test_a_prompt_that_is_held_out_is_not_trained_on(prepared: Prepare) -> None:
-    """Of prompts asked three times each, by name; rows that ask what nobody was held out for all stay."""
+    """Of prompts that occur three times each, by name; rows whose prompt is not held out all stay."""
     draw = random.Random(6)
     prompts = [" ".join(drawn(draw, 8)) for _ in range(20)]
     asked = [prompt for prompt in prompts for _ in range(3)]
@@ -376,7 +376,7 @@ def test_a_prompt_that_is_held_out_is_not_trained_on(prepared: Prepare) -> None:
 
 
 def test_a_prompt_that_is_held_out_is_not_trained_on_by_its_bad_answers(prepared: Prepare) -> None:
-    """Rows of `kto` whose answers are not to be learned ask the same all the same."""
+    """`kto` rows with undesirable answers share the prompt too."""
     rows = [
         {"prompt": f"question {number}", "completion": f"{'good' if label else 'bad'} {number}", "label": label}
         for number in range(20)
@@ -397,7 +397,7 @@ def made_row(number: int, prompt: str | None) -> Made:
 
 
 def settled_splits(prompts: Sequence[str | None], seed: int, share: float) -> tuple[list[int], list[int]]:
-    """The splits of rows with these prompts, and the numbers of those that are said to leak."""
+    """The splits of rows with these prompts, and the indices of those rejected as leaks."""
     rejected: list[Rejection] = []
     whole = WholeSet(DataSection(train="t.jsonl"), seed, lambda _where, _finding: None, rejected.append)
     for number, prompt in enumerate(prompts):
@@ -408,7 +408,7 @@ def settled_splits(prompts: Sequence[str | None], seed: int, share: float) -> tu
 
 
 def test_the_draw_of_held_out_rows_over_many_seeds() -> None:
-    """As many as asked for, no more; no prompt on both sides; rows that ask nothing are never left out for that."""
+    """As many as requested, no more; no prompt in both splits; rows without a prompt are never rejected as leaks."""
     draws = set()
     for seed in range(40):
         draw = random.Random(seed)
@@ -423,7 +423,7 @@ def test_the_draw_of_held_out_rows_over_many_seeds() -> None:
         assert (splits, leaks) == settled_splits(prompts, seed, share)
         draws.add(tuple(number for number, split in enumerate(settled_splits(["a"] * 30, seed, 0.1)[0]) if split == HELDOUT))
     assert len(draws) > 35  # of 40 seeds
-    assert settled_splits([None, None], 1, 0.9)[0].count(TRAIN) == 1  # one is always trained on
+    assert settled_splits([None, None], 1, 0.9)[0].count(TRAIN) == 1  # one always stays in train
     assert settled_splits([None], 1, 0.9)[0] == [TRAIN]
     assert settled_splits([None] * 9, 1, 0.0)[0] == [TRAIN] * 9
 
@@ -433,7 +433,7 @@ def counted(rows: Sequence[Row], path: str) -> int:
 
 
 def rendered(tokenizer: Any, messages: Sequence[Row], *, prompt: bool = False) -> list[int]:
-    """The ids of a conversation by transformers."""
+    """The ids of a conversation from transformers."""
     ids: list[int] = tokenizer.apply_chat_template(list(messages), add_generation_prompt=prompt, return_dict=False)
     return ids
 
@@ -465,7 +465,7 @@ def test_quantiles_and_histogram_of_lengths(seed: int) -> None:
 
 
 def busy_files(draw: random.Random) -> dict[str, list[Row | str]]:
-    """Two sources and a test set in which rows meet every split that the ledger counts."""
+    """Two sources and a test set whose rows end in every split that the ledger counts."""
 
     def row(kind: str) -> Row:
         return conversation(drawn(draw, draw.randint(8, 30)), [kind, *drawn(draw, draw.randint(8, 20))])
@@ -498,7 +498,7 @@ def test_the_ledger_counts_what_is_in_the_files(prepared: Prepare, tokenizer: An
     )
     ledger, paths = done.ledger, [str(done.folder.parents[1] / name) for name in ("a.jsonl", "b.jsonl")]
     sets = {"train": done.train, "heldout": done.heldout, "unused": done.unused, "rejected": done.rejects}
-    # Each source and the whole, row by row.
+    # Each source and the total, row by row.
     for source, path in zip(ledger["sources"], paths, strict=True):
         assert source == {
             "path": path,
@@ -515,7 +515,7 @@ def test_the_ledger_counts_what_is_in_the_files(prepared: Prepare, tokenizer: An
     lines = {f"{path}:{line}" for path in paths for line in range(1, len(files[Path(path).name]) + 1)}
     assert {place.partition("#")[0] for place in places} == {*lines, f"{paths[0]}:67:2"} - {f"{paths[0]}:67"}
     assert ledger["rows_added"] == len(places) - len(lines) > 0
-    # Why.
+    # Reasons.
     assert ledger["reasons"] == dict(sorted(Counter(row["reason"] for row in done.rejects).items()))
     assert ledger["unused"] == dict(sorted(Counter(row["reason"] for row in done.unused).items()))
     assert set(ledger["reasons"]) >= {"duplicate", "near-duplicate", "leaks-test", "too-long", "answer-repeats-prompt"}
@@ -524,7 +524,7 @@ def test_the_ledger_counts_what_is_in_the_files(prepared: Prepare, tokenizer: An
     told = {(rule, action): count for rule, actions in ledger["findings"].items() for action, count in actions.items()}
     assert told == dict(findings)
     assert ledger["test"] == {"rows_in": 2, "rows_rejected": 0, "reasons": {}, "rows_test": 2}
-    # What it is worth.
+    # Quality figures.
     assert ledger["tokens_train"] == sum(len(row["input_ids"]) for row in done.train)
     assert ledger["tokens_trained_on"] == sum(sum(row["loss_mask"]) for row in done.train)
     assert all(row["length"] == len(row["input_ids"]) == len(row["loss_mask"]) for row in [*done.train, *done.heldout])
@@ -535,7 +535,7 @@ def test_the_ledger_counts_what_is_in_the_files(prepared: Prepare, tokenizer: An
     assert ledger["lengths"] == by_numpy([len(rendered(tokenizer, messages)) for messages in conversations])
     assert ledger["formats"] == {"messages": len(files["a.jsonl"]) - 2, "prompt": len(pairs)}
     assert ledger["overlong"] == {"rejected": 1, "split": 1}
-    # Classes: none above the cap, and what was taken away is said to be unused.
+    # Classes: none above the cap, and removed rows are counted as unused.
     classes = ledger["balance"]
     assert {name: facts["after"] for name, facts in classes.items()} == {
         name: min(60, facts["before"]) for name, facts in classes.items()
@@ -545,7 +545,7 @@ def test_the_ledger_counts_what_is_in_the_files(prepared: Prepare, tokenizer: An
 
 
 def test_ids_and_mask_are_those_of_transformers(prepared: Prepare, tokenizer: Any) -> None:
-    """The answer is what the whole conversation has beyond the generation prompt, up to the end of the turn."""
+    """The answer is the part of the whole conversation after the generation prompt, up to the end of the turn."""
     draw = random.Random(8)
     rows = [conversation(drawn(draw, 5 + i), drawn(draw, 1 + i % 4)) for i in range(12)]
     done = prepared({"train.jsonl": rows}, "heldout: 0.25")
@@ -575,13 +575,13 @@ def test_tokens_of_pairs_are_those_of_both_sides(prepared: Prepare, tokenizer: A
         for side in ("chosen", "rejected"):
             turns = chat_row(pair["prompt"], pair[side])["messages"][1:]
             total += len(rendered(tokenizer, turns))
-            trained += len(tokenizer(pair[side], add_special_tokens=False)["input_ids"]) + 1  # with the end of the turn
+            trained += len(tokenizer(pair[side], add_special_tokens=False)["input_ids"]) + 1  # plus the end-of-turn token
     assert (done.ledger["tokens_train"], done.ledger["tokens_trained_on"]) == (total, trained)
     assert len(done.train) == 8
 
 
 def test_of_prompts_nothing_is_trained_on(prepared: Prepare, tokenizer: Any) -> None:
-    """Their reference is compared with what is sampled; its tokens are counted, as they are told in the held-out loss."""
+    """Their reference is compared with sampled answers; its tokens are counted, since the held-out loss uses them as labels."""
     draw = random.Random(10)
     rows = [{"prompt": " ".join(drawn(draw, 9)), **({"answer": f"answer {i}"} if i % 2 else {})} for i in range(10)]
     done = prepared({"train.jsonl": rows}, "heldout: 0", "objective: grpo\ngrpo: {reward_funcs: ['length:1-9']}")
@@ -593,10 +593,10 @@ def test_of_prompts_nothing_is_trained_on(prepared: Prepare, tokenizer: Any) -> 
 
 
 def test_tokens_of_documents_are_each_told_once(prepared: Prepare, tokenizer: Any) -> None:
-    """A piece begins with the last token of the one before, which is counted in both and told in the first alone."""
+    """A piece begins with the last token of the previous one, which is counted in both and labelled only in the first."""
     draw, limit = random.Random(11), 32
     rows = [{"text": " ".join(drawn(draw, count))} for count in (3, 8, 40, 40, 90, 5, 33, 20, 64, 12)]
-    rows.append(rows[4])  # is in neither set
+    rows.append(rows[4])  # ends in neither split
     ids = [[*tokenizer(row["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for row in rows]
     pieces = [math.ceil((len(each) - 1) / (limit - 1)) for each in ids]
     done = prepared({"train.jsonl": rows}, f"heldout: 0.3, max_length: {limit}", "objective: pretrain")
@@ -611,7 +611,7 @@ def test_tokens_of_documents_are_each_told_once(prepared: Prepare, tokenizer: An
 
 
 def kept_of(labels: Sequence[str | None], seed: int = 1, **section: Any) -> dict[str | None, list[int]]:
-    """What is kept of each class, by the places of its rows."""
+    """The kept rows of each class, by index."""
     kept = balance(labels, BalanceSection(**section), seed)
     assert kept == sorted(set(kept))
     return {name: [index for index in kept if labels[index] == name] for name in dict.fromkeys(labels)}
@@ -622,12 +622,12 @@ def kept_of(labels: Sequence[str | None], seed: int = 1, **section: Any) -> dict
     [
         ({"a": 50, "b": 10, "c": 4}, {"cap": 10}, {"a": 10, "b": 10, "c": 4}),
         ({"a": 50, "b": 10, "c": 4}, {"ratio": 1}, {"a": 4, "b": 4, "c": 4}),
-        ({"a": 50, "b": 10, "c": 5}, {"ratio": 2.5}, {"a": 12, "b": 10, "c": 5}),  # 2.5 x 5, cut to whole rows
+        ({"a": 50, "b": 10, "c": 5}, {"ratio": 2.5}, {"a": 12, "b": 10, "c": 5}),  # 2.5 x 5, rounded down
         ({"a": 50, "b": 10, "c": 5}, {"ratio": 1.9}, {"a": 9, "b": 9, "c": 5}),
         ({"a": 9, "b": 1}, {"ratio": 1.5}, {"a": 1, "b": 1}),
         ({"a": 50, "b": 10, "c": 4}, {"cap": 30, "ratio": 2}, {"a": 8, "b": 8, "c": 4}),
         ({"a": 50, "b": 10, "c": 4}, {"cap": 3, "ratio": 2}, {"a": 3, "b": 3, "c": 3}),
-        ({"a": 50, None: 3, "c": 4}, {"ratio": 2}, {"a": 8, None: 3, "c": 4}),  # rows without a class are no class
+        ({"a": 50, None: 3, "c": 4}, {"ratio": 2}, {"a": 8, None: 3, "c": 4}),  # rows without a label are not a class
         ({"a": 50, None: 30, "c": 4}, {"cap": 5}, {"a": 5, None: 30, "c": 4}),
         ({None: 7}, {"ratio": 1, "cap": 2}, {None: 7}),
         ({"a": 50, "b": 10}, {}, {"a": 50, "b": 10}),
@@ -641,7 +641,7 @@ def test_class_sizes_by_hand(sizes: dict[str | None, int], section: Row, expecte
 
 
 def test_a_class_is_drawn_from_evenly_by_the_seed_and_by_its_name() -> None:
-    """Each of 20 rows is kept as often as another: 5 of 20 in 800 draws are 200, with a standard deviation of 12.2."""
+    """Each of 20 rows is kept equally often: 5 of 20 in 800 draws are 200, with a standard deviation of 12.2."""
     labels: list[str | None] = ["a", "b"] * 20
     times: Counter[int] = Counter()
     alike, draws = 0, set()
@@ -653,7 +653,7 @@ def test_a_class_is_drawn_from_evenly_by_the_seed_and_by_its_name() -> None:
         draws.add(tuple(kept["a"]))
     assert set(times) == set(range(40))
     assert max(abs(count - 200) for count in times.values()) < 5 * math.sqrt(800 * 0.25 * 0.75)
-    assert alike < 5  # two classes of one size are drawn apart
+    assert alike < 5  # two classes of equal size are drawn independently
     assert len(draws) > 700
 
 
@@ -685,13 +685,13 @@ def test_the_seed_of_the_recipe_draws_the_classes(prepared: Prepare) -> None:
         "lipsum.__globals__['os'].name",
         "cycler.__init__.__globals__.os.name",
         "self.__init__",
-        "range(1000000)|list|length",  # more steps than a sandbox's range has
+        "range(1000000)|list|length",  # more than the sandbox's range allows
     ],
 )
 def test_a_label_reaches_no_more_than_the_row(expression: str) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert Label(expression)({"kind": "k"}, messages) is None
-    assert Label("row.kind ~ answer ~ messages|length")({"kind": "k"}, messages) == "ka2"  # which is what it may reach
+    assert Label("row.kind ~ answer ~ messages|length")({"kind": "k"}, messages) == "ka2"  # fields it may access
 
 
 @pytest.mark.parametrize(
@@ -702,13 +702,13 @@ def test_a_label_ends(expression: str) -> None:
     begun = time.perf_counter()
     assert Label(expression)({"kind": "k"}, []) is None
     assert time.perf_counter() - begun < 1
-    assert Label("2**10 * 3 ~ 'ab' * 2 ~ 2.5**2")({}, []) == "3072abab6.25"  # what is small goes on
+    assert Label("2**10 * 3 ~ 'ab' * 2 ~ 2.5**2")({}, []) == "3072abab6.25"  # small results are allowed
 
 
 def test_a_label_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[Label.__module__], "TEMPLATE_SECONDS", 0.05)
     label = Label("range(99999)|map('string')|map('length')|sum + range(99999)|map('string')|map('length')|sum")
-    with pytest.raises(DataError, match=r"TS124.*does not end"):
+    with pytest.raises(DataError, match=r"TS124.*does not terminate"):
         label({}, [])
 
 
@@ -725,7 +725,7 @@ def test_a_class_may_be_nought(prepared: Prepare, value: Any, told: str | None) 
 
 def test_all_findings_of_a_rejected_row_are_told(prepared: Prepare) -> None:
     draw = random.Random(15)
-    bad = chat_row("Write to anna.b@mail.org and say\u200b hello", " \u200b ")  # an address, what is invisible, and no answer
+    bad = chat_row("Write to anna.b@mail.org and say\u200b hello", " \u200b ")  # an address, invisible text, and no answer
     done = prepared({"train.jsonl": [conversation(drawn(draw, 9), drawn(draw, 9)), bad]}, "heldout: 0")
     assert done.rejected("empty-answer") == [2]
     found = {row["rule"]: row["action"] for row in read_jsonl(done.folder / "findings.jsonl") if line_of(row["where"]) == 2}
@@ -744,8 +744,8 @@ def test_a_label_runs_no_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{% for i in range(9) %}{% endfor %}", "a; b", "x = 1", "lambda: 1", "[i for i in row]", ""])
 def test_a_label_is_one_expression(text: str) -> None:
-    """No statement, so no loop of its own."""
-    with pytest.raises(RecipeError, match=r"TS003.*not an expression"):
+    """No statements, so no loops."""
+    with pytest.raises(RecipeError, match=r"TS003.*not a valid expression"):
         Label(text)
 
 
@@ -759,7 +759,7 @@ def test_a_label_changes_nothing(prepared: Prepare) -> None:
 
 
 def test_a_cut_answer_keeps_what_fits_and_a_row_without_one_is_left_out(prepared: Prepare, tokenizer: Any) -> None:
-    """Prompts that end before, at and behind the limit: a row is kept where at least one token of its answer is."""
+    """Prompts that end before, at and after the limit: a row is kept if at least one token of its answer fits."""
     limit, longer = 64, " ".join(VOCABULARY)
     rows = [chat_row("!" * count, longer, "") for count in range(20, 55)]
     rows += [chat_row("!" * count, "ga", "") for count in (20, 30, 90)]
@@ -779,17 +779,17 @@ def test_a_cut_answer_keeps_what_fits_and_a_row_without_one_is_left_out(prepared
         assert (line in kept) == (before < limit), (line, before)
         if before < limit:
             assert kept[line]["input_ids"] == ids[:limit]
-            end = min(limit, len(ids) - 1)  # the line end behind the turn is not trained on
+            end = min(limit, len(ids) - 1)  # the newline after the turn is not labelled
             assert [i for i, flag in enumerate(kept[line]["loss_mask"]) if flag] == list(range(before, end))
     assert {-1, 0, 1, 2} <= edges
     assert done.ledger["overlong"] == dict(sorted(decisions.items()))
     assert done.ledger["reasons"] == {"too-long": decisions["rejected"]}
-    assert done.ledger["lengths"]["quantiles"]["100 %"] > limit  # before any cut
+    assert done.ledger["lengths"]["quantiles"]["100 %"] > limit  # before truncation
     assert prepared({"train.jsonl": rows}, data).lines() == whole
 
 
 def test_no_part_of_a_long_conversation_is_without_an_answer(prepared: Prepare) -> None:
-    """Rounds of all sizes, some too long alone, and a last question that nobody answers."""
+    """Rounds of all sizes, some too long on their own, and a last question without an answer."""
     draw = random.Random(14)
     rows = []
     for _ in range(16):

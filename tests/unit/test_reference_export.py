@@ -1,4 +1,4 @@
-"""What export writes and proves, against weights that are merged by hand in float64 and predictions by plain transformers."""
+"""Export's weights and proof, against weights merged by hand in float64 and predictions by plain transformers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SHAPES = {
 
 
 def merged_by_hand(run: Run, folder: Path, scale: float, dtype: torch.dtype) -> Weights:
-    """W + scale B A in float64, of the base as training saw it: rounded to its dtype, or quantised to NF4."""
+    """W + scale B A in float64, with the base as used in training: rounded to its dtype, or quantised to NF4."""
     base, adapter = load_file(folder / "model.safetensors"), load_file(checkpoint(run) / "adapter_model.safetensors")
     made = {}
     for name, weight in base.items():
@@ -77,7 +77,7 @@ def merged_by_hand(run: Run, folder: Path, scale: float, dtype: torch.dtype) -> 
 
 
 def held_to_odds(share: torch.Tensor, up: torch.Tensor) -> None:
-    """As many were rounded up as their shares of the way say, within five deviations; as many to the further side, too."""
+    """The number rounded up matches the fractions, within five deviations; so does the number rounded to the further side."""
     deviation = math.sqrt(float((share * (1 - share)).sum()))
     assert abs(float((up - share).sum())) <= 5 * deviation
     distance, further = torch.minimum(share, 1 - share), (up != (share >= 0.5)).double()
@@ -85,18 +85,18 @@ def held_to_odds(share: torch.Tensor, up: torch.Tensor) -> None:
 
 
 def held_to_rounding(exact: Weights, written: Weights) -> dict[int, int]:
-    """Each weight is one of bfloat16's two neighbours of the exact one, with odds given by the distance.
+    """Each weight is one of the two bfloat16 neighbours of the exact one, with probabilities given by the distance.
 
-    Rounding to the nearest would never take the further one; rounding twice moves what is close to a neighbour onto it. Gives
-    how many weights lay between two neighbours, by their dimensions.
+    Rounding to nearest would never take the further one; rounding twice moves values close to a neighbour onto it. Returns
+    how many weights lay between two neighbours, by their number of dimensions.
     """
     assert written.keys() == exact.keys()
-    shares: dict[int, list[torch.Tensor]] = {1: [], 2: []}  # by the dimensions of a weight: norms and biases, and matrices
+    shares: dict[int, list[torch.Tensor]] = {1: [], 2: []}  # by number of dimensions: norms and biases, and matrices
     ups: dict[int, list[torch.Tensor]] = {1: [], 2: []}
     for name, wanted in exact.items():
         assert written[name].dtype == torch.bfloat16
         size, found = wanted.abs(), written[name].double()
-        step = torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-30))) - 7)  # eight bits of mantissa, one of them not kept
+        step = torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-30))) - 7)  # eight bits of mantissa, one of them implicit
         low = torch.floor(size / step) * step
         share, above = (size - low) / step, (found.abs() - low) / step
         slack = 1e-3 + 1e-7 / step  # the merge is computed in float32
@@ -134,7 +134,7 @@ def test_an_adapter_is_merged_once_and_rounded_once(bench: Bench, method: str, s
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_weights_are_rounded_once(bench: Bench, dtype: str) -> None:
-    """Of full fine-tuning in bf16 it is the float32 masters that are rounded, and not what they were rounded to."""
+    """For full fine-tuning in bf16, the export rounds the float32 masters, not the already rounded weights."""
     run = bench.trained(seven_rows(), max_steps=4, compute_dtype=dtype, learning_rate=1e-4)
     export(run)
     trained = load_file(checkpoint(run) / "model.safetensors")
@@ -146,7 +146,7 @@ def test_all_weights_are_rounded_once(bench: Bench, dtype: str) -> None:
 
 
 def test_the_recipes_seed_decides_the_rounding(bench: Bench, tmp_path: Path) -> None:
-    """Steps at rate 0 leave one and the same model whatever the seed."""
+    """Steps at rate 0 leave the same model for any seed."""
     first, other = (bench.trained(seven_rows(), seed=seed, max_steps=1, warmup_ratio=0.5) for seed in (5, 50))
     trained = [load_file(checkpoint(run) / "model.safetensors") for run in (first, other)]
     assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
@@ -162,7 +162,7 @@ def test_the_recipes_seed_decides_the_rounding(bench: Bench, tmp_path: Path) -> 
 
 
 def log_probabilities(model: Any, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, V) at all places that predict a label, in float64 from float32 logits, and the labels."""
+    """(N, V) at all positions that predict a label, in float64 from float32 logits, and the labels."""
     parts, labels = [], []
     for row in rows:
         ids, told = torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"])[1:]
@@ -184,7 +184,7 @@ def some_rows(count: int) -> Rows:
 
 @pytest.mark.parametrize(("heldout", "least"), [(0.5, 20), (0.1, 1)])
 def test_the_proofs_figures_are_those_of_plain_transformers(bench: Bench, heldout: float, least: int) -> None:
-    """Over the labels of 16 rows, held-out ones first."""
+    """Over the labels of 16 rows, held-out rows first."""
     keys, _ = SHAPES["plain"]
     asked = {"max_steps": 6, "learning_rate": 0.05, "effective_batch_size": 4}
     run = bench.trained(some_rows(44), "lora", heldout=heldout, lora=keys, **asked)
@@ -208,7 +208,7 @@ def test_the_proofs_figures_are_those_of_plain_transformers(bench: Bench, heldou
 
 
 def test_two_models_are_compared_by_the_textbook() -> None:
-    """Four places of three tokens, worked out by hand; the divergence is that of the exported from the trained model."""
+    """Four positions of three tokens, worked out by hand; the divergence is of the exported model from the trained one."""
     trained = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.3, 0.5], [0.1, 0.8, 0.1], [0.5, 0.25, 0.25]])
     written = torch.tensor([[0.4, 0.5, 0.1], [0.2, 0.3, 0.5], [0.1, 0.8, 0.1], [0.5, 0.25, 0.25]])
     tokens = torch.tensor([0, 2, 1, 1])
@@ -222,7 +222,7 @@ def test_two_models_are_compared_by_the_textbook() -> None:
     assert found["loss_difference"] == pytest.approx(math.log(2) / 4, rel=1e-4)
 
 
-# --- what is wrong is not exported ---
+# --- faulty models are not exported ---
 
 TRUE_MERGE = Lora.merge
 
@@ -253,7 +253,7 @@ def without_mlps(method: Lora, model: Any) -> Any:
 
 
 def overflowing(method: Lora, model: Any) -> Any:
-    """Weights are finite, and what attention makes of them is not."""
+    """The weights are finite, but attention's output is not."""
     merged = TRUE_MERGE(method, model)
     for layer in merged.model.layers:
         layer.self_attn.q_proj.weight.data.mul_(1e30)
@@ -263,20 +263,20 @@ def overflowing(method: Lora, model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def taught(bench: Bench) -> Run:
-    """A LoRA that has moved far from its base."""
+    """A LoRA run that has moved far from its base."""
     keys, _ = SHAPES["plain"]
     asked = {"max_steps": 12, "learning_rate": 0.05, "effective_batch_size": 4}
     return bench.trained(some_rows(44), "lora", heldout=0.5, lora=keys, **asked)
 
 
 def copied(run: Run, folder: Path) -> Run:
-    """The run as it is, elsewhere."""
+    """A copy of the run in another folder."""
     shutil.copytree(run.path, folder / "run")
     return Run(folder / "run", run.resolved)
 
 
 def refused(run: Run) -> bool:
-    """Whether the export is; nothing is left of it then."""
+    """Whether the export is refused; checks that a refused one leaves nothing behind."""
     try:
         export(run)
     except ExportError as error:
@@ -306,7 +306,7 @@ def moved(model: Any, direction: Weights, size: float) -> Any:
 def test_what_may_differ_ends_where_the_promise_does(
     taught: Run, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str, size: float, is_refused: bool
 ) -> None:
-    """0.01 nats of divergence and 0.02 of loss: weights move along the loss's slope or across it, to just before or after."""
+    """0.01 nats of divergence and 0.02 of loss: weights move along or across the loss's gradient, to just below or above."""
     rows = stored(taught, "heldout")[:16]
     model = PeftModel.from_pretrained(plain(bench.model), checkpoint(taught)).merge_and_unload().requires_grad_(True)
     expected, labels = log_probabilities(model, rows)
@@ -321,7 +321,7 @@ def test_what_may_differ_ends_where_the_promise_does(
         direction = {name: drawn[name] - share * each for name, each in direction.items()}
 
     def apart(way: float) -> tuple[float, float]:
-        """Divergence and difference of the loss after so much of the way."""
+        """Divergence and loss difference after moving by `way`."""
         model.load_state_dict(start, strict=False)
         found, _ = log_probabilities(moved(model, direction, way), rows)
         losses = [float(torch.nn.functional.nll_loss(side, labels)) for side in (expected, found)]
@@ -333,13 +333,13 @@ def test_what_may_differ_ends_where_the_promise_does(
         low, high = (low, middle) if apart(middle)[by == "loss"] > size else (middle, high)
     divergence, difference = apart(low)
     assert (divergence if by == "kl" else difference) == pytest.approx(size, rel=0.02)
-    assert difference < 0.015 if by == "kl" else divergence < 0.008  # the other limit is not what decides
+    assert difference < 0.015 if by == "kl" else divergence < 0.008  # the other limit does not decide
     monkeypatch.setattr(Lora, "merge", lambda method, trained: moved(TRUE_MERGE(method, trained), direction, low))
     assert refused(copied(taught, tmp_path)) == is_refused
 
 
 def test_a_reward_model_is_its_base_adapter_and_head(bench: Bench) -> None:
-    """W + scale B A and the trained head, all of it in float32; the share of pairs in the proof is told from the folder."""
+    """W + scale B A and the trained head, all in float32; the proof's share of pairs is computed from the folder."""
     pytest.importorskip("trl", reason="the extra tunesmith[trl] is not installed")
     draw = random.Random(7)
     words = [["".join(draw.choices("abcdefgh", k=size)) for size in (5, 4, 9)] for _ in range(12)]

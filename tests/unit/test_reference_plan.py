@@ -1,6 +1,6 @@
-"""The plan's figures against numbers worked out by hand: bytes, seconds, steps, money, and how they are held to what was asked.
+"""The plan's figures against values worked out by hand: bytes, seconds, steps, money, and the checks against the request.
 
-Qwen2-7B's shape stands below as its makers publish it, and cards are made up so that one part of a time is all of it.
+Qwen2-7B's shape below is the published one. Cards are invented so that a single part accounts for all of a time.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 HIDDEN, LAYERS, WIDE, VOCABULARY, KEYS = 3584, 28, 18944, 152064, 4 * 128
 SHAPES = [(HIDDEN, HIDDEN), (HIDDEN, KEYS), (HIDDEN, KEYS), (HIDDEN, HIDDEN), *[(HIDDEN, WIDE)] * 2, (WIDE, HIDDEN)]
 LINEAR = LAYERS * sum(inputs * outputs for inputs, outputs in SHAPES)
-TABLE = VOCABULARY * HIDDEN  # the embedding, and once more the head
+TABLE = VOCABULARY * HIDDEN  # the embedding; the head has the same size
 BIASES_AND_NORMS = LAYERS * (HIDDEN + 2 * KEYS + 2 * HIDDEN) + HIDDEN
 PARAMETERS = LINEAR + 2 * TABLE + BIASES_AND_NORMS
 RANK = 16
 ADAPTER = LAYERS * sum(RANK * (inputs + outputs) for inputs, outputs in SHAPES)
 
-#: Bytes that NF4 takes for a weight: half a byte, a byte of scale for 64 of them, four bytes for 256 such scales.
+#: Bytes of a weight in NF4: half a byte, one scale byte per 64 weights, four bytes per 256 scales.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 def card(**more: Any) -> Device:
-    """Nothing costs time on it but products and attention, of which it does a TFLOP a second."""
+    """A card on which only GEMMs and attention take time, at one TFLOP per second."""
     flops = {"bfloat16": 1e12, "float32": 1e11}
     given = {"kind": "cuda", "name": "made up", "count": 1, "memory_bytes": 1000 * GIB, "price": 1.25, "bandwidth": 1e30}
     return Device(**{**given, "flops": flops, **more})
@@ -68,7 +68,7 @@ def planned(
     entries: Sequence[Entry] = (),
     asks: Asks = Asks(),
 ) -> Plan:
-    """The plan of exactly these settings: four rows at once, two such micro-batches a step, padded."""
+    """The plan of exactly these settings: four rows per micro-batch, two micro-batches per step, padded."""
     base = (
         "train.per_device_train_batch_size=4",
         "train.gradient_accumulation_steps=2",
@@ -104,7 +104,7 @@ def test_the_shape_is_the_published_one(qwen: Architecture) -> None:
     assert (qwen.parameters, qwen.linear_weights, qwen.lora_parameters(RANK)) == (PARAMETERS, LINEAR, ADAPTER)
 
 
-#: Bytes for a parameter of AdamW's states and masters, by format.
+#: Bytes per parameter of AdamW's states and masters, by format.
 STATES = {"adamw": 12, "adamw_kahan": 6, "adamw_bf16": 4, "adamw_8bit": 2 + 8 / 256}
 
 
@@ -128,7 +128,7 @@ def test_an_adapter_is_held_in_float32_beside_its_base(method: Method, base: int
     parts = made.memory.breakdown
     assert (parts["weights"], parts["adapter"], parts["optimizer"]) == (base, 4 * ADAPTER, 8 * ADAPTER)
     assert made.memory.resident_bytes == base + 4 * ADAPTER
-    # Labels, and what a block keeps at the least: its input and the inputs of its linear layers, in bfloat16.
+    # Labels, and the least that a block keeps: its input and the inputs of its linear layers, in bfloat16.
     kept = 2 * 4 * 512 * LAYERS * (2 * HIDDEN + WIDE)
     assert made.memory.total_bytes == sum(parts.values()) > base + 16 * ADAPTER + kept
 
@@ -145,7 +145,7 @@ def test_shared_states_are_divided(qwen: Architecture, devices: int, stage: int)
     assert shared < alone
 
 
-BOUNDS = {"cuda": (1.04, 1.15), "cpu": (1.25, 0.6)}  # of what is allocated, and GiB beside it
+BOUNDS = {"cuda": (1.04, 1.15), "cpu": (1.25, 0.6)}  # factor of allocated bytes, and additional GiB
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
@@ -186,7 +186,7 @@ def entry(time: float = 1.0, beside: float | None = None, method: str = "lora", 
 
 
 def test_the_bound_is_never_below_what_runs_have_shown() -> None:
-    """What runs took beside their tensors moves the typical peak; the bound stays two percent above it."""
+    """The runs' memory outside tensors moves the typical peak; the bound stays two percent above it."""
     plain = option("lora")
     allocated = plain.memory.total_bytes
     little, much = (option("lora", entries=[entry(beside=beside)]) for beside in (0.5, 40.0))
@@ -209,15 +209,15 @@ def test_on_every_card_the_bound_is_above_the_peak_and_the_peak_above_the_least(
 
 # --- seconds ---
 
-TOKENS = 4 * 512  # at once: of a row's 513 the last one only has to be told
+TOKENS = 4 * 512  # per micro-batch: the last of a row's 513 tokens is only a target
 
 
 def seconds(products: float, attention: float, tokens: int = TOKENS) -> float:
-    """On the card that is made up: shares of its peak that products and attention to 513 tokens reach."""
+    """On the invented card: GEMMs and attention to 513 tokens at their shares of its peak."""
     return products / (1e12 * 0.80 * tokens / (tokens + 150)) + attention / (1e12 * 0.65 * 513 / (513 + 1600))
 
 
-#: FLOPs for a token: of a weight and of an adapter's, of the head's weights, and attention's passes over half the context.
+#: FLOPs per token: per weight, per adapter weight, per head weight, and attention's passes over half the context.
 FLOPS: dict[tuple[Method, str], tuple[int, int, int, float]] = {
     ("full", "false"): (6, 0, 6, 3.5),
     ("full", "true"): (8, 0, 6, 4.5),
@@ -239,13 +239,13 @@ def test_a_steps_seconds_are_its_flops_over_the_cards(method: Method, again: str
     assert made.bound == "computing"
     assert made.tokens_per_second == pytest.approx(8 * 513 / expected, rel=1e-6)
     assert made.seconds_before == 0
-    assert made.steps == 3 * 125  # epochs of a thousand rows by eight
+    assert made.steps == 3 * 125  # epochs of a thousand rows in batches of eight
     assert made.hours == pytest.approx(375 * expected / 3600)
     assert made.cost == pytest.approx(1.25 * made.hours)
 
 
 def test_a_cpu_computes_and_starts_one_after_the_other() -> None:
-    """Shares of a CPU: 80 % for products, half for attention; starting an operator takes it 15 microseconds."""
+    """Shares of a CPU's peak: 80 % for GEMMs, half for attention; launching an operator takes 15 microseconds."""
     made = option("full", device=card(kind="cpu"))
     products = TOKENS * (6 * LINEAR + 6 * TABLE)
     attention = 3.5 * 2 * 513 * HIDDEN * LAYERS * TOKENS
@@ -254,7 +254,7 @@ def test_a_cpu_computes_and_starts_one_after_the_other() -> None:
 
 
 def test_states_elsewhere_travel_there_and_back() -> None:
-    """12 bytes a parameter, over PCIe at 22 GB/s, once a step and not once a micro-batch; the card holds none of them."""
+    """12 bytes per parameter over PCIe at 22 GB/s, once per step and not per micro-batch; the card holds none of them."""
     beside, elsewhere = (option("full", f"train.optimizer_offloading={moved}") for moved in ("false", "true"))
     travel = elsewhere.seconds_per_step - beside.seconds_per_step
     assert travel == pytest.approx(2 * 12 * PARAMETERS / 2.2e10, rel=1e-6)
@@ -269,7 +269,7 @@ def test_a_reference_takes_a_forward_pass_over_both_sides_of_all_pairs(rows: int
     forward = tokens * 2 * (LINEAR + ADAPTER + TABLE)
     scores = 2 * 513 * HIDDEN * LAYERS * tokens
     assert made.seconds_before == pytest.approx(rows / 4 * seconds(forward, scores, tokens), rel=1e-6)
-    step = 2 * seconds(tokens * (4 * LINEAR + 6 * ADAPTER + 6 * TABLE), 3.5 * scores, tokens)  # logits are made twice
+    step = 2 * seconds(tokens * (4 * LINEAR + 6 * ADAPTER + 6 * TABLE), 3.5 * scores, tokens)  # logits are computed twice
     assert made.seconds_per_step == pytest.approx(step, rel=1e-6)
     assert made.hours == pytest.approx((made.seconds_before + 10 * step) / 3600, rel=1e-6)
     assert made.cost == pytest.approx(1.25 * made.hours)
@@ -280,7 +280,7 @@ def test_a_reference_takes_a_forward_pass_over_both_sides_of_all_pairs(rows: int
     ("times", "typical", "safe"), [((), 1.0, 1.5), ((1.0,), 1.0, 1.1), ((0.8, 2.0, 1.2), 1.2, 2.04), ((3.0, 3.1), 3.05, 3.355)]
 )
 def test_measurements_correct_every_time(times: tuple[float, ...], typical: float, safe: float) -> None:
-    """The median of them; the bound is the largest and two percent, but a tenth above the median at the least."""
+    """Their median; the bound is the largest plus two percent, but at least a tenth above the median."""
     known = [entry(time) for time in times] + [entry(9.0, method="full"), entry(9.0, device="another")]
     plain, made = (option("lora", "objective=dpo", entries=entries) for entries in ((), known))
     assert made.roofline_seconds == plain.seconds_per_step
@@ -300,7 +300,7 @@ def test_measurements_correct_every_time(times: tuple[float, ...], typical: floa
     [(10_000, 32, 3, 939), (1_000, 8, 3, 375), (1_001, 8, 3, 378), (7, 3, 2.5, 8), (100, 7, 0.5, 8), (5, 5, 1, 1)],
 )
 def test_steps_are_whole_batches_of_each_epoch(rows: int, batch: int, epochs: float, steps: int) -> None:
-    """An epoch ends with the rows that are left, so that three of 313 steps are 939 and not 938."""
+    """An epoch ends with the remaining rows, so three epochs of 313 steps are 939 and not 938."""
     asked = ["train.gradient_accumulation_steps=auto", "train.per_device_train_batch_size=auto"]
     asked += [f"train.effective_batch_size={batch}", f"train.num_train_epochs={epochs}"]
     made = option("lora", *asked, rows=rows)
@@ -310,12 +310,12 @@ def test_steps_are_whole_batches_of_each_epoch(rows: int, batch: int, epochs: fl
     assert option("lora", *asked, "train.max_steps=17", rows=rows).steps == 17
 
 
-# --- what was asked ---
+# --- the request ---
 
 
 @pytest.mark.parametrize("name", ["budget", "hours"])
 def test_what_was_asked_is_kept_to_the_cent_and_the_second(name: str) -> None:
-    """What takes exactly as much is within it."""
+    """An exact match is within the limit."""
     made = option("lora")
     most = {"budget": made.cost, "hours": made.hours}[name]
     for limit, within in ((most, True), (math.nextafter(most, 0), False), (most * 0.999, False), (most * 1.001, True)):
@@ -359,7 +359,7 @@ def test_the_rule_of_thumb_is_in_multiples_of_the_fp16_weights(multiple: float, 
         assert planned(device=card(memory_bytes=memory)).as_dict()["rule_of_thumb"] == wanted
 
 
-# --- what a run shows ---
+# --- measurements of a run ---
 
 
 def step(number: int, seconds: float, tokens: int = 100, computed: int = 80, loss: float = 1.0) -> StepMetrics:
@@ -367,7 +367,7 @@ def step(number: int, seconds: float, tokens: int = 100, computed: int = 80, los
 
 
 def test_a_summarys_figures_are_those_of_its_steps() -> None:
-    """The median leaves out the first step; what came before it counts to the whole and to no speed."""
+    """The median excludes the first step; the time before it counts towards the total but not towards speed."""
     steps = [step(1, 9.0, loss=4.0), step(2, 1.0), step(3, 4.0, tokens=300, computed=200), step(4, 2.0, loss=0.5)]
     assert figures_of(steps, 5.0) == {
         "steps": 4,
@@ -384,7 +384,7 @@ def test_a_summarys_figures_are_those_of_its_steps() -> None:
 
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes a run whose plan and training say what a test wants."""
+    """Makes a run with the plan and training figures that a test needs."""
     monkeypatch.setenv("TUNESMITH_CALIBRATION", str(tmp_path / "calibration.json"))
     text = "model: m\nmethod: lora\ndata: {train: rows.jsonl}\n"
     run = create_run(parse_recipe(text, "test", tmp_path), tmp_path / "run")
@@ -434,7 +434,7 @@ def test_a_bound_holds_up_to_itself(finished: Any, more: int, within: bool) -> N
 
 
 def test_a_run_is_kept_as_a_measurement_once(finished: Any, tmp_path: Path) -> None:
-    """Time over the uncorrected prediction; bytes beside what was allocated, with the context that the meter does not see."""
+    """Time divided by the uncorrected prediction; bytes beyond the allocated ones, with the context that the meter misses."""
     run = finished(PROMISE, SUMMARY)
     score(run)
     score(run)
@@ -459,7 +459,7 @@ def test_the_next_plan_promises_what_a_run_has_shown(finished: Any, tmp_path: Pa
 
 
 def test_a_runs_plan_counts_its_own_rows_and_its_trainings_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows, their tokens and labels are those of train.arrow, and the steps those that training then takes."""
+    """Rows, tokens and labels match train.arrow, and steps match the training that follows."""
     monkeypatch.setenv("TUNESMITH_CALIBRATION", str(tmp_path / "calibration.json"))
     bench = Bench(tmp_path, byte_model(tmp_path / "bytes"))
     run = bench.run(many_rows()[:30], heldout=0.2, num_train_epochs=1.5, effective_batch_size=7)
@@ -474,7 +474,7 @@ def test_a_runs_plan_counts_its_own_rows_and_its_trainings_steps(tmp_path: Path,
     assert facts["longest_tokens"] == max(len(row["input_ids"]) for row in rows)
     (promise,) = told["methods"]
     summary = train(run, Console(quiet=True))
-    assert promise["steps"] == summary["steps"] == 6  # four steps an epoch, one and a half times
+    assert promise["steps"] == summary["steps"] == 6  # four steps per epoch, 1.5 epochs
     lines = read_jsonl(run.path / "train" / "metrics.jsonl")
     assert summary["tokens_per_second"] == pytest.approx(
         sum(line["tokens"] for line in lines) / sum(line["seconds"] for line in lines)

@@ -1,4 +1,4 @@
-"""Scores, losses and comparisons against other references: scikit-learn, SciPy, plain PyTorch, all resamples, by hand."""
+"""Scores, losses and comparisons against independent references: scikit-learn, SciPy, plain PyTorch, all resamples, by hand."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SCHEMA = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums are small here: waiting for a second thread takes longer than they do."""
+    """The sums are small here: synchronising with a second thread takes longer than they do."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -84,7 +84,7 @@ def one_thread() -> Iterator[None]:
         ("Paris", "Paris.", 0.0),
         ("Paris", "Paris is it", 0.0),
         ("Paris is it", "Paris", 0.0),
-        ("a b", "a  b", 0.0),  # blanks within are text
+        ("a b", "a  b", 0.0),  # inner blanks count as text
         ("", "", 1.0),
         ("", "Paris", 0.0),
         (" \n", "", 1.0),
@@ -99,9 +99,9 @@ def test_score_of_a_text(reference: str, answer: str, score: float) -> None:
     [
         ('{"a": "x", "b": 3}', True, True, True, True),
         (' \n{"b": 3, "a": "x"} ', True, True, True, True),
-        ('{"a": "x"}', True, True, True, False),  # a field that is missing
+        ('{"a": "x"}', True, True, True, False),  # a missing field
         ('{"b": 3}', True, False, False, True),
-        ('{"a": "x", "b": 3, "c": 1}', True, False, True, True),  # one more: the schema minds, the score does not
+        ('{"a": "x", "b": 3, "c": 1}', True, False, True, True),  # an extra field: the schema rejects it, the score ignores it
         ('{"a": "y", "b": null}', True, True, False, False),
         ('{"a": null, "b": 3}', True, False, False, True),
         ('{"a": "x ", "b": "3"}', True, False, False, False),
@@ -152,7 +152,7 @@ def test_an_answer_that_scores_is_of_the_right_class(wanted: str, told: str) -> 
 
 
 def mean_f1(pairs: Sequence[tuple[str, str | None]]) -> float:
-    """2 TP / (2 TP + FP + FN) of each class of the references, each counted as much as another."""
+    """The mean over the references' classes of 2 TP / (2 TP + FP + FN), with equal weights."""
     found = []
     for name in {truth for truth, _ in pairs}:
         right = sum(truth == guess == name for truth, guess in pairs)
@@ -162,7 +162,7 @@ def mean_f1(pairs: Sequence[tuple[str, str | None]]) -> float:
 
 
 def test_macro_f1_is_that_of_scikit_learn() -> None:
-    """Random labels, some in the references alone, some in the answers alone, some answers without the field."""
+    """Random labels, some only in the references, some only in the answers, some answers without the field."""
     draw, plain = random.Random(1), 0
     for _ in range(80):
         truths = draw.sample("abcdef", k=draw.randint(1, 5))
@@ -189,7 +189,7 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
 
 
 def test_rates_of_a_set_by_brute_force() -> None:
-    """Each field over the rows whose reference has it, the score over rows, whatever the number of fields."""
+    """Each field over the rows whose reference has it; the score over rows, independent of the number of fields."""
     draw, validator = random.Random(2), schema_validator(SCHEMA, "s")
     for _ in range(40):
         rows: list[tuple[Row, Row | None]] = []
@@ -235,13 +235,13 @@ def random_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Pa
 
 @pytest.fixture(scope="module")
 def model(random_model: Path) -> Any:
-    """The same in float32, by transformers alone."""
+    """The same model in float32, loaded with plain transformers."""
     return LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
 def small() -> Any:
-    """A random model of 211 tokens: many rows take no time."""
+    """A random model with 211 tokens, so many rows run fast."""
     torch.manual_seed(1)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -253,9 +253,9 @@ def small() -> Any:
 
 @torch.no_grad()
 def told_one_by_one(model: Any, ids: Sequence[int], places: Sequence[int]) -> list[tuple[float, bool]]:
-    """For each place the loss of its token and whether it was the first choice, told from what stands before it alone.
+    """For each position its token's loss and whether it was the first choice, predicted from only the tokens before it.
 
-    No row sees another, no token sees a later one: there are none.
+    No row attends to another, and no token to a later one: the input contains none.
     """
     found = []
     for place in places:
@@ -266,7 +266,7 @@ def told_one_by_one(model: Any, ids: Sequence[int], places: Sequence[int]) -> li
 
 @torch.no_grad()
 def told_at_once(model: Any, row: Row) -> list[float]:
-    """The losses of a row's labelled tokens by the model's own forward, the row alone."""
+    """The losses of a row's labelled tokens from the model's own forward on the row alone."""
     places = [i for i, flag in enumerate(row["loss_mask"]) if flag]
     ids = torch.tensor(row["input_ids"])
     logits = model(input_ids=ids[None], logits_to_keep=torch.tensor(places) - 1).logits[0]
@@ -311,7 +311,7 @@ def test_held_out_loss_token_by_token(held: Held, model: Any, tokenizer: Any) ->
 
 
 def test_held_out_loss_of_many_rows_and_in_training(tmp_path: Path, small: Any, tokenizer: Any) -> None:
-    """More rows than are laid out together, as a tree and padded, in evaluation and as training watches them."""
+    """More rows than are packed together, as a tree and padded, in evaluation and during training."""
     draw, stems = random.Random(4), [[draw_id(random.Random(i)) for _ in range(12)] for i in range(9)]
     rows: list[Row] = []
     for i in range(150):
@@ -343,7 +343,7 @@ def draw_id(draw: random.Random) -> int:
 
 @pytest.mark.parametrize("objective", ["kto", "dpo", "grpo"])
 def test_held_out_loss_is_over_answers_to_learn(held: Held, model: Any, tokenizer: Any, objective: str) -> None:
-    """Desirable answers, chosen ones, references; nothing else, and None where there are none."""
+    """Desirable answers, chosen answers, references; nothing else, and None if there are none."""
     draw = random.Random(5)
     asked = [text_of(draw, 2, 6) + f" {i}" for i in range(12)]
     kinds: dict[str, list[Row]] = {
@@ -373,9 +373,9 @@ def test_without_held_out_rows_there_is_no_held_out_loss(held: Held, model: Any,
 
 
 def test_perplexity_token_by_token(small: Any) -> None:
-    """exp of the mean loss over all tokens, not of a mean over documents; the score is a mean over documents.
+    """Perplexity is exp of the mean loss over all tokens, not of a mean over documents; the score is a mean over documents.
 
-    Tokens that the model would have chosen are put in, so that the score is not 0.
+    Tokens that the model would have chosen are inserted, so the score is not 0.
     """
     draw, rows = random.Random(6), list[Row]()
     for number, length in enumerate((2, 5, 9, 30)):
@@ -403,7 +403,7 @@ def test_perplexity_token_by_token(small: Any) -> None:
 
 
 def test_mmlu_by_the_model_s_own_forward(model: Any, tokenizer: Any) -> None:
-    """Likelihoods, choices, accuracies and standard errors, of each subject and of all questions."""
+    """Likelihoods, choices, accuracies and standard errors, per subject and over all questions."""
     draw = random.Random(7)
 
     def question() -> Question:
@@ -432,7 +432,7 @@ def test_mmlu_by_the_model_s_own_forward(model: Any, tokenizer: Any) -> None:
     for facts, found in ((summary, everything), *((summary["subjects"][name], each) for name, each in right.items())):
         assert facts["questions"] == len(found)
         assert facts["accuracy"] == pytest.approx(np.mean(found))
-        # The standard error of a mean: the sample's standard deviation over the root of its size.
+        # The standard error of a mean: the sample's standard deviation divided by the square root of its size.
         error = None if len(found) == 1 else pytest.approx(stats.sem(found))
         assert facts["standard_error"] == error
     assert summary["accuracy"] != pytest.approx(np.mean([np.mean(found) for found in right.values()]))
@@ -440,7 +440,7 @@ def test_mmlu_by_the_model_s_own_forward(model: Any, tokenizer: Any) -> None:
 
 @pytest.fixture(scope="module")
 def parrot(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A model that answers {"a":1} to whatever it is asked: each token of it is told from the one before by the head alone."""
+    """A model that answers {"a":1} to any prompt: the head alone predicts each token from the previous one."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         tie_word_embeddings=False,
@@ -473,7 +473,7 @@ def parrot(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 def evaluated(
     folder: Path, parrot: Path, references: Sequence[str], more: str = "", asked: str = "question"
 ) -> tuple[Row, list[Row]]:
-    """What `evaluate` says of the parrot, and its samples."""
+    """The results of `evaluate` for the parrot, and its samples."""
     test = [chat_row(f"{asked} {i}", reference) for i, reference in enumerate(references)]
     train = [chat_row(f"another question {i}", '{"a":1}') for i in range(4)]
     for name, rows in (("train", train), ("test", test)):
@@ -500,19 +500,19 @@ def test_a_model_whose_answer_is_known_is_scored_by_hand(by_fields: tuple[Row, l
     assert [sample["score"] for sample in samples] == [1.0, 0.0, 0.5, 0.0, 0.25]
     assert results["task_score"] == pytest.approx(1.75 / 5)
     assert results["field_accuracy"] == {"a": 3 / 5, "b": 0.0, "c": 0.0, "d": 0.0}
-    # Class 1: 3 right, 2 wrongly told; classes 2 and 3 are never told.
+    # Class 1: 3 right, 2 wrong predictions; classes 2 and 3 are never predicted.
     assert results["macro_f1"] == pytest.approx((2 * 3 / (2 * 3 + 2)) / 3)
     assert (results["json_parse_rate"], results["schema_valid_rate"]) == (1.0, None)
     assert (results["rows"], results["unfinished_answers"]) == (5, 0)
     assert (results["generated_tokens"], {sample["new_tokens"] for sample in samples}) == (25, {5})
-    # Six tokens an answer, each told by a logit of 8 (the root of 64, what RMS norm makes of an embedding) among zeros.
+    # Six tokens per answer, each with a logit of 8 (the square root of 64: RMSNorm of an embedding) among zeros.
     assert results["eval_loss"] == pytest.approx(math.log(math.exp(8) + vocabulary - 1) - 8, rel=0.05)
 
 
 def test_texts_and_rows_are_told_apart_by_what_they_hold(
     tmp_path: Path, parrot: Path, by_fields: tuple[Row, list[Row]]
 ) -> None:
-    """The same model and questions: the score is of the text, and one other reference makes another test set."""
+    """The same model and questions: the score depends on the text, and a single different reference makes another test set."""
     results, samples = evaluated(tmp_path, parrot, [*REFERENCES[:2], '{"a":1} ', *REFERENCES[3:]], "task: text, batch_size: 2")
     assert [sample["score"] for sample in samples] == [1.0, 0.0, 1.0, 0.0, 0.0]
     assert results["task_score"] == pytest.approx(2 / 5)
@@ -521,7 +521,7 @@ def test_texts_and_rows_are_told_apart_by_what_they_hold(
 
 
 def test_test_rows_changed_in_place_are_others(tmp_path: Path, parrot: Path) -> None:
-    """The same file names and lines, the same scores: the digest is of the questions and of the references."""
+    """The same file names and lines, the same scores: the digest covers the questions and the references."""
 
     def digest(references: Sequence[str], asked: str) -> str:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -533,7 +533,7 @@ def test_test_rows_changed_in_place_are_others(tmp_path: Path, parrot: Path) -> 
 
 
 def all_resamples(scores: Sequence[float], reference: Sequence[float]) -> np.ndarray:
-    """100 x mean / mean of every way to draw as many rows with replacement; all of them are equally likely."""
+    """100 x mean / mean for every way to draw as many rows with replacement; all are equally likely."""
     count = len(scores)
     picks = np.array(list(itertools.product(range(count), repeat=count)))
     tops, bottoms = np.asarray(scores)[picks].sum(1), np.asarray(reference)[picks].sum(1)
@@ -542,7 +542,7 @@ def all_resamples(scores: Sequence[float], reference: Sequence[float]) -> np.nda
 
 
 def check_interval(found: Sequence[float], scores: Sequence[float], reference: Sequence[float]) -> None:
-    """That these are the 2.5 % and 97.5 % quantiles of all resamples, within four standard deviations of 10,000 draws."""
+    """Check the 2.5 % and 97.5 % quantiles against all resamples, within four standard deviations of 10,000 draws."""
     ratios = all_resamples(scores, reference)
     for bound, share in zip(found, (0.025, 0.975), strict=True):
         low, high = np.quantile(ratios, [share - 0.0063, share + 0.0063], method="inverted_cdf")
@@ -560,7 +560,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("scores", "reference"), PAIRS)
 def test_bootstrap_against_all_resamples(scores: list[float], reference: list[float]) -> None:
-    """Both scores of a row are drawn together, and draws whose reference scores nothing are no ratio."""
+    """Both scores of a row are drawn together, and draws with a reference score of zero give no ratio."""
     check_interval(bootstrap_ratio(scores, reference), scores, reference)
 
 
@@ -583,10 +583,10 @@ def test_bootstrap_against_scipy(seed: int) -> None:
     unpaired = stats.bootstrap(
         (other, full), ratio, n_resamples=2000, method="percentile", vectorized=True, rng=np.random.default_rng(99)
     ).confidence_interval
-    assert unpaired.high - unpaired.low > 1.15 * width  # so that the one could not be taken for the other
+    assert unpaired.high - unpaired.low > 1.15 * width  # so a mix-up of the two would show
 
 
-#: What the page shows of each run's settings.
+#: The settings that the page shows for each run.
 SHOWN = (
     *("learning_rate", "max_steps", "warmup_steps", "effective_batch_size", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "r", "lora_alpha", "compute_dtype"),
@@ -597,7 +597,7 @@ Finished = Callable[..., Run]
 
 @pytest.fixture
 def finished(tmp_path: Path, random_model: Path) -> Finished:
-    """A run folder as the stages leave it, with scores by hand: only what `compare` reads, and no training behind it."""
+    """A run folder as the stages leave it, with hand-written scores: only what `compare` reads, without training."""
 
     def make(
         name: str, method: str, scores: Sequence[float], base: Sequence[float] | None = None, recipe: str = "", **results: Any
@@ -636,14 +636,14 @@ def _score(run: Run, digest: str, scores: Sequence[float], results: Row) -> None
 
 
 def test_effectiveness_is_over_full_and_ties_are_over_the_best(finished: Finished, tmp_path: Path) -> None:
-    """Uneven numbers, the best model being another than full fine-tuning, so that each division has one way round."""
+    """Uneven numbers and a best model other than full fine-tuning, so that swapping a ratio's sides would show."""
     scores = {"base": [1.0, 0.0, 0.0, 0.0, 0.0], "one": [1.0, 0.0, 1.0, 0.0, 0.5], "two": [1.0, 1.0, 1.0, 1.0, 0.5]}
     full, more = [1.0, 1.0, 1.0, 0.0, 0.0], [0.5, 0.0, 0.5, 0.0, 0.0]
     runs = [
         finished("one", "lora", scores["one"], base=scores["base"]),
         finished("full", "full", full),
         finished("two", "qlora", scores["two"]),
-        finished("again", "full", more),  # a second full fine-tune is no reference
+        finished("again", "full", more),  # a second full fine-tune is not the reference
     ]
     table = compare(runs, tmp_path / "compare")
     rows = {row["model"]: row for row in table["rows"]}
@@ -691,7 +691,7 @@ MMLU = {"accuracy": 0.5, "standard_error": 0.1, "questions": 0, "shots": 5, "que
 def test_runs_scored_on_different_rows_are_refused(
     finished: Finished, tmp_path: Path, random_model: Path, first: Row, second: Row, base: Row, refused: str | None
 ) -> None:
-    """Whichever of the runs it is, and the base model's evaluation too. As many rows with the same scores are no sign."""
+    """For any of the runs, and for the base model's evaluation. Equal row counts and scores do not prove equal rows."""
     runs = [finished("one", "full", [1.0, 0.0], **first), finished("two", "lora", [1.0, 0.0], **second)]
     _score(runs[1], model_digest(random_model), [1.0, 0.0], base)
     if refused is None:
@@ -710,7 +710,7 @@ def test_runs_scored_in_different_ways_are_refused(finished: Finished, tmp_path:
     with pytest.raises(RunError, match=r"TS601.*scored in different ways"):
         compare(runs, tmp_path / "compare")
     same = [runs[1], finished("three", "full", scores, recipe=asked.replace("}", ", mmlu_shots: 4}"))]
-    compare(same, tmp_path / "compare")  # what is scored besides the task is compared by its own digest
+    compare(same, tmp_path / "compare")  # scores other than the task's are compared by their own digest
 
 
 def test_where_nothing_scored_no_winner_is_named(finished: Finished, tmp_path: Path) -> None:
@@ -719,7 +719,7 @@ def test_where_nothing_scored_no_winner_is_named(finished: Finished, tmp_path: P
 
 
 def test_a_run_that_is_not_evaluated_is_refused(finished: Finished, tmp_path: Path) -> None:
-    """Its base model's evaluation is not taken for its own."""
+    """The base model's evaluation is not mistaken for the run's."""
     run = finished("one", "full", [1.0, 0.0], base=[0.0, 0.0])
     (run.path / "export" / run.recipe.export.name / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RunError, match=r"TS011.*not evaluated"):
@@ -727,7 +727,7 @@ def test_a_run_that_is_not_evaluated_is_refused(finished: Finished, tmp_path: Pa
 
 
 def tuned(model: str, score: float, of_best: list[float] | None = None, **more: Any) -> Row:
-    """A row of the table, as far as the verdict reads it."""
+    """A row of the table with the columns that the verdict reads."""
     facts = {"trainable_parameters": 10, "peak_memory_bytes": 2**30, "train_seconds": 60.0, "effectiveness": None}
     return {"model": model, "method": model, "task_score": score, "of_best_interval": of_best, **facts, **more}
 
@@ -742,14 +742,14 @@ def test_a_tie_is_an_interval_that_holds_equality(bounds: list[float], tie: bool
         told = verdict([tuned("base", 0.1, [5.0, 20.0]), *order])
         names = ", ".join(f"{row['model']} {100 * row['task_score']:.1f} %" for row in order)
         lean = "lora is the cheapest of them: 10 trainable parameters, 1.00 GiB at peak, 1.0 minutes of training."
-        apart = "and the test rows do not tell them apart."
+        apart = "and the test rows do not distinguish them."
         expected = f"A tie: {names} of the task against 10.0 % for the base model, {apart} {lean}"
         alone = "full scored best: 90.0 % of the task against 10.0 % for the base model."
         assert told == (expected if tie else alone)
 
 
 def test_who_is_close_to_full_fine_tuning() -> None:
-    """From 95 % of its score on; of those the one with the least memory is named, with its own figures."""
+    """At 95 % of its score or more; of those, the one with the least memory is named, with its own figures."""
     rows = [
         tuned("full", 0.8, [100.0, 100.0], effectiveness=100.0, peak_memory_bytes=8 * 2**30),
         tuned("lora", 0.76, [90.0, 99.0], effectiveness=95.0, effectiveness_interval=[91.0, 99.0], peak_memory_bytes=3 * 2**30),
@@ -769,7 +769,7 @@ def test_the_base_model_is_no_winner_and_may_tie() -> None:
     )
     assert verdict([tuned("base", 0.6, [99.0, 130.0]), tuned("lora", 0.5, [100.0, 100.0])]).startswith("No method beats")
     told = verdict([tuned("base", 0.5, [80.0, 100.0]), tuned("lora", 0.6, [100.0, 100.0])])
-    assert told.startswith("The test rows do not tell lora (60.0 % of the task) from the base model (50.0 %)")
+    assert told.startswith("The test rows do not distinguish lora (60.0 % of the task) from the base model (50.0 %)")
     told = verdict([tuned("base", 0.5, [80.0, 99.0]), tuned("lora", 0.6, [100.0, 100.0])])
     assert told == "lora scored best: 60.0 % of the task against 50.0 % for the base model."
 

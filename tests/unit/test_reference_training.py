@@ -1,7 +1,7 @@
-"""Training beside its loss, step by step, against plain PyTorch on the same rows.
+"""Training other than its loss, step by step, compared with plain PyTorch on the same rows.
 
 The reference below knows nothing of tunesmith: transformers' model with eager attention, one row at a time, torch's AdamW, and
-formulas written down here. Row order is read off metrics.jsonl, as each row has a number of tokens of its own.
+formulas written here. Row order is read from metrics.jsonl, since each row has a unique number of tokens.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ QUIET = Console(quiet=True)
 Weights = dict[str, torch.Tensor]
 Rows = list[dict[str, Any]]
 
-#: Characters that tell the rows apart, so that none is taken for a copy of another.
+#: Characters that make the rows distinct, so none counts as a copy of another.
 LETTERS = ("k", "v", "z", "j", "w", "u", "y")
-BASE = 9  # tokens of a row beside its letters: three marks, a question mark, an answer of four and its end
+BASE = 9  # tokens of a row besides its letters: three marks, a question mark, an answer of four and its end
 SEED = 5
 
 
 @contextmanager
 def little_work() -> Iterator[None]:
-    """Kernels this small are faster on one thread, and each training would look through all modules for garbage."""
+    """One thread, since kernels this small are faster on it; frozen objects, or each run's GC would scan all modules."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()
@@ -78,7 +78,7 @@ def quick() -> Iterator[None]:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte and a few marks: a vocabulary so small that a whole model is compared in no time."""
+    """A token per byte and a few marks: a vocabulary so small that comparing a whole model is fast."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,7 +93,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_model(folder: Path) -> Path:
-    """A random float32 model with biases, whose biases and norms are not what decay would leave as they are."""
+    """A random float32 model with biases; weight decay would change its biases and norms."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 512}
@@ -105,7 +105,7 @@ def byte_model(folder: Path) -> Path:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             else:
-                parameter.mul_(5)  # predictions that differ from token to token
+                parameter.mul_(5)  # so that predictions differ between tokens
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -116,7 +116,7 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 
 def seven_rows() -> Rows:
-    """Row i has BASE + 2^i tokens, so that the sum over some rows tells which; more of them labelled in some than in others."""
+    """Row i has BASE + 2^i tokens, so a sum identifies its rows; the number of labelled tokens varies."""
     found = []
     for number, letter in enumerate(LETTERS):
         more = 2**number
@@ -127,7 +127,7 @@ def seven_rows() -> Rows:
 
 @dataclass
 class Bench:
-    """Prepared runs by what they are made of; each training works on a copy."""
+    """Prepared runs, cached by their inputs; each training works on a copy."""
 
     folder: Path
     model: Path
@@ -172,7 +172,7 @@ def stored(run: Run, name: str = "train") -> Rows:
 
 
 def row_sets(run: Run, batch: int, count: int = 7) -> list[list[int]]:
-    """Which rows each step saw, as places in train.arrow, by the sum of their tokens."""
+    """The rows of each step, as indices into train.arrow, found by the sum of their tokens."""
     lengths = [len(row["input_ids"]) for row in stored(run)]
     assert sorted(lengths) == [BASE + 2**number for number in range(count)]
     places = {length - BASE: place for place, length in enumerate(lengths)}
@@ -186,7 +186,7 @@ def row_sets(run: Run, batch: int, count: int = 7) -> list[list[int]]:
 
 
 def rate(kind: str, step: int, warmup: int, steps: int) -> float:
-    """Share of the peak rate at a step, from 0 on: transformers' four schedules, as their documentation draws them."""
+    """Fraction of the peak rate at a step, from 0 on: transformers' four schedules, as documented."""
     if kind != "constant" and step < warmup:
         return step / warmup
     done = (step - warmup) / (steps - warmup)
@@ -194,7 +194,7 @@ def rate(kind: str, step: int, warmup: int, steps: int) -> float:
 
 
 def losses_of(model: torch.nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
-    """The negative log-likelihoods of each row's labels in nats; padded on the right, which no earlier token sees."""
+    """The negative log-likelihoods of each row's labels in nats; right-padded, so no token attends to padding."""
     longest = max(len(row["input_ids"]) for row in rows)
     ids = torch.tensor([[*row["input_ids"], *[0] * (longest - len(row["input_ids"]))] for row in rows])
     told = torch.tensor([[*row["loss_mask"], *[False] * (longest - len(row["loss_mask"]))] for row in rows])[:, 1:]
@@ -204,13 +204,13 @@ def losses_of(model: torch.nn.Module, rows: Sequence[Mapping[str, Any]]) -> list
 
 
 def mean_loss(model: torch.nn.Module, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-    """Over the labels of all rows together."""
+    """The mean over the labels of all rows together."""
     return torch.cat(losses_of(model, rows)).mean()
 
 
 @dataclass
 class Told:
-    """What a reference step came to, before its update."""
+    """A reference step's loss and gradient norm, before its update."""
 
     loss: float
     norm: float
@@ -225,7 +225,7 @@ def reference(
     most: float,
     apart: bool = False,
 ) -> Iterator[Told]:
-    """torch's AdamW over the batches; decay on matrices alone; clipped over all parameters together, or each `apart`."""
+    """torch's AdamW over the batches; decay only on matrices; clipped over all parameters together, or each one if `apart`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": decay},
@@ -254,7 +254,7 @@ def checkpoint(run: Run) -> Path:
 
 
 def moved_alike(run: Run, start: Weights, wanted: Weights) -> None:
-    """Each tensor has moved from its start as in the reference, to a thousandth of the way."""
+    """Assert that each tensor has moved from its start as in the reference, within a thousandth of the update."""
     (file,) = checkpoint(run).glob("*.safetensors")
     found = load_file(file)
     assert found.keys() == wanted.keys()
@@ -266,11 +266,11 @@ def moved_alike(run: Run, start: Weights, wanted: Weights) -> None:
 
 
 def weights_of(model: torch.nn.Module) -> Weights:
-    """The parameters, each once and by the name that a checkpoint has for it."""
+    """The parameters, each once and by its name in a checkpoint."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-#: Gradients as they are, some of them clipped, or all of them to next to nothing: there AdamW's epsilon makes their size count.
+#: Gradients unclipped, partly clipped, or all clipped to nearly zero, where AdamW's epsilon makes their size matter.
 CASES: dict[str, dict[str, Any]] = {
     "cosine, decay, accumulated": {"lr_scheduler_type": "cosine", "per_device_train_batch_size": 1, "weight_decay": 0.5},
     "linear, clipped to little": {"lr_scheduler_type": "linear", "max_grad_norm": 2e-6, "per_device_train_batch_size": 2},
@@ -282,7 +282,7 @@ WARM = 3  # 0.3 of the steps, rounded up
 
 
 def held(run: Run, model: torch.nn.Module, batch: int, *, apart: bool = False) -> list[Told]:
-    """Hold each line of metrics.jsonl against the reference, which `model` goes through; gives what the reference said."""
+    """Compare each line of metrics.jsonl with the reference, which updates `model`; returns the reference's steps."""
     asked, rows, lines = run.recipe.train, stored(run), metrics(run)
     batches = [[rows[place] for place in step] for step in row_sets(run, batch)]
     rates = [0.01 * rate(asked.lr_scheduler_type, step, WARM, STEPS) for step in range(STEPS)]
@@ -296,7 +296,7 @@ def held(run: Run, model: torch.nn.Module, batch: int, *, apart: bool = False) -
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_those_of_torch(bench: Bench, name: str) -> None:
-    """Loss, gradient norm and rate of every step, and the weights after the last, as torch's own functions make them."""
+    """Loss, gradient norm and rate of every step, and the weights after the last, match torch's own functions."""
     run = bench.trained(seven_rows(), max_steps=STEPS, warmup_ratio=0.3, effective_batch_size=3, **CASES[name])
     model = base_model(bench.model)
     start = weights_of(model)
@@ -308,7 +308,7 @@ def test_steps_are_those_of_torch(bench: Bench, name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["constant", "cosine"])
 def test_updates_in_the_backward_pass_clip_each_gradient_alone(bench: Bench, kind: str) -> None:
-    """What is told is the norm over all of them before that; the rate is that of the step."""
+    """The reported norm is over all of them before clipping; the rate is the step's."""
     asked = {"optimizer_in_backward": True, "per_device_train_batch_size": 3, "max_grad_norm": 1e-5, "weight_decay": 0.3}
     run = bench.trained(seven_rows(), max_steps=STEPS, warmup_ratio=0.3, lr_scheduler_type=kind, **asked)
     model = base_model(bench.model)
@@ -330,7 +330,7 @@ def method_of(kind: type[Full | Lora], folder: Path, seed: int) -> Full | Lora:
 
 
 def test_an_adapter_trains_as_pefts_does(bench: Bench) -> None:
-    """Only A and B of every linear layer but the head; both decay, as they are matrices; B x is scaled by alpha / r."""
+    """Only A and B of every linear layer except the head; both decay, since they are matrices; B x is scaled by alpha / r."""
     asked = {"max_grad_norm": 7.0, "weight_decay": 0.4, "per_device_train_batch_size": 1, "lr_scheduler_type": "linear"}
     shape = "lora: {r: 4, lora_alpha: 6}\n"
     run = bench.trained(seven_rows(), "lora", max_steps=STEPS, warmup_ratio=0.3, effective_batch_size=3, lora=shape, **asked)
@@ -345,7 +345,7 @@ def test_an_adapter_trains_as_pefts_does(bench: Bench) -> None:
 
 @pytest.mark.parametrize("seed", [SEED, 6])
 def test_the_recipes_seed_decides_the_adapter(bench: Bench, seed: int) -> None:
-    """A first step at rate 0 leaves the adapter as it began: PEFT's own start of that seed, whatever was drawn before."""
+    """A first step at rate 0 leaves the adapter's initialisation: PEFT's own for that seed, whatever was drawn before."""
     shape = "lora: {r: 4, lora_alpha: 6}\n"
     run = bench.trained(seven_rows(), "lora", seed=seed, max_steps=1, warmup_ratio=0.5, lora=shape)
     assert [line["learning_rate"] for line in metrics(run)] == [0.0]
@@ -365,7 +365,7 @@ def test_the_recipes_seed_decides_the_adapter(bench: Bench, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", [Full, Lora])
 def test_a_seed_decides_a_reward_models_head(bench: Bench, kind: type[Full | Lora]) -> None:
-    """The head is drawn from N(0, 0.02), and all that is new is the same for a seed, whatever was drawn before."""
+    """The head is drawn from N(0, 0.02), and all new weights are the same for a seed, whatever was drawn before."""
     made = []
     for number, seed in enumerate((3, 3, 4)):
         torch.manual_seed(100 + number)
@@ -385,7 +385,7 @@ def test_a_seed_decides_a_reward_models_head(bench: Bench, kind: type[Full | Lor
 
 
 def orders(run: Run, batch: int = 1) -> list[list[int]]:
-    """Of each epoch, all rows in the order in which they came."""
+    """For each epoch, all rows in training order."""
     steps = row_sets(run, batch)
     each = math.ceil(7 / batch)
     assert len(steps) % each == 0
@@ -403,7 +403,7 @@ def test_every_row_once_an_epoch_in_a_seeded_order(bench: Bench) -> None:
 
 
 def test_an_epochs_last_step_has_the_rows_that_are_left(bench: Bench) -> None:
-    """Seven rows by three are steps of 3, 3 and 1, so three epochs are nine steps and two and a half are eight."""
+    """Seven rows in batches of three are steps of 3, 3 and 1, so three epochs are nine steps and two and a half are eight."""
     run = bench.trained(seven_rows(), num_train_epochs=3, effective_batch_size=3)
     assert [len(step) for step in row_sets(run, 3)] == [3, 3, 1] * 3
     assert [sorted(order) for order in orders(run, 3)] == [list(range(7))] * 3
@@ -421,11 +421,11 @@ def test_ppos_prompts_come_once_an_epoch_in_a_seeded_order() -> None:
     assert epochs(1) == epochs(1)
 
 
-# --- a reward model's steps, which TRL takes ---
+# --- a reward model's steps, which TRL runs ---
 
 
 def test_a_reward_models_steps_are_those_of_torch(bench: Bench) -> None:
-    """All four pairs in each step, so that their order does not matter: -log sigmoid(chosen - rejected), and the same AdamW."""
+    """All four pairs in each step, so their order does not matter: -log sigmoid(chosen - rejected), and the same AdamW."""
     pytest.importorskip("trl", reason="the extra tunesmith[trl] is not installed")
     words = (("k", "vvv", "z"), ("jj", "w", "uuuu"), ("y", "kkkkk", "v"), ("zzz", "j", "ww"))
     pairs = [{"prompt": asked, "chosen": good, "rejected": bad} for asked, good, bad in words]
@@ -479,7 +479,7 @@ def test_a_reward_models_steps_are_those_of_torch(bench: Bench) -> None:
 
 
 def many_rows() -> Rows:
-    """Rows with answers of very different lengths, so that a mean over rows is another number than one over labels."""
+    """Rows with answers of very different lengths, so a mean over rows differs from one over labels."""
     draw = random.Random(3)
     rows = []
     for number in range(150):
@@ -489,11 +489,11 @@ def many_rows() -> Rows:
 
 
 def test_the_held_out_loss_is_a_mean_over_labels(bench: Bench) -> None:
-    """After each second step and the last one, over more rows than are laid out at once."""
+    """After every second step and the last one, over more rows than are packed at a time."""
     run = bench.trained(many_rows(), heldout=0.95, max_steps=5, eval_steps=2, effective_batch_size=50)
     train_rows, heldout = stored(run), stored(run, "heldout")
     assert len(train_rows) < 20
-    assert len(heldout) > 128  # the rows that are laid out at once
+    assert len(heldout) > 128  # the rows that are packed at a time
     model = base_model(bench.model)
     rates = [0.01 * rate("cosine", step, 0, 5) for step in range(5)]
     expected = {}
@@ -522,7 +522,7 @@ def test_the_train_loss_of_a_look_is_of_the_steps_since_the_look_before(bench: B
 
 
 def test_nothing_is_dropped_while_the_held_out_loss_is_taken(bench: Bench) -> None:
-    """The loss of the step whose checkpoint is kept is that of its weights without dropout."""
+    """The held-out loss of the best checkpoint's step equals that of its weights without dropout."""
     lora = "lora: {r: 4, lora_alpha: 16, lora_dropout: 0.5}\n"
     asked = {"max_steps": 4, "eval_steps": 2, "effective_batch_size": 50, "learning_rate": 0.05}
     run = bench.trained(many_rows(), "lora", heldout=0.95, lora=lora, **asked)
@@ -549,12 +549,12 @@ with open_run(Path(sys.argv[1])).perform("evaluate", "work", {}) as folder:
 
 
 def files_of(run: Run) -> dict[str, bytes]:
-    """What stands in a run beside the lock and what is not committed yet."""
+    """A run's files, except the lock and uncommitted ones."""
     return {str(path): path.read_bytes() for path in run.path.rglob("*") if path.is_file() and "/." not in str(path)}
 
 
 def turned_away(run: Run, name: str) -> None:
-    """Both kinds of stage, at once, before they touch anything; the error says who works on the run."""
+    """Both kinds of stage are refused immediately, before they change anything; the error names who is working on the run."""
     before = files_of(run)
     for stage, live in (
         ("evaluate", ()),
@@ -595,7 +595,7 @@ def test_a_stage_that_ends_badly_frees_the_run(bench: Bench) -> None:
 
     def fail() -> None:
         with run.perform("evaluate", "work", {}):
-            turned_away(run, f"process {os.getpid()}")  # also where it is the same process
+            turned_away(run, f"process {os.getpid()}")  # even if it is the same process
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -605,11 +605,11 @@ def test_a_stage_that_ends_badly_frees_the_run(bench: Bench) -> None:
 
 # --- room for what is saved ---
 
-MARGIN = 64 * 2**20  # bytes that stay free beside a savepoint
+MARGIN = 64 * 2**20  # bytes that must stay free in addition to a savepoint
 
 
 def no_room(caught: pytest.ExceptionInfo[TrainError]) -> tuple[int, int]:
-    """The bytes that are needed and free, as the error says."""
+    """The needed and free bytes from the error."""
     (problem,) = caught.value.problems
     assert problem.code == "TS310"
     found = re.search(r"([\d,]+) bytes are needed, ([\d,]+) are free", problem.what)
@@ -618,7 +618,7 @@ def no_room(caught: pytest.ExceptionInfo[TrainError]) -> tuple[int, int]:
 
 
 def test_what_no_disk_holds_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:
-    """Tensors that stand for 2^51 bytes and a few: nothing of them is made."""
+    """Expanded tensors of slightly more than 2^51 bytes, which are never materialised."""
     large = {"a": torch.zeros(1).expand(2**48), "b": torch.zeros(1, dtype=torch.bfloat16).expand(2**49)}
     tensors = {"weights": large, "optimizer": {"step": torch.tensor([3]), "bytes": torch.zeros(5, dtype=torch.uint8)}}
     with pytest.raises(TrainError) as caught:
@@ -630,7 +630,7 @@ def test_what_no_disk_holds_is_refused_before_a_byte_is_written(tmp_path: Path) 
 
 
 def of_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    """The file system has so many free bytes."""
+    """Make the file system report `free` free bytes."""
     usage = type(shutil.disk_usage("/"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free + 1, 1, free))
 
@@ -653,7 +653,7 @@ def test_a_savepoint_needs_its_bytes_and_a_margin(
 
 
 def test_the_last_savepoints_stay_and_the_last_at_multiples(tmp_path: Path) -> None:
-    """After a signal there are savepoints in between; going back needs one where the others would have been."""
+    """After a signal there are extra savepoints in between; a rollback needs one at a regular multiple."""
     savepoints = Savepoints(tmp_path, lambda *_: None, every=10)
     kept = []
     for step in (5, 10, 20, 30, 31, 32, 33):
@@ -666,7 +666,7 @@ def test_the_last_savepoints_stay_and_the_last_at_multiples(tmp_path: Path) -> N
     assert newest.step == 30
 
 
-#: Bytes of the random generators' states: Python's and NumPy's words as int64, torch's.
+#: Bytes of the random generators' states: Python's and NumPy's words as int64, and torch's.
 GENERATORS = 625 * 8 + 624 * 8 + 5056
 
 
@@ -676,7 +676,7 @@ GENERATORS = 625 * 8 + 624 * 8 + 5056
 def test_a_training_tells_what_its_savepoint_needs(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str, each: int
 ) -> None:
-    """A weight, its two moments and a bf16 weight's master; of each tensor a count of steps; the generators' states."""
+    """A weight, its two moments and a bf16 weight's master; a step count per tensor; the generators' states."""
     model = base_model(bench.model)
     counts = [parameter.numel() for parameter in model.parameters()]
     if method == "lora":

@@ -1,4 +1,4 @@
-"""Rewards: text in, numbers out; what cannot be one is refused."""
+"""Rewards: text in, numbers out; invalid rewards are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models' positions can be scaled, and what becomes of their window; no model is loaded."""
+"""Which models' positions can be scaled, and the resulting context window; no model is loaded."""
 
 from __future__ import annotations
 

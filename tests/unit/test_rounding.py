@@ -1,4 +1,4 @@
-"""Rounding to bfloat16 for export: exact values stay, means are kept, small updates survive."""
+"""Rounding to bfloat16 for export: exact values are unchanged, means are kept, small updates survive."""
 
 from __future__ import annotations
 

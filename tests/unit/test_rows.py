@@ -1,4 +1,4 @@
-"""The row reader: each row with its line, each fault with its place."""
+"""The row reader: each row with its line number, each error with its location."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Foreign model folders: refused before anything is opened that could run code or reach outside."""
+"""Untrusted model folders: refused before anything is opened that could run code or reach outside the folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tunesmith.models.load import load_model, load_tokenizer, locate, model_dige
 def test_hostile_folder_is_refused(tmp_path: Path, tiny_model: Path, name: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    locate(str(folder))  # as it was, it passes
+    locate(str(folder))  # the unchanged folder passes
     code, spoil = HOSTILE[name]
     spoil(folder)
     begun = time.perf_counter()
@@ -29,9 +29,9 @@ def test_hostile_folder_is_refused(tmp_path: Path, tiny_model: Path, name: str) 
     assert time.perf_counter() - begun < 10
 
 
-@pytest.mark.parametrize(("layers", "what"), [(1, "are of no layer that it has"), (3, "missing|numbers, and a model")])
+@pytest.mark.parametrize(("layers", "what"), [(1, "belong to no layer of the model"), (3, "missing|values, but a model")])
 def test_layers_of_other_architectures_are_counted_too(tmp_path: Path, tokenizer: Any, layers: int, what: str) -> None:
-    """One whose shapes no table of ours has."""
+    """An architecture whose shapes none of our tables has."""
     folder, sizes = tmp_path / "model", {"hidden_size": 32, "ffn_dim": 32, "word_embed_proj_dim": 32, "num_attention_heads": 2}
     OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), num_hidden_layers=2, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -53,7 +53,7 @@ def test_a_hub_s_cache_links_to_its_blobs(tmp_path: Path, tiny_model: Path) -> N
         path.rename(blobs / str(number))
         path.symlink_to(blobs / str(number))
     assert locate(str(folder)) == folder
-    shutil.copytree(folder, elsewhere, symlinks=True)  # whose blobs are another repository's
+    shutil.copytree(folder, elsewhere, symlinks=True)  # the blobs belong to another repository
     with pytest.raises(ModelError, match="TS205"):
         locate(str(elsewhere))
 

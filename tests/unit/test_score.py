@@ -1,4 +1,4 @@
-"""Scores, by hand-made answers whose scores are known."""
+"""Scores of hand-written answers with known scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_rows() -> None:
     validator = schema_validator(SCHEMA, "s.json")
     right = score_json(answer('{"a": "x", "b": null}'), validator)
     assert (right["parsed"], right["valid"], right["score"]) == (True, True, 1.0)
-    half = score_json(answer('{"a": "x"}'), validator)  # an absent field is not null
+    half = score_json(answer('{"a": "x"}'), validator)  # a missing field is not null
     assert (half["parsed"], half["valid"], half["score"]) == (True, False, 0.5)
     for text in ("", "Sure! {}", '{"a": "x", "b": null} ok', '["x"]', "3"):
         assert score_json(answer(text), validator)["score"] == 0.0

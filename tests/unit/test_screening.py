@@ -1,4 +1,4 @@
-"""What is screened for, in small; benchmarks/prepare_screening.py measures it on real texts."""
+"""Screening on small examples; benchmarks/prepare_screening.py measures it on real texts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SCREENED = {
 HARMLESS = [
     "The year 1234 5678 was long; 3 + 4 = 7 and 1,234,567 people.",
     "Mail me at someone@example.com",
-    "GB82 WEST 1234 5698 7654 33",  # a digit off
+    "GB82 WEST 1234 5698 7654 33",  # one digit wrong
     "card 4539 1488 0343 6468",  # fails its checksum
     "the token is the smallest part of a sentence",
     "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f \U0001f468\u200d\U0001f469\u200d\U0001f467",

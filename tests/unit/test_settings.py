@@ -1,4 +1,4 @@
-"""What `auto` settles to, and that the arithmetic of batches is exact."""
+"""The values that `auto` resolves to, and exact batch arithmetic."""
 
 from __future__ import annotations
 

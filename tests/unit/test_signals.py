@@ -1,4 +1,4 @@
-"""Code that does not end is ended, and the process is as it was before."""
+"""Code that does not finish is stopped, and the process is left unchanged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_errors_of_another_process_keep_their_problems() -> None:
 
 @pytest.mark.parametrize("kind", [ModelError, NotFiniteError])
 def test_errors_of_a_process_of_its_own_are_raised_again(kind: type[TunesmithError]) -> None:
-    """As JSON; of a class that stands elsewhere, as the one of this tree that it is made of."""
+    """Passed as JSON; an error class defined elsewhere is raised as its base class from this tree."""
     problem = Problem("TS301", "what", "where", "why", "fix")
     error = ModelError(problem) if kind is ModelError else NotFiniteError(3, 1.0, 2.0)
     again = error_of_json(json.loads(json.dumps(error_as_json(error))))

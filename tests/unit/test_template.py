@@ -1,4 +1,4 @@
-"""The loss mask: assistant texts and their end-of-turn, under any template, and no turn can be forged."""
+"""The loss mask: assistant texts and their end of turn, for any template, and no turn can be forged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TEMPLATES = [
     ("ByteDance-Seed-OSS", "<seed:eos>", True),
 ]
 
-#: How control tokens of those models are written, and one for each special form.
+#: The spellings of those models' control tokens, and one for each special form.
 CONTROL = re.compile(
     r"<\|[^|<>{}' ]+\|>|<｜[^｜<>{}' ]+｜>|<(?:start|end)_of_turn>|</?s>|\[/?INST\]|\[e~\[|\]~b\]"
     r"|<turn\|>|<\|turn>|<seed:[a-z]+>"
@@ -103,7 +103,7 @@ def golden_cases() -> list[Any]:
     return [pytest.param(case, id=case["name"]) for case in cases]
 
 
-#: Templates that refuse or drop a system turn. Their golden text was made with it put before the first user turn.
+#: Templates that refuse or drop a system turn. Their golden text has it prepended to the first user turn.
 NO_SYSTEM_ROLE = {
     "mistralai/Mistral-7B-Instruct-v0.2 (NOTE: Old pre-v1 without a system prompt)",
     "google/gemma-7b-it",
@@ -112,16 +112,16 @@ NO_SYSTEM_ROLE = {
     "Phi-3-medium",
     "yandex/YandexGPT-5-Lite-8B-instruct",
 }
-ABSENT = "@absent@"  # stands for a bos or eos that the case does not have, and is taken out again
+ABSENT = "@absent@"  # placeholder for a bos or eos that the case does not have; removed afterwards
 
 
 @pytest.mark.parametrize("case", golden_cases())
 def test_golden_renderings(shared_data: Path, tokenizer: Any, case: dict[str, Any]) -> None:
-    """Byte-equal to the golden text that llama.cpp keeps for a Jinja engine."""
+    """Byte-equal to llama.cpp's golden text for a Jinja engine."""
     golden = json.loads((shared_data / "templates" / "llamacpp_test_chat_template.json").read_text(encoding="utf-8"))
     theirs = copy.deepcopy(tokenizer)
     theirs.bos_token, theirs.eos_token = case["bos_token"] or ABSENT, case["eos_token"] or ABSENT
-    if "additional_special_tokens" in case["template_str"]:  # GigaChat's, which its template takes by their number
+    if "additional_special_tokens" in case["template_str"]:  # GigaChat's, which its template selects by index
         theirs.bos_token = "<s>"
         theirs.extra_special_tokens = ["<|role_sep|>", "<|message_sep|>", "[", "]"]
     conversation = golden["conversation"] + case["extra_conversation"]
@@ -181,7 +181,7 @@ def test_any_content_keeps_the_number_of_turns(tokenizer: Any, turns: list[tuple
 
 
 def test_reasoning_template_trains_the_last_answer_alone(shared_data: Path, tokenizer: Any) -> None:
-    """Qwen3 drops the thoughts of earlier answers and rewrites those of the last: its text is taken as rendered."""
+    """Qwen3 drops the thoughts of earlier answers and rewrites those of the last one: its text is used as rendered."""
     source = (shared_data / "templates" / "llamacpp" / "Qwen-Qwen3-0.6B.jinja").read_text(encoding="utf-8")
     messages = copy.deepcopy(USER_FIRST)
     messages[3]["content"] = "<think>who am I</think>An assistant"
@@ -216,7 +216,7 @@ def test_plain_text_end_of_turn_is_trained(tokenizer: Any) -> None:
 
 
 def test_space_prefixing_tokenizer_is_encoded_whole(tokenizer: Any) -> None:
-    """Llama-2-like tokenizers put a space before whatever they encode, so texts are masked by offsets instead."""
+    """Llama-2-like tokenizers prepend a space to any text they encode, so the loss mask uses offsets instead."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Foreign text on a terminal: cleaned by one function, whatever it stands in, and never read as markup."""
+"""Untrusted text on a terminal: cleaned by one function wherever it appears, and never parsed as markup."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_whatever_is_printed_is_cleaned(capsys: pytest.CaptureFixture[str]) -> N
         console.print(each, soft_wrap=True)
     show_problems([Problem("TS201", FOREIGN, FOREIGN, FOREIGN, FOREIGN)])
     printed = capsys.readouterr().err
-    # Rich drops some control characters on its own; what is left of the rest is what `plain` leaves.
+    # Rich drops some control characters itself; the rest must match what `plain` leaves.
     assert plain(printed) == printed
     assert printed.count("[/foo] [red]:smile: i") == 8
 

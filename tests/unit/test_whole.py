@@ -1,4 +1,4 @@
-"""What is kept of rows: keys and places, small and exact."""
+"""State kept per row: keys and locations, small and exact."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_names_are_kept_once() -> None:
 
 
 def test_a_process_that_reads_rows_does_without_torch() -> None:
-    """Nothing on the way from a row to its ids imports torch; what it makes is compared in tests/e2e/test_prepare.py."""
+    """Nothing between a row and its ids imports torch; tests/e2e/test_prepare.py compares the results."""
     code = """
 import sys
 from tunesmith.stages.prepare import pool

@@ -1,1 +1,1 @@
-"""Rows to conversations (`formats`), conversations to token ids with a loss mask (`template`)."""
+"""Converts rows to conversations (`formats`), and conversations to token ids with a loss mask (`template`)."""

@@ -1,4 +1,4 @@
-"""The columns of a row under the names that its format wants: renamed, or written by a template over the row."""
+"""Maps a row's columns to the names that its format expects: by renaming, or with a template over the row."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tunesmith.recipe import is_template
 
 
 def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any] | Problem:
-    """The row with the columns that `data.columns` names, under the format's names; or the problem of a row that lacks one.
+    """The row with the columns that `data.columns` names, under the format's names; a Problem if the row lacks one.
 
-    A value with `{{` or `{%` is a Jinja template: it sees the row's columns by their names and the whole as `row`, and gives
-    text. Columns that are renamed go, those that templates read stay beside what they wrote.
+    A value with `{{` or `{%` is a Jinja template that returns text. It sees the row's columns by name and the whole row as
+    `row`. Renamed columns are removed; columns that templates read are kept.
 
-    Raises DataError for a template that does not end.
+    Raises DataError for a template that does not terminate.
     """
     made: dict[str, Any] = {}
     taken = set()
@@ -45,15 +45,15 @@ def _written(source: str, row: Mapping[str, Any], where: str) -> str | Problem:
         with cpu_limit(TEMPLATE_SECONDS):
             return _compiled(source).render({**row, "row": row})
     except TooLongError as error:
-        what = f"a template of data.columns does not end: {error}"
-        problem = Problem("TS124", what, where, "no row would come through", "write the template so that it ends")
+        what = f"a template in data.columns does not terminate: {error}"
+        problem = Problem("TS124", what, where, "no row could be processed", "write a template that terminates")
         raise DataError(problem) from error
     except UndefinedError as error:
-        return wrong_columns(row, where, f"with what data.columns reads ({error})"[:200])
+        return wrong_columns(row, where, f"with the columns that data.columns reads ({error})"[:200])
     except Exception as error:  # noqa: BLE001 - a user's template may raise anything on foreign rows
-        what = f"a template of data.columns fails on the row: {type(error).__name__}: {error}"[:300]
+        what = f"a template in data.columns fails on the row: {type(error).__name__}: {error}"[:300]
         why = "there is no text to train on"
-        return Problem("TS104", what, where, why, "write the template so that it holds for each row, or correct the row")
+        return Problem("TS104", what, where, why, "write a template that works for every row, or correct the row")
 
 
 @lru_cache(maxsize=64)
@@ -64,5 +64,5 @@ def _compiled(source: str) -> Template:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    """Text as it is, not escaped for HTML, and keys in their order."""
+    """JSON with text not escaped for HTML, and keys in their original order."""
     return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,4 +1,4 @@
-"""How one JSON answer compares with a reference: for the scores of `evaluate` and for rewards while training alike."""
+"""Compares a JSON answer with a reference, both for the scores of `evaluate` and for rewards during training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def parse_json(text: str) -> tuple[bool, Any]:
 
 
 def equal_fields(wanted: Mapping[str, Any], value: Any) -> dict[str, bool]:
-    """For each field of the reference whether the answer's value, a JSON object, has it with the same value."""
+    """For each field of the reference, whether the answer's JSON object has it with the same value."""
     got = value if isinstance(value, dict) else {}
     return {name: name in got and canonical(got[name]) == canonical(want) for name, want in wanted.items()}
 
 
 def canonical(value: Any) -> str:
-    """One text for all spellings of a JSON value: 1 and 1.0 are the same number, true is none, keys have no order."""
+    """The same text for all spellings of a JSON value: 1 equals 1.0, true is not a number, key order is ignored."""
     try:
         return json.dumps(json.loads(json.dumps(value), parse_float=_number), sort_keys=True)
     except RecursionError:

@@ -1,6 +1,6 @@
-"""One conversation out of a row, whatever the row's format: messages, alpaca, sharegpt or prompt and completion.
+"""Reads one conversation from a row in any format: messages, alpaca, sharegpt, or prompt and completion.
 
-Each reader returns messages or the problems that the row has; nothing is guessed or repaired.
+Each reader returns messages or a Problem; nothing is guessed or repaired.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tunesmith.chat.tools import calls, texts, with_tools
 from tunesmith.errors import Problem
 
 Role = Literal["system", "user", "assistant", "tool"]
-Message = dict[str, Any]  # {"role": Role, "content": str}, as chat templates read it; with tools more (see `chat.tools`)
+Message = dict[str, Any]  # {"role": Role, "content": str}, as chat templates read it; more keys with tools (see `chat.tools`)
 
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES: dict[str, Role] = {
@@ -26,11 +26,11 @@ SHAREGPT_ROLES: dict[str, Role] = {
     "tool": "tool",
 }
 
-_WHY_COLUMNS = "columns of another meaning would be trained on as if they were a conversation"
+_WHY_COLUMNS = "columns with another meaning would be trained on as if they were a conversation"
 
 
 def wrong_columns(row: Mapping[str, Any], where: str, wanted: str) -> Problem:
-    """The problem of a row whose columns are not those that are `wanted`."""
+    """The Problem of a row whose columns are not the `wanted` ones."""
     found = ", ".join(sorted(map(str, row)))[:200] or "none"
     fix = f"give rows {wanted}, or set data.format"
     return Problem("TS104", f"columns do not match, found: {found}", where, _WHY_COLUMNS, fix)
@@ -82,7 +82,7 @@ def _from_sharegpt(row: Mapping[str, Any], where: str) -> list[Message] | Proble
 
 
 def role_of(name: Any) -> Any:
-    """The role that sharegpt calls by this name; an unknown name as it is."""
+    """The role for a sharegpt name; an unknown name is returned unchanged."""
     return SHAREGPT_ROLES.get(str(name), name)
 
 
@@ -102,7 +102,7 @@ def _from_alpaca(row: Mapping[str, Any], where: str) -> list[Message] | Problem:
 
 
 def _from_prompt(row: Mapping[str, Any], where: str) -> list[Message] | Problem:
-    """TRL's form: `prompt` and `completion`, each text or a list of messages."""
+    """TRL's format: `prompt` and `completion`, each a text or a list of messages."""
     if "prompt" not in row or "completion" not in row:
         return wrong_columns(row, where, "with 'prompt' and 'completion', and optionally 'system', 'tools'")
     turns: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
@@ -121,7 +121,7 @@ _READERS: dict[str, tuple[str, Callable[[Mapping[str, Any], str], list[Message] 
 
 
 def detected(row: Mapping[str, Any]) -> str | None:
-    """The format that `auto` takes a row for, by the column that only that format has; None where it has none of them."""
+    """The format that `auto` detects, by the column that only that format has; None if the row has no such column."""
     return next((name for name, (column, _) in _READERS.items() if column in row), None)
 
 
@@ -130,7 +130,7 @@ def _message_problem(message: Mapping[str, Any], number: int, where: str) -> Pro
     role, content = message["role"], message["content"]
     if role not in ROLES:
         known = ", ".join(ROLES)
-        why = "a turn whose role is not known cannot be put into the template"
+        why = "the template cannot render a turn with an unknown role"
         return Problem("TS105", f"unknown role {str(role)[:40]!r}", at, why, f"use one of: {known}")
     if not isinstance(content, str):
         why = "only text is trained on"
@@ -140,19 +140,19 @@ def _message_problem(message: Mapping[str, Any], number: int, where: str) -> Pro
     except UnicodeEncodeError:
         return Problem("TS108", "half of a surrogate pair in the text", at, "it cannot be tokenized", "repair the text")
     if role == "assistant" and not content.strip() and "tool_calls" not in message:
-        why = "the model would learn to answer with nothing"
+        why = "the model would learn to give empty answers"
         return Problem("TS106", "the assistant's answer is empty", at, why, "write the answer or delete the row")
     return None
 
 
 def conversation(row: Mapping[str, Any], where: str, row_format: str) -> list[Message] | Problem:
-    """The row's messages as its format has them, their contents not yet checked; or the problem of its columns."""
+    """The row's messages in the given format, contents not yet checked; or the Problem with its columns."""
     return _READERS[row_format][1](row, where)
 
 
 def _preference_row(where: str) -> Problem:
-    why = "with objective: sft one of the two answers, or neither, would be trained on"
-    fix = "set objective: dpo, or name data.format to train on the conversation beside them"
+    why = "objective: sft would train on one of the two answers, or on neither"
+    fix = "set objective: dpo, or set data.format to train on the conversation in the other columns"
     return Problem("TS113", "a row with 'chosen' and 'rejected' with objective: sft", where, why, fix)
 
 
@@ -171,9 +171,9 @@ def _read_as(row: Mapping[str, Any], where: str, row_format: str) -> list[Messag
 def to_messages(
     row: Mapping[str, Any], where: str, row_format: str = "auto", system: str | None = None
 ) -> list[Message] | Problem:
-    """The row's conversation, with `system` put first where it has no system turn; or the row's first problem.
+    """The row's conversation, with `system` added first if it has no system turn; or the row's first Problem.
 
-    `row_format` is `messages`, `sharegpt`, `alpaca`, `prompt`, or `auto` (told by the column that only that format has; a
+    `row_format` is `messages`, `sharegpt`, `alpaca`, `prompt`, or `auto` (detected by the column that only that format has; a
     preference row is refused).
     """
     messages = _read_as(row, where, row_format)
@@ -183,11 +183,11 @@ def to_messages(
         if problem := _message_problem(message, number, where):
             return problem
     if not any(message["role"] == "assistant" for message in messages):
-        why = "without an answer there is nothing to learn"
+        why = "without an answer there is nothing to train on"
         return Problem("TS107", "no assistant turn", where, why, "add the answer or delete the row")
     if system is not None and messages[0]["role"] != "system":
         added = {"role": "system", "content": system}
-        if "tools" in messages[0]:  # they stay in the first message
+        if "tools" in messages[0]:  # tools stay in the first message
             added["tools"] = messages[0]["tools"]
             messages = [{key: value for key, value in messages[0].items() if key != "tools"}, *messages[1:]]
         messages = [added, *messages]

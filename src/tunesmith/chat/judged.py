@@ -1,9 +1,9 @@
-"""Rows of single answers that were judged (KTO), and rows of prompts that answers are sampled for (GRPO, RLOO, PPO).
+"""Rows with one judged answer (KTO), and rows with prompts for which answers are sampled (GRPO, RLOO, PPO).
 
 judged    `prompt` (text or messages), `completion` (text, a turn or turns) and `label` (true or false); or a conversation
-          in any of the formats for SFT with a `label` beside it
-prompt    `prompt` (text or messages), with an optional `answer` that rewards compare with; or a conversation in any of the
-          formats for SFT, whose last answer is the reference; or `messages` that end with the question
+          in any SFT format with an additional `label`
+prompt    `prompt` (text or messages), with an optional `answer` that rewards compare against; or a conversation in any
+          SFT format, whose last answer is the reference; or `messages` that end with the question
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ class Judged:
 
 @dataclass(frozen=True)
 class Asked:
-    """A conversation that ends with a question, and the reference answer where the row has one."""
+    """A conversation that ends with a question, and the reference answer if the row has one."""
 
     prompt: list[Message]
     reference: str | None
 
     @property
     def messages(self) -> list[Message]:
-        """The question, followed by the reference answer where there is one."""
+        """The prompt, followed by the reference answer if there is one."""
         answer = [] if self.reference is None else [{"role": "assistant", "content": self.reference}]
         return [*self.prompt, *answer]
 
 
 def to_judged(row: Mapping[str, Any], where: str, row_format: str = "auto", system: str | None = None) -> Judged | Problem:
-    """The row's judged answer, or its first problem; a label is a JSON boolean, nothing is taken for one."""
+    """The row's judged answer, or its first Problem; the label must be a JSON boolean, nothing is converted to one."""
     if "label" not in row:
         return _wrong(row, where, "kto", _WANTED_JUDGED)
     label = row["label"]
     if not isinstance(label, bool):
-        why = "whether the answer is wanted decides the direction of its gradient"
+        why = "the label decides the direction of the gradient"
         return Problem("TS108", f"'label' is {label!r:.40}, not true or false", where, why, "write true or false")
     if "completion" in row and "prompt" in row:
         turns = _turns(row["prompt"], "user") + _turns(row["completion"], "assistant")
@@ -62,13 +62,13 @@ def to_judged(row: Mapping[str, Any], where: str, row_format: str = "auto", syst
 def judged_or_plain(
     row: Mapping[str, Any], where: str, row_format: str = "auto", system: str | None = None
 ) -> Judged | list[Message] | Problem:
-    """A row of a test set: a judged answer where it has a label, else a plain conversation."""
+    """A test row: a judged answer if it has a label, else a plain conversation."""
     read = to_judged if "label" in row else to_messages
     return read(row, where, row_format, system)
 
 
 def to_asked(row: Mapping[str, Any], where: str, row_format: str = "auto", system: str | None = None) -> Asked | Problem:
-    """The row's prompt and reference, or its first problem."""
+    """The row's prompt and reference, or its first Problem."""
     if "label" in row or ("chosen" in row and "rejected" in row):
         return _wrong(row, where, "grpo, rloo or ppo", _WANTED_PROMPT)
     messages = _conversation(row, where, row_format, system)
@@ -77,7 +77,7 @@ def to_asked(row: Mapping[str, Any], where: str, row_format: str = "auto", syste
     reference = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
     prompt = messages if reference is None else messages[:-1]
     if not prompt or prompt[-1]["role"] != "user":
-        why = "an answer is sampled to a question"
+        why = "answers are sampled for a question"
         return Problem("TS112", "there is no question before the answer", where, why, "end the prompt with a user turn")
     return Asked(prompt, reference)
 
@@ -94,24 +94,24 @@ def _conversation(row: Mapping[str, Any], where: str, row_format: str, system: s
 
 
 def _turns(value: Any, role: str) -> list[Any]:
-    """Text as one turn of `role`; a turn or turns as they are."""
+    """A text as one turn of `role`; a turn or a list of turns unchanged."""
     if isinstance(value, list):
         return value
     return [value if isinstance(value, dict) else {"role": role, "content": value}]
 
 
 def _checked(turns: list[Any], where: str, system: str | None) -> list[Message] | Problem:
-    """The turns as messages, checked as those of a conversation are; they need not end with an answer."""
+    """The turns as messages, checked like a conversation; they need not end with an answer."""
     if not turns:
         return wrong_columns({}, where, _WANTED_PROMPT)
-    answer = {"role": "assistant", "content": "-"}  # stands in for the one that will be sampled
+    answer = {"role": "assistant", "content": "-"}  # a placeholder for the answer that will be sampled
     found = to_messages({"messages": [*turns, answer]}, where, "messages", system)
     return found if isinstance(found, Problem) else found[:-1]
 
 
 def _ends_with_answer(messages: list[Message], where: str) -> Problem | None:
     if messages[-1]["role"] != "assistant":
-        why = "what is judged is an answer"
+        why = "only an answer can be judged"
         return Problem("TS107", "the conversation does not end with an assistant turn", where, why, "add the answer")
     if len(messages) < 2 or messages[-2]["role"] != "user":
         why = "the loss judges an answer to a question"
@@ -121,5 +121,5 @@ def _ends_with_answer(messages: list[Message], where: str) -> Problem | None:
 
 def _wrong(row: Mapping[str, Any], where: str, objective: str, wanted: str) -> Problem:
     found = ", ".join(sorted(map(str, row)))[:100] or "none"
-    why = "what a row's columns mean depends on the objective"
+    why = "the meaning of a row's columns depends on the objective"
     return Problem("TS113", f"columns {found} with objective: {objective}", where, why, f"give rows {wanted}")

@@ -1,15 +1,15 @@
-"""Chat templates that a recipe may name, in the published forms of their models' families.
+"""Chat templates that a recipe can select by name, as published for their model families.
 
     chatml    OpenAI's ChatML; also SmolLM2, Yi, Hermes
     qwen      Qwen 2.5: ChatML with its default system turn and tool calls
-    llama2    Llama 2 Chat; the system turn stands inside the first question
+    llama2    Llama 2 Chat; the system turn is placed inside the first question
     llama3    Llama 3
-    chatglm   GLM-4; it ends no turns, so the tokenizer's eos is put after the last answer
-    mistral   Mistral 7B Instruct v0.3; the system turn stands before the first question
-    gemma     Gemma 1 to 3, likewise
+    chatglm   GLM-4; it has no end of turn, so the tokenizer's eos is added after the last answer
+    mistral   Mistral 7B Instruct v0.3; the system turn is placed before the first question
+    gemma     Gemma 1 to 3; same as mistral
     phi       Phi-3
 
-Those that put the system turn into the first question want user and assistant to take turns.
+Templates that merge the system turn into the first question require user and assistant turns to alternate.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-r"""Preference pairs out of rows, whatever the row's format: a prompt, the answer that was preferred and the one that was not.
+r"""Reads preference pairs from rows in any format: a prompt, the chosen answer and the rejected answer.
 
-Formats, told by their columns (`data.format: auto`) or named as for conversations:
+Formats, detected by their columns (`data.format: auto`) or named as for conversations:
 
-    messages   `chosen` and `rejected`, each text or a list of messages; `prompt` (text or messages), or none where both sides
-               are whole conversations that differ in their last answer alone
+    messages   `chosen` and `rejected`, each text or a list of messages; `prompt` (text or messages), or no prompt if both
+               sides are whole conversations that differ only in their last answer
     sharegpt   `conversations` as the prompt, `chosen` and `rejected` as {from, value} (LLaMA-Factory's form)
     alpaca     `instruction`, `input`, `system`, `history` as the prompt, `chosen` and `rejected` as text
 
-Text in the form of hh-rlhf ("\n\nHuman: ... \n\nAssistant: ...") is cut into its turns. Nothing is guessed or repaired.
+Text in the form of hh-rlhf ("\n\nHuman: ... \n\nAssistant: ...") is split into turns. Nothing is guessed or repaired.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _WANTED = "with 'chosen' and 'rejected', and their prompt"
 
 @dataclass(frozen=True)
 class Pair:
-    """Two conversations that are the same but for the assistant's answer at their end."""
+    """Two conversations that differ only in the final assistant answer."""
 
     chosen: list[Message]
     rejected: list[Message]
 
 
 def to_pair(row: Mapping[str, Any], where: str, row_format: str = "auto", system: str | None = None) -> Pair | Problem:
-    """The row's pair, with `system` put first where it has no system turn; or the row's first problem.
+    """The row's pair, with `system` added first if it has no system turn; or the row's first Problem.
 
-    `row_format` is `messages`, `sharegpt`, `alpaca`, or `auto` (told by the column that only that format has).
+    `row_format` is `messages`, `sharegpt`, `alpaca`, or `auto` (detected by the column that only that format has).
     """
     if problem := _missing_side(row, where):
         return problem
@@ -57,7 +57,7 @@ def to_pair(row: Mapping[str, Any], where: str, row_format: str = "auto", system
 def chosen_messages(
     row: Mapping[str, Any], where: str, row_format: str = "auto", system: str | None = None
 ) -> list[Message] | Problem:
-    """A row of a test set: the chosen side of a preference row, or a plain conversation."""
+    """A test row: the chosen side of a preference row, or a plain conversation."""
     if not all(side in row for side in SIDES):
         return to_messages(row, where, row_format, system)
     pair = to_pair(row, where, row_format, system)
@@ -67,19 +67,19 @@ def chosen_messages(
 def _missing_side(row: Mapping[str, Any], where: str) -> Problem | None:
     missing = [side for side in SIDES if row.get(side) is None]
     if len(missing) == len(SIDES):
-        why = "preferring needs an answer to prefer and one to prefer it to"
+        why = "a preference needs a chosen and a rejected answer"
         fix = f"give rows {_WANTED}, or train with another objective"
         return Problem(
-            "TS113", "a row without 'chosen' and 'rejected' with an objective on pairs (dpo, orpo, reward)", where, why, fix
+            "TS113", "a row without 'chosen' and 'rejected' for an objective on pairs (dpo, orpo, reward)", where, why, fix
         )
     if missing:
-        why = "one answer alone says nothing about what is preferred"
+        why = "a single answer expresses no preference"
         return Problem("TS110", f"the side {missing[0]!r} is missing", where, why, "add it or delete the row")
     return None
 
 
 def _conversation(row: Mapping[str, Any], where: str, side: str, row_format: str) -> list[Message] | Problem:
-    """Prompt and answer of one side as messages, their contents not yet checked."""
+    """Prompt and answer of one side as messages, contents not yet checked."""
     if row_format == "auto":
         row_format = "sharegpt" if "conversations" in row else "alpaca" if "instruction" in row else "messages"
     if row_format == "messages":
@@ -93,7 +93,7 @@ def _conversation(row: Mapping[str, Any], where: str, side: str, row_format: str
 
 
 def _answer(value: Any, where: str, side: str) -> list[Message] | Problem:
-    """An answer as messages: text, one turn, or a list of turns, in the words of transformers or of sharegpt."""
+    """An answer as messages: text, one turn, or a list of turns, with the keys of transformers or of sharegpt."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     turns = value if isinstance(value, list) else [value]
@@ -104,14 +104,14 @@ def _answer(value: Any, where: str, side: str) -> list[Message] | Problem:
         elif isinstance(turn, dict) and "from" in turn and "value" in turn:
             messages.append({"role": role_of(turn["from"]), "content": turn["value"]})
         else:
-            why = "what is no answer cannot be preferred"
+            why = "each side must be an answer"
             fix = f"give {side!r} as text, or as turns with 'role' and 'content'"
             return Problem("TS108", f"{side!r} is neither text nor turns", where, why, fix)
     return messages
 
 
 def _with_prompt(row: Mapping[str, Any], where: str, side: str) -> list[Message] | Problem:
-    """`prompt` and one side, or one side that is a whole conversation."""
+    """`prompt` followed by one side, or one side that is a whole conversation."""
     prompt, answer = row.get("prompt"), row[side]
     if isinstance(answer, str) and (prompt is None or isinstance(prompt, str)):
         turns = _hh_turns((prompt or "") + answer)
@@ -124,9 +124,9 @@ def _with_prompt(row: Mapping[str, Any], where: str, side: str) -> list[Message]
     if prompt is None:
         return messages if whole else _no_prompt(row, where)
     if whole:
-        # As in UltraFeedback, which repeats the conversation's question as `prompt`.
+        # UltraFeedback repeats the conversation's question as `prompt`.
         told = isinstance(prompt, str) and any(message["content"] == prompt for message in messages[:-1])
-        return messages if told else _different(where, f"{side!r} is a whole conversation in which the prompt does not stand")
+        return messages if told else _different(where, f"{side!r} is a whole conversation that does not contain the prompt")
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _answer(prompt, where, "prompt")
     return asked if isinstance(asked, Problem) else [*asked, *messages]
 
@@ -136,7 +136,7 @@ def _no_prompt(row: Mapping[str, Any], where: str) -> Problem:
 
 
 def _hh_turns(text: str) -> list[Message] | None:
-    """The turns of hh-rlhf's text (Bai et al. 2022, arXiv 2204.05862), trimmed; None where the text is not in that form."""
+    """The turns of hh-rlhf's text (Bai et al. 2022, arXiv 2204.05862), trimmed; None if the text is not in that form."""
     parts = _HH_TURN.split(text)
     if len(parts) == 1 or parts[0].strip():
         return None
@@ -145,10 +145,10 @@ def _hh_turns(text: str) -> list[Message] | None:
 
 
 def _pair_problem(pair: Pair, where: str) -> Problem | None:
-    """What keeps two conversations from being a pair."""
+    """Why two conversations do not form a pair; None if they do."""
     for side, messages in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
         if messages[-1]["role"] != "assistant":
-            why = "what is preferred is an answer"
+            why = "each side must end with an answer"
             return Problem("TS107", f"{side!r} does not end with an assistant turn", where, why, "add the answer")
     if pair.chosen == pair.rejected:
         return equal_answers(where)
@@ -160,11 +160,11 @@ def _pair_problem(pair: Pair, where: str) -> Problem | None:
 
 
 def equal_answers(where: str) -> Problem:
-    """The problem of a pair without a difference."""
-    why = "two equal answers give no preference, and no gradient"
+    """The Problem of a pair with two equal answers."""
+    why = "equal answers give no preference and no gradient"
     return Problem("TS111", "chosen and rejected are the same", where, why, "correct the row or delete it")
 
 
 def _different(where: str, what: str) -> Problem:
-    why = "the loss compares two answers to one prompt"
+    why = "the loss compares two answers to the same prompt"
     return Problem("TS112", what, where, why, "give both sides the same prompt, and one answer each")

@@ -1,13 +1,13 @@
 """Conversations to token ids with a loss mask, for any chat template.
 
-How the mask is found: the template is rendered once with a marker word in place of every turn's content. What
-stands between the markers is the template's own text; the real rendering is that text with the contents put
-back (trimmed where the template trims). So each character of the rendering is known to be template or content, and the
-trained part is an assistant's content plus the end-of-turn that follows it. Nothing is derived from pad ids
-(pad may equal eos) or from a list of known templates.
+How the loss mask is computed: the template is rendered once with a marker word in place of every turn's content. The text
+between the markers is the template's own; the real rendering is that text with the contents put back (trimmed if the
+template trims). So each character of the rendering is known to be template or content. The labelled part is an assistant's
+content plus the end-of-turn that follows it. Nothing is derived from pad ids (pad may equal eos) or from a list of known
+templates.
 
-How a turn cannot be forged: text such as `<|im_end|>` inside content is encoded as plain text, cut so that no control
-id comes out of it. Everything else is encoded as the model will see it when it is served.
+Why a turn cannot be forged: text such as `<|im_end|>` inside content is encoded as plain text, cut so that it yields no
+control id. Everything else is encoded as the model will see it when it is served.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tunesmith.chat.tools import tools_of, uses_tools
 from tunesmith.errors import ModelError, Problem
 from tunesmith.io.signals import TEMPLATE_SECONDS, TooLongError, cpu_limit
 
-_TRIMS = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to contents
+_TRIMS = (str, str.strip, str.lstrip, str.rstrip)  # how templates may change contents
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a rendering; `turn` is the index of the message whose content it is, None for template text."""
+    """A part of a rendering; `turn` is the index of the message whose content it is, None for template text."""
 
     text: str
     turn: int | None
@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch to encode apart: `labelled` carries loss, `content` must not yield control ids."""
+    """A part of the text to encode: `labelled` carries loss, `content` must not yield control ids."""
 
     text: str
     labelled: bool
@@ -47,9 +47,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row: `input_ids` and, of the same length, whether each id carries loss.
+    """One row: `input_ids` and a `loss_mask` of the same length, True where an id carries loss.
 
-    `notes` names what differs from the plain reading: `last-answer-only`, `end-of-turn-added`, `system-dropped`.
+    `notes` names deviations from the normal encoding: `last-answer-only`, `end-of-turn-added`, `system-dropped`.
     """
 
     input_ids: list[int]
@@ -58,20 +58,20 @@ class Encoded:
 
 
 class _RefusedError(Exception):
-    """The template raised; the text is the first line of what it said."""
+    """The template raised an exception; the text is the first line of its message."""
 
 
 def _shared_start(texts: Sequence[str]) -> str:
-    """What all of the texts begin with."""
+    """The longest common prefix of the texts."""
     return os.path.commonprefix(texts)  # noqa: RUF071 - texts, compared character by character
 
 
 class ChatTemplate:
-    """A chat template with its tokenizer. Raises ModelError where there is no template, or it is not valid Jinja."""
+    """A chat template with its tokenizer. Raises ModelError if there is no template, or if it is not valid Jinja."""
 
     def __init__(self, tokenizer: Any, source: str | None = None, name: str = "the tokenizer") -> None:
         template = source if source is not None else tokenizer.chat_template
-        why = "rows must be trained on in the form in which the model will be asked"
+        why = "training rows must have the form in which the model will be prompted"
         if not isinstance(template, str):
             fix = "name a Jinja file in data.chat_template"
             raise ModelError(Problem("TS120", "no chat template", name, why, fix))
@@ -82,11 +82,11 @@ class ChatTemplate:
         self._skeletons: dict[tuple[str, ...], list[Piece] | str] = {}
         self._turn_end = self._shared_turn_end()
         tokens = tokenizer.convert_ids_to_tokens(tokenizer("Hi", add_special_tokens=False)["input_ids"])
-        #: SentencePiece-like tokenizers put a space before whatever they encode; their text is never cut up.
+        #: SentencePiece-like tokenizers add a space before any text they encode, so their text is never split.
         self._prefixes_space = tokens[0].startswith("\u2581")
 
     def _check(self, name: str, why: str) -> None:
-        """Raise ModelError for a template that is not Jinja; one that refuses this probe is left to the rows."""
+        """Raise ModelError for a template that is not valid Jinja; a template that refuses this probe may still accept rows."""
         from jinja2 import TemplateSyntaxError
 
         try:
@@ -97,20 +97,20 @@ class ChatTemplate:
                 raise ModelError(problem) from error
 
     def _render_foreign(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """`render`, with whatever the template raises as `_RefusedError`: it is foreign code and may raise anything."""
+        """`render`, with any exception as `_RefusedError`: the template is untrusted code and may raise anything."""
         try:
             with cpu_limit(TEMPLATE_SECONDS):
                 return self.render(messages, add_generation_prompt=add_generation_prompt)
         except TooLongError as error:
-            why = "a template is foreign code, and may never end"
-            fix = "name another one in data.chat_template"
-            raise ModelError(Problem("TS124", f"the template does not end: {error}", self.name, why, fix)) from error
+            why = "a template is untrusted code and may run forever"
+            fix = "name another template in data.chat_template"
+            raise ModelError(Problem("TS124", f"the template does not terminate: {error}", self.name, why, fix)) from error
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise _RefusedError(lines[0][:200]) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as text, by the renderer that transformers and vLLM use. Template errors pass through."""
+        """The conversation as text, with the renderer that transformers and vLLM use. Template errors propagate."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tools = tools_of(messages)
@@ -119,29 +119,29 @@ class ChatTemplate:
             tools=tools,
             chat_template=self.source,
             add_generation_prompt=add_generation_prompt,
-            # transformers 4 gave templates this list too, and some count on it (GigaChat).
+            # transformers 4 also passed this list to templates, and some rely on it (GigaChat).
             additional_special_tokens=list(getattr(self.tokenizer, "extra_special_tokens", None) or ()),
             **self.tokenizer.special_tokens_map,
         )
         return str(texts[0])
 
     def encode(self, rows: Sequence[Sequence[Message]], *, last_answer: bool = False) -> list[Encoded | Problem]:
-        """Token ids and loss mask of each conversation, or the problem that keeps it from being encoded.
+        """Token ids and loss mask of each conversation, or the Problem that prevents encoding it.
 
-        All answers are trained, or with `last_answer` what stands in the last turn alone. The tokenizer is called once for
-        all rows.
+        All answers are labelled, or only an answer in the last turn with `last_answer`. The tokenizer is called once for all
+        rows.
         """
         plans = [self._plan(messages, range(len(messages) - 1 if last_answer else 0, len(messages))) for messages in rows]
         return self._encode_plans(plans)
 
     def encode_prompts(self, rows: Sequence[Sequence[Message]]) -> list[Encoded | Problem]:
-        """Token ids of each conversation with the generation prompt at its end, as it is asked when serving."""
+        """Token ids of each conversation followed by the generation prompt, as in serving."""
         return self._encode_plans([self._plan(messages, range(0), prompt=True) for messages in rows])
 
     def _plan(
         self, messages: Sequence[Message], turns: range, *, prompt: bool = False
     ) -> tuple[list[Span], tuple[str, ...]] | Problem:
-        """Spans of a conversation whose answers among `turns` are trained, with notes."""
+        """Spans of a conversation with the answers among `turns` labelled, and notes."""
         try:
             text = self._render_foreign(messages, add_generation_prompt=prompt)
             tools = uses_tools(messages)
@@ -160,29 +160,29 @@ class ChatTemplate:
             else:
                 spans, notes = self._last_answer(messages, text)
         except _RefusedError as error:
-            why = "this conversation has no form that the model knows"
+            why = "the model has no format for this conversation"
             return Problem("TS121", f"the chat template refused the row: {error}", "", why, "reorder the turns")
         if (pieces is None or self._prefixes_space) and any(
             self._control.search(part) for message in messages for part in texts_in(message)
         ):
-            what = "control tokens written out inside the content"
-            why = "under this template and tokenizer they cannot be told from real ones and would forge a turn"
+            what = "control tokens written as text inside the content"
+            why = "with this template and tokenizer they cannot be distinguished from real ones and would forge a turn"
             return Problem("TS108", what, "", why, "remove them from the row")
         if not prompt and not any(span.labelled and span.text for span in spans):
-            why = "which tokens are the answer cannot be told, so the loss would be wrong"
+            why = "the tokens of the answer cannot be identified, so the loss mask would be wrong"
             what = "the chat template rewrites the answer"
-            return Problem("TS122", what, "", why, "use another template, or write answers as it does")
+            return Problem("TS122", what, "", why, "use another template, or write answers in its form")
         return spans, notes
 
     @staticmethod
     def _dropped(messages: Sequence[Message], pieces: Sequence[Piece]) -> tuple[str, ...]:
-        """`system-dropped` where the template leaves a system turn out without a word."""
+        """`system-dropped` if the template silently drops a system turn."""
         shown = {piece.turn for piece in pieces}
         lost = any(message["role"] == "system" and turn not in shown for turn, message in enumerate(messages))
         return ("system-dropped",) if lost else ()
 
     def _skeleton(self, roles: tuple[str, ...], prompt: bool) -> list[Piece] | str:
-        """The rendering of a conversation of these roles with marker words as contents, cut at the markers."""
+        """The rendering of a conversation with these roles and marker words as contents, split at the markers."""
         key = (*roles, "+") if prompt else roles
         if key not in self._skeletons:
             messages = [{"role": role, "content": f"zq{turn:05d}qz"} for turn, role in enumerate(roles)]
@@ -198,7 +198,7 @@ class ChatTemplate:
         return self._skeletons[key]
 
     def _pieces(self, messages: Sequence[Message], text: str, prompt: bool) -> list[Piece] | None:
-        """`text` cut into template and content, or None where the template does more than trim the contents."""
+        """`text` split into template and content, or None if the template does more than trim the contents."""
         skeleton = self._skeleton(tuple(message["role"] for message in messages), prompt)
         if isinstance(skeleton, str):
             return None
@@ -221,10 +221,10 @@ class ChatTemplate:
         return pieces if position == len(text) else None
 
     def _spans(self, pieces: Sequence[Piece], answers: Collection[int]) -> tuple[list[Span], tuple[str, ...]]:
-        """What to encode of the pieces, with the contents of the turns in `answers` and their ends trained."""
+        """The spans to encode; the contents of the turns in `answers` and their ends of turn are labelled."""
         spans: list[Span] = []
         notes = tuple[str, ...]()
-        answered = False  # whether the piece before was a trained content
+        answered = False  # whether the previous piece was labelled content
         for number, piece in enumerate(pieces):
             if piece.turn is not None:
                 answered = piece.turn in answers
@@ -241,10 +241,10 @@ class ChatTemplate:
         return [span for span in spans if span.text], notes
 
     def _end_of_turn(self, text: str) -> int:
-        """How many characters of the template's `text` after an answer end the turn; 0 where nothing does.
+        """Length of the end of turn in the template's `text` after an answer; 0 if there is none.
 
-        What follows both an answer in the middle and one at the end ends a turn (`_shared_turn_end`). Where they
-        differ (gpt-oss ends the last turn with a token of its own) it is the first control token.
+        The end of turn is the text that follows both a middle answer and the last one (`_shared_turn_end`). If the two
+        differ (gpt-oss ends the last turn with its own token), it is the first control token.
         """
         if self._turn_end and text.startswith(self._turn_end):
             return len(self._turn_end)
@@ -252,10 +252,10 @@ class ChatTemplate:
         return match.end() if match and not text[: match.start()].strip() else 0
 
     def _shared_turn_end(self) -> str:
-        """What the template writes after an answer wherever it stands, as far as it ends the turn.
+        """The end of turn that the template writes after every answer, in the middle and at the end.
 
-        Up to the last control token in it, or else the plain text without trailing blanks. Empty where the template
-        ends no turns, or refuses the probe.
+        It reaches to the last control token in that text; without one it is the plain text without trailing blanks. Empty
+        if the template has no end of turn, or refuses the probe.
         """
         skeleton = self._skeleton(("user", "assistant", "user", "assistant"), prompt=False)
         if isinstance(skeleton, str):
@@ -270,20 +270,20 @@ class ChatTemplate:
             if match.group() == self._opener(skeleton[0].text):
                 break
             if match.end() > len(shared):
-                shared = shared[: match.start()]  # two control tokens that begin alike
+                shared = shared[: match.start()]  # two control tokens with a common prefix
                 break
             ends.append(match.end())
         return shared[: ends[-1]] if ends else shared.rstrip()
 
     def _opener(self, text: str) -> str | None:
-        """The control token that opens a turn: the first one of a rendering that is not the tokenizer's bos."""
+        """The control token that opens a turn: the first one in a rendering that is not the tokenizer's bos."""
         found = (match.group() for match in self._control.finditer(text))
         return next((token for token in found if token != self.tokenizer.bos_token), None)
 
     def _last_answer(self, messages: Sequence[Message], text: str) -> tuple[list[Span], tuple[str, ...]]:
-        """Spans with only the last answer trained: what follows the generation prompt. Empty where that cannot be told.
+        """Spans with only the last answer labelled: the text after the generation prompt. Empty if it cannot be identified.
 
-        For templates that rewrite answers, as those of reasoning models do.
+        For templates that rewrite answers, like those of reasoning models.
         """
         if messages[-1]["role"] != "assistant":
             return [], ()
@@ -299,10 +299,10 @@ class ChatTemplate:
     def _answers_after_prompts(
         self, messages: Sequence[Message], text: str, answers: Collection[int]
     ) -> tuple[list[Span], tuple[str, ...]]:
-        """Spans with each of the `answers` trained: what its prefix's rendering adds to the generation prompt.
+        """Spans with each of the `answers` labelled: the text that the rendering up to it adds to its generation prompt.
 
-        For conversations with tools, where an answer is more than its content. Falls back to the last answer where the
-        template writes an earlier turn otherwise once others follow it.
+        For conversations with tools, where an answer is more than its content. Falls back to the last answer if the
+        template renders an earlier turn differently once other turns follow.
         """
         spans: list[Span] = []
         position = 0
@@ -354,7 +354,7 @@ class ChatTemplate:
         return result
 
     def _parts(self, spans: Sequence[Span]) -> list[tuple[str, bool]]:
-        """Texts to encode one by one: neighbours of the same kind joined, control tokens in contents cut in two."""
+        """Texts to encode separately: neighbours with the same label are joined, control tokens in contents are cut in two."""
         parts: list[tuple[str, bool]] = []
         joinable = False
         for span in spans:
@@ -370,19 +370,19 @@ class ChatTemplate:
 
 
 def _lost_calls(messages: Sequence[Message], text: str) -> Problem | None:
-    """The problem of a template that leaves calls, or what came back, out of the rendering."""
+    """The Problem of a template that omits tool calls or tool results from the rendering."""
     for message in messages:
         names = [call["function"]["name"] for call in message.get("tool_calls", ())]
         content = str(message["content"]).strip() if message["role"] == "tool" else ""
         if any(name not in text for name in names) or content not in text:
             why = "the model would learn answers without the calls that led to them"
-            fix = "use a chat template with tools, as data.chat_template"
-            return Problem("TS121", "the chat template leaves tool calls out", "", why, fix)
+            fix = "set data.chat_template to a template with tools"
+            return Problem("TS121", "the chat template omits tool calls", "", why, fix)
     return None
 
 
 def _by_offsets(plan: tuple[list[Span], tuple[str, ...]], ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
-    """The mask of a text encoded whole: an id is trained when it covers any trained character."""
+    """The loss mask of a text encoded as a whole: an id is labelled if it covers any labelled character."""
     flags: list[bool] = []
     for span in plan[0]:
         flags += [span.labelled] * len(span.text)
@@ -390,14 +390,14 @@ def _by_offsets(plan: tuple[list[Span], tuple[str, ...]], ids: list[int], offset
 
 
 def control_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the text of any token that the tokenizer takes out of a text whole: special and added ones."""
+    """Matches the text of any special or added token, which the tokenizer matches as a whole."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     words = sorted({word for word in added if word.strip()}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, words)) if words else r"(?!)")
 
 
 def control_cuts(control: re.Pattern[str], text: str) -> list[int]:
-    """Where to cut `text` so that no piece holds a whole control token: inside each occurrence, overlaps included."""
+    """Where to cut `text` so that no piece contains a whole control token: inside each occurrence, overlaps included."""
     cuts: list[int] = []
     position = 0
     while match := control.search(text, position):

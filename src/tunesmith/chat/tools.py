@@ -1,8 +1,8 @@
 """Tool calls in conversations, in the form that transformers' chat templates read.
 
-A turn of the assistant may have `tool_calls`: [{"type": "function", "function": {"name": ..., "arguments": {...}}}], with or
-without text. A turn of the role `tool` holds what came back. The functions that may be called (`tools`, JSON schemas) stand in
-the conversation's first message under "tools".
+An assistant turn may have `tool_calls`: [{"type": "function", "function": {"name": ..., "arguments": {...}}}], with or without
+text. A turn with the role `tool` holds the result. The callable functions (`tools`, JSON schemas) are stored in the
+conversation's first message under "tools".
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from tunesmith.errors import Problem
 
-_WHY = "a call that the model cannot see whole would be learned wrongly"
+_WHY = "the model would learn wrong calls from incomplete data"
 
 
 def decoded(value: Any) -> Any:
-    """A value that may be written as JSON text, as many data sets do; text that is not JSON as it is."""
+    """A value that may be encoded as JSON text, as in many data sets; text that is not JSON is returned unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -27,17 +27,17 @@ def decoded(value: Any) -> Any:
 
 
 def tools_of(messages: Sequence[Mapping[str, Any]]) -> list[Any] | None:
-    """The functions that may be called in this conversation."""
+    """The functions that can be called in this conversation."""
     return messages[0].get("tools") if messages else None
 
 
 def uses_tools(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the conversation has calls, answers of tools, or functions to call."""
+    """Whether the conversation has tool calls, tool results, or callable functions."""
     return bool(tools_of(messages)) or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
 
 
 def with_tools(messages: list[dict[str, Any]], tools: Any, where: str) -> list[dict[str, Any]] | Problem:
-    """The messages with a row's `tools` column in the first of them."""
+    """The messages, with the row's `tools` column added to the first one."""
     tools = decoded(tools)
     if not tools or not messages:
         return messages
@@ -48,7 +48,7 @@ def with_tools(messages: list[dict[str, Any]], tools: Any, where: str) -> list[d
 
 
 def calls(value: Any, where: str) -> list[dict[str, Any]] | Problem:
-    """Calls in one form: function objects or bare {"name", "arguments"}, arguments as text or as an object."""
+    """Calls in a single form, read from function objects or bare {"name", "arguments"}, arguments as text or object."""
     value = decoded(value)
     found = []
     for each in value if isinstance(value, list) else [value]:
@@ -57,15 +57,15 @@ def calls(value: Any, where: str) -> list[dict[str, Any]] | Problem:
             return Problem("TS108", "a tool call without the function's name", where, _WHY, "give 'name' and 'arguments'")
         arguments = decoded(function.get("arguments") or {})
         if not isinstance(arguments, dict):
-            return Problem("TS108", "a tool call's arguments are no JSON object", where, _WHY, "write them as an object")
+            return Problem("TS108", "a tool call's arguments are not a JSON object", where, _WHY, "write them as an object")
         found.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     if not found:
-        return Problem("TS108", "'tool_calls' is empty", where, _WHY, "leave it out, or name the call")
+        return Problem("TS108", "'tool_calls' is empty", where, _WHY, "remove it, or add the call")
     return found
 
 
 def texts(value: Any) -> list[str]:
-    """All texts in a JSON value, names included: what a template may write out."""
+    """All texts in a JSON value, including keys: everything that a template may write."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):

@@ -1,1 +1,1 @@
-"""The command line: `main` is the entry point, `commands` parses, `render` and `plan` show."""
+"""The command line: `main` is the entry point, `commands` parses, `render` and `plan` print."""

@@ -1,4 +1,4 @@
-"""The commands: one thin function each, that parses, calls a stage and renders what it gives. Nothing here imports torch."""
+"""The commands: one thin function each that parses, calls a stage and renders its result. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -24,28 +24,26 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Give it a [bold]model[/], your [bold]data[/] and your [bold]hardware[/]. It trains with full fine-tuning, LoRA or "
-    "QLoRA, proves that the merged model is the one that was trained, and shows which way won.\n\n"
-    "Start with [bold cyan]tunesmith demo[/]: a real model, three ways, on a laptop CPU.",
+    "QLoRA, verifies that the merged model matches the trained one, and shows which method won.\n\n"
+    "Start with [bold cyan]tunesmith demo[/]: a real model, three methods, on a laptop CPU.",
 )
 
-_BEGIN, _STAGES = "Begin here", "One stage at a time"
+_BEGIN, _STAGES = "Start here", "One stage at a time"
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `prepare` or `run` made.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder created by `prepare` or `run`.")]
 RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="FOLDER", help="The run folder; default runs/<time>-<model>-<method>-<digest>.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, as train.max_steps=10.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as train.max_steps=10.")
 ]
-Methods = Annotated[
-    str | None, typer.Option(metavar="LIST", help="Which of full, lora, qlora, separated by commas; default all.")
-]
+Methods = Annotated[str | None, typer.Option(metavar="LIST", help="Any of full, lora, qlora, comma-separated; default: all.")]
 
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         print(f"tunesmith {__version__}")
@@ -54,14 +52,12 @@ def _root(
 
 @app.command(rich_help_panel=_BEGIN)
 def demo(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the data, the runs and the report go.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Output folder for data, runs and report.")] = Path("runs/demo"),
     methods: Methods = None,
-    rows: Annotated[int, typer.Option(min=40, help="Rows to train on; fewer is faster and worse.")] = MAX_ROWS,
+    rows: Annotated[int, typer.Option(min=40, help="Rows to train on; fewer are faster but score worse.")] = MAX_ROWS,
     test_rows: Annotated[int, typer.Option(min=4, help="Rows to score on.")] = TEST_ROWS,
 ) -> None:
-    """Adapt a real chat model to a support-desk task three ways, and see which won."""
+    """Adapt a real chat model to a support-desk task with three methods, and see which won."""
     from tunesmith.demo import write_input
     from tunesmith.recipe import load_recipe
 
@@ -78,7 +74,7 @@ def run(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """All stages of a recipe: prepare, plan, train, export, evaluate (and compare)."""
+    """Run all stages of a recipe: prepare, plan, train, export, evaluate (and compare)."""
     from tunesmith import pipeline
     from tunesmith.recipe import load_recipe
     from tunesmith.runs import default_name
@@ -96,26 +92,24 @@ def run(
 @app.command(rich_help_panel=_BEGIN)
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a model folder, or a recipe (.yaml).")],
-    gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="24GB, H100, 8xH100, cpu; default: what this machine has.")
-    ] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Rows to train on; their lengths are read.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows to train on, where no data is given.")] = 10_000,
-    length: Annotated[int, typer.Option(help="Tokens of a row, where no data is given.")] = 2048,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="24GB, H100, 8xH100, cpu; default: this machine.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Rows to train on; read for their lengths.")] = None,
+    rows: Annotated[int, typer.Option(help="Number of train rows, if no data is given.")] = 10_000,
+    length: Annotated[int, typer.Option(help="Tokens per row, if no data is given.")] = 2048,
     methods: Methods = None,
-    budget: Annotated[str | None, typer.Option(metavar="DOLLARS", help="Most money, as 20$.")] = None,
-    deadline: Annotated[str | None, typer.Option(metavar="TIME", help="Most time, as 4h, 90m or 2d.")] = None,
-    latency_critical: Annotated[bool, typer.Option("--latency-critical", help="Answers must come fast when served.")] = False,
-    gpus: Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file with more cards, or other prices.")] = None,
+    budget: Annotated[str | None, typer.Option(metavar="DOLLARS", help="Maximum cost, such as 20$.")] = None,
+    deadline: Annotated[str | None, typer.Option(metavar="TIME", help="Maximum time, such as 4h, 90m or 2d.")] = None,
+    latency_critical: Annotated[bool, typer.Option("--latency-critical", help="Serving needs low latency.")] = False,
+    gpus: Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file with more GPUs or other prices.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where plan.json, frontier.svg and recipe.yaml go.")
+        Path | None, typer.Option(metavar="FOLDER", help="Output folder for plan.json, frontier.svg and recipe.yaml.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of the table.")] = False,
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine on the model's blocks first.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Time real training steps on this machine first.")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="Also trace the recommended step on the real modules.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Which method fits, what it takes in memory, time and money, and why: before any of it is spent."""
+    """Predict memory, time and cost of each method, and recommend one with reasons, before you spend anything."""
     from tunesmith.cli.plan import Request, show
 
     asked = Request(
@@ -126,7 +120,7 @@ def plan(
 
 @app.command(rich_help_panel=_STAGES)
 def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides = None) -> None:
-    """Rows to token ids with a loss mask; every row accounted for. Prints the run folder."""
+    """Turn rows into token ids with a loss mask; every row is accounted for. Prints the run folder."""
     from tunesmith.models.load import locate
     from tunesmith.pipeline import prepare_shown, settle_method
     from tunesmith.recipe import load_recipe
@@ -143,7 +137,7 @@ def prepare(recipe: RecipePath, folder: RunOption = None, overrides: Overrides =
 
 @app.command(rich_help_panel=_STAGES)
 def augment(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """More rows: paraphrases of the train rows by the endpoint that the recipe names, each checked."""
+    """Generate more rows: paraphrases of the train rows from the recipe's endpoint, each one checked."""
     from tunesmith.recipe import load_recipe
     from tunesmith.stages.augment import augment as stage
 
@@ -159,10 +153,10 @@ def augment(recipe: RecipePath, overrides: Overrides = None) -> None:
 def review(
     source: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="A prepared run folder, or a recipe to prepare first.")],
     folder: RunOption = None,
-    by: Annotated[str | None, typer.Option(metavar="NAME", help="Who signs off; default your user name.")] = None,
-    rows: Annotated[int, typer.Option(min=200, help="Rows to look at (all, where there are fewer).")] = 200,
+    by: Annotated[str | None, typer.Option(metavar="NAME", help="Who signs off; default: your user name.")] = None,
+    rows: Annotated[int, typer.Option(min=200, help="Rows to look at (all, if there are fewer).")] = 200,
 ) -> None:
-    """Look at a sample of the prepared rows, decide on each with one key, and sign the data off."""
+    """Review a sample of the prepared rows, decide on each with one key, and sign off the data."""
     import getpass
 
     from tunesmith.pipeline import prepare_shown, settle_method
@@ -184,9 +178,9 @@ def review(
 @app.command(rich_help_panel=_STAGES)
 def train(
     run: RunPath,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again where a training was interrupted.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over instead of resuming interrupted training.")] = False,
 ) -> None:
-    """Train as the run's recipe says, or go on where it was interrupted; tell how far off the plan was."""
+    """Train as the run's recipe says, or resume interrupted training; report the plan's error."""
     from tunesmith.pipeline import score_shown
     from tunesmith.runs import open_run
     from tunesmith.stages.train import train as stage
@@ -199,7 +193,7 @@ def train(
 
 @app.command(rich_help_panel=_STAGES)
 def export(run: RunPath) -> None:
-    """Merge into one bf16 model folder, opened again and compared with what was trained."""
+    """Merge into one bf16 model folder, reload it and compare it with the trained model."""
     from tunesmith.runs import open_run
     from tunesmith.stages.export import export as stage
 
@@ -231,10 +225,10 @@ def evaluate(
 
 @app.command(rich_help_panel=_STAGES)
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders that are evaluated.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where compare.json and report.html go.")] = Path("runs/compare"),
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Evaluated run folders.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="For compare.json and report.html.")] = Path("runs/compare"),
 ) -> None:
-    """One table of several runs, and the same as a page."""
+    """Compare several runs in one table and an HTML report."""
     from tunesmith.runs import open_run
     from tunesmith.stages.compare import compare as stage
 
@@ -242,7 +236,7 @@ def compare(
 
 
 def _method_names(methods: str | None) -> list[Method]:
-    """The methods of a list with commas, all without one; raises TunesmithError for an unknown one, and for one named twice."""
+    """The methods of a comma-separated list, or all if None; raises TunesmithError for unknown or repeated methods."""
     from tunesmith.pipeline import ALL_METHODS
 
     if methods is None:
@@ -253,8 +247,8 @@ def _method_names(methods: str | None) -> list[Method]:
     if unknown or not names:
         raise TunesmithError(Problem("TS020", f"unknown method {', '.join(unknown) or '(none)'}", "--methods", why, fix))
     if len(set(names)) < len(names):
-        why, fix = "it would be trained and compared with itself", "name each once"
-        raise TunesmithError(Problem("TS020", f"a method stands twice: {methods}", "--methods", why, fix))
+        why, fix = "it would be trained and compared with itself", "list each method once"
+        raise TunesmithError(Problem("TS020", f"a method is listed twice: {methods}", "--methods", why, fix))
     return [method for method in names if method in ALL_METHODS]
 
 

@@ -1,7 +1,7 @@
-"""The entry point: runs a command, tells its errors, and leaves with its exit code.
+"""The entry point: runs a command, reports its errors, and exits with its exit code.
 
-Exit codes: 0 done, 2 the user can mend it (a readable error), 130 and 143 stopped by SIGINT and SIGTERM. Nothing here imports
-torch: a stage does.
+Exit codes: 0 success, 2 an error the user can fix (with a readable message), 130 and 143 stopped by SIGINT and SIGTERM.
+Nothing here imports torch; the stages do.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tunesmith.hardware.allocators import grow_segments, keep_few_products
 
 
 def main() -> NoReturn:
-    """Run the command line and leave with its exit code."""
-    # bitsandbytes asks for an optional package of faster CPU kernels each time it loads without it.
+    """Run the command line and exit with its exit code."""
+    # Each time bitsandbytes loads without an optional package of faster CPU kernels, it logs a hint to install it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     grow_segments()
     keep_few_products()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # a path may have characters that the terminal's encoding lacks
     told_to = os.environ.pop(ERRORS_TO, None)
     try:
         app()
@@ -54,27 +54,27 @@ def main() -> NoReturn:
     sys.exit(_flushed(code))
 
 
-#: What an operating system refuses that is no fault of the program: space, rights, a device.
+#: Operating-system errors that are not a bug: disk space, permissions, a device.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 def _told(error: OSError) -> int:
-    """The exit code of what the operating system has refused, which is told; another error is raised again."""
+    """Report an error in _REFUSED and return its exit code; any other error is raised again."""
     if error.errno == errno.EPIPE:
-        return 128 + signal.SIGPIPE  # as the shell has it: who read has left
+        return 128 + signal.SIGPIPE  # as in a shell: the reader has closed the pipe
     if error.errno not in _REFUSED:
         raise error
     where = str(error.filename or "standard output")
-    why, fix = "what was to be read or written there is missing", "make room, change the rights, or name another place"
+    why, fix = "data could not be read or written there", "free disk space, fix the permissions, or choose another path"
     show_problems([Problem("TS013", str(error.strerror), where, why, fix)])
     return 2
 
 
 def _flushed(code: int) -> int:
-    """The exit code once all is written, of which Python would complain later."""
+    """The exit code after flushing stdout; without this, Python reports a failed flush at shutdown."""
     try:
         sys.stdout.flush()
     except OSError as error:
         code = _told(error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in it is lost, and said to be
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the buffer is lost, and reported as lost
     return code

@@ -1,4 +1,4 @@
-"""The `plan` command: from what was asked on the command line to a plan, shown and written."""
+"""The `plan` command: makes a plan from the command-line options, prints it and writes it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tunesmith.planner.result import Plan
 from tunesmith.recipe import Method, ResolvedRecipe, load_recipe, parse_recipe
 from tunesmith.stages.plan import PLAN, write_plan
 
-_WHY = "the plan would answer another question"
+_WHY = "the plan would answer a different question"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for."""
+    """The options of the `plan` command."""
 
     model: str
     gpu: str | None
@@ -44,9 +44,9 @@ class Request:
 
 
 def show(asked: Request, out: Path | None, *, as_json: bool, calibrate: bool, trace: bool, errors: Console) -> None:
-    """Make the plan, print it, and write it where `out` names a folder.
+    """Make the plan, print it, and write it if `out` names a folder.
 
-    Raises RunError where something else stands at `out`; PlanError, after that, where nothing can be recommended.
+    Raises RunError if `out` holds something else; PlanError, at the end, if nothing can be recommended.
     """
     if out is not None:
         check_replaceable(out, PLAN)
@@ -72,7 +72,7 @@ def show(asked: Request, out: Path | None, *, as_json: bool, calibrate: bool, tr
 
 
 def recipe_of(asked: Request) -> ResolvedRecipe:
-    """The recipe that is planned: the one given, or the defaults for the model."""
+    """The recipe to plan: the given one, or the defaults for the model."""
     path = Path(asked.model)
     overrides = list(asked.overrides)
     if path.suffix in {".yaml", ".yml"}:
@@ -85,29 +85,29 @@ def recipe_of(asked: Request) -> ResolvedRecipe:
 
 
 def facts_of(asked: Request, resolved: ResolvedRecipe) -> DataFacts:
-    """Facts of the data that was given; else of rows as many and as long as assumed."""
+    """Facts of the given data; without data, of the assumed number and length of rows."""
     from_recipe = Path(asked.model).suffix in {".yaml", ".yml"}
     if asked.data is None and not from_recipe:
         for name, value in (("--rows", asked.rows), ("--length", asked.length)):
             if value < (1 if name == "--rows" else 8):
-                fix = f"give {name} a number of at least {1 if name == '--rows' else 8}"
+                fix = f"set {name} to at least {1 if name == '--rows' else 8}"
                 raise PlanError(Problem("TS703", f"{name} {value} is too small", name, _WHY, fix))
         return assumed(asked.rows, asked.length, resolved.recipe.objective)
     return read_facts(resolved.recipe.data, encoder_for(resolved.recipe.model), resolved.recipe.objective)
 
 
 def read_asks(asked: Request) -> Asks:
-    """Budget in dollars and deadline in hours out of what was typed."""
+    """The budget in dollars and the deadline in hours, parsed from the options."""
     budget = hours = None
     if asked.budget is not None:
         match = re.fullmatch(r"\s*\$?\s*(\d+(?:\.\d+)?)\s*(?:\$|USD|usd)?\s*", asked.budget)
         if match is None:
-            raise PlanError(Problem("TS703", f"{asked.budget!r} is no sum of money", "--budget", _WHY, "write 20$"))
+            raise PlanError(Problem("TS703", f"{asked.budget!r} is not an amount of money", "--budget", _WHY, "write 20$"))
         budget = float(match[1])
     if asked.deadline is not None:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(m|min|h|d)\s*", asked.deadline)
         if match is None:
-            raise PlanError(Problem("TS703", f"{asked.deadline!r} is no time", "--deadline", _WHY, "write 90m, 4h or 2d"))
+            raise PlanError(Problem("TS703", f"{asked.deadline!r} is not a time", "--deadline", _WHY, "write 90m, 4h or 2d"))
         hours = float(match[1]) * {"m": 1 / 60, "min": 1 / 60, "h": 1, "d": 24}[match[2]]
     return Asks(budget, hours, asked.latency_critical)
 
@@ -138,7 +138,7 @@ def print_plan(plan: Plan, folder: Path | None, console: Console) -> None:
     for line in text.confidence(plan):
         console.print(Text(line))
     if folder is None:
-        console.print("nothing is written: --out FOLDER keeps plan.json, frontier.svg and recipe.yaml")
+        console.print("nothing written: --out FOLDER saves plan.json, frontier.svg and recipe.yaml")
     else:
         written = ", ".join(["plan.json", "frontier.svg", *(["recipe.yaml"] if plan.recommended else [])])
         console.print(Text(f"written: {folder}/{written}"))
@@ -147,18 +147,18 @@ def print_plan(plan: Plan, folder: Path | None, console: Console) -> None:
 def _calibrate(
     asked: Request, resolved: ResolvedRecipe, facts: DataFacts, device: Device, gpus: dict[str, Device], errors: Console
 ) -> None:
-    """Measure the machine at hand; raises PlanError where the plan is for another one."""
+    """Measure this machine; raises PlanError if the plan is for a different device."""
     here = this_device(gpus)
     if here.name != device.name:
-        what = f"--calibrate measures this machine ({here.name}), the plan is for {device.name}"
-        raise PlanError(Problem("TS703", what, "--calibrate", _WHY, "leave --gpu out, or run it there"))
+        what = f"--calibrate measures this machine ({here.name}), but the plan is for {device.name}"
+        raise PlanError(Problem("TS703", what, "--calibrate", _WHY, "omit --gpu, or run it on that machine"))
     from tunesmith.planner.calibrate import calibrate
 
     calibrate(resolved.recipe, facts, device, asked.methods, errors)
 
 
 def _trace(plan: Plan, asked: Request, console: Console) -> None:
-    """The recommended step on fake tensors of the real modules, beside the closed form."""
+    """Trace the recommended step on FakeTensors of the real modules, and compare it with the closed form."""
     from tunesmith.planner.tracing.traced import trace_option
 
     method = plan.recommended or asked.methods[-1]

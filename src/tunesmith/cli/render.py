@@ -15,7 +15,7 @@ from tunesmith.io.terminal import make_console, plain
 
 
 def show_table(table: dict[str, Any], folder: Path) -> None:
-    """Print a comparison and its verdict, and what the models forgot where that was measured."""
+    """Print a comparison and its verdict, and the forgetting table if forgetting was measured."""
     from tunesmith.stages.compare import (
         FORGETTING_HEADERS,
         HEADERS,
@@ -35,7 +35,7 @@ def show_table(table: dict[str, Any], folder: Path) -> None:
 
 
 def print_table(console: Console, headers: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Print a table with a blank line before and after it, the first column to the left, numbers to the right."""
+    """Print a table between blank lines, with the first column left-aligned and the others right-aligned."""
     shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     for number, header in enumerate(headers):
         shown.add_column(header, justify="left" if number == 0 else "right", no_wrap=True)
@@ -47,19 +47,19 @@ def print_table(console: Console, headers: Sequence[str], lines: Sequence[Sequen
 
 
 def print_facts(values: dict[str, Any], *names: str) -> None:
-    """Print chosen values, one a line, as `name value`."""
+    """Print the named values, one per line, as `name value`."""
     for name in names:
         value = values[name]
         print(plain(f"{name:>22}  {f'{value:.4g}' if isinstance(value, float) else value}"))
 
 
 def stderr() -> Console:
-    """Progress goes to standard error, results to standard output."""
+    """A console on standard error, for progress; results go to standard output."""
     return make_console(stderr=True)
 
 
 def show_problems(problems: Sequence[Problem]) -> None:
-    """Print problems to standard error: what and where first, then why it matters and what to do."""
+    """Print problems to standard error: what and where first, then why it matters and how to fix it."""
     console = stderr()
     for problem in problems:
         console.print(Text.assemble((f"error {problem.code} {problem.name}", "bold red"), f"  {problem.where}"), soft_wrap=True)

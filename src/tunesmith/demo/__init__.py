@@ -1,4 +1,4 @@
-"""The demo's input: a support-desk data set made from a seed (`supportdesk`), and its recipe (`write_input`)."""
+"""The demo's input: a seeded support-desk data set (`supportdesk`) and its recipe (`write_input`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_ROWS = 384
 def write_input(folder: Path, *, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, max_rows: int = MAX_ROWS) -> Path:
     """Write train.jsonl, test.jsonl, schema.json and recipe.yaml into `folder`; returns the recipe's path.
 
-    Raises RunError where something else stands there.
+    Raises RunError if something else is already there.
     """
     from tunesmith.demo import supportdesk
     from tunesmith.io.atomic import commit_folder, write_json, write_jsonl, write_text

@@ -1,9 +1,9 @@
-"""A support-desk extraction task, made from a seed: customer message in, JSON out.
+"""A support-desk extraction task generated from a seed: customer message in, JSON out.
 
-Each row is one conversation in `messages` form: the same instruction in every system turn, a customer's
+Each row is one conversation in `messages` format: the same instruction in every system turn, a customer's
 message, and the JSON object that a triage system needs (`intent`, `product`, `urgency`, `order_id`). Labels
-are drawn first and the text is written around them, so that every label can be read off the message. Some rows
-are dirty on purpose, as real exports are: HTML, copies, an injected instruction, an empty answer.
+are drawn first and the text is built from them, so every label can be read from the message. Some rows are
+dirty on purpose, like real exports: HTML, copies, an injected instruction, an empty answer.
 """
 
 from __future__ import annotations
@@ -117,13 +117,13 @@ def ticket(rng: random.Random) -> tuple[str, dict[str, str | None]]:
 
 
 def conversation(message: str, answer: str) -> Row:
-    """A row in `messages` form."""
+    """A row in `messages` format."""
     turns = (("system", INSTRUCTION), ("user", message), ("assistant", answer))
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def clean_rows(count: int, rng: random.Random, taken: set[str]) -> list[Row]:
-    """`count` rows with messages that are not in `taken`, which grows by them (so that no test row is trained on)."""
+    """`count` rows whose messages are not in `taken`; adds them to `taken`, so that no test row is trained on."""
     rows: list[Row] = []
     while len(rows) < count:
         message, fields = ticket(rng)
@@ -153,7 +153,7 @@ def soil(rows: list[Row], rng: random.Random) -> list[Row]:
 
 
 def generate(train_rows: int, test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Train rows (soiled: a few more than `train_rows`, by the copies) and clean test rows, disjoint in their messages."""
+    """Dirty train rows (a few more than `train_rows`, because of the copies) and clean test rows, without shared messages."""
     rng = random.Random(seed)
     taken: set[str] = set()
     test = clean_rows(test_rows, rng, taken)

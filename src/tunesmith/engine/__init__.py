@@ -1,5 +1,5 @@
-"""The engine: rows laid out as a prefix tree, each distinct token computed once, logits for labelled tokens alone.
+"""The engine: rows packed into a prefix tree, each distinct token computed once, logits only for labelled tokens.
 
-`packing` lays rows out, `attention` attends along the tree, `modeling` has the loss and what it changes of a model's modules,
-`optim` the optimizer. All of them keep the semantics of one row at a time.
+`packing` packs rows, `attention` attends along the tree, `modeling` has the loss and the modules it replaces in a model,
+`optim` has the optimizer. All of them keep the semantics of one row at a time.
 """

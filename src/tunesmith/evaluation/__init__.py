@@ -1,1 +1,1 @@
-"""Scores of what a model answered: text in, numbers out, no model."""
+"""Scores of generated answers: text in, numbers out, no model."""

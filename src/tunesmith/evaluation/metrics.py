@@ -1,4 +1,4 @@
-"""Scores of generated answers, row by row and over a set. No model here: text in, numbers out."""
+"""Scores of generated answers, per row and over a set. No model: text in, numbers out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunesmith.errors import EvaluateError, Problem
 
 @dataclass(frozen=True)
 class Answer:
-    """A test row's reference and what the model answered. `where` names the row."""
+    """A test row's reference and the model's answer. `where` names the row."""
 
     where: str
     reference: str
@@ -23,18 +23,18 @@ class Answer:
 
 
 def schema_validator(schema: Any, source: str) -> Any:
-    """A validator of the schema's own draft. Raises EvaluateError where the schema itself is not valid."""
+    """A validator for the schema's own draft. Raises EvaluateError if the schema itself is invalid."""
     kind = validator_for(schema)
     try:
         kind.check_schema(schema)
     except SchemaError as error:
-        why = "no answer could be checked against it"
+        why = "no answer could be validated against it"
         raise EvaluateError(Problem("TS501", f"not a valid JSON Schema: {error.message}", source, why, "correct it")) from error
     return kind(schema)
 
 
 def reference_fields(answer: Answer) -> dict[str, Any]:
-    """The reference's fields. Raises EvaluateError where it is not a JSON object."""
+    """The reference's fields. Raises EvaluateError if it is not a non-empty JSON object."""
     ok, value = parse_json(answer.reference)
     if not ok or not isinstance(value, dict) or not value:
         why = "fields are scored one by one against the reference"
@@ -44,7 +44,7 @@ def reference_fields(answer: Answer) -> dict[str, Any]:
 
 
 def score_json(answer: Answer, validator: Any | None) -> dict[str, Any]:
-    """One row: whether it parses, whether the schema accepts it, which fields equal the reference, their mean as score."""
+    """One row: whether it parses, whether it matches the schema, which fields equal the reference, their mean as `score`."""
     wanted = reference_fields(answer)
     parsed, value = parse_json(answer.answer)
     got = value if isinstance(value, dict) else {}
@@ -60,15 +60,15 @@ def score_json(answer: Answer, validator: Any | None) -> dict[str, Any]:
 
 
 def score_text(answer: Answer) -> dict[str, Any]:
-    """One row: 1 where the answer equals the reference but for surrounding blanks."""
+    """One row: 1 if the answer equals the reference, ignoring surrounding blanks, else 0."""
     return {"score": float(answer.answer.strip() == answer.reference.strip())}
 
 
 def summarise_json(scores: Sequence[dict[str, Any]], label: str | None, has_schema: bool) -> dict[str, Any]:
-    """Rates over all rows; `field_accuracy` for each field over the rows whose reference has it; macro-F1 of `label`.
+    """Rates over all rows; `field_accuracy` per field over the rows whose reference has it; macro-F1 of `label`.
 
-    Macro-F1 is the unweighted mean over the classes that occur in the references (scikit-learn); an answer that is
-    missing or of another class counts against the class that it should have been.
+    Macro-F1 is the unweighted mean over the classes that occur in the references (scikit-learn); a missing
+    answer, or one of another class, counts against the reference class.
     """
     total = len(scores)
     names = sorted({name for score in scores for name in score["fields"]})
@@ -90,9 +90,9 @@ def macro_f1(scores: Sequence[dict[str, Any]], label: str) -> float:
     from sklearn.metrics import f1_score
 
     if not all(label in score["wanted"] for score in scores):
-        why = "its macro-F1 was asked for"
+        why = "evaluate.label asks for its macro-F1"
         raise EvaluateError(Problem("TS503", f"references without a field {label!r}", "evaluate.label", why, "check the name"))
-    missing = "\0"  # no JSON text
+    missing = "\0"  # not valid JSON, so it equals no reference
     truth = [canonical(score["wanted"][label]) for score in scores]
     guess = [canonical(score["predicted"][label]) if label in score["predicted"] else missing for score in scores]
     return float(f1_score(truth, guess, labels=sorted(set(truth)), average="macro", zero_division=0))

@@ -1,4 +1,4 @@
-"""What the machine is (`detect`), which dtype it multiplies fastest, and how much memory a block of code takes.
+"""The machine (`detect`), its fastest matmul dtype, and the peak memory of a block of code.
 
 Importing this package does not import torch; `detect` and the meters do when called.
 """
@@ -17,7 +17,7 @@ DtypeName = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine. Memory in bytes; `compute_dtype` is the type that matrix products should run in."""
+    """One machine. Memory in bytes; `compute_dtype` is the dtype that matmuls should run in."""
 
     device: Literal["cpu", "cuda"]
     name: str
@@ -34,7 +34,7 @@ class Hardware:
 
 
 def cpu_name() -> str:
-    """The processor's own name, or its architecture where the platform does not tell."""
+    """The processor's name, or its architecture if the platform does not report a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -51,19 +51,19 @@ def usable_cores() -> int:
 
 
 def cpu_compute_dtype(capabilities: Mapping[str, Any]) -> tuple[DtypeName, str]:
-    """The type that this CPU multiplies fastest, by its instructions and not by a stopwatch, so that it never varies.
+    """The dtype with the fastest matmuls on this CPU, chosen by instruction set and not by timing, so that it never varies.
 
-    Without AVX512-BF16 or AMX a bf16 product is emulated: measured 5.8x slower than fp32 on AVX2. With them it was
+    Without AVX512-BF16 or AMX a bf16 matmul is emulated: measured 5.8x slower than fp32 on AVX2. With them it was
     measured 2.4x faster (AMD EPYC, 1024 x 1536 x 1536). `capabilities` is `torch.cpu.get_capabilities()`.
     """
     for flag in ("amx_bf16", "avx512_bf16"):
         if capabilities.get(flag):
             return "bfloat16", f"the CPU multiplies bfloat16 natively ({flag})"
-    return "float32", "the CPU has no bfloat16 instructions, emulating them is several times slower"
+    return "float32", "the CPU has no bfloat16 instructions, and emulating them is several times slower"
 
 
 def detect() -> Hardware:
-    """The machine at hand: the first CUDA device if there is one, else the CPU."""
+    """Detect this machine: the first CUDA device if there is one, else the CPU."""
     import psutil
     import torch
 

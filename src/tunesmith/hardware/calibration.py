@@ -1,7 +1,7 @@
-"""What was measured against what was predicted, kept for the next plan: one entry for each probe and each finished run.
+"""Measurements compared with predictions, kept for later plans: one entry per calibration and per finished run.
 
-An entry says on which device, with which torch, when, for which method, dtype and width a step took how many times as long as
-the roofline says, and how many bytes the process took beside the closed form's. The cache folder holds them, JSON, newest last.
+An entry records the device, torch version, date, method, dtype and width, the ratio of the measured step time to the roofline
+prediction, and the bytes that the process took beyond the closed form. The entries are JSON in the cache folder, newest last.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Literal
 
 from tunesmith.io.atomic import read_json, write_json
 
-#: Which roofline entries are held against: another number wherever planner/speed.py comes to other seconds.
+#: Version of the roofline that entries are compared with: changes whenever planner/speed.py predicts different seconds.
 ROOFLINE = 2
 
-#: What a step waits for: what the device computes, or on a GPU for the host that starts it.
+#: What bounds a step's time: the device's computation, or on a GPU the host's kernel launches.
 Bound = Literal["computing", "starting"]
 
-_KEEP = 500  # entries; older ones go
-_NEAR = 16  # the newest of the like ones that count
+_KEEP = 500  # entries; older ones are dropped
+_NEAR = 16  # newest matching entries that are used
 
-#: 95 % bound over the median where nothing was measured, and the least one where something was.
+#: Ratio of the 95 % bound to the median without measurements, and its minimum with measurements.
 UNKNOWN_SPREAD = 1.5
 LEAST_SPREAD = 1.1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One measurement: `time` is measured over predicted; `bytes_beside` the peak less what the allocator was asked for.
+    """One measurement: `time` is measured / predicted; `bytes_beside` is the peak minus the bytes requested from the allocator.
 
-    `roofline` is the one that predicted, and `bound` what it had the step wait for. Bytes and no ratio: they are the process's
-    own (libraries, compiled products, slack), and so do not grow with the model. None where memory was not measured.
+    `roofline` is the version that predicted, and `bound` what it assumed to bound the step. `bytes_beside` is not a ratio:
+    these bytes belong to the process (libraries, compiled GEMMs, slack) and do not grow with the model. None if not measured.
     """
 
     device: str
@@ -53,7 +53,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Correction:
-    """Multiply a prediction by `typical` for the median and by `safe` for the 95 % bound; `measurements` it rests on."""
+    """Factors for a prediction: `typical` for the median, `safe` for the 95 % bound, both from `measurements` data points."""
 
     typical: float
     safe: float
@@ -61,9 +61,9 @@ class Correction:
 
 
 def read_entries(file: Path) -> list[Entry]:
-    """All entries, oldest first; none where there is no file. A damaged file counts as none: it is only a cache.
+    """All entries, oldest first; empty if there is no file. A damaged file counts as empty, because it is only a cache.
 
-    What earlier versions wrote beside the fields of today is left out.
+    Fields that only earlier versions wrote are ignored.
     """
     names = [each.name for each in fields(Entry)]
     try:
@@ -73,7 +73,7 @@ def read_entries(file: Path) -> list[Entry]:
 
 
 def add_entries(file: Path, entries: Sequence[Entry]) -> bool:
-    """Append to the file, atomically; False where it cannot be written, of which only later plans have less."""
+    """Append to the file atomically; False if it cannot be written, which only makes later plans less accurate."""
     kept = [*read_entries(file), *entries][-_KEEP:]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +91,9 @@ def today() -> str:
 def time_correction(
     entries: Sequence[Entry], device: str, method: str, dtype: str, hidden_size: int, bound: Bound = "computing"
 ) -> Correction:
-    """The correction of a step's time: of this method and dtype on this device, models of the nearest width first.
+    """The correction of a step's time for this method and dtype on this device, from the models of the nearest width.
 
-    Entries that were held against another roofline say nothing of this one, nor those of steps that wait for something else.
+    Entries for another roofline version, or for steps with another bound, are not used.
     """
     sought = (device, method, dtype, ROOFLINE, bound)
     like = [e for e in entries if (e.device, e.method, e.dtype, e.roofline, e.bound) == sought]
@@ -105,9 +105,9 @@ def time_correction(
 
 
 def bytes_beside(entries: Sequence[Entry], device: str, method: str) -> int | None:
-    """Bytes that the process takes beside a step's own on this device: the most of the newest runs, None before the first.
+    """Bytes that the process takes beyond a step's own on this device: the maximum of the newest runs, None before the first.
 
-    The most, as the same run takes some tens of MiB more on one day than on another, and a plan is not to be passed.
+    The maximum, because the same run varies by some tens of MiB from day to day and must not exceed its plan.
     """
     like = [e.bytes_beside for e in entries if (e.device, e.method) == (device, method) and e.bytes_beside is not None]
     return max(like[-_NEAR:], default=None)

@@ -1,4 +1,4 @@
-"""GPUs as data, and the machine at hand, without importing torch: what a plan is made for."""
+"""The devices that plans are made for: a catalogue of GPUs and this machine, without importing torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tunesmith.hardware import DtypeName, Hardware, cpu_compute_dtype, cpu_name,
 
 GIB = 2**30
 
-#: Names a file of cards that adds to the built-in ones.
+#: Environment variable with the path of a file of cards to add to the built-in ones.
 VARIABLE = "TUNESMITH_GPUS"
 
 _WHY = "memory, time and money are computed from the card"
@@ -27,9 +27,9 @@ _WHY = "memory, time and money are computed from the card"
 
 @dataclass(frozen=True)
 class Device:
-    """What training runs on: `count` equal devices. FLOP/s and bytes/s are peaks; `price` is US dollars an hour for each.
+    """The training hardware: `count` equal devices. FLOP/s and bytes/s are peaks; `price` is US dollars per hour per device.
 
-    `product_bytes` is what bfloat16 products keep in the process beside their tensors: compiled code, weights packed for AMX.
+    `product_bytes` is the memory that bfloat16 GEMMs keep beyond their tensors: compiled code, weights packed for AMX.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -44,11 +44,11 @@ class Device:
 
     @property
     def compute_dtype(self) -> DtypeName:
-        """The type that products should run in."""
+        """The dtype that matmuls should run in."""
         return "bfloat16" if self.flops["bfloat16"] > self.flops["float32"] else "float32"
 
     def as_hardware(self) -> Hardware:
-        """The same as training sees it."""
+        """The same device as a `Hardware` object, as training uses it."""
         dtype = self.compute_dtype
         reason = f"{self.name} multiplies {dtype} fastest"
         gpu = self.kind == "cuda"
@@ -57,9 +57,9 @@ class Device:
 
 
 def read_gpus(extra: Path | None = None) -> dict[str, Device]:
-    """The built-in cards by name, with those of `extra`, or of the file that TUNESMITH_GPUS names, added or replaced.
+    """The built-in cards by name; cards from `extra`, or from the file that TUNESMITH_GPUS names, are added or override them.
 
-    Raises HardwareError for a file that cannot be read or holds a figure that is missing or not positive.
+    Raises HardwareError for a file that cannot be read, or that has a missing or non-positive figure.
     """
     gpus = _parse(files("tunesmith.hardware").joinpath("data/gpus.toml").read_text(encoding="utf-8"), "gpus.toml")
     named = extra or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
@@ -75,14 +75,14 @@ def read_gpus(extra: Path | None = None) -> dict[str, Device]:
 
 def _parse(text: str, source: str) -> dict[str, Device]:
     line = '"My card" = { memory_gib = 24, bfloat16 = 70, float32 = 35, bandwidth = 900, price = 1 }'
-    fix = f"write [gpus] and below it lines such as {line}"
+    fix = f"write [gpus], followed by lines such as {line}"
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise HardwareError(Problem("TS702", f"not valid TOML: {error}", source, _WHY, fix)) from error
     cards = values.get("gpus")
     if not isinstance(cards, dict):
-        raise HardwareError(Problem("TS702", "no table [gpus]", source, _WHY, fix))
+        raise HardwareError(Problem("TS702", "there is no table [gpus]", source, _WHY, fix))
     return {name: _card(name, card, source) for name, card in cards.items()}
 
 
@@ -100,15 +100,15 @@ def _card(name: str, card: Any, source: str) -> Device:
 
 
 def find_device(text: str, gpus: Mapping[str, Device]) -> Device:
-    """The device that `text` names: a card (`H100`), a size (`24GB`), either several times (`8xH100`), or `cpu`.
+    """The device that `text` names: a card (`H100`), a size (`24GB`), several of either (`8xH100`), or `cpu`.
 
-    A size stands for the slowest card of at least that memory that the catalogue knows, so that time is not promised too short.
+    A size means the slowest of the smallest catalogue cards with at least that memory, so that time is not underestimated.
     """
     if text.strip().lower() == "cpu":
         return this_cpu()
     match = re.fullmatch(r"\s*(?:(\d+)\s*[xX*]\s*)?(.+?)\s*", text)
     if match is None or match[1] == "0":
-        raise HardwareError(Problem("TS701", f"{text!r} names no hardware", "--gpu", _WHY, "write 24GB, H100 or 8xH100"))
+        raise HardwareError(Problem("TS701", f"{text!r} is not a hardware name", "--gpu", _WHY, "write 24GB, H100 or 8xH100"))
     count, name = int(match[1] or 1), match[2]
     size = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*(?:G|GB|GiB)", name, re.IGNORECASE)
     if size is not None:
@@ -137,12 +137,12 @@ def _of_size(gib: float, gpus: Mapping[str, Device]) -> Device:
         fitting = [max(gpus.values(), key=lambda gpu: gpu.memory_bytes)]
     nearest = min(gpu.memory_bytes for gpu in fitting)
     like = min((gpu for gpu in fitting if gpu.memory_bytes == nearest), key=lambda gpu: gpu.flops["bfloat16"])
-    note = f"time and money as of {like.name}, the slowest card of that size; name your card for its own"
+    note = f"time and cost are those of {like.name}, the slowest card of that size; name your card for its own figures"
     return replace(like, name=f"{gib:g} GB GPU", memory_bytes=int(gib * GIB), note=note)
 
 
 def this_device(gpus: Mapping[str, Device]) -> Device:
-    """The machine at hand: its NVIDIA GPUs, by nvidia-smi, else its CPU."""
+    """Return the device of this machine: its NVIDIA GPUs as listed by nvidia-smi, else its CPU."""
     try:
         query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
         listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
@@ -156,13 +156,13 @@ def this_device(gpus: Mapping[str, Device]) -> Device:
 
 
 def surely_no_gpu() -> bool:
-    """Whether this machine has no GPU, told without torch: neither a driver's program nor a device of NVIDIA, AMD or WSL."""
+    """Whether this machine certainly has no GPU, without torch: no nvidia-smi and no device node of NVIDIA, AMD or WSL."""
     nodes = (*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd"), *Path("/dev").glob("dxg"))
     return shutil.which("nvidia-smi") is None and not nodes
 
 
 def named_by_driver(name: str, memory: int, gpus: Mapping[str, Device]) -> Device:
-    """The card that its driver calls so, with so many bytes of memory (0 where nobody knows): one like it of the catalogue."""
+    """The catalogue card that best matches a driver's name and memory in bytes (0 if unknown), with that name and memory."""
     by_key = {_key(known): gpu for known, gpu in gpus.items()}
     key = _key(name)
     known = by_key.get(key) or next((gpu for k, gpu in by_key.items() if k.startswith(key) or key.startswith(k)), None)
@@ -171,16 +171,16 @@ def named_by_driver(name: str, memory: int, gpus: Mapping[str, Device]) -> Devic
     return replace(known, name=name, memory_bytes=memory or known.memory_bytes)
 
 
-#: GFLOP/s of a core, and bytes/s of a machine's memory, before `--calibrate` has measured them.
+#: FLOP/s per core, and memory bandwidth in bytes/s, until `--calibrate` has measured them.
 _CORE_FLOPS = {"float32": 5e10, "bfloat16": 1.2e11}
 _CPU_BANDWIDTH = 2e10
 
-#: With AMX the demo's trainings took 28 to 99 MiB more than on processors without (SmolLM2-135M, Intel Xeon, 5th generation).
+#: Training runs of the demo took 28 to 99 MiB more with AMX than without (SmolLM2-135M, Intel Xeon, 5th generation).
 _AMX_PRODUCT_BYTES = 100 << 20
 
 
 def this_cpu() -> Device:
-    """The CPU at hand; its speed is a guess until it is calibrated."""
+    """The CPU of this machine; its speed is a guess until it is calibrated."""
     import psutil
 
     flags = _cpu_flags()
@@ -195,7 +195,7 @@ def this_cpu() -> Device:
 
 
 def _cpu_flags() -> dict[str, bool]:
-    """The processor's instructions as Linux names them, which is as torch does; none where the platform does not tell."""
+    """The CPU flags under their Linux names, which torch also uses; empty if the platform does not report them."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -1,4 +1,4 @@
-"""How much memory a stretch of work takes at its peak, beyond what the process held before it."""
+"""Peak memory of a section of work, beyond what the process held before it."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def _resettable() -> bool:
 
 
 class PeakMemory:
-    """The peak of a process's memory since `reset`, minus what was resident when the meter was made.
+    """The process's peak memory since `reset`, minus what was resident when the meter was created.
 
-    CUDA: bytes reserved by torch's allocator, so without the context. CPU: the kernel's high-water mark of resident
-    memory (Linux), which counts weights, gradients, optimizer states, activations and the allocator's slack. Elsewhere
-    the mark cannot be reset, so it also covers loading. Make it before the model is loaded, in a fresh process.
+    CUDA: bytes reserved by torch's allocator, so without the CUDA context. CPU: the kernel's high-water mark of resident
+    memory (Linux), which includes weights, gradients, optimizer states, activations and the allocator's slack. On other
+    platforms the mark cannot be reset, so it also covers loading. Create it before loading the model, in a fresh process.
     """
 
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available()
         self.resettable = not self.cuda and sys.platform == "linux" and _resettable()
-        give_back_freed_memory()  # else what was freed before would hide as much of what comes
+        give_back_freed_memory()  # otherwise memory freed earlier would hide later allocations
         self.baseline = 0 if self.cuda else int(psutil.Process().memory_info().rss)
 
     def reset(self) -> None:
-        """Forget earlier peaks, such as that of loading the model, and give back what that has freed."""
+        """Discard earlier peaks, such as that of loading the model, and return freed memory."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             return
@@ -56,7 +56,7 @@ class PeakMemory:
             _resettable()
 
     def peak_bytes(self) -> int:
-        """Bytes at the highest point since `reset` (or since the process began, where it cannot be reset)."""
+        """Bytes at the highest point since `reset` (or since the process began, if it cannot be reset)."""
         if self.cuda:
             return int(torch.cuda.max_memory_reserved())
         if self.resettable:

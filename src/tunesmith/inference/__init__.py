@@ -1,1 +1,1 @@
-"""What a model says: answers (`generate`), log-likelihoods of continuations (`scoring`), rewards."""
+"""Inference with a model: generated answers (`generate`), log-likelihoods of continuations (`scoring`), rewards."""

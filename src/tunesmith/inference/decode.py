@@ -1,9 +1,9 @@
-"""Answers to prompts that begin alike: what they share goes through the model once, and stands in memory once.
+"""Answers to prompts with a shared prefix: the prefix goes through the model once, and its keys and values are stored once.
 
-The prefix goes through alone, then the rests of all prompts, padded on the right, then one token of each at a time. A row's
-next token is written where its padding began, so that a place is seen by those behind it in its own row and by no others.
-Rows that have ended are taken out. Shapes: B rows, H query heads, K key heads, P places of the prefix, S places of a row
-behind it, L tokens at once, D head size.
+The prefix goes through the model first, then the suffixes of all prompts, right-padded, then one token per row and step. A
+row's next token is written where its padding began, so later tokens of the same row attend to it, and no other row does.
+Finished rows are removed. Shapes: B rows, H query heads, K key heads, P positions of the prefix, S positions of a row after
+it, L tokens per forward pass, D head size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAME = "tunesmith_decode"
 #: Chooses a token for each row by its logits (B, V).
 Choice = Callable[[torch.Tensor], list[int]]
 
-#: Entries of a generation config that choose tokens by more than their logits, and what changes nothing.
+#: Entries of a generation config that choose tokens by more than their logits, and their neutral values.
 _CHANGES: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
@@ -54,7 +54,7 @@ _CHANGES: dict[str, tuple[Any, ...]] = {
 
 
 class _Layer:
-    """One block's keys and values: of the prefix (1, K, P, D), and of each row behind it (B, K, S, D)."""
+    """One block's keys and values: of the prefix (1, K, P, D), and of each row after it (B, K, S, D)."""
 
     def __init__(self) -> None:
         self.prefix: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -62,9 +62,9 @@ class _Layer:
 
 
 class Places:
-    """What attention needs beside queries, keys and values; travels through the model's keyword arguments.
+    """The key/value cache and each token's slot; passed through the model's keyword arguments.
 
-    `slots` (B, L) says where behind the prefix each token stands; None while the prefix itself goes through.
+    `slots` (B, L) is each token's index after the prefix; None while the prefix itself goes through the model.
     """
 
     def __init__(self, layers: int, room: int) -> None:
@@ -73,7 +73,7 @@ class Places:
         self.slots: torch.Tensor | None = None
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows alone."""
+        """Keep only these rows."""
         for layer in self.layers:
             if layer.own is not None:
                 layer.own = (layer.own[0][rows], layer.own[1][rows])
@@ -118,9 +118,9 @@ def decode(
     max_new_tokens: int,
     choose: Choice = likeliest,
 ) -> list[list[int]]:
-    """For each prompt its answer, with the stop id that ended it. `shared` leading ids are the same in all prompts.
+    """For each prompt its answer, including the stop id that ended it. `shared` leading ids are the same in all prompts.
 
-    At least one id of each prompt must follow those. The caller asks `sharing_unsupported_reason` first.
+    At least one id of each prompt must follow them. The caller must check `sharing_unsupported_reason` first.
     """
     causal = causal_of(model)
     rests = [list(prompt[shared:]) for prompt in prompts]
@@ -179,12 +179,12 @@ def decode_attention(
     decode_places: Places | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention interface of transformers: (B, H, L, D) in, (B, L, H, D) out. Keys and values are kept.
+    """The attention interface of transformers: (B, H, L, D) in, (B, L, H, D) out. Keys and values are cached.
 
-    In float32 on a CPU: its bf16 products are compiled anew for each number of places.
+    Computes in float32 on a CPU: bf16 matmuls there are compiled separately for each number of positions.
     """
     if decode_places is None or attention_mask is not None or dropout:
-        raise ValueError("decoding needs its places, and neither a mask nor attention dropout")
+        raise ValueError("decoding needs `decode_places`, and supports neither a mask nor attention dropout")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     dtype = value.dtype
     exact = torch.float32 if query.device.type == "cpu" and dtype != torch.float64 else dtype
@@ -205,7 +205,7 @@ def decode_attention(
 
 
 def _first(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: _Layer, room: int, scale: float) -> torch.Tensor:
-    """All rows' rests: each token sees the prefix and those before it in its row. Leaves `room` places for each row."""
+    """All rows' suffixes: a token attends to the prefix and to earlier tokens of its row. Caches `room` positions per row."""
     batch, heads, length, size = key.shape
     made = [torch.zeros((batch, heads, room, size), dtype=key.dtype, device=key.device) for _ in range(2)]
     for kept, new in zip(made, (key, value), strict=True):
@@ -222,9 +222,9 @@ def _first(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: _
 
 
 def _next(query: torch.Tensor, layer: _Layer, slots: torch.Tensor, scale: float) -> torch.Tensor:
-    """One token of each row: the prefix in one product for all rows, their own places in another; one softmax over both."""
+    """One token of each row: one matmul over the prefix for all rows, one over their own positions; one softmax over both."""
     if layer.own is None:
-        raise AssertionError("the rests come first")
+        raise AssertionError("the suffixes come first")
     key, value = layer.own
     batch, heads, length, size = key.shape
     grouped = query.view(batch, heads, -1, size)  # (B, K, H / K, D)
@@ -245,5 +245,5 @@ def _next(query: torch.Tensor, layer: _Layer, slots: torch.Tensor, scale: float)
     return mixed.reshape(query.shape)
 
 
-# Not registered as a mask function: transformers then makes no mask and passes None.
+# Without a registered mask function, transformers makes no mask and passes None.
 ALL_ATTENTION_FUNCTIONS.register(NAME, decode_attention)

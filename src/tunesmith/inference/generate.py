@@ -1,4 +1,4 @@
-"""Answers to many prompts in batches, the longest first: greedy ones, or sampled ones."""
+"""Answers to many prompts in batches, the longest first: greedy or sampled."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def generate(
     temperature: float | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> list[list[int]]:
-    """For each prompt (token ids) the ids of its answer, with the stop id that ended it. Order is kept.
+    """For each prompt (token ids) the ids of its answer, including the stop id that ended it. Order is kept.
 
-    Greedy, or drawn from the softmax of logits / `temperature`. What the prompts of a batch share goes through the model once
-    where that is exact (`decode.sharing_unsupported_reason`). The longest batch comes first, so that too little memory shows at
-    once.
+    Greedy, or sampled from the softmax of logits / `temperature`. The prefix that the prompts of a batch share goes through the
+    model once if that is exact (`decode.sharing_unsupported_reason`). The longest batch runs first, so that running out of
+    memory shows immediately.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: list[list[int]] = [[] for _ in prompts]
@@ -42,7 +42,7 @@ def generate(
 
 
 def without_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
-    """The ids before the first stop."""
+    """The ids before the first stop id."""
     return ids[: _end(ids, stop_ids)]
 
 
@@ -62,7 +62,7 @@ def _sharing(
 def _padded(
     model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int, temperature: float | None
 ) -> list[list[int]]:
-    """By transformers. Prompts are padded on the left and told apart by the attention mask, so the pad id does not matter."""
+    """Generates with transformers. Prompts are left-padded under an attention mask, so the pad id does not matter."""
     longest = max(map(len, prompts))
     input_ids = torch.full((len(prompts), longest), stop_ids[0], dtype=torch.long)
     mask = torch.zeros((len(prompts), longest), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""What a reward model says of conversations."""
+"""A reward model's rewards for conversations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def rewards_of(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
-    """The reward of each row of token ids, one row at a time, so that nothing is padded; in eval mode and without gradients."""
+    """The reward of each row of token ids, one row at a time without padding; in eval mode and without gradients."""
     import torch
 
     model.eval()

@@ -1,10 +1,10 @@
-"""Log-likelihoods of continuations, as multiple-choice tasks ask for them, with what requests share computed once.
+"""Log-likelihoods of continuations, as multiple-choice tasks need them; shared prefixes are computed once.
 
-Requests of one task share a few-shot header, and those of one question all their context. They are laid out as prefix
-trees within a budget of tokens; a continuation's last token only has to be told, so it is in no tree, and the one-token
-choices of a question are told from one place. Logits are made for the places that tell a token, each once, a chunk at a time.
+Requests of one task share a few-shot header, and those of one question share their whole context. They are packed into prefix
+trees within a token budget. A continuation's last token is only a target, so it is in no tree, and the one-token choices of a
+question are predicted from one position. Logits are computed only for positions that predict a token, each once, in chunks.
 
-Shapes: N distinct places of one tree, V vocabulary.
+Shapes: N distinct positions of one tree, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from tunesmith.engine.packing.layout import Layout
 from tunesmith.engine.packing.tree import MIN_SHARED, Limits, build_tree, fill, shared_length, split_by_length
 from tunesmith.models.head import changes_logits
 
-#: Tokens that go through the model at once. Each tree pays for the header again, so few large trees are better than many
-#: small ones; docs/architecture.md has token counts, `benchmarks/mmlu_scoring.py --budgets` the seconds.
+#: Tokens per forward pass. Each tree recomputes the header, so few large trees are better than many small ones;
+#: docs/architecture.md has token counts, `benchmarks/mmlu_scoring.py --budgets` the seconds.
 MAX_TOKENS = 8192
 
-_AT_ONCE = 256  # padded rows that are split together: the split's cost grows with the square of their number
+_AT_ONCE = 256  # padded rows per call of the split, whose cost grows with the square of their number
 
 Row = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Request:
-    """How likely is `continuation` after `context`? Token ids both, neither of them empty."""
+    """Asks for the likelihood of `continuation` after `context`. Both are token ids, and neither is empty."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
     def __post_init__(self) -> None:
         if not self.context or not self.continuation:
-            raise ValueError("a request needs a context to tell from, and a continuation to tell")
+            raise ValueError("a request needs a context and a continuation, both non-empty")
 
     @property
     def row(self) -> Row:
-        """The ids that have to be computed: all but the last."""
+        """The ids that go through the model: all but the last."""
         return (*self.context, *self.continuation[:-1])
 
 
 class Likelihood(NamedTuple):
-    """log p(continuation | context) in nats, and whether greedy decoding would write the continuation."""
+    """log p(continuation | context) in nats, and whether greedy decoding would produce the continuation."""
 
     log_likelihood: float
     greedy: bool
 
 
 class _Label(NamedTuple):
-    """A token to tell: from which place of the batch, which id, for which request."""
+    """A token to score: the position in the batch that predicts it, its id, and its request."""
 
     place: int
     token: int
@@ -74,11 +74,11 @@ def log_likelihoods(
     max_tokens: int = MAX_TOKENS,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> list[Likelihood]:
-    """The likelihood of each request, in their order; the same as if each were computed alone.
+    """The likelihood of each request, in the requests' order; the same as if each were computed alone.
 
-    Rows go through the model as prefix trees of up to `max_tokens` tokens where that is exact for the model, else padded;
-    a longer row goes alone. Beside the requests, memory holds one batch at a time. Log-softmax is in float32, or in float64
-    where the model is. `on_batch` is told after each batch how many requests are done. Puts the model into eval mode.
+    Rows go through the model as prefix trees of up to `max_tokens` tokens if that is exact for the model, else padded;
+    a longer row goes alone. Apart from the requests, memory holds one batch at a time. Log-softmax is in float32, or in float64
+    if the model is. `on_batch` gets the number of finished requests after each batch. Puts the model into eval mode.
     """
     if not requests:
         return []
@@ -110,18 +110,18 @@ def log_likelihoods(
 
 
 def reason_for_padding(config: Any, requests: Iterable[Request]) -> str | None:
-    """Why these requests cannot be laid out as trees for this model, or None if they can."""
+    """Why these requests cannot be packed into trees for this model, or None if they can."""
     longest = max(len(request.context) + len(request.continuation) - 1 for request in requests)
     return tree_unsupported_reason(config, longest)
 
 
 def split_sorted(rows: Sequence[Row], max_tokens: int) -> list[Sequence[Row]]:
-    """Sorted rows cut into stretches whose trees have up to `max_tokens` tokens, so that least is computed again.
+    """Sorted rows cut into stretches whose trees have up to `max_tokens` tokens, with the fewest recomputed tokens.
 
-    What is paid again at a cut is what the rows on its two sides share; of equal ways the one with the fewest stretches is
-    taken. Exact, by dynamic programming from the left; a row beyond the budget is a stretch of its own.
+    A cut recomputes the prefix that the rows on its two sides share. Of equal solutions, the one with the fewest stretches is
+    chosen. Exact, by dynamic programming from the left; a row beyond the budget is a stretch of its own.
     """
-    # A tree shares all but the last few tokens of what a row has in common with the one before it: see `tree.build_tree`.
+    # A tree shares all but the last few tokens of the prefix that a row shares with the one before it: see `tree.build_tree`.
     shared = [0, *(max(0, shared_length(left, right) - MIN_SHARED + 1) for left, right in pairwise(rows))]
     best: list[tuple[int, int]] = [(0, 0)]  # for the first k rows: tokens computed, and stretches
     begins: list[int] = []
@@ -146,7 +146,7 @@ def split_sorted(rows: Sequence[Row], max_tokens: int) -> list[Sequence[Row]]:
 
 
 def _padded_groups(model: Any, rows: Sequence[Row], max_tokens: int) -> Iterator[Sequence[Row]]:
-    """Rows of like length, the longest first; few at once where the model's own forward makes the logits."""
+    """Rows of similar length, the longest first; small groups if the model's own forward computes the logits."""
     if changes_logits(model):
         max_tokens = min(max_tokens, chunk_rows(model.config.vocab_size))
     ordered = sorted(rows, key=len, reverse=True)
@@ -157,7 +157,7 @@ def _padded_groups(model: Any, rows: Sequence[Row], max_tokens: int) -> Iterator
 
 
 def _tree_batch(rows: Sequence[Row]) -> tuple[Batch, Sequence[Sequence[int]]]:
-    """The model's inputs for a tree of rows, and for each row the places of its tokens."""
+    """The model's inputs for a tree of rows, and for each row the indices of its tokens."""
     tree = fill(build_tree(rows))
     batch: Batch = {
         "input_ids": torch.tensor([tree.ids], dtype=torch.long),
@@ -168,7 +168,7 @@ def _tree_batch(rows: Sequence[Row]) -> tuple[Batch, Sequence[Sequence[int]]]:
 
 
 def _padded_batch(rows: Sequence[Row], pad_id: int | None) -> tuple[Batch, Sequence[Sequence[int]]]:
-    """The same for padded rows; places are counted through the rows, one after the other."""
+    """The same for padded rows; indices are into the flattened batch."""
     batch = padded(rows, pad_id)
     width = batch["input_ids"].shape[1]
     return batch, [range(number * width, number * width + len(row)) for number, row in enumerate(rows)]
@@ -176,13 +176,13 @@ def _padded_batch(rows: Sequence[Row], pad_id: int | None) -> tuple[Batch, Seque
 
 @torch.no_grad()
 def _tell(model: Any, batch: Batch, labels: list[_Label]) -> Iterator[tuple[_Label, float, bool]]:
-    """For each label its log-probability in nats, and whether no other token is likelier."""
+    """For each label its log-probability in nats, and whether it is the most likely token."""
     labels.sort()
     places = sorted({label.place for label in labels})
     number = {place: index for index, place in enumerate(places)}
     batch = to_device({**batch, "sources": torch.tensor(places, dtype=torch.long)}, model.device)
     told = 0
-    for first, logits in logits_in_chunks(model, batch):  # (places of the chunk, V)
+    for first, logits in logits_in_chunks(model, batch):  # (positions of the chunk, V)
         stop = told
         while stop < len(labels) and number[labels[stop].place] < first + len(logits):
             stop += 1

@@ -1,1 +1,1 @@
-"""Borders with the disk: atomic commits (`atomic`), rows with their place (`rows`), foreign folders (`safe`)."""
+"""Disk I/O: atomic commits (`atomic`), rows with their location (`rows`), untrusted model folders (`safe`)."""

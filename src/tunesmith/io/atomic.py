@@ -1,10 +1,10 @@
-"""The one module that commits files: a reader sees the old content or the new, never a part, and nothing foreign is lost.
+"""The only module that commits files: a reader sees the old content or the new, never a mix, and no foreign file is lost.
 
-A file is written beside its final name, synced, and renamed; a folder is filled under a hidden name and renamed whole. A
-crash leaves the old content and perhaps a hidden leftover, which the next commit of the same name takes care of.
+A file is written next to its final name, synced, and renamed. A folder is filled under a hidden name and renamed as a whole.
+A crash leaves the old content and perhaps a hidden leftover, which the next commit to the same name cleans up.
 
-A committed folder has a manifest (`MANIFEST`) of its kind and its files. Only a folder whose own manifest says that it is of
-the same kind, and that nothing else is in it, is ever replaced: whatever else stands at a name is refused.
+A committed folder has a manifest (`MANIFEST`) with its kind and its files. A folder is replaced only if its own manifest says
+that it is of the same kind, and if it holds nothing else. Anything else at that name is refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import psutil
 
 from tunesmith.errors import Problem, RunError
 
-MANIFEST = ".tunesmith"  # no suffix: what reads a model folder reads its *.json
+MANIFEST = ".tunesmith"  # no suffix: tools that read a model folder read its *.json
 
-_number = itertools.count()  # tells partial files of one process apart
-_CHUNK = 1 << 20  # bytes read at a time while hashing: 1 MiB
-_NAMED = 3  # foreign files that a message names
+_number = itertools.count()  # distinguishes the partial files of one process
+_CHUNK = 1 << 20  # bytes read per call while hashing: 1 MiB
+_NAMED = 3  # number of foreign files that a message names
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -62,7 +62,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Flush every file, and give it the mode of an ordinary new file: safetensors writes 0600, which no server reads."""
+    """Flush every file and give it the default mode of a new file: safetensors writes 0600, which a server cannot read."""
     umask = os.umask(0)
     os.umask(umask)
     for root, _, names in os.walk(folder):
@@ -75,7 +75,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove partial files of `path` that processes left which are no more."""
+    """Remove partial files of `path` left by processes that no longer exist."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*.partial"):
         owner = leftover.name.removesuffix(".partial").rpartition(".")[2].partition("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
@@ -83,9 +83,9 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one rename; on any error the old content stays and nothing is left beside it.
+    """Replace `path` with `data` in one rename. On any error the old content stays and no leftover remains.
 
-    Several processes may write the same file: each has a partial file of its own, and the last rename wins.
+    Several processes may write the same file: each has its own partial file, and the last rename wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
@@ -103,7 +103,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) in one rename."""
+    """Replace `path` with `text` (UTF-8) in one rename."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -113,17 +113,17 @@ def indented_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as indented JSON in one rename. NaN and infinities are refused (ValueError)."""
+    """Replace `path` with `value` as indented JSON in one rename. NaN and infinities are refused (ValueError)."""
     write_text(path, indented_json(value))
 
 
 def write_jsonl(path: Path, values: Iterable[Any]) -> None:
-    """Replace `path` by one line of JSON for each value, in one rename."""
+    """Replace `path` with one line of JSON per value, in one rename."""
     write_text(path, jsonl_text(values))
 
 
 def jsonl_text(values: Iterable[Any]) -> str:
-    """One line of JSON for each value."""
+    """One line of JSON per value."""
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
@@ -133,7 +133,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, value: Any) -> None:
-    """Append one line of JSON in a single write, so that a reader or a crash never sees two lines mixed."""
+    """Append one line of JSON in a single write, so that neither a reader nor a crash sees two lines interleaved."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
     with path.open("ab", buffering=0) as handle:
         handle.write(line.encode("utf-8"))
@@ -141,10 +141,10 @@ def append_jsonl(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def commit_folder(final: Path, kind: str) -> Iterator[Path]:
-    """Yield an empty folder that becomes `final` when the block ends well, and vanishes when it does not.
+    """Yield an empty folder that becomes `final` if the block succeeds and is removed if it fails.
 
-    An existing `final` is replaced where `check_replaceable` allows it, which is asked before the block and after it: it is
-    moved aside, the new folder takes its name, then the old one is deleted. Raises RunError where something else stands there.
+    An existing `final` is replaced if `check_replaceable` allows it, which is checked before and after the block. The old
+    folder is moved aside, the new one takes its name, then the old one is deleted. Raises RunError if anything else is there.
     """
     final = final.resolve()
     _recover(final)
@@ -171,7 +171,7 @@ def commit_folder(final: Path, kind: str) -> Iterator[Path]:
 
 
 def _recover(final: Path) -> None:
-    """Put back what a process that is no more had moved aside, and remove what it had not finished."""
+    """Restore what a dead process had moved aside, and remove what it had not finished."""
     for leftover in sorted(final.parent.glob(f".{glob.escape(final.name)}.tunesmith-*-*.*")):
         owner = leftover.name.rpartition(".tunesmith-")[2].partition("-")[0]
         if not owner.isdigit() or psutil.pid_exists(int(owner)):
@@ -183,9 +183,9 @@ def _recover(final: Path) -> None:
 
 
 def check_replaceable(final: Path, kind: str) -> None:
-    """Raise RunError unless nothing stands at `final`, or an empty folder, or one that was committed as `kind`, unchanged.
+    """Raise RunError unless `final` is free, an empty folder, or an unchanged folder that was committed as `kind`.
 
-    A link is followed. To be asked before long work, so that it is not done in vain.
+    Links are followed. Call it before long work, so that the work is not wasted.
     """
     final = final.resolve()
     if not final.exists():
@@ -194,33 +194,33 @@ def check_replaceable(final: Path, kind: str) -> None:
             raise foreign(final, f"{standing.name} is a file, not a folder")
         return
     if not final.is_dir():
-        raise foreign(final, "a file stands there")
+        raise foreign(final, "there is a file at this path")
     if final == Path.cwd():
-        raise foreign(final, "it is the folder that you work in")
+        raise foreign(final, "it is the current working folder")
     if not any(final.iterdir()):
         return
-    found = changes(final, kind, whole=False)  # what is gone cannot be lost
+    found = changes(final, kind, whole=False)  # replacing cannot lose files that are gone already
     if found:
         more = len(found) - _NAMED
         raise foreign(final, "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else ""))
 
 
 def foreign(final: Path, what: str) -> RunError:
-    """The error that something at a name is not ours to replace."""
+    """The error for a path that tunesmith may not replace."""
     why = "tunesmith never removes or replaces what it did not write"
-    fix = "name another folder, or move away what is yours"
+    fix = "name another folder, or move your files away"
     return RunError(Problem("TS015", f"this cannot be replaced: {what}", str(final), why, fix))
 
 
 def changes(folder: Path, kind: str, *, whole: bool = True) -> list[str]:
-    """What tells a folder from the one that was committed as `kind`, in words; nothing where each byte is as it was.
+    """How a folder differs from the one committed as `kind`, in words; empty if it is byte-identical.
 
-    `whole`: what is not there any more is a change too.
+    `whole`: missing files count as changes too.
     """
     found = _read_manifest(folder)
     if found is None:
         held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:_NAMED])
-        return [f"it holds {held} and no manifest ({MANIFEST}) as it was written"]
+        return [f"it holds {held} but no intact manifest ({MANIFEST})"]
     if found["kind"] != kind:
         return [f"it is a folder of another kind ({found['kind']}, not {kind})"]
     files, here = found["files"], _entries(folder)
@@ -237,14 +237,14 @@ def _difference(path: Path, name: str, wanted: dict[str, Any] | None) -> str | N
     if not os.path.lexists(path):
         return f"{name} is missing"
     if path.is_symlink() or not path.is_file():
-        return f"{name} is no file any more"
+        return f"{name} is no longer a file"
     if path.stat().st_size != wanted["bytes"]:
-        return f"{name} is cut off or longer"
-    return None if sha256_file(path) == wanted["sha256"] else f"{name} is changed"
+        return f"{name} has another size"
+    return None if sha256_file(path) == wanted["sha256"] else f"{name} was changed"
 
 
 def _entries(folder: Path) -> set[str]:
-    """Paths of all files and links below `folder`, and of empty folders with a slash behind, but for its manifest."""
+    """Paths of all files and links below `folder` except its manifest; empty folders end with a slash."""
     found: set[str] = set()
     for root, folders, names in os.walk(folder):
         base = Path(root)
@@ -264,7 +264,7 @@ def _manifest(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """A folder's manifest; None where there is none, or one in any other form than it is written in."""
+    """A folder's manifest; None if there is none, or if it is not exactly as tunesmith writes it."""
     try:
         text = (folder / MANIFEST).read_bytes()
         found: dict[str, Any] = json.loads(text)
@@ -275,7 +275,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def committed_files(folder: Path) -> dict[str, str]:
-    """Digests by path of the files of a folder that has just been committed, with its manifest's own."""
+    """Digests by path of the files of a folder that has just been committed, including its manifest."""
     found = _read_manifest(folder)
     if found is None:
         raise AssertionError("not a folder that was just committed")
@@ -284,9 +284,9 @@ def committed_files(folder: Path) -> dict[str, str]:
 
 
 def remove_folder(folder: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Remove a committed folder, changed or not; one that holds what its manifest does not name stays as it is.
+    """Remove a committed folder, changed or not. A folder with files that its manifest does not name is left alone.
 
-    Where the manifest cannot be read, files that end with one of `suffixes` count as named.
+    If the manifest cannot be read, files that end with one of `suffixes` count as named.
     """
     found, here = _read_manifest(folder), _entries(folder)
     if not here - set(found["files"]) if found else all(name.endswith(suffixes) for name in here):
@@ -294,9 +294,9 @@ def remove_folder(folder: Path, suffixes: tuple[str, ...] = ()) -> None:
 
 
 def empty_folder(folder: Path, names: Collection[str]) -> None:
-    """Remove the entries of `folder` with these names. Raises RunError, with nothing removed, where it holds anything else.
+    """Remove the entries of `folder` with these names. If it holds anything else, raises RunError and removes nothing.
 
-    Neither are folders in it, which were committed, removed together with what was put into them later.
+    Anything added later to a committed folder inside it also counts as something else.
     """
     if not folder.exists():
         return
@@ -308,7 +308,7 @@ def empty_folder(folder: Path, names: Collection[str]) -> None:
         inside = manifest.parent.relative_to(folder).as_posix()
         strangers += [f"{inside}/{name}" for name in sorted(_entries(manifest.parent) - set(found["files"]))]
     if strangers:
-        raise foreign(folder, f"{', '.join(strangers[:_NAMED])} in it does not belong to it")
+        raise foreign(folder, f"it also holds {', '.join(strangers[:_NAMED])}")
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

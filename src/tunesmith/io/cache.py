@@ -1,4 +1,4 @@
-"""Where tunesmith keeps what it fetched or computed once for all runs."""
+"""The cache folder: what tunesmith fetches or computes once for all runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Files that may be compressed (`.gz`, `.zst`), opened for reading bytes; damage is an error that names the file.
+"""Plain or compressed (`.gz`, `.zst`) files opened for reading bytes; damage is an error that names the file.
 
-A small one can hold a line that fits in no memory, so lines are read by `lines_of`, which never holds more than so much.
+A small compressed file can hold a line too large for memory. `lines_of` therefore reads lines with a size limit.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import BinaryIO, cast
 
 from tunesmith.errors import DataError, Problem
 
-#: Bytes of a line, or of a row. No context is as long.
+#: Maximum bytes of a line or a row. No context window is that long.
 LONGEST_LINE = 64 << 20
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
 def plain_suffix(path: Path) -> str:
-    """The suffix that tells the kind of rows: `.jsonl` of `a.jsonl.zst`."""
+    """The suffix that gives the file format: `.jsonl` for `a.jsonl.zst`."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed on the way. Raises DataError where what is read turns out to be damaged."""
+    """The file's bytes, decompressed while reading. Raises DataError if the data read is damaged."""
     try:
         with _open(path) as handle:
             yield handle
@@ -41,7 +41,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def lines_of(handle: BinaryIO) -> Iterator[bytes | None]:
-    """The lines of a file, None for each that is too long: it is passed over, and never in memory whole."""
+    """The lines of a file; None for each line that is too long, which is skipped and never held in memory as a whole."""
     while raw := handle.readline(LONGEST_LINE + 1):
         if len(raw) <= LONGEST_LINE:
             yield raw
@@ -52,7 +52,7 @@ def lines_of(handle: BinaryIO) -> Iterator[bytes | None]:
 
 
 def too_long() -> str:
-    """What is said of a line or a row for which `lines_of` gives None."""
+    """How messages describe a line or a row for which `lines_of` yields None."""
     return f"more than {LONGEST_LINE >> 20} MiB in one"
 
 
@@ -68,7 +68,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _damaged(path: Path, name: str, error: Exception) -> DataError:
-    fix = f"get the file again, or compress it again with {name}"
+    fix = f"download the file again, or compress it again with {name}"
     return DataError(
-        Problem("TS114", f"not a whole {name} file: {error}", str(path), "the rows after the damage are lost", fix)
+        Problem("TS114", f"not a complete {name} file: {error}", str(path), "the rows after the damage are lost", fix)
     )

@@ -1,8 +1,8 @@
-"""Sentences with a tag for each word, in the column format of the CoNLL shared tasks.
+"""Sentences with one tag per word, in the column format of the CoNLL shared tasks.
 
-A line holds a word and, after blanks or tabs, its columns, of which the last is the tag; an empty line ends a sentence. Tags
-are `B-type`, `I-type` and `O` (also with `S-` and `E-`, as IOBES has them); an `I-` with no such entity before it begins one
-(IOB1). Lines of `-DOCSTART-`, and lines with `#` before a sentence that do not end with a tag, are left out.
+A line holds a word and its columns, separated by blanks or tabs; the last column is the tag. An empty line ends a sentence.
+Tags are `B-type`, `I-type` and `O`, and `S-` and `E-` as in IOBES. An `I-` without such an entity before it begins one (IOB1).
+`-DOCSTART-` lines are skipped, and so are `#` lines before a sentence that do not end with a tag.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from tunesmith.errors import Problem
 from tunesmith.io.compressed import lines_of, opened, too_long
 
-#: The last is how the test set of WNUT 2017 is published.
+#: The test set of WNUT 2017 is published with the last suffix.
 SUFFIXES = (".conll", ".iob", ".iob2", ".bio", ".annotated")
 
-LONGEST_SENTENCE = 1_000_000  # words: more is a file without empty lines
+LONGEST_SENTENCE = 1_000_000  # words; a longer sentence means a file without empty lines
 
 _TAG = re.compile(r"O|[BIES]-\S+")
 
@@ -26,9 +26,9 @@ Read = tuple[str, Any, Problem | None]  # where, value, problem
 
 
 def conll_rows(path: Path) -> Iterator[Read]:
-    """A row for each sentence, at the line of its first word: `tokens`, `tags`, `text` (joined by blanks) and `entities`.
+    """One row per sentence, located at the line of its first word: `tokens`, `tags`, `text` (joined by blanks), `entities`.
 
-    Entities are `{"type": ..., "text": ...}` in order. A sentence with a line that has no tag, or is not UTF-8, is a problem.
+    Entities are `{"type": ..., "text": ...}` in order. A line without a tag, or not in UTF-8, makes its sentence a problem.
     """
     words: list[list[str]] = []
     problem, begun, separator = None, 1, None
@@ -56,7 +56,7 @@ def conll_rows(path: Path) -> Iterator[Read]:
 
 
 def _text(raw: bytes | None, number: int) -> tuple[str, str | None]:
-    """A line's text, or what is wrong with it."""
+    """A line's text, and what is wrong with it (None if nothing is)."""
     if raw is None:
         return "?", f"a line of {too_long()}"
     try:
@@ -75,7 +75,7 @@ def _sentence(where: str, words: Sequence[Sequence[str]], problem: Problem | Non
 
 
 def entities(tokens: Sequence[str], tags: Sequence[str]) -> list[dict[str, str]]:
-    """The entities that tags mark, in order, with their words joined by blanks."""
+    """The entities that the tags mark, in order, their words joined by blanks."""
     found: list[tuple[str, list[str]]] = []
     goes_on = False
     for token, tag in zip(tokens, tags, strict=True):
@@ -92,7 +92,5 @@ def entities(tokens: Sequence[str], tags: Sequence[str]) -> list[dict[str, str]]
 
 
 def _bad_line(where: str, detail: str) -> Problem:
-    why = "a sentence that cannot be read cannot be trained on, and guessing would change your data quietly"
-    return Problem(
-        "TS116", f"not a line of CoNLL: {detail}", where, why, "write a word, a tab and its tag, such as B-person or O"
-    )
+    why = "a sentence that cannot be read cannot be trained on, and guessing would silently change your data"
+    return Problem("TS116", f"not a CoNLL line: {detail}", where, why, "write a word, a tab and its tag, such as B-person or O")

@@ -1,4 +1,4 @@
-"""Documents of raw text: plain files, folders of them, and rows with a `text` column."""
+"""Raw-text documents: plain files, folders of plain files, and rows with a `text` column."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tunesmith.errors import DataError, Problem
 from tunesmith.io.atomic import sha256_file, sha256_json
 from tunesmith.io.rows import Row, read_rows
 
-#: Suffixes of files that are one document each.
+#: Suffixes of files that hold one document each.
 PLAIN = (".txt", ".md")
 
 
 def read_documents(path: Path | str, split: str | None = None) -> Iterator[Row]:
-    """Rows with a `text`: those that `read_rows` reads, or one for each .txt or .md file.
+    """Rows with a `text`: the rows that `read_rows` reads, or one row per .txt or .md file.
 
-    A folder gives its .txt and .md files, also those in folders below it, sorted by path; with a `split` it is a data set, as
-    `read_rows` has it. A file that is not UTF-8 comes as a row with a problem. Raises DataError as `read_rows` does, and for a
-    folder without such files.
+    A folder yields its .txt and .md files, including those in subfolders, sorted by path. With a `split` it is read as a data
+    set, as in `read_rows`. A file that is not UTF-8 yields a row with a problem. Raises DataError as `read_rows` does, and for
+    a folder without such files.
     """
     file = Path(path)
     if split is None and file.is_dir():
@@ -33,12 +33,12 @@ def read_documents(path: Path | str, split: str | None = None) -> Iterator[Row]:
 
 
 def reader_of(*, documents: bool) -> Callable[[Path | str, str | None], Iterator[Row]]:
-    """What reads rows, or documents: path and split to rows."""
+    """The reader for documents or for rows; it takes a path and a split and yields rows."""
     return read_documents if documents else read_rows
 
 
 def plain_files(folder: Path) -> list[Path]:
-    """The .txt and .md files below a folder, sorted."""
+    """All .txt and .md files below a folder, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in PLAIN)
 
 
@@ -51,5 +51,5 @@ def _document(path: Path) -> Row:
     try:
         return Row(str(path), {"text": path.read_bytes().decode("utf-8-sig")})
     except UnicodeDecodeError as error:
-        why = "bytes that are no text would be trained on as something else"
+        why = "text in another encoding would be trained on as garbled text"
         return Row(str(path), None, Problem("TS108", f"not UTF-8: {error}", str(path), why, "convert the file to UTF-8"))

@@ -1,7 +1,7 @@
-"""Data sets of several files: which files of a folder, or of a repository of the hub, hold the rows of a split.
+"""Data sets of several files: which files of a folder or a hub repository hold the rows of a split.
 
-Files are listed here and read like single ones. A data set's own description (README.md, a loading script) is read as names of
-its own files and nothing else: libraries that follow it open whatever path it names.
+Files are listed here and read like single files. From a data set's own description (README.md, a loading script) only the
+names of its own files are used. Libraries that follow such a description open any path that it names.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from tunesmith.errors import DataError, Problem, first_line
 
 HUB = "hub:"  # hub:owner/name or hub:owner/name@revision
 
-#: How splits are called in the names of files and folders, by the name that they have here.
+#: Split names, and the words for them in the names of files and folders.
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval"),
 }
-#: What tells of a data set in JSON, as `datasets` saves it, and holds no rows.
+#: Metadata files in JSON that `datasets` saves; they hold no rows.
 _TOLD = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_README = 1 << 20  # bytes of a README.md that are looked at
+_README = 1 << 20  # bytes of a README.md that are read
 
 Kind = Callable[[Path], bool]
 
 
 def files_of(folder: Path, split: str | None, is_rows: Kind) -> Iterator[Path]:
-    """The files of a folder, and of folders in it, with the rows of `split` (train by default), sorted by path.
+    """The files of a folder and its subfolders with the rows of `split` (train by default), sorted by path.
 
-    Raises DataError where there is none, or a link leads out of the folder.
+    Raises DataError if there are none, or if a link leads out of the folder.
     """
     root = folder.resolve()
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and root not in (target := Path(os.path.realpath(path))).parents and not _in_cache(path, target):
-            why = "whoever made the folder would decide which other files of yours are trained on"
+            why = "the author of the folder could choose which of your other files are trained on"
             fix = "copy the file into the folder, or remove the link"
             raise DataError(Problem("TS101", "a link that leads out of the data folder", str(path), why, fix))
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -50,7 +50,7 @@ def files_of(folder: Path, split: str | None, is_rows: Kind) -> Iterator[Path]:
 
 
 def _in_cache(path: Path, target: Path) -> bool:
-    """Whether a link is the hub cache's own: snapshots/<commit>/... to blobs/<sha> of the same repository."""
+    """Whether a link belongs to the hub cache: snapshots/<commit>/... to blobs/<sha> of the same repository."""
     return target.parent.name == "blobs" and target.parent.parent / "snapshots" in path.absolute().parents
 
 
@@ -61,7 +61,7 @@ def hub_name(path: str) -> tuple[str, str | None]:
 
 
 def hub_commit(path: str) -> str:
-    """The commit that `hub:owner/name@revision` stands for; asks the hub unless the revision is a commit. Raises DataError."""
+    """The commit that `hub:owner/name@revision` resolves to; asks the hub unless it is a commit already. Raises DataError."""
     name, revision = hub_name(path)
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
@@ -69,7 +69,7 @@ def hub_commit(path: str) -> str:
 
 
 def hub_files(path: str, split: str | None, is_rows: Kind) -> Iterator[Path]:
-    """The files of a data set of the hub with the rows of `split`, each fetched when its turn comes. Raises DataError."""
+    """The files of a hub data set with the rows of `split`, each fetched only when it is reached. Raises DataError."""
     name, revision = hub_name(path)
     info = _info(path, name, revision)
     names = sorted(each.rfilename for each in info.siblings or [])
@@ -105,7 +105,7 @@ def _unreachable(path: str, error: Exception) -> DataError:
 
 
 def _described(readme: bytes) -> list[dict[str, Any]]:
-    """What a README.md's front matter lists under `configs`; nothing where it is not as the hub has it."""
+    """What a README.md's front matter lists under `configs`; empty if it is not in the hub's form."""
     found = re.match(r"---\s*\n(.*?)\n---", readme.decode("utf-8", "replace"), re.DOTALL)
     try:
         value = yaml.safe_load(found[1]) if found else None
@@ -118,11 +118,11 @@ def _described(readme: bytes) -> list[dict[str, Any]]:
 def _of_split(
     names: Sequence[str], described: Sequence[Mapping[str, Any]], split: str | None, is_rows: Kind, where: str
 ) -> list[str]:
-    """The names of the split's files: by the data set's description where it lists its own files, else by their names."""
+    """The names of the split's files: from the data set's description if it lists its files, else from their names."""
     rows = [name for name in names if is_rows(Path(name)) and PurePosixPath(name).name not in _TOLD and "/." not in f"/{name}"]
     if not rows:
         why = "there is nothing to train on"
-        raise DataError(Problem("TS101", "no data file in it", where, why, "check the path, or name a file of rows"))
+        raise DataError(Problem("TS101", "no data files found", where, why, "check the path, or name a file of rows"))
     parts = _by_description(rows, described, where) or _by_name(rows)
     if (found := parts.get(split or "train")) is None:
         fix = f"set `split` to one of: {', '.join(sorted(parts)[:20])}"
@@ -131,11 +131,11 @@ def _of_split(
 
 
 def _by_name(names: Sequence[str]) -> dict[str, list[str]]:
-    """Names by split; where none says which it is of, all are `train`."""
+    """File names by split; if no name gives a split, all are `train`."""
     parts: dict[str, list[str]] = {}
     for name in names:
         sharded = re.search(r"([^/]+)-\d{5}-of-\d{5}", name)
-        if sharded and sharded[1] != "data":  # as the hub has them: train_sft-00000-of-00003.parquet
+        if sharded and sharded[1] != "data":  # the hub's naming: train_sft-00000-of-00003.parquet
             parts.setdefault(sharded[1], []).append(name)
             continue
         words = re.split(r"[^a-z0-9]+", name.lower())
@@ -147,12 +147,12 @@ def _by_name(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _by_description(names: Sequence[str], described: Sequence[Mapping[str, Any]], where: str) -> dict[str, list[str]]:
-    """Names by split as the one configuration, or the default one, has them; nothing where none lists files."""
+    """File names by split from the only or the default configuration; empty if none lists files."""
     listed = [each for each in described if each.get("data_files")]
     chosen = [each for each in listed if each.get("default") is True or each.get("config_name") == "default"] or listed
     if len(chosen) > 1:
         several = ", ".join(name[:40] for each in chosen[:20] if isinstance(name := each.get("config_name"), str))
-        why, fix = "rows of different kinds would be mixed", "download the files of one, and name them in data.train"
+        why, fix = "rows of different kinds would be mixed", "download one configuration, and name its files in data.train"
         raise DataError(Problem("TS101", f"the data set has several configurations ({several})", where, why, fix))
     parts: dict[str, list[str]] = {}
     for split, pattern in (pair for each in chosen for pair in _patterns(each["data_files"])):
@@ -162,7 +162,7 @@ def _by_description(names: Sequence[str], described: Sequence[Mapping[str, Any]]
 
 
 def _patterns(entries: Any) -> Iterator[tuple[str, str]]:
-    """(split, pattern) of what `data_files` lists: a pattern, several, or several for each split."""
+    """(split, pattern) pairs from `data_files`: one pattern, several, or several per split."""
     for entry in entries if isinstance(entries, list) else [entries]:
         split, paths = (entry.get("split", "train"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
         for pattern in paths if isinstance(paths, list) else [paths]:

@@ -1,11 +1,11 @@
-"""The one module that reads rows, and knows where each row stands (file, line, column).
+"""The only module that reads rows; it knows the location of each row (file, line, column).
 
-Covered: `.jsonl` (one JSON object a line), `.json` (one array of objects, or an object with an array for each split), `.csv`
-(with a header) and `.conll`, plain or compressed as `.gz` or `.zst`; `.parquet`, `.arrow` and `.feather`; a folder with such
-files, or a data set of the hub with them (`hub:owner/name`). All but `.json` stream: memory does not grow with the rows. A
-`.json` file is read whole, as its end decides whether it is one.
+Covered: `.jsonl` (one JSON object per line), `.json` (one array of objects, or an object with one array per split), `.csv`
+(with a header) and `.conll`, plain or compressed as `.gz` or `.zst`; `.parquet`, `.arrow` and `.feather`; a folder or a hub
+data set (`hub:owner/name`) with such files. All formats except `.json` stream: memory does not grow with the number of rows.
+A `.json` file is read as a whole, because only its end shows whether it is valid.
 
-A row that is an array has its values as the columns `0`, `1`, ...
+The values of a row that is an array become the columns `0`, `1`, ...
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tunesmith.io import conll, tables
 from tunesmith.io.compressed import lines_of, opened, plain_suffix, too_long
 from tunesmith.io.folders import HUB, files_of, hub_files
 
-LARGEST_JSON = 1 << 30  # bytes, unpacked
+LARGEST_JSON = 1 << 30  # bytes, decompressed
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as read: its place `file:line`, its value, or the problem that kept it from being read."""
+    """One row as read: its location `file:line`, and its value or the problem that kept it from being read."""
 
     where: str
     value: dict[str, Any] | None
@@ -38,8 +38,8 @@ def _malformed(where: str, detail: str) -> Problem:
         "TS102",
         f"not valid JSON: {detail}",
         where,
-        "a row that cannot be read cannot be trained on, and guessing would change your data quietly",
-        "correct that line; a .jsonl file holds exactly one JSON object on each line, a .json file one array, or one a split",
+        "a row that cannot be read cannot be trained on, and guessing would silently change your data",
+        "correct that line; a .jsonl file holds one JSON object per line, a .json file one array, or one array per split",
     )
 
 
@@ -79,7 +79,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _line(where: str, raw: bytes, encoding: str) -> Row | None:
-    """The row in one line; None for a blank one."""
+    """The row of a line; None for a blank line."""
     try:
         line = raw.decode(encoding).strip()
         return _row(where, _DECODER.decode(line)) if line else None
@@ -90,7 +90,7 @@ def _line(where: str, raw: bytes, encoding: str) -> Row | None:
 
 
 class _JsonFile:
-    """A `.json` file, read from its start to its end with the line that each row stands on."""
+    """A `.json` file, read from start to end; it tracks the line of each row."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._position, self._line, self._counted = path, 0, 1, 0
@@ -98,15 +98,15 @@ class _JsonFile:
             with opened(path) as handle:
                 content = handle.read(LARGEST_JSON + 1)
             if len(content) > LARGEST_JSON:
-                what = f"more than {LARGEST_JSON >> 30} GiB, and a .json file is read whole"
+                what = f"more than {LARGEST_JSON >> 30} GiB, and a .json file is read as a whole"
                 why = "it would not fit in memory"
-                raise DataError(Problem("TS102", what, str(path), why, "write one row a line, as .jsonl"))
+                raise DataError(Problem("TS102", what, str(path), why, "write one row per line, as .jsonl"))
             self._text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(_malformed(str(path), str(error))) from error
 
     def rows(self, split: str | None) -> Iterator[Row]:
-        """The rows of the one array, or of the split's. Raises DataError for a split that is not there, and broken JSON."""
+        """The rows of the only array, or of the split's array. Raises DataError for a missing split or invalid JSON."""
         first = self._next()
         if first == "[" and split is not None:
             raise _no_split(self._path, split)
@@ -115,9 +115,9 @@ class _JsonFile:
         elif first == "{":
             yield from self._object(split or "train")
         elif first:
-            raise self._broken("a .json file must hold one array of objects, or an object with an array for each split")
+            raise self._broken("a .json file must hold one array of objects, or an object with one array per split")
         if self._next():
-            raise self._broken("text follows after the end")
+            raise self._broken("there is text after the end")
 
     def _array(self) -> Iterator[Row]:
         for _ in self._entries("]"):
@@ -142,7 +142,7 @@ class _JsonFile:
             raise _no_split(self._path, wanted, splits)
 
     def _entries(self, end: str) -> Iterator[None]:
-        """Steps over what opens, parts and closes an array or an object; what is between is for the caller to read."""
+        """Consumes the brackets and commas of an array or an object; the caller reads each entry."""
         self._position += 1
         if self._next() == end:
             self._position += 1
@@ -167,7 +167,7 @@ class _JsonFile:
         return value
 
     def _next(self) -> str:
-        """The next character that is not blank, or nothing at the end."""
+        """The next character that is not a blank; empty at the end."""
         while self._position < len(self._text) and self._text[self._position] in " \t\r\n":
             self._position += 1
         return self._text[self._position : self._position + 1]
@@ -182,7 +182,7 @@ class _JsonFile:
 
 
 def _no_split(path: Path, split: str, splits: Sequence[str] = ()) -> DataError:
-    fix = f"set `split` to one of: {', '.join(splits[:20])}" if splits else "leave `split` out"
+    fix = f"set `split` to one of: {', '.join(splits[:20])}" if splits else "remove `split`"
     return DataError(Problem("TS101", f"the file has no split {split!r}", str(path), "other rows would be read", fix))
 
 
@@ -198,14 +198,14 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".arrow": _tabled(tables.arrow_rows),
     ".feather": _tabled(tables.arrow_rows),
 }
-_TEXT = (".jsonl", ".json", ".csv", *conll.SUFFIXES)  # may be compressed; the others compress themselves
+_TEXT = (".jsonl", ".json", ".csv", *conll.SUFFIXES)  # may be compressed; the other formats compress internally
 
 
 _KINDS = (".json", *_READERS)
 
 
 def is_rows(path: Path) -> bool:
-    """Whether a file is of a kind that `read_rows` reads, by its name."""
+    """Whether `read_rows` supports a file, judging by its name."""
     kind = plain_suffix(path)
     return kind in _KINDS and (kind == path.suffix or kind in _TEXT)
 
@@ -216,11 +216,11 @@ def _all_of(files: Iterable[Path]) -> Iterator[Row]:
 
 
 def read_rows(path: Path | str, split: str | None = None) -> Iterator[Row]:
-    """Rows of a file, a folder or a hub data set in order; unreadable lines come as rows with a problem.
+    """Rows of a file, a folder or a hub data set in order; an unreadable line yields a row with a problem.
 
     `split` names the part of a folder, a hub data set, or a `.json` file that is an object (`train` by default); other files
-    have none. Raises DataError where the file is missing, of an unknown kind, damaged, or a broken array (nothing after the
-    break could be told apart). An empty file yields nothing: the caller says so.
+    have no splits. Raises DataError if the file is missing, of an unknown kind, damaged, or an invalid array (rows after the
+    error could not be separated). An empty file yields nothing; reporting that is up to the caller.
     """
     if str(path).startswith(HUB):
         return _all_of(hub_files(str(path), split, is_rows))

@@ -1,9 +1,9 @@
-"""The border where foreign model folders are opened: safetensors only, nothing outside the folder, no code, no surprise.
+"""Safe opening of untrusted model folders: safetensors only, nothing outside the folder, no code execution.
 
-`check_model_folder` looks at names, kinds and sizes of files, at JSON and at the headers of weights, before any model library
-sees the folder. What is looked for is whatever such a library takes up besides the file that it is asked for: transformers
-follows a shard index to `../x.safetensors` and an adapter_config.json to another model, fetches kernels of attention that
-config.json names, and `trust_remote_code=False` has been overridden by a model's own config (CVE-2026-5241).
+`check_model_folder` checks file names, types and sizes, JSON files and the headers of weights before any model library sees
+the folder. It looks for everything that such a library follows beyond the requested file. transformers follows a shard index
+to `../x.safetensors` and an adapter_config.json to another model, and fetches attention kernels that config.json names.
+`trust_remote_code=False` has been overridden by a model's own config (CVE-2026-5241).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tunesmith.errors import ModelError, Problem
 from tunesmith.io.tensors import Stored, read_header
 
 _WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".joblib")
-_PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))  # how a pickle begins, from protocol 2 on
-#: What libraries read of a folder, and the most bytes that are believable. Vocabularies are the largest of the texts.
+_PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))  # first bytes of a pickle, from protocol 2 on
+#: Files that libraries read from a folder, and their maximum plausible bytes. Vocabularies are the largest text files.
 _LIMITS = {".json": 64 << 20, ".jinja": 1 << 20, ".model": 256 << 20, ".txt": 256 << 20}
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # their keys are the model's words, not settings
-#: How attention and experts may be computed: what transformers has itself. Other names are looked for on a hub.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # their keys are vocabulary entries, not settings
+#: Allowed implementations of attention and experts: those in transformers itself. It looks up other names on the hub.
 _IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 _MODEL_TYPE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _SIZE = re.compile(r"num_\w*(layers|heads|experts)|n_(layer|head|embd|positions)|(hidden|intermediate|vocab)_size|head_dim")
@@ -35,15 +35,15 @@ _checked: dict[tuple[str, bool], tuple[Any, ...]] = {}
 
 
 def check_model_folder(folder: Path, *, weights: bool = True) -> None:
-    """Raise ModelError with every reason not to open `folder`; `weights=False` accepts one without weights.
+    """Raise ModelError with every reason not to open `folder`; `weights=False` accepts a folder without weights.
 
-    Covered: a missing folder or config, pickles under any name, `auto_map` (code in the folder) in any file of settings, a
-    shard index, a link or a setting that leads outside, an adapter that names another model, kernels from a hub, files that
-    are none or beyond all size, JSON that is none, sizes that no model has, torn or overlapping weights. Not covered: what a
-    template does when it is rendered, and whether the weights are those of the config (models/fits.py).
+    Covered: a missing folder or config; pickles under any name; `auto_map` (code in the folder) in any settings file; a shard
+    index, a link or a setting that leads outside; an adapter that names another model; kernels from a hub; entries that are
+    not files or are far too large; invalid JSON; impossible model sizes; truncated or overlapping weights. Not covered: what
+    a template does when it is rendered, and whether the weights match the config (models/fits.py).
     """
     if not folder.is_dir():
-        fix = "check the path; built in is smollm2-135m-instruct"
+        fix = "check the path; the built-in model is smollm2-135m-instruct"
         raise ModelError(_problem("TS201", "the model folder does not exist", folder, fix))
     entries = sorted(_entries(folder))
     key, state = (str(folder.resolve()), weights), tuple((str(path), _stamp(path)) for path in entries)
@@ -68,7 +68,7 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Shapes of all tensors of a folder that `check_model_folder` passes, those of its index where it has one."""
+    """Dtypes and shapes of all tensors of a checked model folder; only the files of its shard index if it has one."""
     index = folder / "model.safetensors.index.json"
     named = (
         set(_json(index)["weight_map"].values()) if index.is_file() else {path.name for path in folder.glob("*.safetensors")}
@@ -77,12 +77,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _problem(code: str, what: str, where: Path, fix: str) -> Problem:
-    why = "a model folder is foreign input: it must not run code, reach outside itself, or fail in the middle of a run"
+    why = "a model folder is untrusted input: it must not run code, reach outside itself, or fail in the middle of a run"
     return Problem(code, what, str(where), why, fix)
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """What lies in the folder, and in the one subfolder that tokenizers read."""
+    """The entries of the folder, and of the only subfolder that tokenizers read."""
     yield from folder.iterdir()
     yield from folder.glob("additional_chat_templates/*")
 
@@ -96,11 +96,11 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(_problem("TS202", f"cannot be read as JSON: {error}", path, "fetch the file again")) from error
+        raise ModelError(_problem("TS202", f"cannot be read as JSON: {error}", path, "download the file again")) from error
 
 
 def _entry_problems(path: Path, folder: Path) -> Iterator[Problem]:
-    """What is wrong with an entry by where it leads and by its kind, and with a file by what it is."""
+    """Problems of an entry: its link target and its type, and for a file also its content."""
     if path.is_symlink() and not _hub_link(path) and folder.resolve() not in Path(os.path.realpath(path)).parents:
         yield _problem("TS205", "a link that leads out of the folder", path, "copy the file into the folder")
         return
@@ -116,17 +116,17 @@ def _entry_problems(path: Path, folder: Path) -> Iterator[Problem]:
 
 
 def _file_problems(path: Path) -> Iterator[Problem]:
-    """What is wrong with a file by its name, its size and its first bytes."""
+    """Problems of a file: its name, its size and its first bytes."""
     if path.name == "adapter_config.json":
-        fix = "name the base model; an adapter that tunesmith trained becomes a model of its own by `tunesmith export`"
-        yield _problem("TS213", "an adapter, which would be loaded over whatever model it names", path, fix)
+        fix = "name the base model; `tunesmith export` turns an adapter that tunesmith trained into a full model"
+        yield _problem("TS213", "an adapter, which would be loaded onto any model that it names", path, fix)
     if path.suffix in _WEIGHTS:
         fix = "convert the weights to safetensors, or delete the file"
         yield _problem("TS203", f"{path.suffix} weights can run code when opened", path, fix)
     elif _is_pickle(path):
         yield _problem("TS203", "a pickle under another name, which can run code when opened", path, "delete the file")
     elif path.stat().st_size > (limit := _limit(path)):
-        yield _problem("TS211", f"larger than {limit >> 20} MiB", path, "fetch the file again, or delete it")
+        yield _problem("TS211", f"larger than {limit >> 20} MiB", path, "download the file again, or delete it")
 
 
 def _limit(path: Path) -> int:
@@ -135,9 +135,9 @@ def _limit(path: Path) -> int:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle by its content, or an archive with one, as torch.save writes it."""
+    """Whether a file's content is a pickle, or an archive that holds one, as torch.save writes it."""
     with path.open("rb") as handle:
-        if handle.read(2) in _PICKLES and path.suffix != ".safetensors":  # there it may be a length
+        if handle.read(2) in _PICKLES and path.suffix != ".safetensors":  # there the bytes may be a length
             return True
     if not zipfile.is_zipfile(path):
         return False
@@ -149,27 +149,27 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _hub_link(path: Path) -> bool:
-    """The hub's cache links snapshots/<commit>/<file> to blobs/<sha> beside it: a link of its own making."""
+    """Whether a link is the hub cache's own: snapshots/<commit>/<file> to blobs/<sha> of the same repository."""
     named = (parent.parent for parent in path.absolute().parents[1:3] if parent.name == "snapshots")
     return Path(os.path.realpath(path)).parent in {Path(os.path.realpath(repository)) / "blobs" for repository in named}
 
 
 def _settings_problems(path: Path) -> Iterator[Problem]:
-    """What a JSON file asks for that must not be done, or that no model is."""
+    """Settings in a JSON file that are unsafe or that no model can have."""
     if path.name in _VOCABULARIES:
-        return  # read in a process of its own, by the library that it is for (models/trial.py)
+        return  # the tokenizers library reads them in a separate process (models/trial.py)
     value = _json(path)
     if path.name in {"config.json", "tokenizer_config.json", "generation_config.json"} and not isinstance(value, dict):
-        yield _problem("TS202", "must hold a JSON object", path, "fetch the file again")
+        yield _problem("TS202", "must hold a JSON object", path, "download the file again")
         return
     if path.name.endswith(".index.json"):
         return
     for key, each in _settings(value):
         if key in {"auto_map", "trust_remote_code"} and each:
-            fix = "use a model of an architecture that transformers has built in"
+            fix = "use a model whose architecture is built into transformers"
             yield _problem("TS204", f"{key} asks to run code from the model folder", path, fix)
         elif key.endswith("_file") and isinstance(each, str) and _leads_outside(each, path.parent):
-            yield _problem("TS205", f"{key} names {each!r}, which is outside of the folder", path, "delete the key")
+            yield _problem("TS205", f"{key} names {each!r}, which is outside the folder", path, "delete the key")
     if path.name == "config.json":
         yield from _config_problems(value, path)
     elif path.name == "generation_config.json":
@@ -177,7 +177,7 @@ def _settings_problems(path: Path) -> Iterator[Problem]:
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at every depth."""
+    """Every key with its value, at every nesting level."""
     left = [value]
     while left:
         part = left.pop()
@@ -187,7 +187,7 @@ def _settings(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _leads_outside(name: str, folder: Path) -> bool:
-    """Whether a file would be read that is not of the folder. What is not there cannot be."""
+    """Whether `name` would read an existing file outside the folder."""
     return any(
         at.exists() and folder.resolve() not in Path(os.path.realpath(at)).parents and not _hub_link(at)
         for at in (Path(name), folder / name)
@@ -199,21 +199,21 @@ def _config_problems(config: Mapping[str, Any], path: Path) -> Iterator[Problem]
     for key, value in _settings(config):
         said = f"{key} = {str(value)[:60]!r}"
         if key == "model_type" and not (isinstance(value, str) and _MODEL_TYPE.fullmatch(value)):
-            yield _problem("TS211", f"{said} is no model type", path, again)
+            yield _problem("TS211", f"{said} is not a model type", path, again)
         elif key.endswith("_implementation") and value is not None and value not in _IMPLEMENTATIONS:
             yield _problem("TS204", f"{said} asks for a kernel from elsewhere", path, "delete the key; tunesmith sets it")
         elif key == "quantization_config" and value:
             kind = value.get("quant_method", "?") if isinstance(value, dict) else "?"
             fix = "give the model in 16 bits; `method: qlora` quantises it itself"
-            yield _problem("TS212", f"the weights are quantised already ({str(kind)[:40]})", path, fix)
+            yield _problem("TS212", f"the weights are already quantised ({str(kind)[:40]})", path, fix)
         elif isinstance(value, int) and (abs(value) > _MOST or ("layer" in key and value > _MOST_LAYERS)):
-            yield _problem("TS211", f"{said} is beyond all models", path, again)
+            yield _problem("TS211", f"{said} is too large for any model", path, again)
         elif _SIZE.fullmatch(key) and (isinstance(value, str | float | bool) or (isinstance(value, int) and value < 0)):
             yield _problem("TS211", f"{said} is not a positive whole number", path, again)
     for part in (config, *(each for _, each in _settings(config) if isinstance(each, dict))):
         heads, shared = part.get("num_attention_heads"), part.get("num_key_value_heads")
         if isinstance(heads, int) and isinstance(shared, int) and (shared == 0 or heads % shared):
-            what = f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {shared}"
+            what = f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {shared}"
             yield _problem("TS211", what, path, again)
 
 
@@ -222,14 +222,14 @@ def _generation_problems(config: Mapping[str, Any], path: Path) -> Iterator[Prob
         value = config.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(each, bool) or not isinstance(each, int) or each < 0 for each in ids):
-            yield _problem("TS211", f"{key} = {str(value)[:60]!r} is no token id", path, "correct the key, or delete it")
+            yield _problem("TS211", f"{key} = {str(value)[:60]!r} is not a token id", path, "correct the key, or delete it")
 
 
 def _weight_problems(path: Path) -> Iterator[Problem]:
     try:
         read_header(path)
     except ValueError as error:
-        yield _problem("TS211", str(error), path, "fetch the file again")
+        yield _problem("TS211", str(error), path, "download the file again")
 
 
 def _index_problems(folder: Path) -> Iterator[Problem]:
@@ -237,7 +237,7 @@ def _index_problems(folder: Path) -> Iterator[Problem]:
         value = _json(index)
         weight_map = value.get("weight_map") if isinstance(value, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            yield _problem("TS202", "the shard index has no weight_map", index, "fetch the model again")
+            yield _problem("TS202", "the shard index has no weight_map", index, "download the model again")
             continue
         for name in sorted({str(value) for value in weight_map.values()}):
             if Path(name).name != name or not (folder / name).is_file():

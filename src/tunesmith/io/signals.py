@@ -1,4 +1,4 @@
-"""Signals for a while: SIGINT and SIGTERM handled, and foreign code ended after so much time; then all is as it was before."""
+"""Temporary signal handlers: for SIGINT and SIGTERM, and a CPU time limit for untrusted code. Old handlers are restored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """In the block `handler` gets both signals; outside the main thread, which alone may ask for it, nothing changes."""
+    """Within the block `handler` receives both signals. Only the main thread may set handlers; elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -23,19 +23,19 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(each, earlier)
 
 
-#: Seconds of computing that a template may take for one row: real ones take less than a thousandth of one.
+#: CPU seconds that a template may take per row; real templates take less than a millisecond.
 TEMPLATE_SECONDS = 5.0
 
 
 class TooLongError(Exception):
-    """What was begun has taken more than its time."""
+    """The work exceeded its time limit."""
 
 
 @contextlib.contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
-    """End the block with TooLongError after so many seconds of this process's own computing (POSIX, in the main thread).
+    """Raise TooLongError in the block after `seconds` of this process's own CPU time (POSIX, main thread only).
 
-    Blocks do not nest. Python code is ended wherever it is; a single call into C only once it returns.
+    Blocks do not nest. Python code is interrupted anywhere; a single call into C only once it returns.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield

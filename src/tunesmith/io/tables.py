@@ -1,7 +1,7 @@
 """Rows of tables: csv, parquet, arrow and feather files.
 
-All stream: no more than a batch of rows is in memory, and a batch is no larger than a few rows may be. A csv row stands at its
-line, a row of the others at `file:row N`.
+All formats stream: at most one batch of rows is in memory, and its size is limited to that of a few rows of maximum size. A
+csv row is located by its line, a row of the other formats as `file:row N`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 from tunesmith.errors import DataError, Problem
 from tunesmith.io.compressed import LONGEST_LINE, opened, too_long
 
-_BATCH = 1000  # rows turned into Python values at a time
-_HEAVY = 256 << 20  # bytes of a batch as Python values, from which on rows are taken one by one
-_UNPACKED = 256 << 20  # bytes of a column of a row group from which on it matters how small it was
-_RATIO = 1000  # times smaller than that: no text packs as well
+_BATCH = 1000  # rows converted to Python values at a time
+_HEAVY = 256 << 20  # bytes of a batch as Python values above which rows are converted one by one
+_UNPACKED = 256 << 20  # bytes of a row group's column above which its compression ratio is checked
+_RATIO = 1000  # maximum compression ratio: no text compresses that well
 
 Read = tuple[str, Any, Problem | None]  # where, value, problem
 
 
 def csv_rows(path: Path) -> Iterator[Read]:
-    """Rows of a csv file with a header; a row of another width, or bad quotes, is a problem of its line."""
-    csv.field_size_limit(LONGEST_LINE)  # a cell of more is a quote that is never closed
+    """Rows of a csv file with a header; a wrong number of cells or bad quoting is a problem of that line."""
+    csv.field_size_limit(LONGEST_LINE)  # a longer cell means a quote that is never closed
     with opened(path) as handle:
         reader = csv.reader(_Lines(io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape", newline="")), strict=True)
         header: list[str] | None = None
@@ -48,7 +48,7 @@ def csv_rows(path: Path) -> Iterator[Read]:
 
 
 class _Lines(Iterator[str]):
-    """A text's lines; one that is too long is passed over and raised as csv.Error, and the next call goes on behind it."""
+    """A text's lines; a line that is too long is skipped and raises csv.Error, and the next call continues after it."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self._text = text
@@ -67,8 +67,8 @@ class _Lines(Iterator[str]):
 def _header(cells: list[str], where: str) -> list[str]:
     if len(set(cells)) == len(cells):
         return cells
-    why = "of two columns with one name one would be lost"
-    raise DataError(Problem("TS116", "a column name stands twice in the header", where, why, "rename it"))
+    why = "one of two columns with the same name would be lost"
+    raise DataError(Problem("TS116", "a column name occurs twice in the header", where, why, "rename it"))
 
 
 def _cells_problem(cells: list[str], header: list[str], where: str) -> Problem | None:
@@ -80,12 +80,12 @@ def _cells_problem(cells: list[str], header: list[str], where: str) -> Problem |
 
 
 def _bad_line(where: str, detail: str) -> Problem:
-    why = "a row that cannot be read cannot be trained on, and guessing would change your data quietly"
-    return Problem("TS116", f"not a row of the table: {detail}", where, why, "correct that line; quote cells that hold commas")
+    why = "a row that cannot be read cannot be trained on, and guessing would silently change your data"
+    return Problem("TS116", f"not a row of the table: {detail}", where, why, "correct that line; quote cells with commas")
 
 
 def parquet_rows(path: Path) -> Iterator[Read]:
-    """Rows of a parquet file, a batch at a time; what the file keeps once is not unpacked for all rows that name it."""
+    """Rows of a parquet file, one batch at a time; dictionary-encoded values are not expanded for every row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -136,11 +136,11 @@ def _numbered(path: Path, batches: Callable[[], Iterable[Any]], damage: type[Exc
     except (damage, OSError) as error:
         detail = str(error).strip().split("\n", maxsplit=1)[0][:200]
         why = "the rows after the damage are lost"
-        raise DataError(Problem("TS114", f"not a whole table: {detail}", str(path), why, "get the file again")) from error
+        raise DataError(Problem("TS114", f"not a complete table: {detail}", str(path), why, "download it again")) from error
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | None]:
-    """The rows of a batch as Python values; None for one that is too large."""
+    """The rows of a batch as Python values; None for a row that is too large."""
     if sum(map(_bytes, batch.columns)) <= _HEAVY:
         yield from batch.to_pylist()
         return
@@ -150,7 +150,7 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | None]:
 
 
 def _bytes(array: Any) -> int:
-    """How large an array is once each place has its own value, which Arrow keeps once for many."""
+    """Bytes of an array once every element has its own copy of values that Arrow stores once and shares."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

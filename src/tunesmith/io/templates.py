@@ -1,4 +1,4 @@
-"""The environment of a user's templates and expressions: sandboxed, and no operator makes what no memory holds."""
+"""The environment for a user's templates and expressions: sandboxed, and operators cannot exhaust memory."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-LARGEST_BITS = 1 << 16  # of a number
-LONGEST = 10_000_000  # of a text or a list
+LARGEST_BITS = 1 << 16  # bits of a number
+LONGEST = 10_000_000  # length of a text or a list
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Raises jinja2's SecurityError where a product or a power is larger than any template needs.
+    """Raises jinja2's SecurityError if a product or a power is larger than any template needs.
 
-    A power is one call into C, which no time limit interrupts: `9 ** (9 ** 9)` runs for minutes.
+    A power is a single call into C, which no time limit interrupts: `9 ** (9 ** 9)` runs for minutes.
     """
 
     intercepted_binops = frozenset({"**", "*"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Do an intercepted operation whose result is small enough."""
+        """Run an intercepted operation if its result is small enough."""
         if (_power_bits(left, right) if operator == "**" else _product_bits(left, right)) > LARGEST_BITS:
             raise SecurityError(f"the result of {operator} is too large")
         if operator == "*" and max(_length(left, right), _length(right, left)) > LONGEST:
@@ -31,7 +31,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _power_bits(base: Any, exponent: Any) -> int:
-    """At least the bits of a power of integers; 0 for other kinds of numbers, which have a fixed size."""
+    """An upper bound on the bits of a power of integers; 0 for other numbers, which have a fixed size."""
     if not isinstance(base, int) or not isinstance(exponent, int) or abs(base) <= 1:
         return 0
     return base.bit_length() * max(exponent, 0)
@@ -42,5 +42,5 @@ def _product_bits(left: Any, right: Any) -> int:
 
 
 def _length(repeated: Any, times: Any) -> int:
-    """The length of a text or a list that is repeated; 0 where that is not what the operands mean."""
+    """The length of a repeated text or list; 0 if the operands do not repeat a sequence."""
     return len(repeated) * max(times, 0) if isinstance(repeated, Sequence) and isinstance(times, int) else 0

@@ -1,4 +1,4 @@
-"""What a safetensors file says it holds: its header alone, no tensor is read."""
+"""The contents of a safetensors file by its header alone; no tensor is read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file: its dtype as the format spells it (BF16) and its shape."""
+    """A tensor in a file: its dtype in the format's spelling (BF16) and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         count = 1
         for size in self.shape:
             count *= size
@@ -28,10 +28,10 @@ class Stored:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Name and shape of each tensor. Raises ValueError, which says what is wrong, for a file that cannot be opened.
+    """Dtype and shape of each tensor by name. Raises ValueError with the reason for a file that cannot be opened.
 
-    The file begins with the length of its JSON header (8 bytes, little endian) and the header. That shapes, dtypes and offsets
-    are sound, without a gap or an overlap, is left to the format's own parser.
+    The file begins with the length of its JSON header (8 bytes, little endian) and the header. The format's own parser checks
+    that shapes, dtypes and offsets are valid, without gaps or overlaps.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -40,7 +40,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         with safe_open(path, framework="np"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"not a sound safetensors file: {error}") from error
+        raise ValueError(f"not a valid safetensors file: {error}") from error
     return {name: Stored(str(each["dtype"]), tuple(each["shape"])) for name, each in entries.items() if name != "__metadata__"}
 
 
@@ -50,7 +50,7 @@ def _json_header(path: Path) -> dict[str, Any]:
         head = handle.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > min(size - 8, _MAX_HEADER):
-            raise ValueError("not a whole safetensors file")
+            raise ValueError("not a complete safetensors file")
         try:
             entries = json.loads(handle.read(length), object_pairs_hook=_once)
         except RecursionError as error:
@@ -58,13 +58,13 @@ def _json_header(path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"the safetensors header cannot be read: {error}") from error
     if not isinstance(entries, dict):
-        raise ValueError("the safetensors header is no JSON object")
+        raise ValueError("the safetensors header is not a JSON object")
     return entries
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which no name stands twice, of which readers take another one each."""
+    """A JSON object without duplicate names: readers differ in which duplicate they use."""
     made = dict(pairs)
     if len(made) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("it has a duplicate name")
     return made

@@ -1,4 +1,4 @@
-"""What is printed: foreign text without what would drive the terminal, and never read as markup."""
+"""Terminal output: control characters in untrusted text are replaced, and text is never parsed as markup."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook,
 from rich.measure import Measurement
 from rich.segment import Segment
 
-#: C0 but for tab and line feed, delete, C1; what turns the direction of text; line ends that only some see; tags.
+#: C0 except tab and line feed, delete, C1; direction controls; line ends that only some programs recognise; tags.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\U000e0000-\U000e007f]")
 
 
 def plain(text: str) -> str:
-    """Foreign text with each control character replaced by U+FFFD."""
+    """Untrusted text with each control character replaced by U+FFFD."""
     return _CONTROL.sub("\ufffd", text)
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console of standard output or error on which text is only text."""
+    """A console on standard output or error that prints text literally."""
     console = Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
     console.push_render_hook(_Cleaning())
     return console
 
 
 class _Cleaning(RenderHook):
-    """Cleans whatever is printed, in tables too (not what a progress bar draws: its texts are our own)."""
+    """Cleans everything printed, including tables. Progress bars are not cleaned: their text is tunesmith's own."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Cleaned(each) for each in renderables]
 
 
 class _Cleaned:
-    """A renderable whose text is cleaned; what the console itself says to the terminal passes."""
+    """A renderable whose text is cleaned; control segments of the console itself pass through."""
 
     def __init__(self, inner: ConsoleRenderable) -> None:
         self._inner = inner

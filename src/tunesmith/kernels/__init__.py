@@ -1,1 +1,1 @@
-"""Custom kernels: `cpu` (C++), `triton` and `liger` (GPUs), and `dispatch`: which of them computes an operator."""
+"""Custom kernels: `cpu` (C++), `triton` and `liger` (GPUs), and `dispatch`, which selects a kernel for an operator."""

@@ -1,8 +1,8 @@
-"""What a block computes number by number (norms, the gated activation, rotations), as plain functions without gradients.
+"""A block's elementwise operators (RMSNorm, SwiGLU, rotary embeddings) as plain functions without autograd.
 
-`EAGER` runs them operator by operator, in place where it can; `OWN` makes one pass over memory of each by custom kernels where
-they can (cpu/blocks.cpp: float32 and bfloat16 on a CPU; triton/blocks.py: on a GPU); `compiled` gives the same formulas to
-torch.compile. Shapes and formulas are those of `engine/modeling/blocks.py`.
+`EAGER` runs them operator by operator, in place if possible. `OWN` runs each in one pass over memory with custom kernels where
+they are supported (cpu/blocks.cpp: float32 and bfloat16 on a CPU; triton/blocks.py: on a GPU). `compiled` passes the same
+formulas to torch.compile. `engine/modeling/blocks.py` documents shapes and formulas.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of a block."""
+    """One implementation of a block's elementwise functions."""
 
     norm: Callable[[torch.Tensor, torch.Tensor, float, float], Pair]
-    """(x, weight, epsilon, offset) to the normed x and rstd, the reciprocal of the root."""
+    """(x, weight, epsilon, offset) to the normed x and rstd, the reciprocal of the root mean square."""
     norm_backward: Callable[
         [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, bool], tuple[torch.Tensor, torch.Tensor | None]
     ]
-    """(gradient, x, rstd, weight, offset, of_weight) to the gradients of x and, where `of_weight`, of weight."""
+    """(gradient, x, rstd, weight, offset, of_weight) to the gradients of x and, if `of_weight`, of weight."""
     gated: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
-    """(gate, up, activation)."""
+    """(gate, up, activation) to activation(gate) up."""
     gated_backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], Pair]
     """(gradient, gate, up, activation) to the gradients of gate and up."""
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
-    """(x, cos, sin, backwards)."""
+    """(x, cos, sin, backwards) to the rotated x, or to the gradient of x if `backwards`."""
 
 
-#: By transformers' names: the activation, and its derivative times a gradient, written to `grad_input`.
+#: By transformers' names: the activation, and its backward, which writes to `grad_input`.
 ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[..., torch.Tensor]]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward.grad_input),
     "gelu": (F.gelu, torch.ops.aten.gelu_backward.grad_input),
@@ -51,7 +51,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[..
     ),
 }
 
-#: The derivatives alone, as torch.compile takes them.
+#: The backward functions without an output argument, for torch.compile.
 _DERIVATIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "silu": torch.ops.aten.silu_backward.default,
     "gelu": torch.ops.aten.gelu_backward.default,
@@ -107,9 +107,9 @@ EAGER = Kernels(_norm, _norm_backward, _gated, _gated_backward, _rotary)
 
 
 def own_kernels(*tensors: torch.Tensor) -> Any:
-    """The module of ours whose kernels compute with these, or None; not with tensors that stand for others, as plans do."""
+    """The module of custom kernels that supports these tensors, or None. None for FakeTensors, which the plan uses."""
     if triton.computes(*tensors):
-        from tunesmith.kernels.triton import blocks  # which takes Triton
+        from tunesmith.kernels.triton import blocks  # needs Triton
 
         return blocks
     return cpu_blocks if computes(cpu_blocks, *tensors) else None
@@ -180,17 +180,17 @@ def _plain_gated_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.
 
 @cache
 def compiled(device: torch.device = torch.device("cpu")) -> Kernels:
-    """The functions by torch.compile, for sizes of all kinds; tried once on a few numbers on the device.
+    """The functions compiled with torch.compile for dynamic shapes; tested once on a small tensor on the device.
 
-    Raises RuntimeError where this machine cannot compile, as without a C++ compiler, or on a GPU without Triton. Rotations are
-    those of `OWN`: compiled they took an H100 as long as PyTorch's operators.
+    Raises RuntimeError if this machine cannot compile, as without a C++ compiler, or on a GPU without Triton. Rotary embeddings
+    use `OWN`: compiled, they took as long as PyTorch's operators on an H100.
     """
     made = (_plain_norm, _plain_norm_backward, _plain_gated, _plain_gated_backward)
-    functions: list[Any] = [torch.compile(function, dynamic=True) for function in made]  # it forgets the types
+    functions: list[Any] = [torch.compile(function, dynamic=True) for function in made]  # torch.compile loses the types
     kernels = Kernels(functions[0], functions[1], functions[2], functions[3], _own_rotary)
     some = torch.ones((2, 3, 8), device=device)
     try:
         kernels.gated(some, some, "silu")
-    except Exception as error:  # what torch raises here is of no common kind
+    except Exception as error:  # torch raises exceptions of many unrelated types here
         raise RuntimeError(f"torch.compile does not work here: {first_line(error)}") from error
     return kernels

@@ -1,8 +1,8 @@
-"""Norms and gated activations by Liger's Triton kernels (Hsu et al. 2024, arXiv 2410.10989; BSD 2-clause), on GPUs.
+"""Norms and gated activations with Liger's Triton kernels (Hsu et al. 2024, arXiv 2410.10989; BSD 2-clause), on GPUs.
 
-One pass over memory each, as torch.compile makes them, without the time that compiling takes. The gradients of a gate are
-written over what was kept of it, so they can be taken once. Rotations, and activations that Liger has no kernel for, are those
-of `elementwise.py`; the loss stays the engine's, as Liger's has no weight for each place.
+One pass over memory each, like torch.compile, but without its compile time. The gradients of a gated activation overwrite its
+saved tensors, so backward can run once. Rotary embeddings, and activations that Liger has no kernel for, use `dispatch.py`.
+The loss stays the engine's, since Liger's has no weight per position.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from tunesmith.errors import first_line
 from tunesmith.kernels.dispatch import OWN, Kernels, Pair
 
-#: Liger's number of "gemma": all in float32, rounded once.
+#: Liger's code for the "gemma" casting mode: all in float32, rounded once.
 _ROUNDED_ONCE = 1
 
 
@@ -65,11 +65,11 @@ LIGER = Kernels(_norm, _norm_backward, _gated, _gated_backward, OWN.rotary)
 
 @cache
 def liger(device: torch.device) -> Kernels:
-    """Liger's kernels, tried once on a few numbers on the device. Raises RuntimeError where they cannot be had."""
+    """Liger's kernels, tested once on a small tensor on the device. Raises RuntimeError if they are unavailable."""
     some = torch.ones((2, 3, 8), device=device)
     try:
         LIGER.norm(some, some[0, 0], 1e-5, 0.0)
         LIGER.gated(some, some, "silu")
-    except Exception as error:  # what Triton raises is of no common kind
+    except Exception as error:  # Triton raises exceptions of many unrelated types
         raise RuntimeError(f"Liger's kernels do not run here: {first_line(error)}") from error
     return LIGER

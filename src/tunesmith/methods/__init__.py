@@ -1,4 +1,4 @@
-"""Full fine-tuning, LoRA and QLoRA as three small values of one interface (`base.Method`)."""
+"""Full fine-tuning, LoRA and QLoRA behind one interface (`base.Method`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["METHODS", "AdapterSettings", "Method", "adapter_config", "make_metho
 
 
 def make_method(recipe: Recipe, folder: Path, *, compute_dtype: str, r: int, lora_alpha: int) -> Method:
-    """The recipe's method for the model in `folder`, with what the recipe left to `auto` settled."""
+    """The recipe's method for the model in `folder`, with the recipe's `auto` values resolved."""
     adapter = AdapterSettings(
         r=r,
         lora_alpha=lora_alpha,

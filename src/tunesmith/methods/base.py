@@ -1,6 +1,6 @@
 """The interface of a method: how to load, what is trainable, how to save, how to merge.
 
-The training loop, export and evaluate know this interface alone; no line of theirs asks which method it is.
+The training loop, export and evaluate know only this interface; none of their code asks which method it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tunesmith.recipe import Checkpointing, RopeScalingSection
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """PEFT's LoRA settings, settled. `seed` decides the adapter's random start."""
+    """PEFT's LoRA settings, without `auto` values. `seed` seeds the adapter's initialisation."""
 
     r: int
     lora_alpha: int
@@ -28,7 +28,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to adapt the model in `folder`, multiplying in `compute_dtype` ("float32" or "bfloat16")."""
+    """A way to adapt the model in `folder`, with matmuls in `compute_dtype` ("float32" or "bfloat16")."""
 
     folder: Path
     compute_dtype: str
@@ -37,20 +37,20 @@ class Method(ABC):
     rope_scaling: RopeScalingSection | None = None
 
     name: ClassVar[str]
-    #: Peak learning rate where the recipe says `auto`.
+    #: Peak learning rate if the recipe says `auto`.
     default_learning_rate: ClassVar[float]
 
     @property
     def as_loaded(self) -> dict[str, Any]:
-        """What `load_model` is told of the base model, beside its folder."""
+        """Arguments of `load_model` for the base model, apart from its folder."""
         return {"dtype": self.compute_dtype, "rope_scaling": self.rope_scaling}
 
     @abstractmethod
     def build(self) -> Any:
-        """The model ready to train: loaded, prepared, with exactly the trainable parameters requiring gradients."""
+        """The model, ready to train: loaded, prepared, and only its trainable parameters require gradients."""
 
     def reference(self) -> Any | None:
-        """The untrained model beside the one that is trained; None where that is the base below its adapter."""
+        """The untrained reference model as a separate model; None if it is the base below the adapter."""
         return None
 
     @abstractmethod
@@ -59,15 +59,15 @@ class Method(ABC):
 
     @abstractmethod
     def load_trained(self, folder: Path) -> Any:
-        """The trained model from what `save` wrote, computing in float32: what an export is compared with.
+        """The trained model loaded from what `save` wrote, computing in float32: the reference for an export.
 
-        Its weights are those that training saw, rounded or quantised as they were.
+        Its weights are the ones used in training, with the same rounding or quantisation.
         """
 
     @abstractmethod
     def merge(self, model: Any) -> Any:
-        """One plain float32 transformers model that computes what `model` (from `load_trained`) does; uses `model` up."""
+        """A plain float32 transformers model equivalent to `model` (from `load_trained`), which must not be used afterwards."""
 
     def trainable_parameters(self, model: Any) -> int:
-        """Number of parameters that training changes."""
+        """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

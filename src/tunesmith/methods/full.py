@@ -10,7 +10,7 @@ from tunesmith.models.load import load_model
 
 
 class Full(Method):
-    """All weights, in the compute dtype; the optimizer keeps float32 masters, so that small updates are not rounded away."""
+    """All weights, in the compute dtype; the optimizer keeps float32 masters, so small updates are not rounded away."""
 
     name: ClassVar[str] = "full"
 

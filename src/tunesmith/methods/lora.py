@@ -1,4 +1,4 @@
-"""LoRA: the base is frozen, low-rank adapters on its linear layers are trained (Hu et al. 2021, arXiv 2106.09685)."""
+"""LoRA: a frozen base with trainable low-rank adapters on its linear layers (Hu et al. 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tunesmith.models.load import load_model
 
 
 def adapter_targets(model: Any, asked: str | list[str]) -> str | list[str]:
-    """Which modules get an adapter: what was asked for, but in a mixture of experts `all-linear` means linear layers alone.
+    """Which modules get an adapter: the requested ones, but in a mixture of experts `all-linear` means only linear layers.
 
-    PEFT would adapt the experts' 3-D weights too, by making the whole product of each adapter a weight again in every step:
-    as much memory as a second set of experts.
+    PEFT would adapt the experts' 3-D weights too, and materialise each adapter's full delta weight in every step: as much
+    memory as a second set of experts.
     """
     if asked != "all-linear" or not any(getattr(model.config, key, None) for key in ("num_experts", "num_local_experts")):
         return asked
@@ -28,9 +28,9 @@ def adapter_targets(model: Any, asked: str | list[str]) -> str | list[str]:
 
 
 def trains_embedding(model: Any, asked: Sequence[str]) -> bool:
-    """Whether the embedding is among the modules that are trained whole: those whose names end as asked, as PEFT matches them.
+    """Whether the embedding is among the fully trained modules, matched by the end of their names as in PEFT.
 
-    Raises RecipeError where a name fits nothing, anything but an embedding, the head or a norm, or a head that is tied.
+    Raises RecipeError if a name matches nothing, anything but an embedding, the head or a norm, or a tied head.
     """
     import torch
 
@@ -49,7 +49,7 @@ def trains_embedding(model: Any, asked: Sequence[str]) -> bool:
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     with_embedding = any(module is embedding for module in found)
     if tied and not with_embedding and any(module is head for module in found):
-        raise RecipeError(_saved_problem("the head is the embedding in this model", "they would no longer be one", norms))
+        raise RecipeError(_saved_problem("the head is the embedding in this model", "they would no longer be tied", norms))
     return with_embedding
 
 
@@ -59,9 +59,9 @@ def _saved_problem(what: str, why: str, norms: Sequence[str]) -> Problem:
 
 
 def adapter_config(model: Any, asked: AdapterSettings, *, heads: Sequence[str] = (), **more: Any) -> Any:
-    """PEFT's configuration of the adapter that is asked for on `model`; `more` are other keys of it, such as `task_type`.
+    """PEFT's configuration of the requested adapter on `model`; `more` are other keys of it, such as `task_type`.
 
-    `heads` are new layers that are trained whole.
+    `heads` are new layers that are fully trained.
     """
     from peft import LoraConfig
 
@@ -108,10 +108,10 @@ class Lora(Method):
     def save(self, model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
         for extra in folder.glob("README.md"):
-            extra.unlink()  # PEFT's model card is an empty form
+            extra.unlink()  # PEFT's model card is an empty template
         path = folder / "adapter_config.json"
         config = read_json(path)
-        # PEFT keeps the names as a set, whose order is another one in each process.
+        # PEFT keeps the names as a set, whose order differs between processes.
         modules = config["target_modules"]
         write_json(path, {**config, "target_modules": sorted(modules) if isinstance(modules, list) else modules})
 

@@ -12,17 +12,17 @@ from tunesmith.models.load import load_model
 class QLora(Lora):
     """Frozen base in NF4 with double quantisation, adapters as in LoRA.
 
-    Norms, embeddings and head stay in the compute dtype: PEFT's k-bit preparation would turn them to float32, which costs
-    two more bytes for each of their parameters (2 GiB on Qwen2-7B) and a float32 copy of every activation.
+    Norms, embeddings and head stay in the compute dtype: PEFT's k-bit preparation would convert them to float32, which costs
+    two more bytes per parameter (2 GiB on Qwen2-7B) and a float32 copy of every activation.
 
-    The adapter is trained against the quantised weights, so it is merged into those (dequantised), not into the
-    original ones: merging into the original base is a different model from the one that was trained.
+    The adapter is trained on top of the quantised weights, so it is merged into those (dequantised), not into the
+    original ones: merging into the original base gives a different model from the one that was trained.
     """
 
     name: ClassVar[str] = "qlora"
 
     def quantization(self, skip: list[str] | None = None) -> Any:
-        """How transformers turns the base to NF4; modules named in `skip` (and by default the head) stay as they are."""
+        """Settings to quantise the base to NF4; modules in `skip` (and by default the head) are not quantised."""
         import torch
         from transformers import BitsAndBytesConfig
 
@@ -38,7 +38,8 @@ class QLora(Lora):
         model = load_model(
             self.folder, dtype=self.compute_dtype, quantization_config=self.quantization(), rope_scaling=self.rope_scaling
         )
-        # On a CPU what was not quantised is a view of the file in memory, and would keep there what was: 2 bytes a parameter.
+        # On a CPU, unquantised tensors are views of the mapped file, which would keep the quantised ones' originals in memory
+        # too: 2 bytes per parameter.
         for parameter in model.parameters():
             if parameter.device.type == "cpu" and parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
@@ -56,9 +57,9 @@ class QLora(Lora):
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.compute_dtype = torch.float32
-                module.weight.quant_state.dtype = torch.float32  # NF4 values as they are, not rounded on the way
-                # Else bitsandbytes, on CPUs with AVX512-BF16 and outside training only, takes a kernel that rounds
-                # activations to bf16: predictions move by 1e-3 from what training computed.
+                module.weight.quant_state.dtype = torch.float32  # exact NF4 values, without intermediate rounding
+                # Else bitsandbytes, on CPUs with AVX512-BF16 and only outside training, uses a kernel that rounds
+                # activations to bf16: predictions differ by 1e-3 from what training computed.
                 module.support_avx512bf16_for_cpu = False
         return model
 

@@ -1,4 +1,4 @@
-"""Reward models by the three methods: the same base and adapter, and a head of one number that is trained whole.
+"""Reward models with the three methods: the same base and adapter, and a fully trained scalar head.
 
 PEFT keeps the head in the adapter's own folder (`modules_to_save`).
 """
@@ -17,7 +17,7 @@ HEAD = "score"
 
 
 def build_reward_model(method: Method, pad_token_id: int) -> Any:
-    """The model ready to train: a new head (seeded), and what the method trains beside it."""
+    """The model, ready to train: a new seeded head, and the method's trainable parameters."""
     import torch
     from peft import get_peft_model
 
@@ -39,5 +39,5 @@ def load_trained_reward_model(method: Method, checkpoint: Path) -> Any:
 
     if method.name == "full":
         return load_reward_model(checkpoint, dtype="float32")
-    base = load_reward_model(method.folder, dtype=method.compute_dtype)  # rounded as training saw it
+    base = load_reward_model(method.folder, dtype=method.compute_dtype)  # rounded as in training
     return PeftModel.from_pretrained(base, checkpoint).float().merge_and_unload(safe_merge=True)

@@ -1,4 +1,4 @@
-"""What the recipe leaves to `auto`, settled from facts: rows, method, hardware. Each value keeps its reason."""
+"""Resolves the recipe's `auto` values from rows, method and hardware. Each value keeps its reason."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from tunesmith.errors import Problem, RecipeError
 from tunesmith.hardware import Hardware
 from tunesmith.recipe import OBJECTIVES, Checkpointing, Recipe, TrainSection, hardware_problems
 
-#: Rank by number of train rows: (rows below, r). More data can fill a larger update. The row 10k-100k is ours.
+#: Rank by number of train rows: (rows below, r). More data can use a larger update. The entry for 10k-100k is our choice.
 RANKS: tuple[tuple[float, int], ...] = ((1_000, 8), (10_000, 16), (100_000, 32), (math.inf, 64))
 
-#: Tokens at once where the recipe leaves both rows and tokens open: enough for products at full speed, on a laptop too.
+#: Tokens per micro-batch if the recipe leaves both rows and tokens open: enough for GEMMs at full speed, on a laptop too.
 MAX_TOKENS = 4096
 
-#: Tokens' time on a CPU that a micro-batch takes beside its own: weights are read once more, and what is trained is added up
-#: (full), or dequantised again (QLoRA). Twice as many where tokens take half the time. Measured by benchmarks/micro_batches.py:
-#: on a processor with AMX in float32 and bfloat16; one without (Zen 4) had 60, 25 and 100 in float32.
+#: Fixed cost of a micro-batch on a CPU, in tokens: each one reads the weights again, and accumulates weight gradients (full) or
+#: dequantises again (QLoRA). It doubles if a token takes half the time. Measured by benchmarks/micro_batches.py on a
+#: processor with AMX in float32 and bfloat16; one without (Zen 4) had 60, 25 and 100 in float32.
 MICRO_BATCH_START = {
     "full": {"float32": 65, "bfloat16": 150},
     "lora": {"float32": 60, "bfloat16": 200},
     "qlora": {"float32": 130, "bfloat16": 340},
 }
 
-#: Rows at once where weights move in the backward pass, so that a step is one micro-batch.
+#: Rows per micro-batch if weights are updated in the backward pass, so that a step is one micro-batch.
 ROWS_IN_BACKWARD = 8
 
-#: Effective batch: the first one whose run has at least that many optimizer steps; small data gets a smaller batch
-#: rather than too few steps to learn from.
+#: Effective batch: the first one whose run has at least that many optimizer steps; small data sets get a smaller batch
+#: rather than too few steps.
 BATCHES: tuple[tuple[int, int], ...] = ((128, 2_000), (64, 500), (32, 100), (16, 50), (8, 0))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides how a run trains: the recipe's `train` keys, none of them `auto`, and what belongs to them.
+    """Everything that decides how a run trains: the recipe's `train` keys without `auto` values, and related settings.
 
-    `reasons` tells for each value that the recipe may leave open why it is what it is.
+    `reasons` has the reason for each value that the recipe may leave open.
     """
 
     method: str
@@ -47,7 +47,7 @@ class Settings:
     gradient_accumulation_steps: int
     effective_batch_size: int
     per_device_max_tokens: int | None
-    micro_batch_start: int | None  # tokens' time that a micro-batch takes beside its tokens, where memory is weighed against it
+    micro_batch_start: int | None  # fixed cost of a micro-batch, in tokens, if memory is traded for time
     max_steps: int
     warmup_steps: int
     num_train_epochs: float
@@ -70,7 +70,7 @@ class Settings:
     neftune_noise_alpha: float | None
     eval_steps: int | None
     early_stopping_patience: int | None
-    save_steps: int | Literal["auto"] | None  # `auto` goes by the clock
+    save_steps: int | Literal["auto"] | None  # `auto` saves by elapsed time
     on_spike: str
     reasons: dict[str, str]
 
@@ -79,7 +79,7 @@ class Settings:
         return asdict(self)
 
 
-#: Keys of the recipe that `settle` settles; all others are taken as they are.
+#: Keys of the recipe that `settle` resolves; all others are copied.
 _SETTLED = {
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "effective_batch_size"),
     *("per_device_max_tokens", "max_steps", "num_train_epochs", "compute_dtype"),
@@ -97,7 +97,7 @@ def auto_batch(rows_seen: float) -> int:
 
 
 def settle(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
-    """All settings of a run over `rows` train rows on one device. Raises RecipeError for what the device cannot do."""
+    """All settings of a run over `rows` train rows on one device. Raises RecipeError for what the device does not support."""
     asked, reasons, objective = recipe.train, dict[str, str](), OBJECTIVES[recipe.objective]
     if problems := hardware_problems(asked, cpu=hardware.device == "cpu"):
         raise RecipeError(problems)
@@ -120,7 +120,7 @@ def settle(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
     start = None
     if hardware.device == "cpu" and tokens is not None and asked.per_device_max_tokens == "auto":
         start = MICRO_BATCH_START[recipe.method][dtype]
-        reasons["per_device_max_tokens"] = "as few rows at once as cost no time, and no more than that holds"
+        reasons["per_device_max_tokens"] = "upper limit; micro-batches are as small as possible at almost no cost in time"
     steps_per_epoch = math.ceil(rows / batch)
     steps = asked.max_steps or math.ceil(steps_per_epoch * asked.num_train_epochs)
     reasons["max_steps"] = "recipe" if asked.max_steps else f"{asked.num_train_epochs:g} epochs of {steps_per_epoch} steps"
@@ -146,28 +146,28 @@ def settle(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
 
 
 def _one_micro_batch(asked: TrainSection, micro: int) -> None:
-    """Raise RecipeError where an update in the backward pass was asked for together with several micro-batches a step."""
+    """Raise RecipeError if the recipe asks for updates in the backward pass and for several micro-batches per step."""
     if asked.effective_batch_size not in {"auto", micro}:
         what = f"effective_batch_size {asked.effective_batch_size} with optimizer_in_backward, where a step is {micro} rows"
-        why = "weights move with each micro-batch, there is nothing left to accumulate"
+        why = "weights are updated with each micro-batch, so there is nothing to accumulate"
         fix = "leave it to auto, or use optimizer_in_backward: false"
         raise RecipeError(Problem("TS006", what, "train", why, fix))
 
 
 def _max_tokens(asked: TrainSection, reasons: dict[str, str]) -> int | None:
-    """Tokens at once, or None for no limit."""
+    """Tokens per micro-batch, or None for no limit."""
     if asked.per_device_max_tokens != "auto":
         reasons["per_device_max_tokens"] = "recipe"
         return asked.per_device_max_tokens
     if asked.per_device_train_batch_size != "auto" or asked.optimizer_in_backward:
-        reasons["per_device_max_tokens"] = "per_device_train_batch_size rows go at once"
+        reasons["per_device_max_tokens"] = "micro-batches have per_device_train_batch_size rows"
         return None
-    reasons["per_device_max_tokens"] = "as many rows at once as that holds"
+    reasons["per_device_max_tokens"] = "micro-batches hold as many rows as fit"
     return MAX_TOKENS
 
 
 def _batch(recipe: Recipe, rows: int, reasons: dict[str, str]) -> tuple[int, int, int]:
-    """Micro-batch, accumulation and effective batch, whose product is exact; a micro-batch that is too large shrinks."""
+    """Micro-batch, accumulation and effective batch = micro-batch x accumulation; a micro-batch that is too large shrinks."""
     asked = recipe.train
     given = asked.per_device_train_batch_size
     if asked.optimizer_in_backward:
@@ -181,7 +181,7 @@ def _batch(recipe: Recipe, rows: int, reasons: dict[str, str]) -> tuple[int, int
     else:
         batch = _effective(recipe, rows, reasons)
         if given != "auto":
-            # The largest micro-batch that divides the batch, so that the batch is what was asked for.
+            # The largest micro-batch that divides the batch, so the batch has the requested size.
             micro = next(size for size in range(min(given, rows, batch), 0, -1) if batch % size == 0)
             accumulation = batch // micro
         else:
@@ -194,7 +194,7 @@ def _batch(recipe: Recipe, rows: int, reasons: dict[str, str]) -> tuple[int, int
 
 
 def _effective(recipe: Recipe, rows: int, reasons: dict[str, str]) -> int:
-    """Rows of an optimizer step: what was asked for, or by the number of rows seen in the run."""
+    """Rows of an optimizer step: as requested, or by the number of rows seen in the run."""
     asked = recipe.train
     if asked.effective_batch_size != "auto":
         reasons["effective_batch_size"] = "recipe"

@@ -1,1 +1,1 @@
-"""Finding, fetching and loading base models: `locate` a name, `load_tokenizer`, `load_model`, `model_digest`."""
+"""Finds, fetches and loads base models: `locate` a name, `load_tokenizer`, `load_model`, `model_digest`."""

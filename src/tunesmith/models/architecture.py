@@ -1,6 +1,6 @@
-"""The shape of a model: exact parameter counts by kind, without torch and without weights.
+"""The architecture of a model: exact parameter counts by kind, without torch and without weights.
 
-Names of linear layers are those of transformers, which PEFT's `target_modules` matches.
+Linear layers have the names used in transformers, which PEFT's `target_modules` matches.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer of a block: (out_features, in_features) weights, and a bias of out_features if it has one."""
+    """A linear layer of a block: (out_features, in_features) weights, and optionally a bias of out_features."""
 
     name: str
     in_features: int
@@ -25,18 +25,18 @@ class Linear:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a block: kept as 3-D parameters, so neither a linear layer for PEFT nor for 4-bit quantisation."""
+    """The experts of a block, stored as 3-D parameters: neither PEFT nor 4-bit quantisation treats them as linear layers."""
 
     count: int
     per_token: int
     intermediate_size: int
-    router: int  # parameters of the router, all experts together
+    router: int  # parameters of the router for all experts
     shared: tuple[Linear, ...] = ()
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a decoder-only model; every block is the same. Counts are numbers of parameters."""
+    """The shape of a decoder-only model whose blocks are all equal. Counts are numbers of parameters."""
 
     model_type: str
     hidden_size: int
@@ -57,23 +57,23 @@ class Architecture:
 
     @property
     def embedding_parameters(self) -> int:
-        """The input embedding; the head shares it where it is tied."""
+        """The input embedding; a tied head shares it."""
         return self.vocab_size * self.hidden_size
 
     @property
     def head_parameters(self) -> int:
-        """The head's own parameters: none where it is tied, but for a bias."""
+        """The head's own parameters: if it is tied, only its bias."""
         own = 0 if self.tie_word_embeddings else self.embedding_parameters
         return own + (self.vocab_size if self.head_bias else 0)
 
     @property
     def all_linears(self) -> tuple[Linear, ...]:
-        """The linear layers of a block, those of a shared expert included: what `all-linear` adapts and NF4 quantises."""
+        """The linear layers of a block, including a shared expert's: the layers that `all-linear` adapts and NF4 quantises."""
         return self.linears + (self.experts.shared if self.experts else ())
 
     @property
     def linear_weights(self) -> int:
-        """Weights of the linear layers of all blocks."""
+        """Weights of all linear layers in all blocks."""
         return self.num_hidden_layers * sum(linear.weights for linear in self.all_linears)
 
     @property
@@ -86,7 +86,7 @@ class Architecture:
 
     @property
     def norm_parameters(self) -> int:
-        """Norms of all blocks and behind them."""
+        """The norms of all blocks and the final norm."""
         return self.num_hidden_layers * self.norms_per_block + self.final_norm
 
     @property
@@ -97,18 +97,18 @@ class Architecture:
 
     @property
     def parameters(self) -> int:
-        """All parameters, tied ones once."""
+        """All parameters; tied ones count once."""
         parts = (self.embedding_parameters, self.head_parameters, self.linear_weights, self.expert_parameters)
         return sum(parts) + self.other_parameters
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token goes through: of the experts, those that it is routed to."""
+        """Parameters used per token: only the experts that it is routed to count."""
         if self.experts is None:
             return self.parameters
         idle = self.experts.count - self.experts.per_token
         return self.parameters - self.num_hidden_layers * idle * 3 * self.hidden_size * self.experts.intermediate_size
 
     def lora_parameters(self, r: int) -> int:
-        """Parameters of an adapter of rank `r` on all linear layers."""
+        """Parameters of a rank-`r` adapter on all linear layers."""
         return self.num_hidden_layers * sum(r * (linear.in_features + linear.out_features) for linear in self.all_linears)

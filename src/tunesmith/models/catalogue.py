@@ -1,4 +1,4 @@
-"""A model's config.json without its weights: a local folder, the catalogue of well-known models, or the hub. No torch here."""
+"""Finds a model's config.json without its weights: in a local folder, the catalogue of known models, or the hub. No torch."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _CATALOGUE_NAME_OF_BUILTIN = "HuggingFaceTB/SmolLM2-135M"
 
 @cache
 def known_models() -> dict[str, dict[str, Any]]:
-    """Shapes of well-known models by hub id, as transformers' config.json would spell them."""
+    """Shapes of well-known models by hub id, with the keys of transformers' config.json."""
     text = files("tunesmith.models").joinpath("data/models.toml").read_text(encoding="utf-8")
     models: dict[str, dict[str, Any]] = tomllib.loads(text)["models"]
     return models
 
 
 def _key(name: str) -> str:
-    """What is left of a model's name without its publisher, its tuning and its date."""
+    """A model's name without publisher, tuning suffix and date."""
     short = name.lower().rpartition("/")[2].replace("_", "-").replace("meta-llama-", "llama-")
     return re.sub(r"-(instruct|chat|it|base|hf)(?=-|$)|-\d{4}$", "", re.sub(r"-\d{4}$", "", short))
 
 
 def find_config(name: str, revision: str | None = None) -> tuple[dict[str, Any], str]:
-    """(config.json's content, where it is from) of a model: a folder, the built-in one, the catalogue, else the hub.
+    """(config.json's content, its source) for a model: a folder, the built-in model, the catalogue, else the hub.
 
-    Raises ModelError with the nearest names of the catalogue where there is none of these.
+    Raises ModelError with the nearest catalogue names if none of these has it.
     """
     path = Path(name).expanduser()
     if name == builtin.NAME:
@@ -96,7 +96,7 @@ def _from_hub(name: str, revision: str | None, fix: str) -> dict[str, Any]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        offline = not _reachable(constants.ENDPOINT)  # else the library retries for half a minute
+        offline = not _reachable(constants.ENDPOINT)  # otherwise the library retries for half a minute
         path = hf_hub_download(name, "config.json", revision=revision, local_files_only=offline)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         detail = first_line(error)[:200]

@@ -1,7 +1,7 @@
-"""The families of models that are known: what each one's modelling code does, as far as this package must know. One row each.
+"""The known model families: the properties of each one's modelling code that this package needs, one row per family.
 
-tests/unit/test_architecture.py builds each with transformers on the meta device and compares every count of parameters;
-tests/invariant/test_packing.py proves each that runs on trees.
+tests/unit/test_architecture.py builds each with transformers on the meta device and compares every parameter count;
+tests/invariant/test_packing.py verifies each family that supports prefix trees.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Config:
         self.values, self.source = values, source
 
     def size(self, *names: str, default: int | None = None) -> int:
-        """A positive whole number under the first of `names` that is there."""
+        """The positive integer under the first of `names` that is present."""
         for name in names:
             value = self.values.get(name)
             if value is not None:
@@ -42,7 +42,7 @@ class _Config:
 
 def _bad(what: str, source: str) -> ModelError:
     why = "memory and time are computed from the model's shape"
-    return ModelError(Problem("TS208", what, source, why, "give a complete config.json as save_pretrained writes it"))
+    return ModelError(Problem("TS208", what, source, why, "give a complete config.json, as written by save_pretrained"))
 
 
 def _attention(config: _Config, *, qkv_bias: bool, out: str = "o_proj", out_bias: bool = False) -> tuple[Linear, ...]:
@@ -50,7 +50,7 @@ def _attention(config: _Config, *, qkv_bias: bool, out: str = "o_proj", out_bias
     head = config.size("head_dim", default=hidden // heads)
     groups = config.size("num_key_value_heads", default=heads)
     if heads % groups:
-        raise _bad(f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}", config.source)
+        raise _bad(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}", config.source)
     kv = groups * head
     return (
         Linear("q_proj", hidden, heads * head, qkv_bias),
@@ -68,7 +68,7 @@ def _gated(config: _Config, size: int, *, fused: bool = False) -> tuple[Linear, 
 
 
 def _build(config: _Config, linears: tuple[Linear, ...], **given: Any) -> Architecture:
-    """The architecture with the sizes that all configs name alike; `norms` is given in units of the hidden size."""
+    """The architecture with the sizes whose keys all configs share; `norms` is in units of the hidden size."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     norms = given.pop("norms", 2) * hidden + given.pop("extra_norms", 0)
     window = config.values.get("sliding_window")
@@ -139,7 +139,7 @@ def _phi(config: _Config) -> Architecture:
     hidden, size = config.size("hidden_size"), config.size("intermediate_size")
     mlp = (Linear("fc1", hidden, size, bias=True), Linear("fc2", size, hidden, bias=True))
     linears = _attention(config, qkv_bias=True, out="dense", out_bias=True) + mlp
-    # One layer norm with weight and bias in each block and one at the end.
+    # One layer norm with weight and bias per block, and one at the end.
     return _build(config, linears, norms=2, final_norm=2 * hidden, head_bias=True)
 
 
@@ -160,7 +160,7 @@ def _glm4(config: _Config) -> Architecture:
 
 
 def _chatglm(config: _Config) -> Architecture:
-    """ChatGLM 2/3 and GLM-4-9B as first published; their code is not in transformers, their shape is glm's."""
+    """ChatGLM 2/3 and GLM-4-9B as first published; their code is not in transformers, their shape is that of glm."""
     heads = config.size("num_attention_heads")
     groups = config.size("multi_query_group_num") if config.flag("multi_query_attention", default=False) else heads
     renamed = {
@@ -185,7 +185,7 @@ def _mixtral(config: _Config) -> Architecture:
 
 def _every_block_sparse(config: _Config) -> None:
     if config.values.get("mlp_only_layers") or config.size("decoder_sparse_step", default=1) != 1:
-        raise _bad("blocks of two kinds (mlp_only_layers or decoder_sparse_step) are not covered", config.source)
+        raise _bad("mixed dense and sparse blocks (mlp_only_layers or decoder_sparse_step) are not supported", config.source)
 
 
 def _qwen2_moe(config: _Config) -> Architecture:
@@ -211,7 +211,7 @@ def _qwen3_moe(config: _Config) -> Architecture:
 
 @dataclass(frozen=True)
 class Style:
-    """What a family's code does differently from llama's, as far as memory sees it."""
+    """How a family's code differs from llama's, as far as it affects memory."""
 
     norm: Literal["llama", "gemma", "layer"] = "llama"
     qk_norm: bool = False
@@ -220,18 +220,18 @@ class Style:
     written_out_gelu: bool = False
     scaled_embedding: bool = False
     capped_logits: bool = False
-    own_rotary: bool = False  # each block makes cosines and sines of its own, of half a head
-    copied_result: bool = False  # queries put together again after a partial rotary embedding: attention's result is copied
+    own_rotary: bool = False  # each block computes its own cosines and sines, for half a head
+    copied_result: bool = False  # queries are concatenated after a partial rotary embedding: attention's result is copied
 
 
 @dataclass(frozen=True)
 class Family:
     """A model type.
 
-    `shape` reads a config.json. `style` is what memory depends on. `causal_rotary`: attention is causal with one rotary
-    embedding over the whole head for all layers, without sinks and soft-capping, so that prefix trees reproduce it exactly and
-    its positions can be scaled. `norm_offset` is what the code adds to a norm's weight. `in_transformers`: its code is there,
-    and its tensors have the names of the linear layers here.
+    `shape` reads a config.json. `style` holds the properties that affect memory. `causal_rotary`: attention is causal with one
+    rotary embedding over the whole head for all layers, without sinks or soft-capping, so that prefix trees reproduce it
+    exactly and its positions can be scaled. `norm_offset` is added to a norm's weight. `in_transformers`: transformers has its
+    code, and its tensors have the names of the linear layers here.
     """
 
     shape: Callable[[_Config], Architecture]
@@ -261,18 +261,18 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(model_type: Any) -> Family | None:
-    """The family of what a config.json names as its model type; None where it is not known."""
+    """The family for a config.json's model type; None if it is not known."""
     return FAMILIES.get(model_type) if isinstance(model_type, str) else None
 
 
 def runs_on_trees(model_type: Any) -> bool:
-    """Whether prefix trees compute what this model type's rows do."""
+    """Whether prefix trees compute the same results as separate rows for this model type."""
     family = family_of(model_type)
     return family is not None and family.causal_rotary
 
 
 def read_architecture(values: Mapping[str, Any], source: str = "config.json") -> Architecture:
-    """The architecture that a parsed config.json describes. Raises ModelError where it is incomplete or not covered."""
+    """The architecture that a parsed config.json describes. Raises ModelError if it is incomplete or not supported."""
     text = values.get("text_config")
     if isinstance(text, dict) and text.get("model_type") in FAMILIES:
         values = text  # a multi-modal model's language part
@@ -280,7 +280,7 @@ def read_architecture(values: Mapping[str, Any], source: str = "config.json") ->
     if not isinstance(model_type, str):
         raise _bad("no 'model_type'", source)
     if model_type not in FAMILIES:
-        why = "its memory would be a guess"
-        fix = f"covered are {', '.join(FAMILIES)}"
-        raise ModelError(Problem("TS209", f"architecture {model_type[:60]!r} is not covered", source, why, fix))
+        why = "its memory could only be guessed"
+        fix = f"supported: {', '.join(FAMILIES)}"
+        raise ModelError(Problem("TS209", f"architecture {model_type[:60]!r} is not supported", source, why, fix))
     return FAMILIES[model_type].shape(_Config(values, source))

@@ -1,7 +1,7 @@
-"""Whether a folder's weights are those of its config.json: by shapes before anything is loaded, by names once it is.
+"""Checks that a folder's weights match its config.json: by shape before loading, by name after loading.
 
-transformers fills what is missing with random numbers and leaves out what the config does not name; both would train a model
-that nobody published, without a word.
+transformers initialises missing weights randomly and ignores weights that the config does not name. Both would silently train
+a model that nobody published.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tunesmith.models.families import family_of, read_architecture
 
 
 def check_shapes(folder: Path) -> None:
-    """Raise ModelError where a model of a covered architecture lacks weights, or has others than its config.json says.
+    """Raise ModelError if a model of a covered architecture lacks weights, or if its weights contradict its config.json.
 
-    Torch is not needed. Other architectures are left to `check_size` and `check_names`.
+    Does not need torch. Other architectures are checked by `check_size` and `check_names`.
     """
     config = read_json(folder / "config.json")
     kind = (config.get("text_config") or config).get("model_type", config.get("model_type"))
@@ -34,29 +34,30 @@ def check_shapes(folder: Path) -> None:
         shape = (each.out_features, each.in_features)
         named = [stored for name, stored in tensors.items() if name.endswith(f".{each.name}.weight")]
         right = sum(stored.shape == shape for stored in named)
-        if right < layers or (alone and len(named) > layers):  # another part of it may have layers of the same name
-            what = f"{right} of its {len(named)} weights {each.name} are {_times(shape)}, where the config says {layers}"
+        if right < layers or (alone and len(named) > layers):  # another part of the model may have layers with the same name
+            what = f"{right} of its {len(named)} weights {each.name} are {_times(shape)}; the config says {layers}"
             raise _other(folder, what)
     embedding = (architecture.vocab_size, architecture.hidden_size)
     if not any(each.shape == embedding for each in tensors.values()):
-        raise _other(folder, f"no embedding of {_times(embedding)}, as it says (vocab_size x hidden_size)")
+        raise _other(folder, f"no embedding of {_times(embedding)} (vocab_size x hidden_size in the config)")
 
 
 def check_size(skeleton: Any, folder: Path) -> None:
-    """Raise ModelError where `skeleton`, a model on the meta device, has more parameters than the folder holds.
+    """Raise ModelError if `skeleton`, a model on the meta device, has more parameters than the folder holds.
 
-    To be asked before its memory is. A head that is new to a base model (`score`) may be missing.
+    Call it before allocating the model's memory. A head that is new to a base model (`score`) may be missing.
     """
     named = sum(each.numel() for name, each in skeleton.named_parameters() if not name.startswith("score."))
     held = sum(each.elements for each in stored_tensors(folder).values())
     if named > held:
-        raise _other(folder, f"the files hold {held:,} numbers, and a model of that config has {named:,} parameters")
+        raise _other(folder, f"the files hold {held:,} values, but a model with that config has {named:,} parameters")
 
 
 def check_names(model: Any, info: Mapping[str, Iterable[Any]], folder: Path) -> None:
-    """Raise ModelError where transformers' account of a loaded model names weights that were missing, or left out.
+    """Raise ModelError if transformers' loading info for a model lists weights that were missing or ignored.
 
-    Left out by intent is what has no like in the model (old buffers, the parts of another modality); a layer has.
+    Ignored weights without a counterpart in the model are accepted (old buffers, the parts of another modality). The weights
+    of a surplus layer have one, and are not.
     """
     missing = sorted(str(name) for name in info["missing_keys"] if not str(name).startswith("score."))
     if missing:
@@ -64,11 +65,11 @@ def check_names(model: Any, info: Mapping[str, Iterable[Any]], folder: Path) -> 
     known = {_like(name) for name, _ in model.named_parameters()}
     over = sorted(str(name) for name in info["unexpected_keys"] if _like(str(name)) in known)
     if over:
-        raise _other(folder, f"{len(over)} weights are of no layer that it has, such as {over[0]}")
+        raise _other(folder, f"{len(over)} weights belong to no layer of the model, such as {over[0]}")
 
 
 def _like(name: str) -> str:
-    """A weight's name with no number in it: that of the same weight in all layers."""
+    """A weight's name with its numbers replaced by `*`: the same for that weight in all layers."""
     return re.sub(r"\d+", "*", name)
 
 
@@ -77,6 +78,6 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def _other(folder: Path, what: str) -> ModelError:
-    why = "random numbers would stand for what is missing, and what is too much would be left out"
-    fix = "fetch config.json and weights of one model"
-    return ModelError(Problem("TS215", f"the weights are not those of config.json: {what}", str(folder), why, fix))
+    why = "missing weights would be random, and surplus weights would be ignored"
+    fix = "download config.json and weights of the same model"
+    return ModelError(Problem("TS215", f"the weights do not match config.json: {what}", str(folder), why, fix))

@@ -1,4 +1,4 @@
-"""From a name to a checked folder, and from a folder to a tokenizer or a model; the one place that calls from_pretrained."""
+"""Resolves a name to a checked folder, and loads its tokenizer or model; the only module that calls from_pretrained."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tunesmith.models.rope import scale
 from tunesmith.models.trial import try_tokenizer
 from tunesmith.recipe import RopeScalingSection
 
-#: What a model folder is made of. Nothing else is fetched from a hub or counted in a digest.
+#: The files of a model folder. No other files are fetched from a hub or included in a digest.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def locate(name: str, revision: str | None = None) -> Path:
     """The folder of a base model: the built-in one, a local folder, or a hub id's snapshot; checked before use.
 
-    Raises ModelError where it does not exist, cannot be had, or is not safe to open.
+    Raises ModelError if it does not exist, cannot be fetched, or is not safe to open.
     """
     if name == builtin.NAME:
         folder = builtin.ensure()
@@ -46,7 +46,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         detail = first_line(error)
-        why = "neither a local folder of that name nor a model of the hub could be opened"
+        why = "neither a local folder nor a hub model of that name could be opened"
         fix = f"check the spelling and the network, or use {builtin.NAME!r} or a local folder"
         raise ModelError(Problem("TS206", f"cannot get {name!r}: {detail}", name, why, fix)) from error
 
@@ -59,7 +59,7 @@ def _digest_entry(path: Path) -> str:
 def model_digest(folder: Path) -> str:
     """sha256 over the names and contents of a model folder's files.
 
-    Hashes of files over 1 MB are kept in the cache under (path, size, mtime), as re-hashing 140 GB takes minutes.
+    Hashes of files over 1 MB are cached under (path, size, mtime), because re-hashing 140 GB takes minutes.
     """
     ledger_path = cache_folder() / "digests.json"
     try:
@@ -70,7 +70,7 @@ def model_digest(folder: Path) -> str:
     digests: dict[str, str] = {}
     for path in sorted(p for pattern in PATTERNS for p in folder.glob(pattern)):
         if path.name == "proof.json":
-            continue  # tells of the model, is no part of it
+            continue  # describes the model, is not part of it
         if path.stat().st_size < 1_000_000:
             digests[path.name] = sha256_file(path)
         else:
@@ -79,19 +79,19 @@ def model_digest(folder: Path) -> str:
                 ledger[entry] = sha256_file(path)
             digests[path.name] = ledger[entry]
     if len(ledger) != known:
-        with contextlib.suppress(OSError):  # a cache that cannot be written is done without
+        with contextlib.suppress(OSError):  # an unwritable cache is not an error
             write_json(ledger_path, ledger)
     return sha256_json(digests)
 
 
 def stop_ids(generation_config: Any) -> list[int]:
-    """The ids at which a generation config stops: none, one or several."""
+    """The stop token ids of a generation config: none, one or several."""
     stops = generation_config.eos_token_id
     return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
 
 def quiet() -> None:
-    """Silence progress bars and advice that libraries print while they load; errors still come as exceptions."""
+    """Silence progress bars and warnings that libraries print while loading; errors are still raised."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -99,7 +99,7 @@ def quiet() -> None:
 
 
 def make_config(values: Mapping[str, Any], **changes: Any) -> Any:
-    """Transformers' configuration for a config.json's content, or for an entry of the catalogue, with some keys changed.
+    """The transformers config object for a config.json's content or a catalogue entry, with some keys changed.
 
     Raises ValueError for a model type that transformers does not know.
     """
@@ -110,7 +110,7 @@ def make_config(values: Mapping[str, Any], **changes: Any) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, as it is (a missing pad token stays missing). Raises ModelError where it cannot be used."""
+    """The folder's tokenizer, unchanged (a missing pad token stays missing). Raises ModelError if it cannot be used."""
     from transformers import AutoTokenizer
 
     quiet()
@@ -122,21 +122,21 @@ def load_tokenizer(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _refusals(code: str, what: str, folder: Path) -> Iterator[None]:
-    """Whatever a library raises over a foreign folder, as a ModelError; too little memory is another matter."""
+    """Turns any exception of a library on an untrusted folder into a ModelError, except out-of-memory errors."""
     try:
         yield
     except (TunesmithError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # what Rust panics with is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        why = "the model would be another than the folder's, or none"
+        why = "the loaded model would not be the one in the folder"
         fix = "give the folder as save_pretrained wrote it, with tokenizer, config and weights of one model"
         raise ModelError(Problem(code, f"{what}: {first_line(error)}", str(folder), why, fix)) from error
 
 
 def _safely(dtype: str, quantization_config: Any) -> dict[str, Any]:
-    """How every model is opened: no code of its own, safetensors alone, nothing fetched; on the GPU where there is one."""
+    """Arguments for opening any model: no remote code, only safetensors, no downloads; on the GPU if there is one."""
     import torch
 
     return {
@@ -153,10 +153,10 @@ def _safely(dtype: str, quantization_config: Any) -> dict[str, Any]:
 def load_model(
     folder: Path, *, dtype: str, quantization_config: Any = None, rope_scaling: RopeScalingSection | None = None
 ) -> Any:
-    """The folder's causal language model in `dtype` ("float32" or "bfloat16"), on the GPU where there is one.
+    """The folder's causal language model in `dtype` ("float32" or "bfloat16"), on the GPU if there is one.
 
-    Attention is SDPA. Raises ModelError for a folder that is not safe to open, whose weights are not those of its config, or
-    whose positions cannot be scaled as asked.
+    Uses SDPA attention. Raises ModelError for a folder that is not safe to open, whose weights do not match its config, or
+    whose positions cannot be scaled as requested.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -170,9 +170,9 @@ def load_model(
 
 
 def load_reward_model(folder: Path, *, dtype: str, quantization_config: Any = None) -> Any:
-    """The folder's model with a head that gives one number for a sequence; the head is random where the folder has none.
+    """The folder's model with a head that gives one score per sequence; the head is random if the folder has none.
 
-    Raises ModelError for a folder that is not safe to open, or whose weights are not those of its config.
+    Raises ModelError for a folder that is not safe to open, or whose weights do not match its config.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -180,7 +180,7 @@ def load_reward_model(folder: Path, *, dtype: str, quantization_config: Any = No
 
 
 def _opened(kind: Any, folder: Path, **how: Any) -> Any:
-    """A model of a checked folder, with all weights of its config and none beside."""
+    """The model in a folder, checked to have exactly the weights of its config."""
     import torch
     from transformers import AutoConfig, GenerationConfig
 

@@ -1,4 +1,4 @@
-"""RoPE scaling: more positions than a model was trained for, by transformers' own `rope_parameters`."""
+"""RoPE scaling: more positions than a model was trained for, through transformers' own `rope_parameters`."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from tunesmith.recipe import RopeScalingSection
 
 
 def check_scalable(values: Mapping[str, Any], folder: Path) -> None:
-    """Raise ModelError where scaling the positions of a model with this config.json has no clear meaning."""
+    """Raise ModelError if scaling the positions of a model with this config.json is not well defined."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not runs_on_trees(values.get("model_type")):
         what = f"rope_scaling for the architecture {values.get('model_type')!r}"
     elif any(isinstance(value, Mapping) for value in rope.values()):
-        what = "rope_scaling, but the model's layers differ in their positions"
+        what = "rope_scaling, but the model's layers use different rotary embeddings"
     elif kind != "default":
-        what = f"rope_scaling, but the model's positions are scaled already ({kind})"
+        what = f"rope_scaling, but the model's positions are already scaled ({kind})"
     elif not values.get("max_position_embeddings"):
         what = "rope_scaling, but config.json has no max_position_embeddings"
     else:
         return
     scalable = [name for name, family in FAMILIES.items() if family.causal_rotary]
-    why = "the exported model would not be what any published scaling describes"
-    fix = f"remove rope_scaling, or take an unscaled model of these: {', '.join(scalable)}"
+    why = "the exported model would not match any published scaling method"
+    fix = f"remove rope_scaling, or use an unscaled model of one of these types: {', '.join(scalable)}"
     raise ModelError(Problem("TS210", what, str(folder / "config.json"), why, fix))
 
 
 def window(values: Mapping[str, Any], asked: RopeScalingSection | None) -> int | None:
-    """Positions of a model with this config.json once scaled as asked; None where it names none."""
+    """Positions of a model with this config.json after the requested scaling; None if the config names none."""
     known = values.get("max_position_embeddings")
     return None if not known else round(known * (1.0 if asked is None else asked.factor))
 
 
 def scale(config: Any, asked: RopeScalingSection, folder: Path) -> None:
-    """Turn a configuration of transformers into the scaled one. Raises ModelError as `check_scalable` does.
+    """Apply the scaling to a transformers config in place. Raises ModelError as `check_scalable` does.
 
     Linear interpolation (Chen et al. 2023, arXiv 2306.15595) or YaRN (Peng et al. 2023, arXiv 2309.00071).
     """

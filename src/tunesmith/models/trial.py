@@ -1,7 +1,7 @@
-"""A tokenizer.json is tried in a process of its own, with little time and memory, before it is used.
+"""Tries a tokenizer.json in a separate process, with limits on time and memory, before it is used.
 
-It is foreign input that runs: a normaliser may make gigabytes of a word, a pattern may search without end, and a parser of
-another language may end the whole process. What passes is remembered by its digest.
+It is untrusted input that gets executed: a normaliser may turn a word into gigabytes, a pattern may search forever, and the
+native parser may abort the whole process. A file that passes is remembered by its digest.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tunesmith.errors import ModelError, Problem
 from tunesmith.io.atomic import sha256_file, write_text
 from tunesmith.io.cache import cache_folder
 
-_SECONDS = 5  # of computing, for the reading and again for the texts; the largest vocabularies take one
+_SECONDS = 5  # of CPU time for loading, and again for the texts; the largest vocabularies take one
 _MEMORY = 4 << 30  # bytes of address space
-_MOST_TOKENS = 64  # for a character, beside a few
+_MOST_TOKENS = 64  # per character, plus a constant
 
 
 def try_tokenizer(folder: Path) -> None:
-    """Raise ModelError where the folder's tokenizer.json cannot be read, or not be used within bounds."""
+    """Raise ModelError if the folder's tokenizer.json cannot be read, or exceeds the limits in use."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
@@ -32,17 +32,17 @@ def try_tokenizer(folder: Path) -> None:
     command = [sys.executable, "-P", "-m", __name__, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["it takes more time or memory than it may"]
-        why = "every row goes through it"
-        fix = "fetch the file again, or take another copy of the model"
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["it exceeds the time or memory limit"]
+        why = "it encodes every row"
+        fix = "download the file again, or use another copy of the model"
         raise ModelError(Problem("TS216", f"the tokenizer cannot be used: {last[0].strip()[:200]}", str(path), why, fix))
-    with contextlib.suppress(OSError):  # a cache that cannot be written is done without
+    with contextlib.suppress(OSError):  # an unwritable cache is not an error
         passed.parent.mkdir(parents=True, exist_ok=True)
         write_text(passed, "")
 
 
 def _texts() -> list[str]:
-    """Each printable character of ASCII and some others many times over, and text as it comes."""
+    """Many repeats of each printable ASCII character and of some others, and ordinary text."""
     letters = [chr(code) for code in range(32, 127)] + list("\n\t\u00e9\u00df\u4e2d\u0627\u0e01\U0001f600\ufdfa\u0301")
     mixed = 'The 3 quick, brown foxes\' jump (over) 12,345 lazy dogs -- said "he".\n' * 8
     return [*(letter * 60 for letter in letters), *(f"{'a' * 40}{letter}" for letter in letters), mixed, "".join(letters) * 4]
@@ -64,8 +64,8 @@ def _main(name: str) -> None:
         for text in _texts():
             count = len(tokenizer.encode(text).ids)
             if count > _MOST_TOKENS * len(text) + 64:
-                sys.exit(f"it makes {count} tokens of {json.dumps(text[:20])} and {len(text) - 20} more characters")
-    except Exception as error:  # noqa: BLE001 - whatever a foreign file brings about
+                sys.exit(f"it encodes {json.dumps(text[:20])} and {len(text) - 20} more characters as {count} tokens")
+    except Exception as error:  # noqa: BLE001 - an untrusted file may raise anything
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -1,1 +1,1 @@
-"""The planner, a library of its own: bytes, seconds and money of a training, without torch but for `tracing`."""
+"""The planner, a standalone library: memory, time and cost of training; only `tracing` and `calibrate` import torch."""

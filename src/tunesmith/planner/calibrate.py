@@ -1,8 +1,8 @@
-"""`--calibrate`: real steps of the engine on the machine at hand, in about a minute.
+"""`--calibrate`: runs real engine steps on this machine, in about a minute.
 
-Where a step of the whole model is short enough, that is what runs. Else a copy with two blocks and one with eight, which differ
-by six: from both times follows the time of all blocks and of the rest. On a CPU the extrapolation is low by up to a third, as
-a few blocks stay in its caches. Weights are random, as time does not depend on them; rows are the data's own.
+If a step of the whole model is short enough, it runs as it is. Otherwise a copy with two blocks and one with eight are timed;
+the difference of six blocks gives the time per block and of the rest. On a CPU the extrapolation is low by up to a third,
+because a few blocks stay in its caches. Weights are random, since time does not depend on them; rows come from the data.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from tunesmith.planner.tracing.building import build_model, make_optimizer
 from tunesmith.recipe import Method, Recipe
 
 DEPTHS = (2, 8)
-_ROUNDS = (4, 16)  # timed steps of each copy, in turn, at least and at most; as many as fit in
+_ROUNDS = (4, 16)  # minimum and maximum timed steps of each copy, alternating; as many as fit into this time
 _SECONDS = 4.0
-_SHORT = 8.0  # seconds of a step, by the roofline, up to which the whole model runs
+_SHORT = 8.0  # maximum roofline seconds per step for which the whole model runs
 
 
 def calibrate(
     recipe: Recipe, facts: DataFacts, device: Device, methods: Sequence[Method], console: Console, *, free: bool = True
 ) -> list[Entry]:
-    """Measure each method's step on this machine and keep the ratio to the roofline for later plans.
+    """Measure each method's step on this machine and store the ratio to the roofline for later plans.
 
-    `free` lets micro-batch and levers be the plan's, else they are the recipe's.
+    `free` takes micro-batch and levers from the plan, else they come from the recipe.
     """
     quiet()
     if device.kind == "cpu":
@@ -61,7 +61,7 @@ def calibrate(
         mean = sum(len(row.ids) for row in rows) / len(rows)
         computed = planner.batches(size, most)[0]
         typical = mean_batch([computed])
-        # The probe takes cross-entropy, which makes logits once.
+        # The calibration step uses cross-entropy, which makes logits once.
         scenario = replace(option.scenario, length=typical.tokens, labelled=typical.labelled, logits_twice=False)
         predicted = roofline_step(architecture, scenario, device, len(computed), mean)
         ratio = measured / predicted.seconds
@@ -83,19 +83,19 @@ def calibrate(
             )
         )
     if not add_entries(calibration_file(), entries):
-        console.print(f"calibrate: {calibration_file()} cannot be written, so later plans will not know of it", soft_wrap=True)
+        console.print(f"calibrate: {calibration_file()} cannot be written, so later plans will not use it", soft_wrap=True)
     return entries
 
 
 def step_seconds(values: dict[str, Any], option: Option, rows: Sequence[Row], *, packing: bool, device: Device) -> float:
-    """Seconds of forward, backward and update of the whole model, measured or from a shallow and a deeper copy."""
+    """Seconds of forward, backward and update of the whole model, measured or extrapolated from two shallow copies."""
     layers = int(values.get("num_hidden_layers") or values["num_layers"])
     whole = option.roofline_seconds <= _SHORT and option.safe_memory_bytes <= device.memory_bytes / 2
     where = torch.device("cuda" if device.kind == "cuda" else "cpu")
     depths = (layers,) if whole or layers <= DEPTHS[-1] else DEPTHS
     steps = [_stepper(values, depth, option, rows, packing=packing, where=where) for depth in depths]
     times: list[list[float]] = [[] for _ in depths]
-    for step in steps:  # the first one allocates, and kernels are compiled
+    for step in steps:  # warmup: the first step allocates memory and compiles kernels
         step()
     began, (least, most) = time.perf_counter(), _ROUNDS
     while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() - began < _SECONDS):
@@ -113,7 +113,7 @@ def step_seconds(values: dict[str, Any], option: Option, rows: Sequence[Row], *,
 def _stepper(
     values: dict[str, Any], depth: int, option: Option, rows: Sequence[Row], *, packing: bool, where: torch.device
 ) -> Callable[[], None]:
-    """One training step of a copy with `depth` blocks, as a function that can be called again and again."""
+    """One training step of a copy with `depth` blocks, as a function that can be called repeatedly."""
     config = make_config(values, num_hidden_layers=depth, layer_types=None)
     torch.manual_seed(0)
     scenario = replace(option.scenario, attention="tree") if packing else option.scenario
@@ -136,7 +136,7 @@ def _stepper(
 
 
 def _collate(rows: Sequence[Row], vocabulary: int, limits: Limits, *, packing: bool) -> list[Batch]:
-    """The rows as micro-batches, each row up to its last label; its last tokens carry its labels."""
+    """The rows as micro-batches, each row cut after its last label; its last tokens are labelled."""
     made = []
     for row in rows:
         length = len(row.computed) + 1

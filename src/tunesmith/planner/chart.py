@@ -1,4 +1,4 @@
-"""The frontier: memory, time and expected quality of the three methods, as SVG."""
+"""The frontier: memory, time and expected quality of the methods, as SVG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 
 
 def frontier(plan: Plan) -> str:
-    """Hours against memory, one point for each method, filled where it fits, with the device's memory as a line."""
+    """Memory over hours: one point per method, filled if it fits, with the device's memory as a line."""
     made, axes = figure(6.2, 4.2)
     limit = plan.device.memory_bytes / GIB
     highest = limit
@@ -35,5 +35,5 @@ def frontier(plan: Plan) -> str:
     axes.set_ylim(0, 1.15 * highest)
     made.legend(loc="outside lower center", frameon=False, ncols=1)
     axes.set_xlabel("hours of training")
-    axes.set_ylabel("memory at peak (GiB)")
+    axes.set_ylabel("peak memory (GiB)")
     return svg(made)

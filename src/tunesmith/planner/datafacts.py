@@ -1,7 +1,7 @@
-"""What the plan needs to know of the data: how many rows, how long, how much of them is trained on, how much they share.
+"""What the plan needs to know about the data: row count, lengths, labelled tokens, and how much the rows share.
 
-Read from a prepared run exactly, from raw rows by a seeded sample, to which the longest of all rows come: what a step takes at
-most is decided by them, however few they are. No torch here.
+Exact for a prepared run; for raw rows, a seeded sample plus the longest of all rows, because the longest rows determine the
+peak of a step, however few they are. No torch here.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from tunesmith.io.rows import Row as FileRow
 from tunesmith.recipe import OBJECTIVES, DataSection, Objective, RowKind, SourceSection
 from tunesmith.runs import check_columns
 
-SAMPLE = 1_000  # rows looked at closely
-TAIL = 32  # of the longest rows
-_LONG = 1_000  # rows among which those are found, the longest by their characters
-_DRAWS = 24  # micro-batches drawn to see what their rows share
+SAMPLE = 1_000  # rows analysed in detail
+TAIL = 32  # number of longest rows
+_LONG = 1_000  # candidates for those: the longest rows by characters
+_DRAWS = 24  # micro-batches drawn to estimate what their rows share
 _SEED = 0
-_END = -1  # stands for the id at the end of a document
-_CHARACTERS = 4  # of a token, where there is no tokenizer at hand
-_LARGE = 2**25  # bytes of a file from which on only a sample of its rows is decoded
+_END = -1  # placeholder for the end-of-document id
+_CHARACTERS = 4  # per token, if no tokenizer is available
+_LARGE = 2**25  # bytes; of larger files only a sample of the rows is decoded
 
 
 class Encoder(Protocol):
@@ -48,9 +48,9 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One row's token ids, and how many of them carry loss; of a preference pair the chosen side, with the rejected one.
+    """One row's token ids, and how many are labelled; for a preference pair the chosen side, with the rejected one.
 
-    The last `tail` of them do not go through the model (engine/packing/batch.py).
+    The last `tail` ids do not pass through the model (engine/packing/batch.py).
     """
 
     ids: Sequence[int]
@@ -60,18 +60,18 @@ class Row:
 
     @property
     def computed(self) -> Sequence[int]:
-        """The ids that go through the model."""
+        """The ids that pass through the model."""
         return self.ids[: max(1, len(self.ids) - self.tail)]
 
     @property
     def sides(self) -> tuple[Row, ...]:
-        """The sequences that go through the model for this row."""
+        """The sequences that pass through the model for this row."""
         return (self,) if self.rejected is None else (self, self.rejected)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch as it is computed: tokens that go through the model, labelled places, tokens of its rows."""
+    """A micro-batch as computed: tokens that pass through the model, labelled positions, tokens of its rows."""
 
     tokens: int
     labelled: int
@@ -80,13 +80,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Rows to train on and a sample of them; `counted` tells how their tokens were counted."""
+    """The number of train rows and a sample of them; `counted` says how their tokens were counted."""
 
     rows: int
     sample: tuple[Row, ...] = field(repr=False)
     counted: str
-    shares: bool = True  # whether rows may have a prefix in common
-    tail: tuple[Row, ...] = field(default=(), repr=False)  # the longest rows of all
+    shares: bool = True  # whether rows may share a prefix
+    tail: tuple[Row, ...] = field(default=(), repr=False)  # the longest of all rows
 
     @property
     def sequences(self) -> list[Row]:
@@ -95,12 +95,12 @@ class DataFacts:
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of a sequence."""
+        """Mean tokens per sequence."""
         return statistics.fmean(len(row.ids) for row in self.sequences)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence of all rows."""
+        """Tokens of the longest sequence in all rows."""
         return max(len(row.ids) for row in _sides([*self.sample, *self.tail]))
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,12 +116,12 @@ class DataFacts:
         }
 
     def draw(self, size: int) -> list[list[Row]]:
-        """Micro-batches of `size` rows of the sample, drawn by a seed."""
+        """Seeded draws of `size` rows from the sample."""
         generator = random.Random(_SEED)
         return [generator.choices(self.sample, k=size) for _ in range(_DRAWS)]
 
     def batches(self, size: int, limits: Limits, *, packing: bool) -> list[list[Batch]]:
-        """`size` rows as micro-batches within the limits, drawn by a seed several times, and last the longest rows."""
+        """`size` rows as micro-batches within the limits, in several seeded draws; the last draw has the longest rows."""
         longest = sorted(self.tail or self.sample, key=lambda row: -sum(len(side.ids) for side in row.sides))
         picks = [*self.draw(size), [longest[i % len(longest)] for i in range(size)]]
         return [_batches(rows, limits, packing=packing and self.shares) for rows in picks]
@@ -149,18 +149,18 @@ def _batch(rows: Sequence[Row], *, packing: bool) -> Batch:
 
 
 def refuse_unplanned(name: str) -> Objective:
-    """The objective of this name. Raises PlanError where the plan does not account for its steps."""
+    """The objective of this name. Raises PlanError if the planner does not model its steps."""
     objective = OBJECTIVES[name]
     if objective.planned:
         return objective
     sampled = "answers are sampled and scored in each step" if objective.sampled else "its steps run in TRL"
-    what = f"no plan for objective: {name}: {sampled}, which the account of bytes and seconds does not cover"
-    why = "a promise of memory or time would be wrong"
-    raise PlanError(Problem("TS705", what, "objective", why, "name the method and train without a plan"))
+    what = f"no plan for objective: {name}: {sampled}, which the planner does not model"
+    why = "the predicted memory and time would be wrong"
+    raise PlanError(Problem("TS705", what, "objective", why, "set method in the recipe and train without a plan"))
 
 
 def assumed(rows: int, length: int, objective: str = "sft") -> DataFacts:
-    """Rows, or pairs, of one length that share nothing and carry loss everywhere: what is assumed where no data is given."""
+    """Rows or pairs of one length, with nothing shared and loss on every token: the assumption if no data is given."""
     kind = refuse_unplanned(objective).rows
     count = 64
     made = [Row(range(number * length, (number + 1) * length), length - 1) for number in range(2 * count)]
@@ -171,9 +171,9 @@ def assumed(rows: int, length: int, objective: str = "sft") -> DataFacts:
 
 
 def read_facts(data: DataSection, encode: Encoder | None, objective: str = "sft") -> DataFacts:
-    """Facts of the recipe's train rows, or of its pairs. Without an encoder four characters count as a token.
+    """Facts of the recipe's train rows or pairs. Without an encoder, four characters count as a token.
 
-    Raises DataError where the file is missing, or no sampled row can be used.
+    Raises DataError if the file is missing, or no sampled row can be used.
     """
     kind = refuse_unplanned(objective).rows
     total, raw, long = 0, list[tuple[Any, SourceSection]](), list[tuple[int, int, Any, SourceSection]]()
@@ -194,7 +194,7 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: str = "sft"
     sample = [row for value, part in drawn for row in _rows(value, part, data, encode, kind)]
     sample = [row for row in sample if max(len(side.ids) for side in row.sides) <= data.max_length] or sample[:1]
     if not sample:
-        why = "the plan's time and memory depend on the rows' lengths"
+        why = "the plan's time and memory depend on the row lengths"
         raise DataError(
             Problem("TS109", "no row of the sample can be used", data.parts[0].path, why, "run `tunesmith prepare` to see why")
         )
@@ -210,13 +210,13 @@ def read_facts(data: DataSection, encode: Encoder | None, objective: str = "sft"
 
 
 def _longest(rows: Iterable[Row], data: DataSection) -> tuple[Row, ...]:
-    """The first rows that fit, or are cut so that they do."""
+    """The first rows that fit, as they are or after a cut."""
     fitting = (row if max(len(side.ids) for side in row.sides) <= data.max_length else _cut(row, data) for row in rows)
     return tuple(itertools.islice((row for row in fitting if row is not None), TAIL))
 
 
 def _cut(row: Row, data: DataSection) -> Row | None:
-    """What is left of a row that is too long, as far as its tokens count; None where it is left out, as pairs always are."""
+    """A row that is too long, cut to `max_length` tokens; None if it is rejected, as pairs always are."""
     if data.overlong == "reject":
         return None
     return replace(row, ids=row.ids[: data.max_length], labelled=min(row.labelled, data.max_length - 1))
@@ -225,9 +225,9 @@ def _cut(row: Row, data: DataSection) -> Row | None:
 def _values(
     part: SourceSection, read: Callable[[Path | str, str | None], Iterable[FileRow]], is_long: Callable[[int], bool]
 ) -> Iterator[tuple[dict[str, Any] | None, int, bool]]:
-    """Each row's value, its characters, and whether it belongs to a fair sample.
+    """Each row's value, its characters, and whether it belongs to the unbiased sample.
 
-    Of a large .jsonl file only a share is decoded, and what `is_long`; None stands for the others.
+    In a large .jsonl file, only a random share and rows that pass `is_long` are decoded; the others yield None.
     """
     path = Path(part.path)
     if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size < _LARGE:
@@ -249,7 +249,7 @@ def _values(
 
 
 def _characters(value: Any) -> int:
-    """Of all texts in a value."""
+    """Characters of all texts in a value."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
@@ -262,7 +262,7 @@ def _drawn(values: Sequence[Any], count: int) -> Sequence[Any]:
 
 
 def _rows(value: dict[str, Any], part: SourceSection, data: DataSection, encode: Encoder | None, kind: RowKind) -> list[Row]:
-    """The rows that a value gives: one or none, or the pieces of a document (with one id more, for its end)."""
+    """The rows that a value yields: one or none, or the pieces of a document (with one more id, for its end)."""
     named = mapped(value, part.columns or {}, "")
     if isinstance(named, Problem):
         return []
@@ -277,7 +277,7 @@ def _rows(value: dict[str, Any], part: SourceSection, data: DataSection, encode:
 
 
 def _row(value: Mapping[str, Any], row_format: str, system: str | None, encode: Encoder | None, kind: RowKind) -> Row | None:
-    """A row rendered in ChatML, which is about as long as any template; None where it is no conversation, or no pair."""
+    """A row rendered in ChatML, about as long as with any template; None if it is not a conversation or pair."""
     if kind == "conversation":
         messages = to_messages(value, "", row_format, system)
         return None if isinstance(messages, Problem) else _rendered(messages, encode)
@@ -306,7 +306,7 @@ def _encoded(text: str, encode: Encoder | None) -> Sequence[int]:
 
 
 def prepared_facts(folder: Path) -> DataFacts:
-    """Facts of a prepared run's `data/` folder, exact but for the sample; of pairs where it holds pairs."""
+    """Facts of a prepared run's `data/` folder, exact except for the sample; of pairs if it holds pairs."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -336,7 +336,7 @@ def _of_ids(ids: Sequence[int], loss_mask: Sequence[bool]) -> Row:
 
 
 def encoder_of(model: Path) -> Encoder | None:
-    """The tokenizer in a model folder, by the tokenizers library alone; None where it has no tokenizer.json."""
+    """The tokenizer in a model folder, through the tokenizers library only; None if there is no tokenizer.json."""
     file = model / "tokenizer.json"
     if not file.is_file():
         return None

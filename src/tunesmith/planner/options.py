@@ -1,4 +1,4 @@
-"""For one method on one device: the settings that fit and are fastest, with the memory, time and money that they take."""
+"""For one method on one device: the fastest settings that fit, with their memory, time and cost."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from tunesmith.recipe import OBJECTIVES, Auto, Checkpointing, Method, Recipe
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a device needs beyond what the allocator is asked for: a share of it, and a fixed part, of which a GPU's context.
+    """What a device needs beyond the allocated bytes: a share of them, and a fixed part that includes a GPU's context.
 
-    `more` are further shares, of the parts of the breakdown.
+    `more` holds further shares, per part of the breakdown.
     """
 
     typical_share: float
@@ -44,34 +44,34 @@ class Overhead:
     more: Mapping[str, float] = field(default_factory=dict)
 
     def grown(self, allocated: int, breakdown: Mapping[str, int]) -> float:
-        """Bytes that grow with the step: what the allocator is asked for, and what it keeps beside it."""
+        """Bytes that grow with the step: allocated bytes, and what the allocator holds in addition."""
         return allocated * self.typical_share + sum(share * breakdown.get(kind, 0) for kind, share in self.more.items())
 
     def typical(self, allocated: int, breakdown: Mapping[str, int], beside: int | None = None) -> int:
-        """The peak that the device will show; `beside` is the fixed part as runs found it."""
+        """The expected peak on the device; `beside` is the fixed part as measured by runs."""
         return round(self.grown(allocated, breakdown) + (self.typical_bytes if beside is None else max(0, beside)))
 
     def safe(self, allocated: int) -> int:
-        """The peak that it will not exceed."""
+        """The peak that the device will not exceed."""
         return round(allocated * self.safe_share + self.safe_bytes)
 
 
-#: GPU, seen on an H100: context and libraries 0.76 GiB, cuBLAS's workspaces 0.06; of segments that grow 0.05 to 0.2 GiB unused.
-#: CPU: the libraries' own and compiled products 90 MiB; of what comes and goes malloc keeps a share that does not fit what is
-#: asked for next, gradients are there twice while one is added to the other (benchmarks/process_memory.py).
+#: GPU, measured on an H100: context and libraries 0.76 GiB, cuBLAS workspaces 0.06; expandable segments leave 0.05 to 0.2 GiB
+#: unused. CPU: libraries and compiled GEMMs 90 MiB; malloc keeps a share of freed memory that does not fit the next request;
+#: gradients exist twice while one is added to the other (benchmarks/process_memory.py).
 _KEPT_BY_MALLOC = {"activations": 0.2, "scratch": 0.2, "logits": 0.35, "gradients": 1.0, "optimizer": 0.033}
 OVERHEAD = {
     "cuda": Overhead(1.01, int(0.97 * GIB), 1.04, int(1.15 * GIB), int(0.76 * GIB)),
     "cpu": Overhead(1.0, 90 << 20, 1.25, int(0.6 * GIB), more=_KEPT_BY_MALLOC),
 }
 
-#: Micro-batches that are tried where the recipe leaves the choice.
+#: Micro-batch sizes to try if the recipe leaves the choice.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Lever:
-    """One way to run a method, as recipe keys."""
+    """One configuration of a method, as recipe keys."""
 
     gradient_checkpointing: Checkpointing = False
     optim: Optim = "adamw"
@@ -96,7 +96,7 @@ _LEVER_KEYS = ("gradient_checkpointing", "optim", "optimizer_in_backward")
 
 @dataclass(frozen=True)
 class Option:
-    """A method with settings: the bytes, seconds and money that it takes, and whether the device holds it."""
+    """A method with settings: its memory, time and cost, and whether it fits on the device."""
 
     method: Method
     fits: bool
@@ -112,14 +112,14 @@ class Option:
     cost_an_hour: float
     tokens_per_second: float
     time_measurements: int
-    least_memory_bytes: int  # of this method and optimizer with one row at once and checkpointing, typical
-    roofline_seconds: float  # of a step, before any correction
-    bound: Bound  # what such a step waits for
-    seconds_before: float  # what the objective computes once, before the first step
+    least_memory_bytes: int  # of this method and optimizer with micro-batches of one row and checkpointing, typical
+    roofline_seconds: float  # per step, without corrections
+    bound: Bound  # what limits such a step
+    seconds_before: float  # of what the objective computes once, before the first step
 
     @property
     def hours(self) -> float:
-        """Of training, with what comes before the first step."""
+        """Hours of training, including the work before the first step."""
         return (self.seconds_before + self.seconds_per_step * self.steps) / 3600
 
     @property
@@ -166,7 +166,7 @@ class Option:
 
 
 class Planner:
-    """Options for one model, data set and device; `fixed` names the recipe's keys that are not to vary."""
+    """Options for one model, data set and device; `fixed` names recipe keys that must not vary."""
 
     def __init__(
         self,
@@ -182,19 +182,19 @@ class Planner:
         self.fixed = fixed
         own_attention = recipe.train.attn_implementation == "auto"
         self.packing = recipe.train.packing and own_attention and runs_on_trees(architecture.model_type)
-        self._pairs = OBJECTIVES[recipe.objective].rows == "pair"  # compared with what the untrained model says of them
+        self._pairs = OBJECTIVES[recipe.objective].rows == "pair"  # the loss compares them with a reference model
         self._batches: dict[tuple[int, Limits], list[list[Batch]]] = {}
 
     def on(self, device: Device) -> Planner:
-        """The same for another device; what was computed of the data is shared."""
+        """The same planner for another device; results computed from the data are shared."""
         other = copy.copy(self)
         other.device = device
         return other
 
     def best(self, method: Method, *, free: bool = True) -> Option:
-        """The fastest settings that fit; where none do, the ones that come nearest. `free` lets micro-batch and levers vary.
+        """The fastest settings that fit, or the closest if none fit. `free` lets micro-batch and levers vary.
 
-        Among the optimizers the first that fits is taken, as those with smaller states are further from exact AdamW.
+        The first optimizer that fits is used, since those with smaller states are further from exact AdamW.
         """
         nearest: Option | None = None
         for group in self._levers(method, free=free):
@@ -205,7 +205,7 @@ class Planner:
                     if nearest is None or option.safe_memory_bytes < nearest.safe_memory_bytes:
                         nearest = option
                     if not option.fits:
-                        break  # a larger micro-batch takes more
+                        break  # a larger micro-batch needs more memory
                     fitting.append(option)
             if fitting:
                 return min(fitting, key=lambda option: (option.hours, option.safe_memory_bytes))
@@ -214,20 +214,20 @@ class Planner:
         return nearest
 
     def _levers(self, method: Method, *, free: bool) -> Iterator[tuple[Lever, ...]]:
-        """Groups of levers, the exact optimizer first; with and without recomputing in one group."""
+        """Groups of levers, the exact optimizer first; each group has variants with and without recomputation."""
         asked = self.recipe.train
         own = Lever(asked.gradient_checkpointing, asked.optim, asked.optimizer_in_backward)
         if not free:
             yield (own,)
             return
-        # Smaller states are for bf16 weights that are trained themselves.
+        # Smaller states are for bf16 weights that are trained directly.
         small = () if method != "full" or self.device.compute_dtype == "float32" else _SMALL_STATE_LEVERS
         groups = [_EXACT_LEVERS, *small]
         allowed = [tuple(lever for lever in group if self._allowed(lever, own)) for group in groups]
         yield from [group for group in allowed if group] or [(own,)]
 
     def _allowed(self, lever: Lever, own: Lever) -> bool:
-        """Whether a lever changes nothing that the recipe fixes."""
+        """Whether a lever leaves every key that the recipe fixes unchanged."""
         asked = self.recipe.train
         one_micro_batch = asked.gradient_accumulation_steps in {"auto", 1} and asked.effective_batch_size == "auto"
         if lever.optimizer_in_backward and not one_micro_batch:
@@ -237,20 +237,20 @@ class Planner:
         return all(getattr(lever, name) == getattr(own, name) for name in _LEVER_KEYS if f"train.{name}" in self.fixed)
 
     def _sizes(self, *, free: bool) -> Sequence[int | Auto]:
-        """Micro-batches to try; where tokens at once are fixed, what they hold."""
+        """Micro-batch sizes to try; only the recipe's own if it fixes rows or tokens per micro-batch."""
         if not free or self.fixed & {"train.per_device_train_batch_size", "train.per_device_max_tokens"}:
             return (self.recipe.train.per_device_train_batch_size,)
         return [size for size in SIZES if size <= self.facts.rows] or [1]
 
     def batches(self, size: int, limits: Limits) -> list[list[Batch]]:
-        """So many rows as micro-batches within the limits, drawn several times; the last time the longest rows."""
+        """`size` rows as micro-batches within the limits, in several draws; the last draw has the longest rows."""
         key = (size, limits)
         if key not in self._batches:
             self._batches[key] = self.facts.batches(size, limits, packing=self.packing)
         return self._batches[key]
 
     def settled(self, method: Method, size: int | Auto, lever: Lever) -> Settings:
-        """The training settings with that micro-batch; accumulation follows from the effective batch."""
+        """The training settings with this micro-batch size; accumulation follows from the effective batch size."""
         train = self.recipe.train.model_copy(
             update={"per_device_train_batch_size": size, "optimizer_in_backward": lever.optimizer_in_backward}
         )
@@ -258,7 +258,7 @@ class Planner:
         return settle(recipe, self.facts.rows, self.device.as_hardware())
 
     def option(self, method: Method, size: int | Auto, lever: Lever) -> Option:
-        """What one choice of settings takes."""
+        """The option for one choice of settings."""
         settings = self.settled(method, size, lever)
         limits = Limits(settings.per_device_max_tokens, None, settings.micro_batch_start)
         drawn = self.batches(settings.per_device_train_batch_size, limits)
@@ -297,7 +297,7 @@ class Planner:
         )
 
     def _typical(self, scenario: Scenario, made: Estimate) -> int:
-        """The peak that the device will show: allocated bytes, the allocator's share, and the context, as runs found it."""
+        """The expected peak on the device: allocated bytes, the allocator's share, and the context as measured by runs."""
         over = OVERHEAD[self.device.kind]
         beside = bytes_beside(self.entries, self.device.name, scenario.method)
         if beside is None and scenario.dtype == "bfloat16":
@@ -325,7 +325,7 @@ class Planner:
         )
 
     def _attention(self) -> Attention:
-        """The attention that the engine will run; flash kernels keep what sdpa's keeps."""
+        """The attention that the engine will run; flash kernels save the same tensors as sdpa."""
         if self.packing:
             return "tree" if self.device.kind == "cpu" else "flex"
         return "eager" if self.recipe.train.attn_implementation == "eager" else "sdpa"
@@ -333,7 +333,7 @@ class Planner:
     def _step_seconds(
         self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever
     ) -> tuple[Times, Correction]:
-        """A step of mean micro-batches by the roofline, and its correction by what was measured."""
+        """Roofline times of a step of mean micro-batches, and their correction from measurements."""
         scenario = self._scenario(method, mean_batch(drawn[:-1]), settings, lever)
         number = settings.gradient_accumulation_steps * statistics.fmean(map(len, drawn[:-1]))
         step = roofline_step(self.a, scenario, self.device, number, self.facts.mean_tokens)
@@ -341,12 +341,12 @@ class Planner:
         return step, corrected(step, time_correction(*like), time_correction(*like, "starting"))
 
     def _seconds_before(self, method: Method, drawn: Sequence[Sequence[Batch]], settings: Settings, lever: Lever) -> float:
-        """Seconds of the reference's forward pass over all pairs by the roofline; none without a reference."""
+        """Roofline seconds of the reference's forward pass over all pairs; 0 without a reference."""
         if not self._pairs:
             return 0.0
         scenario = self._scenario(method, mean_batch(drawn[:-1]), settings, lever)
         work = forward_work(self.a, scenario, estimate(self.a, scenario), self.facts.mean_tokens)
-        pairs = settings.per_device_train_batch_size / statistics.fmean(map(len, drawn[:-1]))  # of a micro-batch
+        pairs = settings.per_device_train_batch_size / statistics.fmean(map(len, drawn[:-1]))  # per micro-batch
         return self.facts.rows / pairs * times(work, self.device).seconds
 
 
@@ -358,7 +358,7 @@ def mean_batch(drawn: Sequence[Sequence[Batch]]) -> Batch:
 
 
 def corrected(step: Times, computing: Correction, starting: Correction) -> Correction:
-    """The correction of the whole step, from those of its two sides: the longer one after it has the say."""
+    """The correction of the whole step, from those of its two sides; the longer side after correction decides."""
     sides = ((step.computing, computing), (step.starting, starting))
     seconds, most = step.seconds, max(sides, key=lambda side: side[0] * side[1].typical)[1]
     typical, safe = (max(time * getattr(side, name) for time, side in sides) / seconds for name in ("typical", "safe"))
@@ -366,7 +366,7 @@ def corrected(step: Times, computing: Correction, starting: Correction) -> Corre
 
 
 def roofline_step(a: Architecture, scenario: Scenario, device: Device, micro_batches: float, context: float) -> Times:
-    """Of an optimizer step by the roofline, without any correction."""
+    """Roofline times of an optimizer step, without corrections."""
     work = micro_batch_work(a, scenario, estimate(a, scenario), context)
     update = optimizer_seconds(optimizer_bytes(a, scenario), device)
     travel = 2 * offloaded_bytes(a, scenario) / HOST_BANDWIDTH

@@ -1,6 +1,6 @@
-"""Makes the plan: for full fine-tuning, LoRA and QLoRA the memory, time and money, which one to take, and by which rule.
+"""Makes the plan: memory, time and cost of full fine-tuning, LoRA and QLoRA, the recommended one, and the rules behind it.
 
-Nothing is loaded: a model's config.json, the data's lengths and a table of GPUs are enough. No torch here.
+Nothing is loaded: the model's config.json, the row lengths and a table of GPUs are enough. No torch here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def calibration_file() -> Path:
-    """Where measurements are kept for the next plan: the file that TUNESMITH_CALIBRATION names, else one in the cache."""
+    """Where measurements are stored for later plans: the file named by TUNESMITH_CALIBRATION, else one in the cache."""
     named = os.environ.get("TUNESMITH_CALIBRATION")
     return Path(named).expanduser() if named else cache_folder() / "calibration.json"
 
@@ -48,11 +48,11 @@ def plan_for(
 ) -> Plan:
     """The plan of a recipe on a device.
 
-    `free` lets micro-batch and levers vary, but for the keys in `fixed`; else the recipe's are taken as they are.
+    `free` lets micro-batch and levers vary, except for the keys in `fixed`; else the recipe's values are used as they are.
     """
     if recipe.train.shifted_sparse_attention is not None:
-        what, why = "train.shifted_sparse_attention is not planned", "its memory and time are not those of full attention"
-        raise ModelError(Problem("TS703", what, "recipe", why, "plan without it, for full attention"))
+        what, why = "train.shifted_sparse_attention cannot be planned", "its memory and time differ from full attention's"
+        raise ModelError(Problem("TS703", what, "recipe", why, "remove it to plan for full attention"))
     values, source = find_config(recipe.model, recipe.revision)
     architecture = read_architecture(values, source)
     known = read_entries(calibration_file()) if entries is None else entries
@@ -62,14 +62,14 @@ def plan_for(
     clusters = _clusters(options, architecture, device, gpus)
     reasons += _of_size(architecture, facts, clusters, recommended)
     if device.count > 1:
-        text = f"times and money are of one of the {device.count} cards: a job over several is not planned yet"
+        text = f"times and costs are for one of the {device.count} cards: jobs on several are not planned yet"
         reasons.append(Reason("one-card", "tunesmith", text))
     if recipe.train.activation_offloading:
-        text = "activation_offloading is not counted: the peak will be lower than promised, a step longer"
+        text = "activation_offloading is not modelled: the peak will be lower than planned, and a step longer"
         reasons.append(Reason("offloading-not-counted", "tunesmith", text))
     if recipe.train.optimizer_offloading:
         largest = max(offloaded_bytes(architecture, option.scenario) for option in options.values())
-        text = f"optimizer_offloading needs up to {largest / GIB:.1f} GiB of the machine's own memory"
+        text = f"optimizer_offloading needs up to {largest / GIB:.1f} GiB of host memory"
         reasons.append(Reason("optimizer-offloading", "tunesmith", text))
     elsewhere = _elsewhere(planner, options, gpus, asks, free=free)
     change = _what_would_change_it(planner, options, recommended, elsewhere, clusters, asks)
@@ -79,7 +79,7 @@ def plan_for(
 def _clusters(
     options: Mapping[Method, Option], architecture: Architecture, device: Device, gpus: Mapping[str, Device]
 ) -> dict[Method, Cluster]:
-    """For what does not fit on one device, or is large, the smallest cluster: of the device at hand, or of large cards."""
+    """The smallest cluster for what does not fit on one device, or is large: of the given device, or of large cards."""
     large = [gpu for gpu in gpus.values() if gpu.memory_bytes >= 80 * GIB and gpu.compute_dtype == "bfloat16"]
     found = {}
     for method, option in options.items():
@@ -95,7 +95,7 @@ def _clusters(
 def _of_size(
     architecture: Architecture, facts: DataFacts, clusters: Mapping[Method, Cluster], recommended: Method | None
 ) -> list[Reason]:
-    """A very large model or set of rows: several devices, and at least how many where the memory asks for them."""
+    """Reasons of a very large model or data set: several devices, and the minimum number if memory requires it."""
     reasons = []
     if architecture.parameters > LARGE_MODEL:
         text = f"{architecture.parameters / 1e9:.0f} B parameters are more than 30 B: such a job is usually spread over devices"
@@ -104,7 +104,7 @@ def _of_size(
             text += f"; full takes at least {cluster.count} x {cluster.device} with {cluster.sharding} (not yet built in)"
         reasons.append(Reason("large-model", "common practice", text))
     if facts.rows >= LARGE_DATA:
-        text = f"{facts.rows:,} rows are a very large set: devices that each take a part of the rows divide the hours"
+        text = f"{facts.rows:,} rows are a very large set: data parallelism over several devices divides the hours"
         reasons.append(Reason("large-data", "common practice", text))
     return reasons
 
@@ -112,7 +112,7 @@ def _of_size(
 def _elsewhere(
     planner: Planner, options: Mapping[Method, Option], gpus: Mapping[str, Device], asks: Asks, *, free: bool
 ) -> dict[Method, tuple[Device, Option]]:
-    """Of each method that is not to be had on the device, its option on the cheapest card where it is: planned, not guessed."""
+    """For each method unusable on the device, its option on the cheapest card where it is usable: planned, not guessed."""
     found: dict[Method, tuple[Device, Option]] = {}
     cards = [gpu for gpu in gpus.values() if gpu.flops["bfloat16"] and gpu.name != planner.device.name]
     for method, option in options.items():
@@ -134,7 +134,7 @@ def _what_would_change_it(
     clusters: Mapping[Method, Cluster],
     asks: Asks,
 ) -> list[str]:
-    """The cheapest card that gives what each method lacks here, or the smallest cluster; each stands in plan.json too."""
+    """The cheapest card on which each unusable method works, or the smallest cluster; plan.json lists them too."""
     device, said = planner.device, list[str]()
     for method, option in options.items():
         cluster = clusters.get(method)
@@ -151,19 +151,19 @@ def _what_would_change_it(
             how = f"with {cluster.sharding}, which is not built in yet"
             said.append(f"{method} would take {cluster.count} x {cluster.device} (${cluster.price_an_hour:,.2f} an hour) {how}")
     if recommended == "lora" and "full" in options and options["full"].fits and planner.facts.rows < MANY_ROWS:
-        said += [f"full would be taken from {MANY_ROWS:,} rows on"] if asks == Asks() else []
+        said += [f"full would be recommended from {MANY_ROWS:,} rows on"] if asks == Asks() else []
     if recommended is None and not elsewhere and asks != Asks():
-        said.append("no single card that is known gives what was asked for")
+        said.append("no single card in the catalogue meets the limits")
     return said
 
 
 def fixed_keys(resolved: ResolvedRecipe) -> set[str]:
-    """Keys that the user set, which a plan leaves as they are."""
+    """Keys that the user set and that a plan does not change."""
     return {key for key, origin in resolved.origins.items() if origin in {"file", "override"}}
 
 
 def with_settings(resolved: ResolvedRecipe, option: Option) -> ResolvedRecipe:
-    """The recipe with an option's method and settings in the place of `auto`; what the plan set has the origin `plan`."""
+    """The recipe with an option's method and settings in place of `auto`; values set by the plan have the origin `plan`."""
     settings = option.as_dict()["settings"]
     train = {
         key: settings[key]
@@ -194,6 +194,6 @@ def with_settings(resolved: ResolvedRecipe, option: Option) -> ResolvedRecipe:
 
 
 def encoder_for(model: str) -> Encoder | None:
-    """The model's own tokenizer where its folder is at hand; nothing is fetched."""
+    """The model's own tokenizer if its folder is local, else None; nothing is downloaded."""
     folder = builtin.place() if model == builtin.NAME else Path(model).expanduser()
     return encoder_of(folder)

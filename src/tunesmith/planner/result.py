@@ -1,4 +1,4 @@
-"""What a plan says: for each method the memory, time and money, which one to take, and by which rule."""
+"""The plan: memory, time and cost of each method, the recommended one, and the rules behind it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunesmith.recipe import Method
 
 @dataclass(frozen=True)
 class Plan:
-    """What was planned for; `recommended` is None where nothing fits, `change` says what would change the answer."""
+    """Inputs and outcome of a plan. `recommended` is None if nothing fits; `change` says what would change the answer."""
 
     model: str
     source: str
@@ -72,16 +72,16 @@ class Plan:
         }
 
     def problem(self) -> Problem:
-        """Why there is no recommendation, and the nearest thing that would fit."""
+        """Why there is no recommendation, and the nearest alternative that would fit."""
         least = min(self.options.values(), key=lambda option: option.safe_memory_bytes)
         need, have = least.safe_memory_bytes / GIB, self.device.memory_bytes / GIB
         fitting = [option.method for option in self.options.values() if option.fits]
         if fitting:
-            what = f"{' and '.join(fitting)} would fit, but not within what was asked for"
+            what = f"{' and '.join(fitting)} would fit, but not within the limits"
         else:
             one = "one card's " if self.device.count > 1 else ""
             what = f"nothing fits: the smallest, {least.method}, needs {need:.1f} GiB of {one}{have:.1f}"
-        fix = "; ".join(self.change) or "take a smaller model"
+        fix = "; ".join(self.change) or "use a smaller model"
         return Problem("TS704", what, f"{self.model} on {self.device.name}", "training would run out of memory or money", fix)
 
 

@@ -1,14 +1,14 @@
-"""A step's time from what it computes and moves: a roofline with efficiencies, corrected by what was measured.
+"""Step time from compute and memory traffic: a roofline with efficiencies, corrected by measurements.
 
-FLOPs for each token (N weights of linear layers that it goes through, N_A of adapters): forward 2 N; backward 4 N where
-weights are trained, 2 N where they are frozen; adapters 6 N_A; recomputing 2 N more. Head: 4 h V for each labelled place, 6
-where it is trained; the last block's layers behind its attention see the labelled places alone. Attention: 2 S q for each
-token forward (causal, S tokens of context, q query width), 2.5 times that backward (Dao 2023, arXiv 2307.08691, section 3.1),
-and forward once more where it is computed again. Bytes: what operators write (the tape's count), read twice.
+FLOPs per token (N linear-layer weights it passes through, N_A adapter parameters): forward 2 N; backward 4 N if the weights
+are trained, 2 N if they are frozen; adapters 6 N_A; recomputation 2 N more. Head: 4 h V per labelled position, 6 h V if it is
+trained; in the last block, layers after attention see only the labelled positions. Attention: 2 S q per token forward (causal,
+S tokens of context, q query width), 2.5 times that backward (Dao 2023, arXiv 2307.08691, section 3.1), and one more forward if
+it is recomputed. Bytes: what operators write (the tape's count), read twice.
 
-A CPU does one after the other, operators and all. A GPU computes while the host starts what comes next, and a step takes the
-longer of both: a few thousand tokens at once leave a fast card waiting. Its shares are those of an H100, seen in profiles of
-steps and operator by operator (benchmarks/gpu/operators.py).
+A CPU does everything in sequence, including operator overhead. A GPU computes while the host launches the next operators, and a
+step takes the longer of the two: with only a few thousand tokens per micro-batch, a fast card waits for the host. The GPU
+efficiencies come from an H100, from step profiles and single operators (benchmarks/gpu/operators.py).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tunesmith.planner.scenario import Scenario
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of a device's peaks that training reaches, and what starting an operator takes.
+    """Fractions of a device's peaks that training reaches, and the launch time of an operator.
 
-    With `half_tokens` at once products reach half of their share, and attention to a context of `half_context` half of its own.
+    With `half_tokens` per micro-batch, GEMMs reach half of their fraction; with a context of `half_context`, so does attention.
     """
 
     products: float
@@ -35,34 +35,34 @@ class Efficiency:
     attention: float
     half_context: int
     bandwidth: float
-    operator_seconds: float  # one of PyTorch's
-    function_seconds: float  # one of ours, of several kernels
+    operator_seconds: float  # of a PyTorch operator
+    function_seconds: float  # of an engine function, several kernels
 
     def of_products(self, tokens: int) -> float:
-        """The share that products of so many tokens reach."""
+        """The fraction of peak that GEMMs over `tokens` rows reach."""
         return self.products * tokens / (tokens + self.half_tokens)
 
     def of_attention(self, context: float) -> float:
-        """The share that attention to so many tokens reaches."""
+        """The fraction of peak that attention over a context of this many tokens reaches."""
         return self.attention * context / (context + self.half_context)
 
 
-#: Bytes/s between a GPU and pinned memory of the machine, one way: what PCIe 4.0 x16 reaches in practice (32e9 at the most).
+#: Bytes/s between a GPU and pinned host memory, one way: what PCIe 4.0 x16 reaches in practice (32e9 at most).
 HOST_BANDWIDTH = 2.2e10
 
-#: Before anything was measured on the device at hand.
+#: Defaults, used until the device has been measured.
 EFFICIENCY = {
     "cuda": Efficiency(0.80, 150, 0.65, 1600, 1.0, 6e-5, 3.2e-4),
     "cpu": Efficiency(0.8, 0, 0.5, 0, 0.5, 1.5e-5, 1.5e-5),
 }
 
-#: Of the rate of SDPA's kernels: what flex attention reaches (234 of 452 TFLOP/s, forward and backward, on an H100).
+#: Rate of flex attention relative to SDPA's kernels (234 of 452 TFLOP/s, forward and backward, on an H100).
 FLEX_SHARE = 0.52
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a micro-batch takes: FLOPs of products and of attention, bytes moved, those of weights read, operators started."""
+    """The work of a micro-batch: FLOPs of GEMMs and attention, bytes moved, bytes of weights read, operators launched."""
 
     scenario: Scenario
     context: float  # mean tokens of a row
@@ -74,30 +74,30 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """All of them."""
+        """Total FLOPs."""
         return self.product_flops + self.attention_flops
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of what a device computes, and of starting it, which a GPU's host does meanwhile; a CPU does both as one."""
+    """Seconds of device compute and of host launches, which overlap on a GPU; on a CPU both are in `computing`."""
 
     computing: float
     starting: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The longer of both."""
+        """The longer of the two."""
         return max(self.computing, self.starting)
 
     @property
     def bound(self) -> Bound:
-        """Which one that is."""
+        """Which of the two is longer."""
         return "computing" if self.computing >= self.starting else "starting"
 
 
 def micro_batch_work(a: Architecture, s: Scenario, estimate: Estimate, context: float) -> Work:
-    """The work of one forward and backward pass; `context` is the mean number of tokens in a row."""
+    """The work of one forward and backward pass; `context` is the mean row length in tokens."""
     weights = a.active_parameters - a.embedding_parameters - a.head_parameters - a.other_parameters
     adapters = 0 if s.method == "full" else a.lora_parameters(s.r)
     again = 2 if s.gradient_checkpointing else 0
@@ -117,7 +117,7 @@ def micro_batch_work(a: Architecture, s: Scenario, estimate: Estimate, context: 
 
 
 def _behind_the_last_attention(a: Architecture, s: Scenario) -> tuple[int, int]:
-    """Weights, and parameters of adapters, that only the labelled places go through beside the head."""
+    """Weights and adapter parameters, besides the head, that only the labelled positions pass through."""
     if not s.ends_early(a):
         return 0, 0
     layers = [layer for layer in a.linears if layer.name not in {"q_proj", "k_proj", "v_proj"}]
@@ -126,7 +126,7 @@ def _behind_the_last_attention(a: Architecture, s: Scenario) -> tuple[int, int]:
 
 
 def forward_work(a: Architecture, s: Scenario, estimate: Estimate, context: float) -> Work:
-    """The work of a forward pass alone, without gradients, up to the loss: about a third of the step's operators and moves."""
+    """The work of a forward pass up to the loss, without gradients: about a third of the step's operators and traffic."""
     weights = a.active_parameters - a.embedding_parameters - a.head_parameters - a.other_parameters
     adapters = 0 if s.method == "full" else a.lora_parameters(s.r)
     products = 2.0 * (weights + adapters) * s.tokens + 2.0 * a.hidden_size * a.vocab_size * s.labelled
@@ -139,19 +139,19 @@ def forward_work(a: Architecture, s: Scenario, estimate: Estimate, context: floa
 
 
 def optimizer_bytes(a: Architecture, s: Scenario) -> float:
-    """Bytes that clipping and one update move: gradient, weight, master and states, read and written."""
+    """Bytes moved by clipping and one update: gradient, weight, master weight and states, read and written."""
     full = s.method == "full"
     trained = a.parameters if full else a.lora_parameters(s.r) + s.whole_parameters(a)
-    slices = 0 if s.optim == "adamw" else 40  # float32 copies on the way, and random bits for rounding
+    slices = 0 if s.optim == "adamw" else 40  # temporary float32 copies, and random bits for rounding
     return trained * (34.0 + slices)
 
 
 def times(work: Work, device: Device) -> Times:
-    """Of a micro-batch by the roofline: products, attention and moves one after the other, and starting them."""
+    """Roofline times of a micro-batch: GEMMs, attention and memory traffic in sequence, and the launches."""
     share, scenario = EFFICIENCY[device.kind], work.scenario
     peak = device.flops[scenario.dtype]
     kernels = FLEX_SHARE if scenario.attention == "flex" else 1.0
-    # A GPU reads weights while it multiplies: `of_products` has it.
+    # A GPU reads weights while it multiplies: `of_products` includes that.
     moved = work.moved_bytes + (work.weight_bytes if device.kind == "cpu" else 0)
     computing = (
         work.product_flops / (peak * share.of_products(scenario.tokens))
@@ -163,5 +163,5 @@ def times(work: Work, device: Device) -> Times:
 
 
 def optimizer_seconds(moved: float, device: Device) -> float:
-    """Time of an update."""
+    """Seconds of an update that moves `moved` bytes."""
     return moved / (device.bandwidth * EFFICIENCY[device.kind].bandwidth)

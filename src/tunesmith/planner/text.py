@@ -1,4 +1,4 @@
-"""The plan as a person reads it, within 80 columns."""
+"""The plan as text for people, within 80 columns."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _BAR = 34
 
 
 def amount(value: float) -> str:
-    """Three significant digits, as few characters as that takes."""
+    """Three significant digits, in as few characters as possible."""
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value >= 0.001 else f"{value:.1g}"
 
 
 def money(value: float) -> str:
-    """Dollars and cents; cents alone below a cent are told as such."""
+    """Dollars and cents; a positive amount below one cent is `<0.01`."""
     return "0" if value == 0 else "<0.01" if value < 0.01 else f"{value:,.2f}"
 
 
 def heading(plan: Plan) -> list[str]:
-    """What was planned for: the model, the device, the data."""
+    """The inputs of the plan: the model, the device, the data."""
     a, device = plan.architecture, plan.device
     several = f"{device.count} x " if device.count > 1 else ""
     lines = [
         f"{plan.model}: {a.parameters / 1e9:.2f} B parameters ({a.model_type}), {2 * a.parameters / GIB:.1f} GiB in 16 bits",
-        f"{several}{device.name}, {device.memory_bytes / GIB:.1f} GiB, products in {device.compute_dtype}",
+        f"{several}{device.name}, {device.memory_bytes / GIB:.1f} GiB, matmuls in {device.compute_dtype}",
     ]
     if device.note:
         lines += textwrap.wrap(device.note, WIDTH, initial_indent="  ", subsequent_indent="  ")
@@ -46,7 +46,7 @@ def heading(plan: Plan) -> list[str]:
 
 
 def cells(plan: Plan) -> list[list[str]]:
-    """The table, one row for each method, in the order of HEADERS."""
+    """The table, one row per method, with columns as in HEADERS."""
     return [
         [
             option.method,
@@ -65,7 +65,7 @@ def cells(plan: Plan) -> list[list[str]]:
 
 
 def bars(plan: Plan) -> Iterator[str]:
-    """Memory of each method as a bar, with the device's memory as a mark."""
+    """A memory bar for each method, with a mark at the device's memory."""
     limit = plan.device.memory_bytes
     scale = max([limit, *(option.safe_memory_bytes for option in plan.options.values())])
     mark = min(_BAR - 1, round(_BAR * limit / scale))
@@ -84,11 +84,11 @@ def parts(option: Option) -> str:
 
 
 def settings_line(option: Option) -> str:
-    """The settings that make an option what it is."""
+    """The settings that define an option."""
     chosen = option.settings
-    words = [f"{chosen.per_device_train_batch_size} x {chosen.gradient_accumulation_steps} rows a step"]
+    words = [f"{chosen.per_device_train_batch_size} x {chosen.gradient_accumulation_steps} rows per step"]
     if option.lever.gradient_checkpointing:
-        kept = " but for attention" if option.lever.gradient_checkpointing == "keep_attention" else ""
+        kept = " except attention" if option.lever.gradient_checkpointing == "keep_attention" else ""
         words.append(f"checkpointing{kept}")
     if option.method == "full":
         words.append(option.lever.optim + (" in backward" if option.lever.optimizer_in_backward else ""))
@@ -112,13 +112,11 @@ def verdict(plan: Plan) -> list[str]:
 
 
 def confidence(plan: Plan) -> list[str]:
-    """How well the times are known."""
+    """How reliable the times are."""
     known = min(option.time_measurements for option in plan.options.values())
     if known:
-        return [f"times rest on {known} or more measurements of this device"]
-    text = (
-        "times are a roofline's, which nothing was measured for: allow for 1.5 times that; --calibrate on the device measures"
-    )
+        return [f"times are based on {known} or more measurements of this device"]
+    text = "times come from a roofline model, not from measurements: allow for 1.5 times that; --calibrate measures the device"
     return textwrap.wrap(text, WIDTH)
 
 

@@ -1,6 +1,6 @@
-"""What rows are worth: cleaning, near duplicates, conflicts, overlap with benchmarks, findings of quality and safety, balance.
+"""Data quality: cleaning, near-duplicates, conflicts, overlap with benchmarks, quality and safety findings, balance.
 
-Made to be called by a stage that reads rows in several processes:
+Designed for a stage that reads rows in several processes:
 
     worker   Checker(data).check(messages), NearDuplicates(...).signature(row_text(messages, common)), row_facts(messages)
     parent   NearDuplicates.add, Conflicts.add, SetStatistics.add, then SetStatistics.findings, Conflicts.report, balance

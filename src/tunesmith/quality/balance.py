@@ -1,4 +1,4 @@
-"""Down-sampling of classes that have too many rows, and the class of a row."""
+"""Down-sampling of classes with too many rows, and the class of a row."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tunesmith.recipe import BalanceSection
 
 
 class Label:
-    """Reads a row's class by `data.balance.label`.
+    """Computes a row's class with the expression in `data.balance.label`.
 
-    Raises RecipeError for an expression that is not one, DataError for one that does not end.
+    Raises RecipeError for an invalid expression, DataError for one that does not terminate.
     """
 
     def __init__(self, expression: str) -> None:
@@ -31,12 +31,12 @@ class Label:
         except TooLongError as error:
             raise _endless(error) from error
         except TemplateError as error:
-            why, fix = "classes could not be told apart", "give a column, or an expression such as answer_json.intent"
-            problem = Problem("TS003", f"not an expression: {error}", "data.balance.label", why, fix)
+            why, fix = "rows could not be assigned to classes", "give a column, or an expression such as answer_json.intent"
+            problem = Problem("TS003", f"not a valid expression: {error}", "data.balance.label", why, fix)
             raise RecipeError(problem) from error
 
     def __call__(self, row: Mapping[str, Any], messages: Sequence[Message]) -> str | None:
-        """The class as text; None where the row has none, or the expression fails on it."""
+        """The class as text; None if the row has none, or if the expression fails on it."""
         answer = last_answer(messages)
         names = {"messages": list(messages), "answer": answer, "answer_json": _json(answer), "row": dict(row)}
         try:
@@ -50,8 +50,8 @@ class Label:
 
 
 def _endless(error: TooLongError) -> DataError:
-    what, why = f"the expression does not end: {error}", "no row would come through"
-    return DataError(Problem("TS124", what, "data.balance.label", why, "write the expression so that it ends"))
+    what, why = f"the expression does not terminate: {error}", "no row could be processed"
+    return DataError(Problem("TS124", what, "data.balance.label", why, "write an expression that terminates"))
 
 
 def _json(text: str) -> Any:
@@ -62,9 +62,9 @@ def _json(text: str) -> Any:
 
 
 def balance(labels: Sequence[str | None], settings: BalanceSection, seed: int) -> list[int]:
-    """Indices of the rows that are kept, in order: of each class at most `cap` and `ratio` times the smallest class.
+    """Sorted indices of the rows to keep: per class at most `cap` rows and at most `ratio` times the smallest class.
 
-    A seeded draw within each class; rows without a class are kept.
+    Rows are drawn with a seed within each class; rows without a class are kept.
     """
     sizes = Counter(label for label in labels if label is not None)
     limits = [settings.cap] if settings.cap is not None else []

@@ -1,6 +1,6 @@
-"""All checks of one row, in their order: hidden text as it came, cleaning, screening, then the answers.
+"""All checks of one row, in order: hidden text in the raw row, cleaning, screening, then the answers.
 
-Raw text is screened and nothing else.
+Documents (raw text) are only screened.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tunesmith.recipe import QUALITY, SCREENING, DataSection, settled
 
 
 class Checker:
-    """Cleans and checks rows one by one. Cheap to build; a worker process builds its own from the recipe's data section."""
+    """Cleans and checks rows one by one. Cheap to build; each worker process builds one from the recipe's data section."""
 
     def __init__(self, data: DataSection) -> None:
         self._clean = data.clean
@@ -21,9 +21,9 @@ class Checker:
         self._quality = settled(data.quality, QUALITY)
 
     def check(self, messages: list[Message]) -> tuple[list[Message], list[Finding]]:
-        """The cleaned messages, and the findings of this row alone; the given messages stay as they are.
+        """The cleaned messages, and the findings for this row alone; the given messages are not modified.
 
-        A finding with action `reject` asks the caller to leave the row out; with `fix`, the mending is in what is returned.
+        A finding with action `reject` asks the caller to drop the row; with `fix`, the returned messages contain the fix.
         """
         _, findings = screen(messages, self._screening, BEFORE_CLEANING)
         checked, cleaned = clean(messages, self._clean)
@@ -38,6 +38,6 @@ class Checker:
         return checked, findings
 
     def screen_text(self, text: str) -> tuple[str, list[Finding]]:
-        """The same of a text that is no conversation: screened alone, neither cleaned nor judged as answers are."""
+        """The screened text and its findings, for text outside conversations: no cleaning, no rules on answers."""
         (screened,), findings = screen([{"content": text}], self._screening, (*BEFORE_CLEANING, *SCREENED))
         return screened["content"], findings

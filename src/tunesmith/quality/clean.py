@@ -1,9 +1,10 @@
-"""Mending of a text: what was damaged on its way is repaired, what has a meaning stays.
+"""Cleans text: transmission damage is repaired, everything with a meaning is kept.
 
-Left alone whole: a text that is JSON. Left alone inside others, whatever the rule: fenced and inline code, and maths between
-dollars or LaTeX brackets. Invisible characters stay where they join: emoji sequences, and scripts that shape letters by them
-(Arabic and its like, the scripts of India and South-East Asia, Mongolian); marks of direction stay in text with right-to-left
-letters; break marks stay in scripts without spaces. No-break spaces, compatibility forms (x², ﬁ) and tabs stay.
+A text that is JSON is never changed. Within other texts no rule changes fenced and inline code, or maths between dollars or
+LaTeX brackets. Invisible characters are kept where they join: in emoji sequences, and in scripts that need them to shape
+letters (Arabic and related scripts, the scripts of India and South-East Asia, Mongolian). Direction marks are kept in text
+with right-to-left letters, break marks in scripts without spaces. No-break spaces, compatibility forms (x², ﬁ) and tabs are
+kept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tunesmith.quality.findings import Finding, Message, places, texts
 from tunesmith.quality.markup import html_to_text, is_about_html
 from tunesmith.recipe import CleanSection
 
-#: Fenced blocks (an open one to the end), inline code, maths of at most a thousand characters; dollars must hug what they hold.
+#: Fenced blocks (an unclosed one to the end), inline code, maths of up to 1,000 characters; no blanks just inside the dollars.
 _KEPT = re.compile(
     r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*\n.*?(?:^[ \t]*(?P=fence)[^\n]*$|\Z)"
     r"|(?P<tick>`+)(?!`)[^\n]*?(?<!`)(?P=tick)(?!`)"
@@ -35,13 +36,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 _INVISIBLE = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 _JOINERS, _DIRECTIONS, _BREAK = "\u200c\u200d", "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069", "\u200b"
 _RIGHT_TO_LEFT = re.compile(r"[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]")
-# Scripts whose letters take other shapes by a joiner, and the emoji blocks with their variation selectors and skin tones.
+# Scripts in which a joiner changes letter shapes, and the emoji blocks with their variation selectors and skin tones.
 _JOINED = re.compile(
     r"[\u0600-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a00-\u1cff\ua800-\uabff\ufb50-\ufdff\ufe70-\ufefc"
     r"\U00010d00-\U00011fff\u00a9\u00ae\u203c-\u2bff\u3030-\u3299\ufe0e\ufe0f\U0001f000-\U0001faff]"
 )
 _BROKEN = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\u1950-\u19ff\ua9e0-\uaa7f]")
-_BLANK_END = re.compile(r"(?<=[^ \t\n])(?:[ \t]|[ \t]{3,})(?=\n)|(?<=\n)[ \t]+(?=\n)")  # two blanks are Markdown's line break
+_BLANK_END = re.compile(r"(?<=[^ \t\n])(?:[ \t]|[ \t]{3,})(?=\n)|(?<=\n)[ \t]+(?=\n)")  # two blanks are a Markdown line break
 _FOREIGN_END = re.compile(r"\r\n?|[\u2028\u2029\x85]")
 _BLANK_START = re.compile(r"(?:[ \t]*\n)+")
 _BLANK_LINES = re.compile(r"\n{4,}")
@@ -50,7 +51,7 @@ _Step = Callable[[str], tuple[str, int]]
 
 
 def clean(messages: Sequence[Message], settings: CleanSection) -> tuple[list[Message], list[Finding]]:
-    """Messages with their texts mended, and a finding `fix` for each rule that changed something, with counts by turn."""
+    """The cleaned messages, and a finding with action `fix` for each rule that changed something, with counts per turn."""
     changed: dict[str, Counter[int]] = {}
     cleaned = [dict(message) for message in messages]
     steps = [rule for rule in _STEPS if getattr(settings, rule) and not (rule == "html" and _about_html(messages))]
@@ -67,7 +68,7 @@ def clean(messages: Sequence[Message], settings: CleanSection) -> tuple[list[Mes
 
 
 def _about_html(messages: Sequence[Message]) -> bool:
-    """Whether a row that may hold markup speaks of HTML in any turn."""
+    """Whether a row that may contain markup talks about HTML in any turn."""
     contents = [text for _, text in texts(messages)]
     return any(text.lstrip()[:1] == "<" for text in contents) and any(is_about_html(text) for text in contents)
 
@@ -84,7 +85,7 @@ def is_json(text: str) -> bool:
 
 
 def _prose(text: str, change: _Step) -> tuple[str, int]:
-    """`change` applied to what is neither code nor maths."""
+    """Applies `change` to everything except code and maths."""
     if not _MAY_KEEP.search(text):
         return change(text)
     parts, count, position = [], 0, 0
@@ -157,7 +158,7 @@ def _zero_width(text: str) -> tuple[str, int]:
 
 
 def _has_use(match: re.Match[str], right_to_left: bool) -> bool:
-    """Whether an invisible character does something where it stands."""
+    """Whether an invisible character has an effect at its position."""
     character = match.group()
     before, after = match.string[: match.start()][-1:], match.string[match.end() :][:1]
     if character in _DIRECTIONS:
@@ -180,7 +181,7 @@ def _whitespace(text: str) -> tuple[str, int]:
     return stripped, count + int(stripped != text)
 
 
-#: In this order: control characters are what mojibake is told by, and so come after it.
+#: The order matters: mojibake is detected by control characters, so they are removed after it.
 _STEPS: dict[str, _Step] = {
     "mojibake": _mojibake,
     "html": _html,

@@ -1,4 +1,4 @@
-"""Different answers to the same prompt: the model would learn neither."""
+"""Different answers to the same prompt, which give contradictory training signals."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Conflict:
-    """Rows with one prompt: the number of the first row of each different answer, in order, and how many rows there are."""
+    """Rows with the same prompt: the number of the first row with each distinct answer, in order, and the row count."""
 
     numbers: tuple[int, ...]
     rows: int
 
 
 class Conflicts:
-    """Collects prompts and answers as digests: 20 bytes a row."""
+    """Collects prompts and answers as digests: 20 bytes per row."""
 
     def __init__(self) -> None:
         self._prompts, self._answers = array("Q"), array("Q")
         self._numbers = array("I")
 
     def add(self, number: int, prompt_digest: str, answer_digest: str) -> None:
-        """Remember a row under its number; digests are hex, of which the first 16 digits (64 bits) are kept."""
+        """Store a row under its number; of the hex digests only the first 16 digits (64 bits) are kept."""
         self._prompts.append(int(prompt_digest[:16], 16))
         self._answers.append(int(answer_digest[:16], 16))
         self._numbers.append(number)
@@ -35,7 +35,7 @@ class Conflicts:
         order = np.argsort(prompts, kind="stable")
         ordered = prompts[order]
         edges = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1], True]) if len(order) else np.zeros(1, np.int64)
-        several = np.flatnonzero(np.diff(edges) > 1)  # most prompts stand once
+        several = np.flatnonzero(np.diff(edges) > 1)  # most prompts occur once
         found = []
         for low, high in zip(edges[several].tolist(), edges[several + 1].tolist(), strict=True):
             rows = order[low:high]

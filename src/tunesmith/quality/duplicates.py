@@ -1,12 +1,12 @@
-"""Rows that are nearly the same: MinHash (rensa) to find candidates, their sets of word runs to decide.
+"""Near-duplicate detection: MinHash (rensa) finds candidates, their shingle sets decide.
 
-Two texts are near duplicates when the Jaccard index of their sets of three-word runs is at least the threshold. A text's ends
-count as words, so that a text of one word has runs too. Signatures are cut into bands; texts that share a band are candidates
-(Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4), and each candidate is decided by its sets: exactly up to 512
-runs, above by the 512 smallest hashes of the union (bottom-k; standard error about 0.018 at 0.8).
+Two texts are near-duplicates if the Jaccard index of their sets of three-word runs (shingles) is at least the threshold. The
+start and end of a text count as words, so that a text of one word has runs too. Signatures are split into bands; texts that
+share a band are candidates (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4). Candidates are compared by their
+sets: exactly up to 512 runs, above that by the 512 smallest hashes of the union (bottom-k; standard error about 0.018 at 0.8).
 
-rensa's own index, like that of datasketch, holds about a kilobyte of pointers a row. Here a row takes 12 bytes and 10 to 13 a
-band in memory; its set lies in a temporary file.
+rensa's own index, like that of datasketch, holds about a kilobyte of pointers per row. Here a row takes 12 bytes, plus 10 to
+13 bytes per band, in memory; its set is stored in a temporary file.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ import rensa
 
 from tunesmith.quality.words import run_hashes, words
 
-RUN = 3  # words of a run
-SKETCH = 512  # hashes kept of a text
+RUN = 3  # words per run
+SKETCH = 512  # hashes kept per text
 _SEED = 42
-_RECALL = 0.98  # least chance that a pair at the threshold shares a band
-_SAME = 8  # rows kept of those that share a band: more are alike in what they all have
-_PLACES = 16  # of a bucket
-_FIRST = 1 << 8  # buckets of a band at the start
-_STRETCH = 1 << 14  # buckets that are moved at once
-_LARGE = 1 << 14  # buckets from which on a table grows by an eighth instead of to twice its size
-_LOAD = 0.8  # share of the places that are used at most
+_RECALL = 0.98  # minimum probability that a pair at the threshold shares a band
+_SAME = 8  # rows kept per band hash: more rows than that share only common content
+_PLACES = 16  # slots per bucket
+_FIRST = 1 << 8  # initial buckets per band
+_STRETCH = 1 << 14  # buckets moved per step
+_LARGE = 1 << 14  # buckets from which a table grows by an eighth instead of doubling
+_LOAD = 0.8  # maximum share of slots in use
 
 
 @dataclass(frozen=True)
 class Bands:
-    """How a signature is cut: `count` bands of `rows` hashes each."""
+    """How a signature is split: `count` bands of `rows` hashes each."""
 
     count: int
     rows: int
 
     def chance(self, jaccard: float) -> float:
-        """That two texts of this Jaccard index share at least one band."""
+        """The probability that two texts with this Jaccard index share at least one band."""
         return 1 - (1 - jaccard**self.rows) ** self.count
 
 
 def choose_bands(threshold: float, num_perm: int) -> Bands:
-    """The longest bands with which a pair at the threshold is still found with a chance of 98 %."""
+    """The longest bands with which a pair at the threshold is still found with a probability of 98 %."""
     choices = [Bands(num_perm // rows, rows) for rows in range(1, num_perm + 1)]
     return next((bands for bands in reversed(choices) if bands.chance(threshold) >= _RECALL), choices[0])
 
 
 class NearDuplicates:
-    """Near duplicates of a growing set. `signature` depends on the settings alone, so workers may have an instance each."""
+    """Near-duplicates in a growing set. `signature` depends only on the settings, so each worker may have its own instance."""
 
     def __init__(self, threshold: float = 0.8, num_perm: int = 64) -> None:
         self.threshold, self.num_perm = threshold, num_perm
@@ -62,24 +62,24 @@ class NearDuplicates:
         self._factors = (2 * np.arange(1, self.bands.rows + 1, dtype=np.uint64) + 1) * np.uint64(0x9E3779B97F4A7C15)
 
     def signature(self, text: str) -> np.ndarray:
-        """uint32: a hash for each band, then the smallest hashes of the text's runs, sorted (at most 512)."""
+        """uint32: one hash per band, then the smallest hashes of the text's runs, sorted (at most 512)."""
         runs = np.unique(run_hashes(["\x02"] * (RUN - 1) + words(text) + ["\x03"] * (RUN - 1), RUN))
         minhash = rensa.RMinHash(num_perm=self.num_perm, seed=_SEED)
-        minhash.update(list(map(str, runs.tolist())))  # the calls that take numbers start threads for each text
+        minhash.update(list(map(str, runs.tolist())))  # rensa's calls that take integers start threads for each text
         minima = np.asarray(minhash.digest(), np.uint64)[: self.bands.count * self.bands.rows]
         mixed = (minima.reshape(self.bands.count, self.bands.rows) * self._factors).sum(axis=1, dtype=np.uint64)
         sketch = np.unique((runs >> np.uint64(32)).astype(np.uint32))[:SKETCH]
         return np.concatenate([(mixed >> np.uint64(32)).astype(np.uint32), sketch])
 
     def add(self, key: str, signature: np.ndarray) -> str | None:
-        """The key of an earlier row that this one nearly equals; else None, and the row is remembered under `key`."""
+        """The key of an earlier near-duplicate; if there is none, stores the row under `key` and returns None."""
         earlier = self.find(signature)
         if earlier is None:
             self.remember(key, signature)
         return earlier
 
     def find(self, signature: np.ndarray) -> str | None:
-        """The key of a remembered row that this one nearly equals."""
+        """The key of a stored row that is a near-duplicate; None if there is none."""
         if self._records is None:
             return None
         bands, sketch = signature[: self.bands.count], signature[self.bands.count :]
@@ -90,7 +90,7 @@ class NearDuplicates:
         return None
 
     def remember(self, key: str, signature: np.ndarray) -> None:
-        """Keep a row under `key`, also where it nearly equals another one."""
+        """Store a row under `key`, even if it is a near-duplicate of another one."""
         if self._records is None:
             self._records = _Records()
         bands, sketch = signature[: self.bands.count], signature[self.bands.count :]
@@ -101,7 +101,7 @@ class NearDuplicates:
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> float:
-    """Jaccard index of two sorted sketches: exact for whole sets, else estimated from the smallest hashes of their union."""
+    """Jaccard index of two sorted sketches: exact for complete sets, else estimated from the smallest hashes of the union."""
     both = np.intersect1d(one, other, assume_unique=True)
     if len(one) < SKETCH and len(other) < SKETCH:
         return len(both) / max(1, len(one) + len(other) - len(both))
@@ -110,15 +110,15 @@ def similarity(one: np.ndarray, other: np.ndarray) -> float:
 
 
 class _Table:
-    """For each band a table of buckets of 16 places, each a hash and a row; what finds its bucket full stands in the next."""
+    """One hash table per band: buckets of 16 slots, each with a hash and a row; a full bucket overflows into the next."""
 
     def __init__(self, bands: int) -> None:
         self._entries = 0
-        # By band (buckets, 2, places): hashes, and rows counted from 1; a bucket fills from its first place on.
+        # Per band (buckets, 2, slots): hashes, and rows counted from 1; a bucket fills from its first slot.
         self._tables = [_empty(_FIRST) for _ in range(bands)]
 
     def candidates(self, hashes: np.ndarray) -> list[int]:
-        """Rows that share a band, the oldest first."""
+        """Rows that share a band, oldest first."""
         found: set[int] = set()
         bands, buckets = np.arange(len(hashes)), self._start(hashes)
         while len(bands):
@@ -130,7 +130,7 @@ class _Table:
         return sorted(row - 1 for row in found)
 
     def put(self, hashes: np.ndarray, row: int) -> None:
-        """Remember a row under each of its bands, unless eight rows stand there."""
+        """Store a row under each of its band hashes, unless eight rows are stored there."""
         if self._entries + 1 > _LOAD * self._buckets * _PLACES:
             self._grow()
         self._entries += 1
@@ -150,7 +150,7 @@ class _Table:
         return len(self._tables[0])
 
     def _block(self, bands: np.ndarray, buckets: np.ndarray) -> np.ndarray:
-        """The bucket of each band: (bands, 2, places)."""
+        """The bucket of each band: (bands, 2, slots)."""
         return np.stack([self._tables[band][bucket] for band, bucket in zip(bands.tolist(), buckets.tolist(), strict=True)])
 
     def _start(self, hashes: np.ndarray) -> np.ndarray:
@@ -160,7 +160,7 @@ class _Table:
         return (buckets + 1) % self._buckets
 
     def _grow(self) -> None:
-        """More buckets, band by band, so that no more than one is there twice; large tables grow by an eighth."""
+        """Add buckets band by band, so that only one band is in memory twice; large tables grow by an eighth."""
         buckets = 2 * self._buckets if self._buckets < _LARGE else self._buckets * 9 // 8
         for band, table in enumerate(self._tables):
             self._tables[band] = _moved(table, buckets)
@@ -171,12 +171,12 @@ def _empty(buckets: int) -> np.ndarray:
 
 
 def _bucket(hashes: np.ndarray, buckets: int) -> np.ndarray:
-    """Each hash's share of the range, in buckets."""
+    """The bucket of each hash: its position in the hash range, scaled to `buckets`."""
     return (hashes.astype(np.uint64) * np.uint64(buckets) >> np.uint64(32)).astype(np.int64)
 
 
 def _moved(table: np.ndarray, buckets: int) -> np.ndarray:
-    """The entries of a band in a table of so many buckets; a stretch at a time: moving takes six times its bytes."""
+    """A band's entries in a new table of `buckets` buckets; moved in steps, because a move takes six times its bytes."""
     found, fill = _empty(buckets), np.zeros(buckets, np.int64)
     for begin in range(0, len(table), _STRETCH):
         _move(table[begin : begin + _STRETCH], found, fill)
@@ -184,7 +184,7 @@ def _moved(table: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def _move(table: np.ndarray, found: np.ndarray, fill: np.ndarray) -> None:
-    """Put the entries into `found`, the oldest first, where `fill` says how many stand in each bucket."""
+    """Insert the entries into `found`, oldest first; `fill` counts the entries per bucket."""
     buckets, used = len(found), table[:, 1] > 0
     hashes, rows = table[:, 0][used], table[:, 1][used]
     order = np.argsort(rows)
@@ -201,11 +201,11 @@ def _move(table: np.ndarray, found: np.ndarray, fill: np.ndarray) -> None:
 
 
 class _Records:
-    """Keys and sketches in a temporary file that nobody else sees; in memory 12 bytes each."""
+    """Keys and sketches in an anonymous temporary file; 12 bytes per row in memory."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this does
-        self._starts, self._names = array("Q", [0]), array("I")  # where each begins, and bytes of its key
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
+        self._starts, self._names = array("Q", [0]), array("I")  # start offset of each record, and bytes of its key
 
     def append(self, key: str, sketch: np.ndarray) -> int:
         name = key.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""What a check says of a row. A finding names a rule and counts or places, never content: findings are written to logs."""
+"""Findings of the checks. A finding names a rule, with counts or places but never content, because findings are logged."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from tunesmith.recipe import Action
 
-#: {"role": ..., "content": text}; what else a turn holds is kept as it is.
+#: {"role": ..., "content": text}; other keys of a turn are kept unchanged.
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule that a row met; `detail` holds counts and places alone."""
+    """One rule that matched a row; `detail` holds only counts and places."""
 
     rule: str
     action: Action
@@ -22,7 +22,7 @@ class Finding:
 
 
 def texts(messages: Sequence[Message], *roles: str) -> Iterable[tuple[int, str]]:
-    """The contents that are text, with the number of their turn (from 1); of these roles, or of all."""
+    """(turn number from 1, content) of each turn whose content is text, for these roles or for all."""
     for number, message in enumerate(messages, start=1):
         content = message.get("content")
         if isinstance(content, str) and (not roles or message.get("role") in roles):
@@ -30,7 +30,7 @@ def texts(messages: Sequence[Message], *roles: str) -> Iterable[tuple[int, str]]
 
 
 def last_answer(messages: Sequence[Message]) -> str:
-    """The text of the last assistant turn; empty where there is none."""
+    """The text of the last assistant turn; empty if there is none."""
     return next((text for _, text in reversed(list(texts(messages, "assistant")))), "")
 
 

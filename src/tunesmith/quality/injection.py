@@ -1,7 +1,7 @@
-"""Heuristics for prompt injections and jailbreaks in English: families of phrases add up, a sum of 1 is a finding.
+"""Heuristics for prompt injections and jailbreaks in English: weighted families of phrases; a sum of 1 is a finding.
 
 The phrases were chosen on one part of a public collection of jailbreak prompts and measured on another (docs/data.md).
-They find what is worded like the attacks of 2023; a new wording, another language or an encoding passes.
+They find text worded like the attacks of 2023; new wordings, other languages and encodings are missed.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_LOOKED_AT = 20_000  # characters from the start, and as many from the end
+_LOOKED_AT = 20_000  # characters from the start, and the same number from the end
 
 
 class _Family(NamedTuple):
-    """Phrases of one kind: what they weigh together, and stems of which each has one (looking for those first saves time)."""
+    """Phrases of one kind with their joint weight, and stems: each phrase contains one (checking them first saves time)."""
 
     weight: float
     stems: tuple[str, ...]
@@ -30,9 +30,9 @@ def _family(weight: float, stems: str, *phrases: str) -> _Family:
 _RULES = (
     r"(?:rules?|instructions?|prompts?|guidelines?|polic(?:y|ies)|restrictions?|limitations?|filters?|programming|directions?)"
 )
-#: The last is the one that harmless texts have most often: it is looked for only where it decides.
+#: Harmless texts match the last family most often; it is checked only if it decides the result.
 _FAMILIES = (
-    # Orders to forget what was said before.
+    # Orders to forget earlier instructions.
     _family(
         1,
         "ignore|disregard|forget|override|bypass|drop|reveal|print|repeat|show|output",
@@ -41,7 +41,7 @@ _FAMILIES = (
         r"\b(?:reveal|print|repeat|show|output)\b[^.!?\n]{0,20}\b(?:your|the)\b[^.!?\n]{0,12}\b(?:system|initial|hidden)"
         r" (?:prompt|instructions?|message)",
     ),
-    # Names and formulas of known jailbreaks.
+    # Names and phrases of known jailbreaks.
     _family(
         1,
         "do anything now|jailbr|jail br| mode|stands for|acronym|short for|unfiltered|uncensored|amoral|"
@@ -59,7 +59,7 @@ _FAMILIES = (
         r"\bbroken free\b.{0,40}\bconfines\b",
         r"\bstay in character\b.{0,120}\b(?:token|stop|break|remind)",
     ),
-    # Disregard of what the maker of the model set.
+    # Disregard of rules set by the model's developer.
     _family(
         0.6,
         "abid|adher|bound|follow|restrict|limit|comply|care about|concerned|openai|refuse|reject|decline|"
@@ -73,7 +73,7 @@ _FAMILIES = (
         r"|okay|acceptable|regardless|no matter)",
         r"\b(?:regardless|no matter how)\b.{0,40}\b(?:illegal|unethical|immoral|harmful|offensive|dangerous)",
     ),
-    # How the answer must be given, where it is to come twice, start with a name, or say nothing of being a machine.
+    # Demands on the form of the answer: give it twice, start with a name, or do not mention being a machine.
     _family(
         0.5,
         "ways|responses|answers|paragraphs|[|(classic|(normal|(gpt|\U0001f513|\U0001f512|as an ai|never|"
@@ -87,7 +87,7 @@ _FAMILIES = (
         r"|command) is\b|\{\{?(?:prompt|query|question)\}?\}",
         r"\b(?:chat ?gpt|language model|openai)\b",
     ),
-    # A part that is to be played.
+    # Role play.
     _family(
         0.5,
         "act |act\n|as|like|pretend|role|immerse|you are|from now on|henceforth|character|you will|you must|"
@@ -107,7 +107,7 @@ _FAMILIES = (
 
 
 def injection_score(text: str) -> float:
-    """Sum of the weights of the families that a text has phrases of, as far as it decides: 1 and above is a finding."""
+    """Sum of the weights of the matching families, computed until it is decided: 1 or more is a finding."""
     if len(text) > 2 * _LOOKED_AT:
         text = text[:_LOOKED_AT] + "\n" + text[-_LOOKED_AT:]
     lower, score, left = text.lower(), 0.0, sum(family.weight for family in _FAMILIES)

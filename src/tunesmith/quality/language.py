@@ -1,4 +1,4 @@
-"""Which language a text is in, by py3langid: 140 languages, a table of 75 MB in memory, about 40 microseconds a text."""
+"""Language detection with py3langid: 140 languages, a 75 MB table in memory, about 40 microseconds per text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 _LOOKED_AT = 400  # characters: more does not change the answer
-_LEAST = 24  # letters; below it the answer is a guess
+_LEAST = 24  # letters; below this the result is a guess
 _NOT_PROSE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\$[^$\n]*\$", re.DOTALL)
 _WIDE = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 
@@ -20,14 +20,14 @@ def _detector() -> Any:
 
 
 def load() -> None:
-    """Read the table now: 75 MB once it is unpacked, which processes forked after it have in common."""
+    """Load the table now: 75 MB unpacked, shared with processes forked afterwards."""
     _detector().classify("a text")
 
 
 def language(text: str) -> str | None:
     """The ISO 639-1 code of a text's language; None for short texts, code, JSON and numbers, where it would be a guess.
 
-    Close relatives (Danish and Norwegian, Croatian and Serbian) are confused at times.
+    Close relatives (Danish and Norwegian, Croatian and Serbian) are sometimes confused.
     """
     if text.lstrip()[:1] in ("{", "[", "<"):
         return None

@@ -1,8 +1,8 @@
-"""HTML to text, for text that was copied as markup: paragraphs, lists and code survive as plain text and Markdown code.
+"""HTML to text, for text that was copied as markup: paragraphs, lists and code become plain text and Markdown code.
 
-Converted is only what can hardly be meant as markup: a text that begins with a tag and ends with one, has a block tag, and
-holds no tag beyond those of running text. A whole page (`html`, `head`, `script`, `style`, forms), XML and made-up tags such
-as `<think>` stay as they are, and so does each row that speaks of HTML.
+Only text that is very unlikely to be meant as markup is converted: it begins and ends with a tag, has a block tag, and has no
+tags other than those of running text. A whole page (`html`, `head`, `script`, `style`, forms), XML and made-up tags such as
+`<think>` are not changed, nor is any row that talks about HTML.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _NEW_PARAGRAPH = frozenset({"p", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6",
 
 
 def is_about_html(text: str) -> bool:
-    """Whether the words of a text, its tags left out, speak of HTML or of a page's code."""
+    """Whether the words of a text, without its tags, talk about HTML or web code."""
     return _ABOUT.search(_TAG.sub(" ", text)) is not None
 
 
 def html_to_text(text: str) -> str | None:
-    """The text of markup; None where the text is not, or may be meant to be, markup."""
+    """The plain text of markup; None if the text is not markup, or may be meant as markup."""
     trimmed = text.strip()
     if not (trimmed.startswith("<") and trimmed.endswith(">")) or "```" in text:
         return None

@@ -1,7 +1,7 @@
-"""Rows that contain what a benchmark asks: a score on it would then say nothing.
+"""Detects rows that contain benchmark items, which would make a score on that benchmark meaningless.
 
-Runs of 13 lower-case words without punctuation, as in GPT-3's report (arXiv 2005.14165, appendix C). An item of fewer
-words has no such run and is not covered; how many these are is told. A paraphrase or a translation is not found.
+Compares runs of 13 lower-case words without punctuation, as in the GPT-3 paper (arXiv 2005.14165, appendix C). An item with
+fewer words has no such run and is not covered; the number of such items is reported. Paraphrases and translations are missed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RUN = 13  # words
 
 
 class Overlap:
-    """The benchmarks that the recipe names; a few megabytes, built once for each process."""
+    """The benchmarks that the recipe names; a few megabytes, built once per process."""
 
     def __init__(self, settings: OverlapSection) -> None:
         self.items: dict[str, int] = {}
@@ -37,7 +37,7 @@ class Overlap:
         self._runs[name] = np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64)
 
     def check(self, text: str) -> dict[str, int]:
-        """How many of the text's runs each benchmark has; benchmarks that share none are left out."""
+        """For each benchmark, the number of the text's runs that it contains; benchmarks without any are omitted."""
         if not self._runs:
             return {}
         found = np.unique(run_hashes(words(text), RUN))
@@ -54,7 +54,7 @@ def _shared(found: np.ndarray, runs: np.ndarray) -> int:
 
 
 def _missing(path: Path) -> DataError:
-    why = "whether the rows hold what the benchmark asks could not be told"
+    why = "overlap between the rows and the benchmark could not be checked"
     return DataError(Problem("TS101", "no such benchmark file", str(path), why, "check data.overlap"))
 
 
@@ -74,7 +74,7 @@ def _column(column: str) -> Callable[[Path], Iterator[str]]:
         for row in read_rows(path):
             text = (row.value or {}).get(column)
             if not isinstance(text, str):
-                why = "whether the rows hold what the benchmark asks could not be told"
+                why = "overlap between the rows and the benchmark could not be checked"
                 raise DataError(Problem("TS104", f"no text in {column!r}", row.where, why, "give the published file"))
             yield text
 

@@ -1,6 +1,6 @@
-"""Rules about the answers of one row: what a careful reader would not want a model to learn from.
+"""Rules on the answers of one row: defects that a careful reviewer would not want a model to learn from.
 
-All are heuristics. Refusals and cut-offs are told in English alone (cut-offs by punctuation elsewhere too).
+All are heuristics. Refusals and cut-offs are detected only in English (cut-offs by punctuation in other languages too).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tunesmith.quality.clean import is_json
 from tunesmith.quality.findings import Message, texts
 from tunesmith.quality.words import words
 
-_ECHO_WORDS = 5  # a shorter question may well be answered by itself
+_ECHO_WORDS = 5  # a shorter question may be its own correct answer
 _NOT = r"(?:can['\u2019]?t|cannot|am unable to|am not able to|won['\u2019]?t|will not|do(?: not|n['\u2019]?t) have)"
 _REFUSAL = re.compile(
     r"\W*(?:(?:i['\u2019]?m|i am) (?:very |truly |really )?sorry,? but|i apologi[sz]e,? but"
@@ -27,8 +27,8 @@ _STOPS_OPEN = re.compile(
     re.IGNORECASE,
 )
 _FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
-_TAIL = 40  # characters at the end that tell of a cut
-_LONG = 200  # characters from which an answer without an end is taken to be cut off
+_TAIL = 40  # characters at the end that are checked for a cut-off
+_LONG = 200  # characters from which an answer without final punctuation counts as cut off
 _ENDS = re.compile(
     r"[.!?\u2026\u3002\uff01\uff1f\u0964\u061f\u06d4\u0589\u17d4)\]}\"'\u201d\u2019\u00bb\u300d*_`|>:~=$%]\Z|\d\Z"
 )
@@ -38,7 +38,7 @@ _LIST_LINE = re.compile(r"\s*(?:[-*+\u2022|#>]|\d+[.)]|\w+:)")
 
 
 def empty_answer(messages: Sequence[Message]) -> str | None:
-    """Turns of the assistant that hold nothing visible, and no call of a tool."""
+    """Assistant turns without visible text and without a tool call."""
     answers = [(turn, text) for turn, text in texts(messages, "assistant") if not messages[turn - 1].get("tool_calls")]
     empty = [turn for turn, text in answers if not any(_visible(character) for character in text)]
     return f"turn {', '.join(map(str, empty))}" if empty else None
@@ -49,13 +49,13 @@ def _visible(character: str) -> bool:
 
 
 def one_word_answer(messages: Sequence[Message]) -> str | None:
-    """Answers of one word."""
+    """One-word answers."""
     short = [turn for turn, text in texts(messages, "assistant") if len(text.split()) == 1 and len(words(text)) <= 1]
     return f"turn {', '.join(map(str, short))}" if short else None
 
 
 def answer_repeats_prompt(messages: Sequence[Message]) -> str | None:
-    """Answers that are the turn before them once more, punctuation and case apart."""
+    """Answers that repeat the turn before them, ignoring punctuation and case."""
     for (_, question), (turn, answer) in _exchanges(messages):
         if len(answer) > 2 * len(question) or len(question) > 2 * len(answer):
             continue
@@ -73,7 +73,7 @@ def _exchanges(messages: Sequence[Message]) -> Iterator[tuple[tuple[int, str], t
 
 
 def cut_off_answer(messages: Sequence[Message]) -> str | None:
-    """The last answer, where it ends in a code block, after a word that needs another, or is long without an end."""
+    """The last answer, if it ends in a code block or with a word that needs another, or is long without final punctuation."""
     found = None
     for turn, text in texts(messages, "assistant"):
         found = _cut_off(text.rstrip(), turn)
@@ -100,13 +100,13 @@ def _cut_off(text: str, turn: int) -> str | None:
 
 
 def refusal(messages: Sequence[Message]) -> str | None:
-    """Answers that begin by refusing."""
+    """Answers that begin with a refusal."""
     refused = [turn for turn, text in texts(messages, "assistant") if _REFUSAL.match(text)]
     return f"turn {', '.join(map(str, refused))}" if refused else None
 
 
 def repetition(messages: Sequence[Message]) -> str | None:
-    """Answers of which one line or sentence makes up half, four times or more, or whose runs of words mostly repeat."""
+    """Answers half of which is one line or sentence repeated four times or more, or whose runs of words mostly repeat."""
     for turn, text in texts(messages, "assistant"):
         if is_json(text) or "```" in text:
             continue
@@ -124,7 +124,7 @@ def repetition(messages: Sequence[Message]) -> str | None:
 
 
 def non_alternating_roles(messages: Sequence[Message]) -> str | None:
-    """Two turns of one role in a row, a late system turn, or an assistant that begins. Tool turns may repeat."""
+    """Two consecutive turns of one role, a late system turn, or an assistant turn first. Tool turns may repeat."""
     roles = [str(message.get("role")) for message in messages]
     for number, (before, role) in enumerate(zip([None, *roles], roles, strict=False), start=1):
         if role == before and role != "tool":
@@ -137,7 +137,7 @@ def non_alternating_roles(messages: Sequence[Message]) -> str | None:
 
 
 def merged_turns(messages: Sequence[Message]) -> list[Message]:
-    """Neighbours of one role as one turn, a blank line between; turns that hold more than text stay apart."""
+    """Consecutive turns of one role merged, separated by a blank line; turns with more than text stay separate."""
     merged: list[Message] = []
     for message in messages:
         last = merged[-1] if merged else {}
@@ -149,7 +149,7 @@ def merged_turns(messages: Sequence[Message]) -> list[Message]:
     return merged
 
 
-#: Each rule of quality that looks at one row: what it found, or None.
+#: Quality rules for a single row; each returns what it found, or None.
 ROW_RULES: dict[str, Callable[[Sequence[Message]], str | None]] = {
     "empty-answer": empty_answer,
     "one-word-answer": one_word_answer,

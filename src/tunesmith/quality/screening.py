@@ -1,8 +1,8 @@
-"""What must not be learnt or told on: secrets, personal data, injections, hidden text, forged control tokens.
+"""Screens for content that must not be learned or leaked: secrets, personal data, injections, hidden text, control tokens.
 
-Findings hold counts and turns, never content. Each pattern is our own; checksums decide where a number has one.
-Missed: secrets without a known form or a word such as `key` beside them, names and addresses, numbers written in
-words, anything in an image or in base64, attacks in other languages than English, and attacks that are worded in a new way.
+Findings hold counts and turns, never content. All patterns were written for tunesmith; numbers with a checksum are verified
+by it. Missed: secrets without a known form or a nearby word such as `key`, names and addresses, numbers written in words,
+anything in an image or in base64, attacks in languages other than English, and attacks with new wording.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from tunesmith.quality.findings import Finding, Message, places, texts
 from tunesmith.quality.injection import injection_score
 from tunesmith.recipe import Action
 
-Places = Iterator[tuple[int, int]]  # start and end of what was found in a text
+Places = Iterator[tuple[int, int]]  # start and end of each match in a text
 
-#: What a text must hold for a rule to be worth a closer look; letters in lower case.
+#: Lower-case substrings, one of which a text must contain before a rule's full pattern is tried.
 _STEMS: dict[str, tuple[str, ...]] = {
     "secret": (
         *(
@@ -46,7 +46,7 @@ _STEMS: dict[str, tuple[str, ...]] = {
 _DIGITS = re.compile(r"\d(?:[ .()A-Z-]{0,2}\d){8}")
 _NUMBERS = ("phone", "iban", "card")
 
-#: Known forms of keys, from their makers' documentation.
+#: Known key formats, from their vendors' documentation.
 _SECRET = re.compile(
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{60,}\b"
     r"|\bglpat-[\w-]{20,}|\bhf_[A-Za-z]{30,}\b"
@@ -61,7 +61,7 @@ _NAMED = re.compile(
     r"([A-Za-z0-9+/_=.-]{16,200})",
     re.IGNORECASE,
 )
-_ENTROPY = 3.7  # bits a character; English words stay below, random base64 of 20 characters is above 4
+_ENTROPY = 3.7  # bits per character; English words are below, random base64 of 20 characters is above 4
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}\b")
 _EXAMPLE = re.compile(r"@(?:[\w-]+\.)*(?:example\.(?:com|org|net)|example|test|invalid|localhost)\Z", re.IGNORECASE)
 _PHONE = re.compile(
@@ -94,7 +94,7 @@ def _high_entropy(text: str) -> Places:
 
 
 def entropy(text: str) -> float:
-    """Bits for each character, by the text's own frequencies (Shannon)."""
+    """Bits per character, from the text's own character frequencies (Shannon)."""
     return -sum(count / len(text) * math.log2(count / len(text)) for count in Counter(text).values())
 
 
@@ -113,7 +113,7 @@ def _ibans(text: str) -> Places:
 
 
 def is_iban(text: str) -> bool:
-    """Whether ISO 13616's checksum is right: first four characters last, letters as 10 to 35, 1 modulo 97."""
+    """Whether the ISO 13616 checksum is correct: first four characters moved to the end, letters as 10 to 35, 1 modulo 97."""
     compact = text.replace(" ", "")
     if not 15 <= len(compact) <= 34:
         return False
@@ -125,7 +125,7 @@ def _cards(text: str) -> Places:
 
 
 def is_card(text: str) -> bool:
-    """Whether the digits are 13 to 19 and their Luhn sum ends in 0 (ISO/IEC 7812-1, annex B)."""
+    """Whether there are 13 to 19 digits and their Luhn sum ends in 0 (ISO/IEC 7812-1, annex B)."""
     digits = [int(character) for character in text if character.isdigit()]
     if not 13 <= len(digits) <= 19 or len(set(digits)) < 3:
         return False
@@ -155,14 +155,14 @@ _CHECKS: dict[str, Callable[[str], Places]] = {
     "injection": _injections,
     "control-token": _all(_CONTROL),
 }
-#: Looked for in the text as it came: cleaning takes some of it away.
+#: Rules applied to the raw text, because cleaning removes some of what they look for.
 BEFORE_CLEANING = ("hidden-tags", "hidden-unicode")
 
 
 def screen(
     messages: Sequence[Message], actions: dict[str, Action], rules: Sequence[str]
 ) -> tuple[list[Message], list[Finding]]:
-    """Findings of these rules, and the messages with what is to be fixed replaced by a placeholder such as `[EMAIL]`."""
+    """The messages, matches of `fix` rules replaced by a placeholder such as `[EMAIL]`, and the findings of these rules."""
     screened, findings = [dict(message) for message in messages], []
     for rule in rules:
         if (action := actions.get(rule)) is None:

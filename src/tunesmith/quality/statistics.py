@@ -1,7 +1,7 @@
-"""Findings that need the whole set: answers in another language than the others, answers of an unusual length.
+"""Findings that need the whole set: answers in a different language than the rest, answers of unusual length.
 
-Two passes: `row_facts` of every row into `SetStatistics.add`; then `findings` of each row's facts. Facts are small: keep
-them, or make them again.
+Two passes: pass `row_facts` of every row to `SetStatistics.add`, then call `findings` with each row's facts. Facts are small:
+keep them or recompute them.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from tunesmith.quality.findings import Finding, Message, texts
 from tunesmith.quality.language import language
 from tunesmith.recipe import QUALITY, DataSection, settled
 
-_SHARE = 0.9  # of the answers whose language is told: then it is the set's language
-_LEAST_ROWS = 50  # fewer rows are no statistics
-_SPREADS = 3.5  # beyond so many robust standard deviations of the logarithm
-_LEAST_FACTOR = 4.0  # and at least so many times longer or shorter than the median
-_MOST_OUTLIERS = 0.05  # of the rows: more are no outliers but another kind of answer, such as `[]` beside long lists
-_BINS = 64  # bins of an octave of length: 1.1 % wide
+_SHARE = 0.9  # of the answers with a detected language; above this it is the set's language
+_LEAST_ROWS = 50  # fewer rows give no meaningful statistics
+_SPREADS = 3.5  # robust standard deviations of the logarithm beyond which a length is unusual
+_LEAST_FACTOR = 4.0  # and the least factor by which it is longer or shorter than the median
+_MOST_OUTLIERS = 0.05  # share of rows; more than that are another kind of answer, such as `[]` among long lists
+_BINS = 64  # bins per doubling of the length, each 1.1 % wide
 
 
 @dataclass(frozen=True)
 class RowFacts:
-    """Of one row: characters of its answers, and their language (None where it cannot be told)."""
+    """Facts of one row: characters of its answers, and their language (None if it cannot be detected)."""
 
     answer_characters: int
     language: str | None
 
 
 def row_facts(messages: Sequence[Message]) -> RowFacts:
-    """Facts of a row for the set's statistics; for workers."""
+    """A row's facts for the set's statistics; called in workers."""
     answers = [text for _, text in texts(messages, "assistant")]
     return RowFacts(sum(map(len, answers)), language("\n".join(answers)))
 
 
 class SetStatistics:
-    """Languages and lengths of a set; memory does not grow with the rows."""
+    """Languages and lengths of a set; memory does not grow with the number of rows."""
 
     def __init__(self, data: DataSection) -> None:
         self._actions = settled(data.quality, QUALITY)
@@ -56,7 +56,7 @@ class SetStatistics:
 
     @property
     def language(self) -> str | None:
-        """The language of nine of ten answers; None where there is none such, or too few rows to tell."""
+        """The language of at least nine in ten answers; None if there is none, or if there are too few rows."""
         total = self._languages.total()
         if total < _LEAST_ROWS:
             return None
@@ -65,9 +65,9 @@ class SetStatistics:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Shortest and longest answer in characters that is not unusual: median and deviation of the logarithms.
+        """Shortest and longest usual answer in characters, from the median and deviation of the logarithms.
 
-        No limits where more than one answer in twenty would be outside: then the set has several kinds of answers.
+        Without limits if more than one answer in twenty would be outside: then the set has several kinds of answers.
         """
         if self._limits is None:
             self._limits = self._make_limits()
@@ -80,7 +80,7 @@ class SetStatistics:
         deviations: Counter[int] = Counter()
         for value, count in self._lengths.items():
             deviations[abs(value - middle)] += count
-        # 1.4826 makes the median absolute deviation that of a normal distribution.
+        # 1.4826 scales the median absolute deviation to the standard deviation of a normal distribution.
         width = max(_SPREADS * 1.4826 * _median(deviations), _BINS * math.log2(_LEAST_FACTOR))
         outside = sum(count for deviation, count in deviations.items() if deviation > width)
         if outside > _MOST_OUTLIERS * self._lengths.total():
@@ -88,7 +88,7 @@ class SetStatistics:
         return 2 ** ((middle - width) / _BINS), 2 ** ((middle + width) / _BINS)
 
     def findings(self, facts: RowFacts) -> list[Finding]:
-        """What this row's facts are among those of all rows that were added."""
+        """Findings for this row's facts, compared with all rows that were added."""
         found = []
         usual = self.language
         if (action := self._actions.get("wrong-language")) and usual and facts.language not in (None, usual):
@@ -96,13 +96,13 @@ class SetStatistics:
         shortest, longest = self.limits
         length = facts.answer_characters
         if (action := self._actions.get("length-outlier")) and length and not shortest <= length <= longest:
-            usually = f"usual are {shortest:.0f} to {longest:.0f}"
+            usually = f"usual: {shortest:.0f} to {longest:.0f}"
             found.append(Finding("length-outlier", action, f"{length} characters, {usually}"))
         return found
 
 
 def _median(counts: Counter[int]) -> int:
-    """The middle one of values with their counts."""
+    """The median of values given with their counts."""
     left = counts.total() // 2
     for value in sorted(counts):
         left -= counts[value]

@@ -1,4 +1,4 @@
-"""Words of a text as numbers: what near duplicates and overlaps with benchmarks are told by."""
+"""Words of a text and hashes of word runs, used to detect near-duplicates and overlap with benchmarks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from tunesmith.quality.findings import Message, texts
 
-# Scripts written without spaces count by the character (CJK, kana, Thai, Lao, Khmer, Myanmar), others by the word.
+# Scripts without spaces are split by character (CJK, kana, Thai, Lao, Khmer, Myanmar), others by word.
 _ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
 _SEGMENT = re.compile(r"\n+|(?<=[.!?:])\s+|(?<=[\u3002\uff01\uff1f\uff1a])")
-_PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it loses nothing
+_PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd, so multiplying by it is lossless
 
 
 @lru_cache(maxsize=1 << 16)
@@ -25,12 +25,12 @@ def _word_hash(word: str) -> int:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words; of scripts without spaces each character is one."""
+    """Lower-case words; in scripts without spaces each character is a word."""
     return _WORD.findall(text.lower())
 
 
 def run_hashes(text_words: Sequence[str], size: int) -> np.ndarray:
-    """A 64-bit hash (uint64) of each run of `size` words, in order; none where there are fewer words."""
+    """A 64-bit hash (uint64) of each run of `size` words, in order; empty if there are fewer words."""
     if len(text_words) < size:
         return np.empty(0, np.uint64)
     each = np.fromiter((_word_hash(word) for word in text_words), np.uint64, len(text_words))
@@ -43,14 +43,14 @@ def run_hashes(text_words: Sequence[str], size: int) -> np.ndarray:
 
 
 def segments(text: str) -> list[str]:
-    """The text cut at line ends and after sentences."""
+    """The text split at line ends and after sentences."""
     return [part for part in _SEGMENT.split(text) if part and not part.isspace()]
 
 
 def common_segments(rows: Iterable[Sequence[Message]], share: float = 0.02, at_least: int = 20) -> frozenset[str]:
-    """Lines and sentences that at least this share of the rows has (and this many rows): instructions, boilerplate.
+    """Lines and sentences in at least this share of the rows, and in at least this many: instructions, boilerplate.
 
-    A first pass over a few thousand rows is enough; without it rows that share a long instruction look alike.
+    A first pass over a few thousand rows is enough. Without it, rows that share a long instruction look alike.
     """
     counts: dict[str, int] = {}
     total = 0
@@ -63,9 +63,9 @@ def common_segments(rows: Iterable[Sequence[Message]], share: float = 0.02, at_l
 
 
 def row_text(messages: Sequence[Message], common: frozenset[str] = frozenset()) -> str:
-    """What tells a row from others: all turns but the system's, without what is `common` to many rows.
+    """The text that distinguishes a row: all turns except system turns, without segments `common` to many rows.
 
-    An answer that is common is kept: it is what the row teaches.
+    Common segments of answers are kept: they are what the row teaches.
     """
     parts = []
     for number, text in texts(messages):

@@ -1,4 +1,4 @@
-"""The recipe: the one config of a run. This is the face of the package; its modules are imported by nobody else."""
+"""The recipe: the single config of a run. Import from here; nothing outside the package imports its modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe's sections of the data: where rows come from, what is mended in them, what they are worth, how more are made."""
+"""The recipe's data sections: where rows come from, how they are cleaned and checked, and how more are generated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMED_TEMPLATES = ("chatml", "llama2", "llama3", "qwen", "chatglm", "mistral", "
 
 
 def _unquoted_off(value: Any) -> Any:
-    """YAML 1.1 reads `off` without quotes as false."""
+    """The value, with `off` restored: YAML 1.1 reads unquoted `off` as false."""
     return "off" if value is False else value
 
 
@@ -29,44 +29,44 @@ def _checked_rules(given: dict[str, Setting], known: Mapping[str, Rule]) -> dict
 
 
 class CleanSection(Section):
-    """What is mended in a row's text. Code, JSON, maths, emoji and joiners that a script needs are left as they are."""
+    """How a row's text is cleaned. Code, JSON, maths, emoji and joiners that a script needs stay unchanged."""
 
     html: bool = True
-    """Turn text that is all HTML markup into plain text; `pre` and `code` become Markdown code, rows about HTML are left."""
+    """Convert text that is all HTML markup to plain text; `pre` and `code` become Markdown code, rows about HTML stay."""
     mojibake: bool = True
-    """Repair text that was decoded with the wrong character set, such as `Ã©` for `é`."""
+    """Repair text decoded with the wrong character set, such as `Ã©` for `é`."""
     unicode: bool = True
-    """Compose characters that were written in parts (NFC); nothing that looks different is replaced."""
+    """Compose decomposed characters (NFC); no character is replaced by one that looks different."""
     control: bool = True
-    """Remove control characters and terminal colours; form feeds become line ends."""
+    """Remove control characters and terminal colours; form feeds become newlines."""
     zero_width: bool = True
-    """Remove invisible characters where the script around them has no use for them."""
+    """Remove invisible characters that the surrounding script does not need."""
     whitespace: bool = True
-    """One kind of line end, no blanks at line ends, at most two blank lines in a row; indentation stays."""
+    """Use one kind of line ending, no trailing blanks, at most two blank lines in a row; indentation stays."""
 
 
 class DuplicatesSection(Section):
-    """Rows that are nearly the same, by MinHash over words."""
+    """Near-duplicate rows, found by MinHash over words."""
 
     threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.8
-    """Rows whose sets of three-word runs overlap by this much (Jaccard) are duplicates; null looks for equal rows alone."""
+    """Rows whose sets of word trigrams overlap by this much (Jaccard) are duplicates; null finds only equal rows."""
     num_perm: Annotated[int, Field(ge=16, le=1024)] = 64
-    """Hash functions of a signature: more find more pairs near the threshold and take more time."""
+    """Hash functions per signature: more of them find more pairs near the threshold and take more time."""
 
 
 class BalanceSection(Section):
-    """Down-sampling of classes that have too many rows."""
+    """Down-sampling of overrepresented classes."""
 
     label: str | None = None
     """A column, or a Jinja expression over `row`, `messages`, `answer` and `answer_json`, such as `answer_json.intent`."""
     cap: PositiveInt | None = None
-    """Most rows of a class."""
+    """Maximum rows per class."""
     ratio: Annotated[float, Field(ge=1)] | None = None
-    """Most rows of a class, as a multiple of the smallest class."""
+    """Maximum rows per class, as a multiple of the smallest class."""
 
 
 class OverlapSection(Section):
-    """Benchmarks that the rows must not contain: runs of 13 words that occur in them are reported."""
+    """Benchmarks that the rows must not contain: shared runs of 13 words are reported."""
 
     mmlu: str | None = None
     """MMLU's folder with test/<subject>_test.csv."""
@@ -80,12 +80,12 @@ RowFormat = Literal["auto", "messages", "alpaca", "sharegpt", "prompt"]
 
 
 def is_template(column: str) -> bool:
-    """Whether a value of `columns` is a Jinja template, not the name of a column."""
+    """Whether a value of `columns` is a Jinja template and not a column name."""
     return "{{" in column or "{%" in column
 
 
 def _checked_columns(given: dict[str, str]) -> dict[str, str]:
-    """The mapping, whose templates can be parsed."""
+    """The mapping, once its templates are known to parse."""
     from jinja2 import TemplateError  # not needed by a recipe without templates
 
     from tunesmith.io.templates import BoundedEnvironment
@@ -95,93 +95,93 @@ def _checked_columns(given: dict[str, str]) -> dict[str, str]:
             try:
                 BoundedEnvironment().parse(theirs)
             except TemplateError as error:
-                raise ValueError(f"the template of {ours!r} cannot be read: {error}") from error
+                raise ValueError(f"the template of {ours!r} cannot be parsed: {error}") from error
     return given
 
 
 class PartSection(Section):
-    """Rows of one place."""
+    """Rows from one place."""
 
     path: str
-    """A file, a folder or `hub:owner/name`, as for `data.train`."""
+    """A file, a folder or `hub:owner/name`, as in `data.train`."""
     format: RowFormat | None = None
-    """How its rows are written; data.format where it is not given."""
+    """Row format of this part; defaults to data.format."""
     columns: Annotated[dict[str, str], AfterValidator(_checked_columns)] | None = None
-    """Its own mapping; data.columns where it is not given."""
+    """Column mapping of this part; defaults to data.columns."""
     split: str | None = None
-    """The split of a folder, a hub data set or a .json file that has splits; `train` where it is not given."""
+    """The split of a folder, a hub data set or a .json file with splits; defaults to `train`."""
 
 
 Part = TypeVar("Part", bound=PartSection)
 
 
 class SourceSection(PartSection):
-    """One of several sources of rows."""
+    """One of several row sources."""
 
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the mixture, relative to the other sources' weights; give all sources one, or none."""
+    """Share of the mixture, relative to the other sources' weights; give a weight to all sources or to none."""
 
 
 class DataSection(Section):
-    """What is trained on, and what is kept aside."""
+    """The data to train on and the data held out."""
 
     train: str
     """Rows to train on, relative to the recipe: .jsonl, .json, .csv or .conll (also .gz, .zst), .parquet, .arrow, .feather, a
-    folder of such files, or `hub:owner/name@revision`; with `objective: pretrain` rows with a `text`, or a .txt or .md file, or
-    a folder of those, each of which is a document. Left out where `sources` is given."""
+    folder of such files, or `hub:owner/name@revision`. With `objective: pretrain`: rows with a `text`, a .txt or .md file, or a
+    folder of those, where each file is a document. Omit it if `sources` is given."""
     sources: list[SourceSection] = Field(default_factory=list)
-    """Several sources instead of `train`, mixed by their weights or by `temperature`, else all rows of all."""
+    """Several sources instead of `train`, mixed by weights or by `temperature`; without either, all rows of all sources."""
     temperature: Annotated[float, Field(ge=1)] | None = None
-    """Mix sources by their rows to the power of 1 / temperature: 1 is by size, more brings the small ones up."""
+    """Mix sources in proportion to rows ^ (1 / temperature): 1 mixes by size, more favours small sources."""
     columns: Annotated[dict[str, str], AfterValidator(_checked_columns)] = Field(default_factory=dict)
-    """The file's columns by the format's names, such as `{prompt: question, completion: answer}`. A value may be a Jinja
+    """Maps the format's names to the file's columns, such as `{prompt: question, completion: answer}`. A value may be a Jinja
     template over the row, such as `"{{ entities | tojson }}"`."""
     test: str | PartSection | None = None
-    """Rows of the task's test set, a path or a section as in `sources` but without `weight`; never trained on. Without it
+    """Test rows of the task: a path, or a section as in `sources` but without `weight`. Never trained on. Without it,
     `evaluate` uses the held-out rows."""
     format: RowFormat = "auto"
-    """How rows are written; `auto` reads it off each row's columns. With an objective on pairs, how their prompts are."""
+    """Row format; `auto` infers it from each row's columns. With an objective on pairs, the format of their prompts."""
     system: str | None = None
-    """A system turn put before conversations that have none."""
+    """A system turn prepended to conversations that have none."""
     heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the train rows kept aside for the eval loss (a seeded draw)."""
+    """Share of the train rows held out for the eval loss (a seeded draw)."""
     max_rows: PositiveInt | None = None
     """Train on at most this many rows (a seeded draw; the rest count as unused, reason `over-max-rows`)."""
     max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest row in tokens (of a pair the longer side); `overlong` says what becomes of longer ones. With
-    `objective: pretrain` longer documents go on in further rows, and nothing is lost."""
+    """Maximum row length in tokens (for a pair, of the longer side); `overlong` handles longer rows. With
+    `objective: pretrain`, longer documents continue in further rows, and nothing is lost."""
     overlong: Literal["reject", "truncate", "split"] = "reject"
-    """What happens to longer rows: left out, later turns dropped, or cut between turns into several. The last two with
-    `objective: sft` alone: of pairs, judged answers and prompts nothing can be cut."""
+    """What happens to longer rows: rejected, later turns dropped, or split between turns into several rows. The last two only
+    with `objective: sft`: pairs, judged answers and prompts cannot be cut."""
     truncate_answers: bool = False
-    """With `overlong: truncate`, cut inside the answer of a row whose first answer is too long already."""
+    """With `overlong: truncate`, cut inside the answer if a row's first answer is already too long."""
     workers: PositiveInt | Auto = "auto"
-    """Processes that read rows; the result is the same for any number. `auto` takes one, and all cores from 20,000 rows on."""
+    """Processes that read rows; the result does not depend on it. `auto` is one, or all cores from 20,000 rows on."""
     on_bad_row: Literal["error", "reject"] = "error"
-    """What a row that cannot be used does: stop `prepare` with every such row named, or be left out and counted."""
+    """How to treat an unusable row: stop `prepare` and name every such row, or reject and count it."""
     chat_template: str | None = None
-    """Instead of the tokenizer's own: chatml, llama2, llama3, qwen, chatglm, mistral, gemma, phi, or a Jinja file."""
+    """Replaces the tokenizer's own template: chatml, llama2, llama3, qwen, chatglm, mistral, gemma, phi, or a Jinja file."""
     clean: CleanSection = CleanSection()
-    """What is mended in texts."""
+    """How texts are cleaned."""
     quality: dict[str, RuleSetting] = Field(default_factory=dict)
-    """Rules of quality whose action differs from the default: warn, fix, reject or off (docs/data.md names them)."""
+    """Quality rules with an action other than the default: warn, fix, reject or off (docs/data.md lists the rules)."""
     screening: dict[str, RuleSetting] = Field(default_factory=dict)
-    """The same for rules of screening: secrets, personal data, injections, hidden text."""
+    """The same for screening rules: secrets, personal data, injections, hidden text."""
     duplicates: DuplicatesSection = DuplicatesSection()
-    """Near duplicates."""
+    """Near-duplicates."""
     balance: BalanceSection = BalanceSection()
-    """Classes with too many rows."""
+    """Overrepresented classes."""
     overlap: OverlapSection = OverlapSection()
-    """Benchmarks to look for among the rows."""
+    """Benchmarks to search for in the rows."""
     review: str = "review.jsonl"
-    """Where `tunesmith review` keeps what it decided about rows; the next `prepare` leaves out and edits rows by it."""
+    """Where `tunesmith review` saves decisions about rows; the next `prepare` drops and edits rows accordingly."""
     require_review: bool = False
-    """Train only on data that somebody has signed off with `tunesmith review`."""
+    """Train only on data that someone has signed off with `tunesmith review`."""
 
     @model_validator(mode="before")
     @classmethod
     def _one_way_in(cls, given: Any) -> Any:
-        """`train` may be left out where there are sources."""
+        """Allow `train` to be missing if there are sources."""
         if isinstance(given, dict) and given.get("sources"):
             if given.get("train"):
                 raise ValueError("give data.train or data.sources, not both")
@@ -192,21 +192,21 @@ class DataSection(Section):
     def _checked_weights(self) -> DataSection:
         weights = [source.weight for source in self.sources]
         if len({weight is None for weight in weights}) > 1:
-            raise ValueError("give all data.sources a weight, or none")
+            raise ValueError("give a weight to all data.sources, or to none")
         if self.temperature is not None and (not weights or weights[0] is not None):
-            raise ValueError("data.temperature wants data.sources without weights")
+            raise ValueError("data.temperature requires data.sources without weights")
         if self.truncate_answers and self.overlong != "truncate":
-            raise ValueError("data.truncate_answers wants data.overlong: truncate")
+            raise ValueError("data.truncate_answers requires data.overlong: truncate")
         return self
 
     @property
     def parts(self) -> list[SourceSection]:
-        """The sources with what they take over from the section, or the one that `train` names."""
+        """The sources, or the one that `train` names, with defaults inherited from the section."""
         return [self._filled(source) for source in self.sources or [SourceSection(path=self.train)]]
 
     @property
     def test_part(self) -> PartSection | None:
-        """The test set, with what it takes over from the section."""
+        """The test set, with defaults inherited from the section."""
         if self.test is None:
             return None
         return self._filled(PartSection(path=self.test) if isinstance(self.test, str) else self.test)
@@ -227,25 +227,25 @@ class DataSection(Section):
 
 
 class AugmentSection(Section):
-    """More rows by paraphrases of an OpenAI-compatible endpoint, for `tunesmith augment`."""
+    """More rows through paraphrases from an OpenAI-compatible endpoint, for `tunesmith augment`."""
 
     base_url: str | None = None
     """The endpoint, such as http://localhost:8000/v1."""
     model: str | None = None
-    """The model's name there."""
+    """The model's name at the endpoint."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key; local servers need none."""
     out: str = "augmented.jsonl"
-    """Where the new rows go; what was asked is kept beside it, so that nothing is asked twice."""
+    """Output file for the new rows; answers are cached next to it, so that no request is sent twice."""
     paraphrases: PositiveInt = 1
-    """Paraphrases asked for each row."""
+    """Paraphrases requested per row."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    """How free the paraphrases are."""
+    """Sampling temperature of the paraphrases."""
     concurrency: Annotated[int, Field(gt=0, le=256)] = 8
-    """Requests at once."""
+    """Concurrent requests."""
     max_retries: Annotated[int, Field(ge=0)] = 5
-    """How often a request that failed is sent again, waiting longer each time."""
+    """How often a failed request is retried, with growing delays."""
     max_requests: PositiveInt = 1000
-    """Most answers to pay for, with those of earlier runs into the same file; an attempt that failed does not count."""
+    """Maximum answers to pay for, including those of earlier runs into the same file; failed attempts do not count."""
     max_tokens: PositiveInt = 1_000_000
-    """Most tokens, prompts and answers, with those of earlier runs; requests on their way when it is reached still count."""
+    """Maximum prompt and answer tokens, including those of earlier runs; requests in flight at the limit still count."""

@@ -1,4 +1,4 @@
-"""What is wrong with the keys and values of a recipe, told by the sections that it is checked against."""
+"""Problems with the keys and values of a recipe, found by checking it against its sections."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def _all_keys(model: type[Section], prefix: str = "") -> Iterable[str]:
 
 
 def unknown_keys(model: type[Section], values: Mapping[str, Any], source: str) -> Iterable[Problem]:
-    """Keys that the model has not, each with the nearest that it has."""
+    """Keys that the model does not have, each with its nearest known key."""
     known = list(_all_keys(model))
     for dotted in _unknown(model, values, ()):
-        why = "a key that nothing reads would be silently without effect"
+        why = "a key that nothing reads would silently have no effect"
         yield Problem("TS002", f"unknown key {dotted!r}", source, why, _nearest(dotted, known))
 
 
@@ -46,7 +46,7 @@ def _unknown(model: type[Section], values: Mapping[str, Any], path: tuple[str, .
 
 def _unknown_in_list(loc: Sequence[str | int], source: str) -> Problem:
     dotted = ".".join(map(str, loc))
-    why = "a key that nothing reads would be silently without effect"
+    why = "a key that nothing reads would silently have no effect"
     known = ", ".join(SourceSection.model_fields)
     return Problem("TS002", f"unknown key {dotted!r}", source, why, f"a source has {known}")
 
@@ -61,7 +61,7 @@ def _nearest(dotted: str, known: Sequence[str]) -> str:
 
 
 def validation_problems(model: type[Section], error: ValidationError, source: str) -> Iterable[Problem]:
-    """Pydantic's errors as problems, one for each key (a union reports each of its branches)."""
+    """Pydantic's errors as problems, one per key (a union reports each of its branches)."""
     items, known = error.errors(include_url=False), set(_all_keys(model))
     seen: set[str] = set()
     for item in items:

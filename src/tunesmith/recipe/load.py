@@ -1,6 +1,6 @@
-"""Reads a recipe from YAML, checked whole, and writes it with each value's origin.
+"""Reads and fully checks a YAML recipe, and writes it with the origin of each value.
 
-Unknown keys are refused with the nearest name, and all problems are told together.
+Unknown keys are refused with the nearest known name, and all problems are reported together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tunesmith.recipe.objectives import OBJECTIVES, SamplingSection, absolute_re
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
     """The recipe in a YAML file, with `key.subkey=value` overrides applied.
 
-    Paths of data files are made absolute, seen from the recipe's folder. Raises RecipeError with every problem.
+    Data paths are resolved relative to the recipe's folder. Raises RecipeError with every problem.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
 
 
 def parse_recipe(text: str, source: str, base: Path, overrides: Sequence[str] = ()) -> ResolvedRecipe:
-    """The recipe in YAML `text`; `source` names it in messages, `base` is where relative paths start."""
+    """The recipe in YAML `text`; `source` names it in messages, relative paths are resolved against `base`."""
     values = _parse_yaml(text, source)
     origins: dict[str, Origin] = dict.fromkeys(_dotted(values), "file")
     for override in overrides:
@@ -58,7 +58,7 @@ def parse_recipe(text: str, source: str, base: Path, overrides: Sequence[str] = 
 
 
 def dump_recipe(resolved: ResolvedRecipe) -> str:
-    """YAML of the whole recipe, each value followed by its origin as a comment; `parse_recipe` reads it back."""
+    """YAML of the whole recipe, with each value's origin as a comment; `parse_recipe` reads it back."""
     lines: list[str] = []
     dumped = resolved.recipe.model_dump(mode="json")
     for key, value in dumped.items():
@@ -71,7 +71,7 @@ def dump_recipe(resolved: ResolvedRecipe) -> str:
 
 
 def parse_dumped_recipe(text: str, source: str) -> ResolvedRecipe:
-    """What `dump_recipe` wrote, with the origins that it noted."""
+    """The recipe that `dump_recipe` wrote, with the origins from its comments."""
     resolved = parse_recipe(text, source, base=Path("/"))
     origins = dict(resolved.origins)
     section = ""
@@ -92,14 +92,14 @@ def _yaml_line(key: str, value: Any) -> str:
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice, of which the last would win without a word."""
+    """YAML without duplicate keys, where the last one would win silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -143,7 +143,7 @@ def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None
 
 
 def _dotted(values: Mapping[str, Any]) -> Iterable[str]:
-    """Names of the recipe's values: top-level keys, and the keys of sections as `section.key`."""
+    """Names of the recipe's values: top-level keys, and section keys as `section.key`."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from (f"{key}.{inner}" for inner in value)

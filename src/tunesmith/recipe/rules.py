@@ -1,4 +1,4 @@
-"""The rules that rows are checked by, as data: what each looks for and what it does unless the recipe says otherwise."""
+"""The rules that check rows, as data: what each one looks for, and its default action."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Setting = Literal["warn", "fix", "reject", "off"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule: its default, what it finds, and whether it can mend what it finds (`fix`)."""
+    """One rule: its default, what it finds, and whether it can repair what it finds (`fix`)."""
 
     default: Setting
     what: str
@@ -22,42 +22,42 @@ class Rule:
 
 #: What `data.quality` may name.
 QUALITY: dict[str, Rule] = {
-    "empty-answer": Rule("reject", "an answer of spaces and control characters alone, or none at all"),
-    "one-word-answer": Rule("off", "an answer of one word (right for classification, hence off)"),
-    "answer-repeats-prompt": Rule("reject", "an answer that is the question again, of five words or more"),
-    "cut-off-answer": Rule("warn", "an answer that stops in mid-sentence, or in an open code block or bracket"),
-    "refusal": Rule("warn", "an answer that begins by refusing"),
-    "repetition": Rule("warn", "an answer that is mostly the same line, sentence or words over and over"),
+    "empty-answer": Rule("reject", "an answer that is missing, or only spaces and control characters"),
+    "one-word-answer": Rule("off", "a one-word answer (valid for classification, hence off)"),
+    "answer-repeats-prompt": Rule("reject", "an answer that repeats a question of five words or more"),
+    "cut-off-answer": Rule("warn", "an answer that stops mid-sentence, or inside an open code block or bracket"),
+    "refusal": Rule("warn", "an answer that begins with a refusal"),
+    "repetition": Rule("warn", "an answer that mostly repeats the same line, sentence or words"),
     "non-alternating-roles": Rule(
-        "warn", "two turns of one role in a row, a late system turn, or an answer first", fixable=True
+        "warn", "two turns in a row with the same role, a late system turn, or an answer as the first turn", fixable=True
     ),
-    "wrong-language": Rule("warn", "an answer in another language than nine of ten answers of the set"),
-    "length-outlier": Rule("warn", "an answer far longer or shorter than those of the set"),
-    "near-duplicate": Rule("reject", "a row nearly the same as an earlier one (`data.duplicates`)"),
-    "conflicting-answers": Rule("warn", "another answer than an earlier row has to the same prompt"),
-    "benchmark-overlap": Rule("warn", "a run of 13 words that a benchmark has too (`data.overlap`)"),
+    "wrong-language": Rule("warn", "an answer in a different language than nine of ten answers in the set"),
+    "length-outlier": Rule("warn", "an answer far longer or shorter than the others in the set"),
+    "near-duplicate": Rule("reject", "a near-duplicate of an earlier row (`data.duplicates`)"),
+    "conflicting-answers": Rule("warn", "a different answer to the same prompt as an earlier row"),
+    "benchmark-overlap": Rule("warn", "a run of 13 words that also occurs in a benchmark (`data.overlap`)"),
 }
 
-#: Rules of quality that need neither turns nor answers, so that raw text is checked by them too.
+#: Quality rules that need neither turns nor answers, so they check raw text too.
 OF_TEXTS = ("near-duplicate", "benchmark-overlap")
 
 #: What `data.screening` may name.
 SCREENING: dict[str, Rule] = {
-    "secret": Rule("reject", "a key, token or password of a known form", fixable=True),
-    "high-entropy": Rule("warn", "a random-looking string beside a word such as key or token", fixable=True),
-    "email": Rule("warn", "an e-mail address, reserved example domains apart", fixable=True),
-    "phone": Rule("warn", "a phone number in international or North American form", fixable=True),
-    "iban": Rule("warn", "a bank account number whose checksum is right", fixable=True),
-    "card": Rule("warn", "a payment card number whose checksum is right", fixable=True),
-    "injection": Rule("warn", "text that tells a model to forget its instructions, or to play one without limits"),
-    "hidden-tags": Rule("reject", "text in the invisible tag characters (U+E0000), flags apart"),
+    "secret": Rule("reject", "a key, token or password in a known format", fixable=True),
+    "high-entropy": Rule("warn", "a random-looking string next to a word such as key or token", fixable=True),
+    "email": Rule("warn", "an e-mail address, except at reserved example domains", fixable=True),
+    "phone": Rule("warn", "a phone number in international or North American format", fixable=True),
+    "iban": Rule("warn", "a bank account number with a valid checksum", fixable=True),
+    "card": Rule("warn", "a payment card number with a valid checksum", fixable=True),
+    "injection": Rule("warn", "text that tells a model to ignore its instructions, or to act as one without limits"),
+    "hidden-tags": Rule("reject", "text in invisible tag characters (U+E0000), except flags"),
     "hidden-unicode": Rule("warn", "long runs of invisible characters, or direction overrides"),
-    "control-token": Rule("warn", "text that spells a chat template's control token (it is trained on as text)"),
+    "control-token": Rule("warn", "text that spells out a chat template's control token (tokenized as plain text)"),
 }
 
 
 def unknown_rules(given: Mapping[str, Setting], known: Mapping[str, Rule]) -> Iterable[str]:
-    """What is wrong with the overrides of a recipe, a sentence each."""
+    """What is wrong with the overrides of a recipe, one sentence each."""
     for name, setting in given.items():
         if name not in known:
             near = get_close_matches(name, known, 1)
@@ -67,7 +67,7 @@ def unknown_rules(given: Mapping[str, Setting], known: Mapping[str, Rule]) -> It
 
 
 def settled(given: Mapping[str, Setting], known: Mapping[str, Rule]) -> dict[str, Action]:
-    """What each rule does, those that are off left out."""
+    """The action of each rule that is not off."""
     found: dict[str, Action] = {}
     for name, rule in known.items():
         setting = given.get(name, rule.default)

@@ -1,4 +1,4 @@
-"""The base of all sections of the recipe, and the types of their values."""
+"""The base class of all recipe sections, and the types of their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder, where stages meet (`folder`), and what people decided about rows (`decisions`)."""
+"""The run folder, shared by all stages (`folder`), and human decisions about rows (`decisions`)."""
 
 from tunesmith.runs.folder import (
     EVAL_SUITE,

@@ -1,9 +1,9 @@
-"""What a person decided about rows, and their sign-off.
+"""A reviewer's decisions about rows, and their sign-off.
 
-Decisions stand in the file that `data.review` names, a line each, by the digest of the row as it was read: they hold wherever
-the row stands, and no longer once it changes. `prepare` asks `Decisions.apply` of every row that it reads, before anything
-else, and has `Decisions.digest` among its inputs (as `review`). The sign-off stands in the run folder (`review/signoff.json`)
-and is of the digest of what `prepare` wrote.
+Decisions are stored in the file that `data.review` names, one per line, keyed by the digest of the row as read. A decision
+applies wherever the row is located, and no longer once the row changes. `prepare` calls `Decisions.apply` on every row before
+anything else, and has `Decisions.digest` among its inputs (as `review`). The sign-off is stored in the run folder
+(`review/signoff.json`) and covers the digest of what `prepare` wrote.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tunesmith.io.atomic import jsonl_text, read_json, sha256_json, write_bytes
 from tunesmith.runs.folder import Run
 
 VERDICTS = ("accept", "reject", "edit")
-LEAST_ROWS = 200  # of a sample, where there are so many
+LEAST_ROWS = 200  # of a sample, if there are that many
 
 
 def row_digest(value: Mapping[str, Any]) -> str:
-    """What tells a row from others: sha256 of its columns as read, in any order."""
+    """A row's identity: sha256 of its columns as read, independent of their order."""
     try:
         return sha256_json(dict(value))
     except UnicodeEncodeError:  # half of a surrogate pair
@@ -39,12 +39,12 @@ class Decisions:
 
     @property
     def digest(self) -> str:
-        """Of what changes rows: rejections and edits, whoever made them and when."""
+        """Digest of the decisions that change rows (rejections and edits), independent of author and time."""
         changes = {row: entry.get("value") for row, entry in self.by_row.items() if entry["verdict"] != "accept"}
         return row_digest(changes)
 
     def apply(self, value: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The row as it is to be trained on: itself, its edit, or None where it was rejected."""
+        """The row to train on: the row itself, its edited version, or None if it was rejected."""
         if not self.by_row:
             return value
         decision = self.by_row.get(row_digest(value), {})
@@ -55,12 +55,12 @@ class Decisions:
 
 
 def read_decisions(path: Path) -> Decisions:
-    """What a review file holds, of two lines about a row the later; nothing where there is no file. Raises DataError."""
+    """The decisions in a review file; the last line about a row wins. Empty if there is no file. Raises DataError."""
     if not path.exists():
         return Decisions()
     if not path.is_file():
-        why, fix = "decisions about rows are kept in a file", "name a file in data.review"
-        raise DataError(Problem("TS132", "it is no file", str(path), why, fix))
+        why, fix = "decisions about rows are stored in a file", "name a file in data.review"
+        raise DataError(Problem("TS132", "it is not a file", str(path), why, fix))
     found: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         if not line.strip():
@@ -71,7 +71,7 @@ def read_decisions(path: Path) -> Decisions:
             entry = None
         if not _is_decision(entry):
             what, fix = 'a line must be {"row": digest, "verdict": accept, reject or edit}', "correct the line, or delete it"
-            why = "rows that a person rejected would be trained on"
+            why = "rows that a reviewer rejected could be trained on"
             raise DataError(Problem("TS132", what, f"{path}:{number}", why, fix))
         found[entry["row"]] = entry
     return Decisions(found)
@@ -84,7 +84,7 @@ def _is_decision(entry: Any) -> bool:
 
 
 def add_decisions(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Put these decisions behind those that the file holds, in one rename. Raises DataError where it is not a review file."""
+    """Append decisions to the file, in one rename. Raises DataError if it is not a review file."""
     read_decisions(path)
     before = path.read_bytes() if path.exists() else b""
     if before and not before.endswith(b"\n"):
@@ -93,10 +93,10 @@ def add_decisions(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_sample(rows: Mapping[str, Sequence[str]], count: int, seed: int) -> list[str]:
-    """Places of `count` rows (all, where there are fewer) out of {place: rules that it met}.
+    """Locations of `count` rows (all, if there are fewer) drawn from {location: rules that matched the row}.
 
-    Strata are source file x rule (rows without findings are one of their own); each gives a row in turn, the rarest first, by
-    the order of a seeded hash, so that the sample hardly changes when rows leave. Returned in the order of `rows`.
+    Strata are source file x rule; rows without findings form their own. Strata contribute one row in turn, the rarest first,
+    in the order of a seeded hash, so that the sample hardly changes when rows are removed. Returned in the order of `rows`.
     """
     ranked = sorted(rows, key=lambda where: hashlib.sha256(f"{seed} {where}".encode()).digest())
     strata: dict[tuple[str, str], list[str]] = {}
@@ -116,7 +116,7 @@ def draw_sample(rows: Mapping[str, Sequence[str]], count: int, seed: int) -> lis
 
 
 def require_signoff(run: Run) -> None:
-    """Raise RunError unless the run's prepared data was signed off as it is, with no row rejected or edited since."""
+    """Raise RunError unless the run's current prepared data is signed off and holds no row that review rejected or edited."""
     path = run.path / "review" / "signoff.json"
     digest = run.outputs_digest("prepare")
     why = "the recipe says data.require_review: true"
@@ -125,9 +125,9 @@ def require_signoff(run: Run) -> None:
         raise RunError(Problem("TS130", "nobody has signed off the data", str(run.path), why, fix))
     signed = read_json(path)
     if signed["data"] != digest:
-        fix = f"run `tunesmith review {run.path}` again; rows that were decided on are not shown a second time"
+        fix = f"run `tunesmith review {run.path}` again; rows that have a decision are not shown again"
         raise RunError(Problem("TS130", "the data has changed since it was signed off", str(run.path), why, fix))
     if signed["rejected"] or signed["edited"]:
-        what = f"{signed['rejected']} rejected and {signed['edited']} edited rows are still in the data as they were"
+        what = f"{signed['rejected']} rejected and {signed['edited']} edited rows are still in the data unchanged"
         fix = "run `tunesmith prepare` on the recipe again, then `tunesmith review`, which shows only new rows"
         raise RunError(Problem("TS130", what, str(run.path), why, fix))

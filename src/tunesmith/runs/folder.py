@@ -1,7 +1,7 @@
-"""The run folder: the one place where stages meet.
+"""The run folder: the only state that stages share.
 
-`run.json` holds, for each stage, the digests of what it read and of its part of the recipe, and what it wrote; a stage
-whose digests are unchanged and whose files are still there is a no-op. Nothing of a run lives in memory alone.
+For each stage, `run.json` holds the digests of its inputs and of its part of the recipe, and its outputs. A stage whose
+digests are unchanged and whose files still exist is a no-op. No state of a run is kept only in memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PACKAGES = ("tunesmith", "torch", "transformers", "peft", "accelerate", "datase
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers, without importing them."""
+    """Versions of Python and of the packages that affect a run's numbers, without importing them."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -67,39 +67,41 @@ class Run:
         return value
 
     def outputs_digest(self, stage: str) -> str:
-        """A digest of what a finished stage wrote, for the stages that read it.
+        """A digest of a finished stage's outputs, for the stages that read them.
 
-        Raises RunError if it has not run, or has run with another recipe, or on other data, than the run has now.
+        Raises RunError if the stage has not run, or if it ran with a different recipe or data than the run has now.
         """
         entry = self.status()["stages"].get(stage)
         if entry is None or entry["status"] != "done":
             fix = f"run `tunesmith {stage.partition('/')[0]} {self.path}` first"
-            why = "a later stage reads what it writes"
+            why = "a later stage reads its outputs"
             raise RunError(Problem("TS011", f"stage {stage!r} has not been run", str(self.path), why, fix))
         if (reason := self.outdated(stage)) is not None:
             command = f"prepare {self.path / 'recipe.yaml'} --run" if stage == "prepare" else stage.partition("/")[0]
-            fix = f"run `tunesmith {command} {self.path}` again, or put back what has changed"
-            why = "what comes next would be made of one recipe and told of another"
+            fix = f"run `tunesmith {command} {self.path}` again, or revert the change"
+            why = "later stages would use outputs of one recipe and report another"
             raise RunError(Problem("TS012", f"stage {stage!r} is out of date: {reason}", str(self.path), why, fix))
         return sha256_json(entry["outputs"])
 
     def outdated(self, stage: str) -> str | None:
-        """Why what a stage wrote is not what it would write now; None where it is, as far as recipe and stages tell."""
+        """Why a stage's outputs are out of date; None if they are current, as far as the recipe and the stages show."""
         stages = self.status()["stages"]
         inputs = stages[stage]["inputs"]
         if "recipe" in inputs and _knows(stage) and inputs["recipe"] != self.recipe.stage_digest(stage):
             return f"the recipe has changed since {stage!r}"
         for name, before in (("data", "prepare"), ("train", "train"), ("plan", "plan")):
-            if stage == "prepare" or name not in inputs or before not in stages:  # prepare reads files, which have such names
+            if (
+                stage == "prepare" or name not in inputs or before not in stages
+            ):  # prepare's inputs are files, which may have these names
                 continue
             if inputs[name] != sha256_json(stages[before]["outputs"]):
-                return f"{before!r} has written something else since {stage!r}"
+                return f"the outputs of {before!r} have changed since {stage!r}"
             if (reason := self.outdated(before)) is not None:
                 return reason
         return None
 
     def is_current(self, stage: str, inputs: Mapping[str, str]) -> bool:
-        """Whether the stage is done with exactly these inputs and each file it wrote is still as it was."""
+        """Whether the stage is done with exactly these inputs and all its output files are unchanged."""
         entry = self.status()["stages"].get(stage)
         if entry is None or entry["status"] != "done" or entry["inputs"] != dict(inputs):
             return False
@@ -109,11 +111,11 @@ class Run:
         )
 
     def event(self, folder: Path, code: str, message: str, **facts: Any) -> None:
-        """Record in `folder`/events.jsonl that something differs from what was asked for."""
+        """Record in `folder`/events.jsonl that something differs from what was requested."""
         append_jsonl(folder / "events.jsonl", {"code": code, "message": message, **facts})
 
     def events(self, stage_folder: str) -> list[dict[str, Any]]:
-        """Events that a stage recorded, oldest first."""
+        """The events that a stage recorded, oldest first."""
         return read_jsonl(self.path / stage_folder / "events.jsonl")
 
     def _record(self, stage: str, entry: dict[str, Any]) -> None:
@@ -122,13 +124,13 @@ class Run:
         write_json(self.path / "run.json", status)
 
     def was_interrupted(self, stage: str) -> bool:
-        """Whether the stage was begun and has not ended well."""
+        """Whether the stage was started and has not completed."""
         entry = self.status()["stages"].get(stage)
         return entry is not None and entry["status"] != "done"
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other processes from working on this run. Raises RunError where one does."""
+        """Lock the run against other processes. Raises RunError if another process holds the lock."""
         holder = self.path / ".holder.json"
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
@@ -138,7 +140,7 @@ class Run:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 named = json.loads(holder.read_text(encoding="utf-8"))
                 other = f"process {named['pid']} on {named['host']}"
-            why, fix = "two would write over each other", "wait for it, or stop it, or name another folder"
+            why, fix = "two processes would overwrite each other's files", "wait for it, stop it, or name another folder"
             problem = Problem("TS014", f"{other} is working on this run", str(self.path), why, fix)
             raise RunError(problem) from error
         try:
@@ -152,12 +154,12 @@ class Run:
     def perform(
         self, stage: str, folder: str, inputs: Mapping[str, str], *, live: Collection[str] = (), keep: bool = False
     ) -> Iterator[Path]:
-        """Yield the folder to write a stage's output into; on success it is committed as `folder` and recorded.
+        """Yield the folder for a stage's output; on success it is committed as `folder` and recorded.
 
-        `live` names the files of a stage that fills its folder in place, so that it can be watched (training); they are removed
-        first, unless `keep` says that the stage goes on with what is there. An error leaves the previous output of a stage that
-        is not live, and nothing half-written. Raises RunError where another process works on the run, or the folder holds
-        what the stage did not write.
+        `live` names the files of a stage that writes its folder in place, so that it can be watched (training). They are
+        removed first, unless `keep` says that the stage resumes from them. On an error a stage that is not live keeps its
+        previous output, and nothing half-written remains. Raises RunError if another process works on the run, or if the
+        folder holds files that the stage did not write.
         """
         with self._alone():
             yield from self._performed(stage, folder, inputs, live=live, keep=keep)
@@ -175,7 +177,7 @@ class Run:
             try:
                 yield final
             except BaseException:
-                with contextlib.suppress(OSError):  # a full disk has no room for it; "running" says the same to the next start
+                with contextlib.suppress(OSError):  # the disk may be full; "running" means the same at the next start
                     self._record(stage, {"status": "failed", "inputs": dict(inputs), "outputs": {}, "argv": sys.argv})
                 raise
         else:
@@ -191,44 +193,44 @@ class Run:
 
 
 def eval_folder(digest: str) -> str:
-    """Where the scores of the model with this digest stand in a run folder."""
+    """The folder inside a run with the scores of the model with this digest."""
     return f"eval/{digest[:16]}/{EVAL_SUITE}"
 
 
 def read_jsonl(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
-    """All lines of a JSONL file that tunesmith wrote; none where it does not exist.
+    """The values of all lines of a JSONL file that tunesmith wrote; empty if the file does not exist.
 
-    `torn`: the last line may be cut off, and then is not read.
+    `torn`: text after the last newline may be an incomplete line and is not read.
     """
     if not path.is_file():
         return []
-    # Not splitlines: it also splits at U+2028 and its like, which JSON leaves unescaped in texts.
+    # Not splitlines: it also splits at U+2028 and similar characters, which JSON leaves unescaped in text.
     lines = path.read_text(encoding="utf-8", errors="replace" if torn else "strict").split("\n")
     return [json.loads(line) for line in (lines[:-1] if torn else lines) if line]
 
 
 def default_name(recipe: Recipe) -> str:
-    """`<time>-<model>-<method>-<digest>`, unique enough to sort and to tell runs apart."""
+    """`<time>-<model>-<method>-<digest>`: sorts by time and distinguishes runs."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     model = Path(recipe.model).name[:40]
     return f"{now}-{model}-{recipe.method}-{sha256_json(recipe.model_dump(mode='json'))[:8]}"
 
 
 def _knows(stage: str) -> bool:
-    """Whether a stage's part of the recipe is told by `Recipe.stage_digest`."""
+    """Whether `Recipe.stage_digest` covers this stage."""
     return any(stage.partition("/")[0] in stages for stages in decided().values())
 
 
 def create_run(resolved: ResolvedRecipe, path: Path) -> Run:
-    """The run in `path`: made if new, opened if it holds the same recipe.
+    """The run in `path`: created if it is new, otherwise opened.
 
-    A changed recipe replaces the old one; each stage then redoes its work if its own part changed. Raises RunError
-    where the folder holds something that is not a run, or cannot be written, or a recipe.yaml that somebody else has changed;
-    RecipeError for `method: auto`.
+    A changed recipe replaces the old one; each stage then repeats its work if its own part changed. Raises RunError if the
+    folder holds something other than a run, cannot be written, or has a recipe.yaml that someone else changed; RecipeError
+    for `method: auto`.
     """
     if resolved.recipe.method == "auto":
         why = "a run trains one method"
-        fix = "begin with `tunesmith run` or `tunesmith prepare`, which plan first, or name full, lora or qlora"
+        fix = "begin with `tunesmith run` or `tunesmith prepare`, which plan first, or set method to full, lora or qlora"
         raise RecipeError(Problem("TS003", "the method is still auto", str(path), why, fix))
     try:
         new = _refuse_foreign(path)
@@ -236,22 +238,24 @@ def create_run(resolved: ResolvedRecipe, path: Path) -> Run:
         path.mkdir(parents=True, exist_ok=True)
         run, text = Run(path, resolved), _stamped(dump_recipe(resolved))
         if new or not (path / "recipe.yaml").is_file() or (path / "recipe.yaml").read_bytes() != text.encode():
-            with run._alone():  # not under the feet of a process that works by the earlier one
+            with run._alone():  # not while a process uses the earlier recipe
                 if new:
                     write_json(path / "run.json", {"format": 1, "stages": {}})
                 write_text(path / "recipe.yaml", text)
     except OSError as error:
-        raise RunError(Problem("TS013", f"cannot write: {error}", str(path), "a run is a folder", "choose another")) from error
+        raise RunError(
+            Problem("TS013", f"cannot write: {error}", str(path), "a run is a folder", "choose another folder")
+        ) from error
     return run
 
 
 def _refuse_foreign(path: Path) -> bool:
-    """Whether nothing is there yet. Raises RunError where something stands there that is not a run."""
+    """Whether the path is still free or an empty folder. Raises RunError if it holds anything but a run."""
     if not path.exists():
         return True
-    why, fix = "a run would mix its files with what is there", "name another folder"
+    why, fix = "the run's files would mix with the files that are there", "name another folder"
     if not path.is_dir():
-        raise RunError(Problem("TS010", "a file stands there", str(path), why, fix))
+        raise RunError(Problem("TS010", "there is a file at this path", str(path), why, fix))
     if not any(path.iterdir()):
         return True
     try:
@@ -264,27 +268,27 @@ def _refuse_foreign(path: Path) -> bool:
 
 
 def _refuse_edited(file: Path, resolved: ResolvedRecipe) -> None:
-    """Raise RunError where recipe.yaml says what no tunesmith wrote, and other than the recipe that would replace it."""
+    """Raise RunError if recipe.yaml was edited by hand and differs from the recipe that would replace it."""
     if not file.exists():
         return
     with contextlib.suppress(OSError, ValueError, RecipeError):
         text = file.read_text(encoding="utf-8")
         if text == _stamped(text.partition("\n")[2]) or parse_dumped_recipe(text, str(file)).recipe == resolved.recipe:
             return
-    what = "its recipe.yaml was changed by hand, and would be replaced"
-    fix = f"begin with `{file}` itself, move it away, or name another folder"
+    what = "its recipe.yaml was edited by hand and would be replaced"
+    fix = f"use `{file}` itself as the recipe, move it away, or name another folder"
     raise RunError(Problem("TS015", what, str(file.parent), "tunesmith never replaces what it did not write", fix))
 
 
 def _stamped(text: str) -> str:
-    """A recipe's text under a line that tells whether it is still what was written."""
+    """A recipe's text, with a first line that shows whether it was edited later."""
     return f"# written by tunesmith, sha256 of what follows: {sha256_bytes(text.encode())}\n{text}"
 
 
 def open_run(path: Path) -> Run:
-    """The run in an existing folder. Raises RunError where there is none."""
+    """The run in an existing folder. Raises RunError if there is none."""
     if not (path / "run.json").is_file() or not (path / "recipe.yaml").is_file():
-        fix = "give the folder that `tunesmith run` or `tunesmith prepare` made"
-        raise RunError(Problem("TS010", "not a run folder", str(path), "stages meet in a run folder", fix))
+        fix = "give the folder that `tunesmith run` or `tunesmith prepare` created"
+        raise RunError(Problem("TS010", "not a run folder", str(path), "all stages work in a run folder", fix))
     text = (path / "recipe.yaml").read_text(encoding="utf-8")
     return Run(path, parse_dumped_recipe(text, str(path / "recipe.yaml")))

@@ -1,4 +1,4 @@
-"""The rows that `prepare` wrote, as the later stages read them."""
+"""Reads the rows that `prepare` wrote, for the later stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tunesmith.runs.folder import Run
 
 
 def prepared_rows(run: Run, name: str) -> Any:
-    """`data/<name>.arrow` as a `datasets.Dataset`, mapped into memory. Raises DataError for rows of an earlier version."""
+    """`data/<name>.arrow` as a `datasets.Dataset`, memory-mapped. Raises DataError for rows of an earlier version."""
     from datasets import Dataset
 
     path = run.path / "data" / f"{name}.arrow"
@@ -23,6 +23,6 @@ def prepared_rows(run: Run, name: str) -> Any:
 def check_columns(names: Collection[str], path: Path) -> None:
     """Raise DataError for the columns of an earlier version."""
     if "trained" in names:
-        what = "the rows have a column 'trained', which is called 'loss_mask' now"
-        why = "an earlier version prepared them: which tokens carry loss would not be found"
+        what = "the rows have a column 'trained', which is now called 'loss_mask'"
+        why = "an earlier version prepared them, so the loss mask would not be found"
         raise DataError(Problem("TS113", what, str(path), why, "run `tunesmith prepare` again, into a new folder"))

@@ -1,4 +1,4 @@
-"""The stages, one package each. They meet in the run folder and never import one another.
+"""The stages, one package each. They communicate through the run folder and never import one another.
 
-They stand below `stages` so that `tunesmith.train` and its like are functions and not packages.
+They live under `stages` so that names such as `tunesmith.train` are functions, not packages.
 """

@@ -1,1 +1,1 @@
-"""Attention along a prefix tree (`tree`), and where rows are not a tree (`backends`, `shifted`)."""
+"""Attention along a prefix tree (`tree`), and for rows that are not packed into a tree (`backends`, `shifted`)."""

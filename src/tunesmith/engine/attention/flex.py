@@ -1,6 +1,6 @@
-"""Attention along a prefix tree on GPUs: flex attention, which skips the blocks of a tree that see nothing of each other.
+"""Attention along a prefix tree on GPUs with flex attention, which skips fully masked blocks.
 
-(Dong et al. 2024, arXiv 2412.05496.) Which blocks those are, the layout says (`packing.layout.block_mask`).
+(Dong et al. 2024, arXiv 2412.05496.) The layout decides which blocks those are (`packing.layout.block_mask`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tunesmith.engine.packing.layout import block_mask
 from tunesmith.engine.packing.tree import Node
 from tunesmith.errors import first_line
 
-#: Any length, and one operator in the eyes of checkpointing, which can keep it (engine/modeling/checkpointing.py).
+#: For any length, and wrapped as one operator, so that checkpointing can keep it (engine/modeling/checkpointing.py).
 COMPILED: dict[str, Any] = {"dynamic": True, "options": {"wrap_inductor_compiled_regions": True}}
 
-#: What the kernels multiply; they have no float64.
+#: Dtypes that the kernels support; float64 is not among them.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -28,7 +28,7 @@ def _compiled() -> Any:
 
 
 def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scale: float) -> torch.Tensor:
-    """softmax(q k^T scale) v where `mask` lets it; q and the result are (1, H, T, D), k and v (1, H_kv, T, D)."""
+    """softmax(q k^T scale) v under `mask`; q and the result are (1, H, T, D), k and v (1, H_kv, T, D)."""
     shared = query.shape[1] != key.shape[1]
     made: torch.Tensor = _compiled()(query, key, value, block_mask=mask, scale=scale, enable_gqa=shared)
     return made
@@ -36,7 +36,7 @@ def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Bloc
 
 @cache
 def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why flex attention cannot run here (no Triton, no compiler, a dtype without a kernel), or None; tried once."""
+    """Why flex attention cannot run here (no Triton, no compiler, a dtype without a kernel), or None; tested once."""
     if dtype not in DTYPES:
         return f"flex attention has no kernel for {dtype}"
     nodes, length = (Node(0, 24, 64), Node(24, 48, 48), Node(48, 64, 64)), 64
@@ -44,6 +44,6 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         with torch.inference_mode(mode=False), torch.enable_grad():
             flex(query.requires_grad_(), key, value, block_mask(nodes, length, device), 1.0).sum().backward()
-    except (RuntimeError, ImportError, OSError) as error:  # what torch's compiler raises is a RuntimeError
+    except (RuntimeError, ImportError, OSError) as error:  # torch's compiler raises RuntimeError
         return f"flex attention does not run here: {first_line(error)}"
     return None

@@ -1,9 +1,9 @@
 """Shifted sparse attention of LongLoRA (Chen et al. 2023, arXiv 2309.12307, section 3.2): for training on long rows.
 
-Each token attends within its group of G tokens, in the second half of the heads with groups that begin half a group later. The
-paper rolls the sequence, so that its ends meet in one group and the last tokens are seen from the first; here the two half
-groups at the ends stay apart, and no token sees a later one. Rows need not be a multiple of G: padding comes behind them, where
-causal attention does not look. In evaluation attention is full.
+Each token attends within its group of G tokens. In the second half of the heads, groups begin half a group later. The paper
+rolls the sequence, so both ends share a group and the first tokens attend to the last. Here the two half groups at the ends
+stay separate, and no token attends to a later one. Row lengths need not be multiples of G: padding comes after them, where
+causal attention does not look. Evaluation uses full attention.
 
 Shapes: B batch, H heads, L tokens of a row, D head size.
 """
@@ -24,7 +24,7 @@ NAME = "tunesmith_shifted"
 
 
 class ShiftedCollator(PaddedCollator):
-    """Padded rows with the group's size for attention, and without a mask: padding on the right is seen by no token."""
+    """Padded rows with the group size for attention and no mask: no token attends to padding on the right."""
 
     def __init__(self, pad_id: int | None, group: int) -> None:
         super().__init__(pad_id)
@@ -52,7 +52,7 @@ def _grouped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group:
 
 
 def _shifted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: int, scale: float) -> torch.Tensor:
-    """The same with groups that begin half a group later; the half group before them is one of its own."""
+    """The same with groups that begin half a group later; the first half group is a group of its own."""
     half = group // 2
     head = F.scaled_dot_product_attention(query[:, :, :half], key[:, :, :half], value[:, :, :half], is_causal=True, scale=scale)
     if query.shape[2] <= half:
@@ -71,12 +71,12 @@ def shifted_attention(
     shifted_group: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention interface of transformers: (B, H, L, D) in, (B, L, H, D) out; full and causal where not training.
+    """The attention interface of transformers: (B, H, L, D) in, (B, L, H, D) out; full and causal outside training.
 
-    Raises ValueError for what would not be exact.
+    Raises ValueError for inputs that it cannot compute exactly.
     """
     if shifted_group is None or attention_mask is not None or dropout:
-        raise ValueError("shifted sparse attention needs a group's size, and neither a mask nor attention dropout")
+        raise ValueError("shifted sparse attention needs a group size, and supports neither a mask nor attention dropout")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may leave them in float32
     key, value = repeat_heads(query, key), repeat_heads(query, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -91,9 +91,9 @@ def shifted_attention(
 
 
 def use_shifted_attention(model: Any) -> None:
-    """Switch a model to it; its batches must come from a `ShiftedCollator`."""
+    """Switch a model to shifted attention; its batches must come from a `ShiftedCollator`."""
     causal_of(model).set_attn_implementation(NAME)
 
 
-# Not registered as a mask function: for an attention without one, transformers makes no mask and passes None.
+# Without a registered mask function, transformers makes no mask and passes None.
 ALL_ATTENTION_FUNCTIONS.register(NAME, shifted_attention)

@@ -1,12 +1,12 @@
-"""Attention along a prefix tree: each token sees its ancestors and what stands before it in its own node.
+"""Attention along a prefix tree: each token attends to its ancestors and to the earlier tokens of its own node.
 
-Shapes: B batch (1), H heads, T tokens of the sequence, D head size. On CPU no mask is ever made: a node's own tokens are one
-causal block, and the keys of a node with children are one full block for the queries of all its descendants, which follow
-it directly. The blocks' results are merged by their log-sum-exp, as flash attention merges its tiles (Dao et al. 2022, arXiv
-2205.14135, section 3.1): by one custom kernel (kernels/cpu/tree_attention.cpp), or block by block through PyTorch's
-(tree_torch.py) where it cannot be compiled. On GPUs rows of one length that share nothing go through SDPA's causal kernels,
-which are twice as fast there; what branches, or differs in length, through flex attention (flex.py), or where that cannot run,
-a dense mask.
+Shapes: B batch (1), H heads, T tokens of the sequence, D head size. On CPUs no mask is built. A node's own tokens are one
+causal block. The keys of a node with children are one full block for the queries of all its descendants, which directly follow
+it. The blocks' results are merged by their log-sum-exp, as flash attention merges its tiles (Dao et al. 2022, arXiv
+2205.14135, section 3.1). One custom kernel does this (kernels/cpu/tree_attention.cpp), or PyTorch's kernel block by block
+(tree_torch.py) if the custom one cannot be compiled. On GPUs, rows of equal length that share nothing go through SDPA's causal
+kernels, which are twice as fast there. Rows that branch or differ in length go through flex attention (flex.py), or through a
+dense mask if flex attention cannot run.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def _along(
 
 
 def _shapes(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `_along` makes, without contents."""
+    """Empty tensors with the shapes and dtypes that `_along` returns."""
     heads, tokens, size = query.shape
     return query.new_empty((tokens, heads, size)), query.new_empty((tokens, heads), dtype=tree_kernel.exact(query.dtype))
 
 
-# An operator of torch's, so that checkpointing can keep what it gives (engine/modeling/checkpointing.py) and a trace counts it.
+# A torch operator, so that checkpointing can keep its results (engine/modeling/checkpointing.py) and a trace counts it.
 _LIBRARY = torch.library.Library("tunesmith", "DEF")
 _LIBRARY.define("tree_attention(Tensor query, Tensor key, Tensor value, int[] nodes, float scale) -> (Tensor, Tensor)")
 _LIBRARY.impl("tree_attention", _along, "CPU")
@@ -57,7 +57,7 @@ TREE_OPERATOR = torch.ops.tunesmith.tree_attention
 class _TreeAttention(torch.autograd.Function):
     """softmax(q k^T scale) v over the blocks of a tree; q and the result are (1, H, T, D), k and v (1, H_kv, T, D).
 
-    It computes in float32 where the model is bf16: bf16 backward passes are several times slower on short blocks.
+    It computes in float32 even if the model is bf16: bf16 backward passes are several times slower on short blocks.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def has_own_kernel(tensor: torch.Tensor) -> bool:
-    """Whether the custom kernel computes attention on a CPU; not for tensors that stand for others, as the plan's do."""
+    """Whether the custom kernel computes this attention on a CPU. Not for FakeTensors, which the plan uses."""
     return computes(tree_kernel, tensor)
 
 
@@ -108,10 +108,10 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention interface of transformers: (B, H, T, D) in, (B, T, H, D) out; `tree_layout` comes from the batch.
 
-    Raises ValueError where the batch has no layout, or something was asked for that would not be exact.
+    Raises ValueError if the batch has no layout, or for a mask or dropout, which it cannot compute exactly.
     """
     if tree_layout is None or attention_mask is not None or dropout:
-        raise ValueError("tree attention needs a tree layout, and neither a mask nor attention dropout")
+        raise ValueError("tree attention needs a tree layout, and supports neither a mask nor attention dropout")
     device = query.device.type
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may leave them in float32
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -128,11 +128,11 @@ def tree_attention(
 
 
 def equal_rows_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int, scale: float) -> torch.Tensor:
-    """A sequence of so many rows of one length, without branches, as a batch of them.
+    """A sequence of `rows` rows of equal length without branches, computed as a batch of rows.
 
-    Flash attention shares heads itself; the kernel for float32 does not.
+    Flash attention supports grouped-query attention itself; the float32 kernel does not.
     """
-    # An index in place of `squeeze` would fill and copy a tensor of zeros for each gradient.
+    # Indexing instead of `squeeze` would fill and copy a tensor of zeros for each gradient.
     query, key, value = (each.squeeze(0).unflatten(1, (rows, -1)).transpose(0, 1) for each in (query, key, value))
     own = query.dtype in {torch.bfloat16, torch.float16} and query.shape[1] != key.shape[1]
     if not own:
@@ -142,11 +142,11 @@ def equal_rows_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Te
 
 
 def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
-    """The same with a dense mask, by whatever kernel the device has for it."""
+    """The same with a dense mask, using whichever SDPA kernel the device has for it."""
     bias = layout.bias(query.device, query.dtype)
     key, value = repeat_heads(query, key), repeat_heads(query, value)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
-# Not registered as a mask function: for an attention without one, transformers makes no mask and passes None.
+# Without a registered mask function, transformers makes no mask and passes None.
 ALL_ATTENTION_FUNCTIONS.register(NAME, tree_attention)

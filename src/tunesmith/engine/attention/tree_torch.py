@@ -1,8 +1,8 @@
-"""Attention along a prefix tree on CPUs by PyTorch's flash kernel, block by block, where ours cannot be compiled.
+"""Attention along a prefix tree on CPUs with PyTorch's flash kernel, block by block, if the custom kernel cannot be compiled.
 
-Shapes: H heads, H_kv heads of keys and values, T tokens, D head size. A node's own tokens are one causal block, and the keys of
-a node with children are one full block for the queries of all its descendants, which follow it directly. The backward pass
-gives each block the merged result and log-sum-exp, which makes its gradients exact.
+Shapes: H heads, H_kv key/value heads, T tokens, D head size. A node's own tokens are one causal block. The keys of a node with
+children are one full block for the queries of all its descendants, which directly follow it. The backward pass gives each
+block the merged result and log-sum-exp, which makes its gradients exact.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def blocks_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(q k^T scale) v as (T, H, D), and each query's log-sum-exp (T, H); q is (H, T, D), k and v (H_kv, T, D).
 
-    Heads stand as (H_kv, H / H_kv), so that keys and values are read in place by all query heads that share them.
+    Heads are viewed as (H_kv, H / H_kv), so all query heads that share keys and values read them in place.
     """
     queries, *others = (_by_shared(each, key.shape[0]) for each in (query, key, value))
     keys, values = (each.expand(-1, queries.shape[1], -1, -1) for each in others)
-    # In memory (T, H, D), as the output projection reads it; the log-sum-exps of each query's scores so far likewise.
+    # (T, H, D) in memory, as the output projection reads it. The running log-sum-exps of the queries have the same order.
     by_token = (queries.shape[2], *queries.shape[:2])
     merged = torch.empty((*by_token, queries.shape[3]), dtype=query.dtype).permute(1, 2, 0, 3)
     weight = torch.empty(by_token, dtype=query.dtype).permute(1, 2, 0)
@@ -54,7 +54,7 @@ def blocks_backward(
     nodes: Sequence[Node],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query (T, H, D), key and value (T, H_kv, D); `gradient` is (H, T, D), `out` and `weight` as made."""
+    """Gradients of query (T, H, D), key and value (T, H_kv, D); `gradient` is (H, T, D), `out` and `weight` from forward."""
     shared = key.shape[0]
     by_head = (gradient.contiguous(), query, out.transpose(0, 1), key, value)
     upstream, queries, merged, *others = (_by_shared(each, shared) for each in by_head)
@@ -89,7 +89,7 @@ def blocks_backward(
 
 
 def _shared(nodes: Sequence[Node]) -> Iterator[tuple[slice, slice]]:
-    """For each node with descendants, from the root on: their places, and its own."""
+    """For each node with descendants, starting at the root: the range of its descendants, and its own."""
     for node in nodes:
         if node.subtree_end > node.end:
             yield slice(node.end, node.subtree_end), slice(node.start, node.end)

@@ -1,1 +1,1 @@
-"""The loss over labelled places, and modules of a model computed another way: same results, less time and memory."""
+"""The loss over labelled positions, and faster replacements for a model's modules: same results, less time and memory."""

@@ -1,7 +1,8 @@
 """Linear layers with their adapters as one autograd function: PEFT's own modules and weights, less memory and fewer passes.
 
-Shapes: T tokens (rows and places flattened), I in_features, O out_features, r rank. The adapter's weights stay in float32 and
-multiply in the dtype of their input, so a bf16 model keeps no float32 copy of its activations, and small updates are not lost.
+Shapes: T tokens (rows and positions flattened), I in_features, O out_features, r rank. The adapter's weights stay in float32
+and are cast to their input's dtype for the matmul. So a bf16 model keeps no float32 copy of its activations, and small updates
+are not lost.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Weight = Callable[[], torch.Tensor]
 
 
 def base_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The (O, I) weight of a linear layer in `dtype`; a 4-bit one is dequantised each time."""
+    """The (O, I) weight of a linear layer in `dtype`; a 4-bit weight is dequantised on each call."""
     weight = base.weight
     if isinstance(base, Linear4bit):
         weight = dequantize_4bit(weight.data, weight.quant_state)
@@ -34,12 +35,12 @@ def base_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Several linear layers of one input, each x W^T + bias + scale (d A^T) B^T; W is frozen and made when needed.
+    """Several linear layers of one input, each x W^T + bias + scale (d A^T) B^T; W is frozen and materialised when needed.
 
-    d is x, or with dropout one tensor for each layer. Without dropout, a custom kernel adds up each layer's two products in
-    registers (kernels/cpu/adapters.cpp); where there is none, the layers share one GEMM with all their A, and their gradients
-    of x are added up inside the products. Saved for the backward pass: x or each d (T, I), which the frozen product needs no
-    copy of, and each d A^T (T, r).
+    d is x, or with dropout one tensor per layer. Without dropout, a custom kernel accumulates each layer's two GEMMs in
+    registers (kernels/cpu/adapters.cpp). Without that kernel, the layers share one GEMM with all their A, and their gradients
+    of x accumulate inside the GEMMs. Saved for the backward pass: x or each d (T, I), of which the frozen GEMM needs no
+    copy, and each d A^T (T, r).
     """
 
     @staticmethod
@@ -85,7 +86,7 @@ class _LoraLinears(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Group:
-    """The frozen part of linear layers that share an input: weights (O, I) when called, biases, the adapters' scales."""
+    """The frozen part of linear layers that share an input: functions that return weights (O, I), biases, adapter scales."""
 
     weights: list[Weight]
     biases: list[torch.Tensor | None]
@@ -100,7 +101,7 @@ def _lows(x: torch.Tensor, downs: Sequence[torch.Tensor], dropped: Sequence[torc
 
 
 def _scaled(joint: torch.Tensor, ranks: Sequence[int], scales: Sequence[float]) -> torch.Tensor:
-    """The columns (T, sum of r) of each layer times its scale, in place."""
+    """`joint` (T, sum of r) with each layer's columns multiplied by its scale, in place."""
     if len(set(scales)) == 1:
         return joint if scales[0] == 1 else joint.mul_(scales[0])
     for part, scale in zip(joint.split(list(ranks), 1), scales, strict=True):
@@ -110,7 +111,7 @@ def _scaled(joint: torch.Tensor, ranks: Sequence[int], scales: Sequence[float]) 
 
 def _into_up(gradient: torch.Tensor, low: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """The gradient (O, r) of a layer's B."""
-    # The thin side first, as a CPU's kernels want it.
+    # The CPU kernels take the thin side first.
     made = across_rows(gradient, low, dtype) if gradient.is_cuda else across_rows(low, gradient, dtype).T
     return made if scale == 1 else made.mul_(scale)
 
@@ -124,7 +125,7 @@ def _into_inputs(
     for_x: bool,
     apart: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The gradient of x (T, I) if it is wanted, without the adapters' part where that is apart; of all d A^T (T, sum of r)."""
+    """The gradient of x (T, I) if `for_x`, without the adapters' part if `apart`; and of all d A^T (T, sum of r)."""
     layers = list(zip(gradients, group.weights, group.scales, downs, ups, strict=True))
     grad_x: torch.Tensor | None = None
     if for_x and not apart and has_own_kernel(*gradients, *downs, *ups):
@@ -143,24 +144,24 @@ def _into_inputs(
 
 
 def has_own_kernel(*tensors: torch.Tensor) -> bool:
-    """Whether a custom kernel computes with these; not with tensors that stand for others, as the plan's do."""
+    """Whether a custom kernel supports these tensors. Not for FakeTensors, which the plan uses."""
     return not torch.is_autocast_enabled("cpu") and computes(adapters, *tensors)
 
 
 def _joint(downs: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """All A one below the other, (sum of r, I)."""
+    """All A concatenated, (sum of r, I)."""
     return (downs[0] if len(downs) == 1 else torch.cat(list(downs))).to(dtype)
 
 
 def _plain(layer: Any) -> bool:
-    """Whether a module is plain LoRA on a linear layer, switched on: what `_LoraLinears` computes."""
+    """Whether a module is plain, enabled LoRA on a linear layer, which `_LoraLinears` can compute."""
     if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), torch.nn.Linear):
         return False
     return not (layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or layer.lora_variant)
 
 
 def linears(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
-    """What each of the layers makes of the same x; as one function where all of them have plain adapters."""
+    """The output of each layer for the same x; one autograd function if all of them have plain adapters."""
     if not all(map(_plain, layers)):
         return [layer(x) for layer in layers]
     flat = x.reshape(-1, x.shape[-1])
@@ -183,7 +184,7 @@ def linears(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The forward of a PEFT linear layer; PEFT's own where it is switched off, merged, or not plain LoRA."""
+    """The forward of a PEFT linear layer; PEFT's own if it is disabled, merged, or not plain LoRA."""
     if args or kwargs or not _plain(layer):
         own: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return own
@@ -191,7 +192,7 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 
 
 def fuse_adapters(model: torch.nn.Module) -> None:
-    """Let every LoRA layer on a linear layer of `model` compute as one function; its parameters and their names stay PEFT's."""
+    """Run each LoRA layer on a linear layer of `model` as one autograd function; parameters and their names stay PEFT's."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear):
             layer.forward = partial(_forward, layer)

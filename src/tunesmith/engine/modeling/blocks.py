@@ -1,17 +1,16 @@
-"""The small operators of a decoder block as one autograd function each: fewer passes over memory, less of it kept.
+"""The small operators of a decoder block as one autograd function each: fewer passes over memory, fewer saved activations.
 
-Shapes: B rows, L tokens, T = B x L, H hidden size, F intermediate size, A attention heads, D head size. What each keeps for the
-backward pass, in numbers a token, beside what transformers' own code keeps for the same:
+Shapes: B rows, L tokens, T = B x L, H hidden size, F intermediate size, A attention heads, D head size. What each saves for the
+backward pass, in elements per token, compared with transformers' own code:
 
-    norm        H and a rstd (theirs: H in float32, H, a mean and a rstd)
-    gated       gate and up, 2 F (theirs: gate, the activated gate, up: 3 F)
-    rotary      nothing but the cosines and sines that all blocks share
+    norm        H and one rstd (transformers: H in float32, H, a mean and an rstd)
+    gated       gate and up, 2 F (transformers: gate, the activated gate, up: 3 F)
+    rotary      only the cosines and sines that all blocks share
 
-The last block computes what follows its attention for the labelled places alone: of the others nothing is asked but keys and
-values.
+After its attention, the last block computes only the labelled positions: the others contribute only keys and values.
 
-Only for architectures whose blocks are those of Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2) with rotary
-embeddings over the whole head; tests/invariant/test_blocks.py holds each against transformers' modules.
+Only for architectures with Llama's blocks (Touvron et al. 2023, arXiv 2302.13971, section 2.2) and rotary embeddings over the
+whole head; tests/invariant/test_blocks.py compares each with transformers' modules.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """activation(gate) up; the activation is made again in the backward pass (Shazeer 2020, arXiv 2002.05202)."""
+    """activation(gate) up; the backward pass recomputes the activation (Shazeer 2020, arXiv 2002.05202)."""
 
     @staticmethod
     def forward(context: Any, gate: torch.Tensor, up: torch.Tensor, activation: str, kernels: Kernels) -> torch.Tensor:
@@ -104,8 +103,8 @@ def _attention(
     places: torch.Tensor | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """The block's attention, (1, N, H) at `places` where they are given; transformers' own where it generates, or is eager."""
-    more.pop("last_places", None)  # comes to all blocks; the last one hands it on as `places`
+    """The block's attention, (1, N, H) at `places` if given; transformers' own forward for generation and eager attention."""
+    more.pop("last_places", None)  # all blocks get it; the last one passes it on as `places`
     implementation = module.config._attn_implementation
     if past_key_values is not None or implementation == "eager":
         own: tuple[torch.Tensor, Any] = type(module).forward(
@@ -137,7 +136,7 @@ def _attention(
 def _last_block(
     module: Any, hidden_states: torch.Tensor, *, last_places: torch.Tensor | None = None, **more: Any
 ) -> torch.Tensor:
-    """The block, (1, N, H) at `last_places` of the flattened (B x L) tokens where they are given."""
+    """The block's output, (1, N, H) at `last_places` of the flattened (B x L) tokens if they are given."""
     if last_places is None:
         whole: torch.Tensor = type(module).forward(module, hidden_states, **more)
         return whole
@@ -148,17 +147,17 @@ def _last_block(
 
 
 def fusible(config: Any) -> bool:
-    """Whether a model of this config has blocks that `fuse_blocks` computes."""
+    """Whether a model of this config has blocks that `fuse_blocks` supports."""
     return runs_on_trees(config.model_type) and config.hidden_act in ACTIVATIONS
 
 
 def fuse_blocks(model: Any, kernels: Kernels = OWN) -> None:
-    """Let norms, MLPs and attention of `model` compute as above where they can; parameters and their names stay.
+    """Replace the forwards of norms, MLPs and attention of `model` if its blocks are supported; parameters and names stay.
 
-    Its linear layers compute as `engine/modeling/gemm.py` has them, whatever its architecture.
+    Its linear layers use `engine/modeling/gemm.py` for any architecture.
 
-    Adapters are seen when a module computes, so they may be put in before or after. Called again, `kernels` take the place
-    of those before.
+    Adapters are looked up in each forward, so they may be added before or after. A second call replaces the `kernels` of the
+    first.
     """
     use_products(model)
     if not fusible(model.config):

@@ -1,7 +1,8 @@
-"""Gradient checkpointing: a block's activations are not kept but computed again in the backward pass (arXiv 1604.06174).
+"""Gradient checkpointing: a block's activations are recomputed in the backward pass instead of kept (arXiv 1604.06174).
 
-`keep_attention` keeps what attention gave, and its log-sum-exps: all that costs more than its bytes once rows are long, as its
-FLOPs grow with a row's length and its result does not. On GPUs flex attention, compiled, keeps its inputs with them.
+`keep_attention` keeps attention's results and log-sum-exps. On long rows only attention costs more to recompute than its bytes
+are worth: its FLOPs per token grow with the row's length, its result does not. On GPUs, compiled flex attention also keeps its
+inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from tunesmith.engine.attention.tree import TREE_OPERATOR
 from tunesmith.recipe import Checkpointing
 
-#: Attention's operators: ours, PyTorch's by device, those of flash-attn and xformers, and what flex attention is compiled to.
+#: Attention operators: the custom one, PyTorch's by device, flash-attn's, xformers', and the one flex attention compiles to.
 ATTENTION = frozenset(
     {
         TREE_OPERATOR.default.name(),
@@ -45,9 +46,9 @@ def settings(asked: Checkpointing, kept: Collection[str] = ATTENTION) -> dict[st
 
 
 def enable_checkpointing(model: Any, asked: Checkpointing, kept: Collection[str] = ATTENTION) -> None:
-    """Recompute a transformers model's activations in the backward pass, where that is asked for.
+    """Enable gradient checkpointing on a transformers model if `asked`.
 
-    `kept` are the operators whose results stay with `keep_attention`.
+    `kept` are the operators whose results `keep_attention` keeps.
     """
     if asked:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings(asked, kept))

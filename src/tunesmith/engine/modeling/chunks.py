@@ -1,21 +1,21 @@
-"""How much is computed at once, and for which places. No torch here: the planner needs it too."""
+"""Chunk sizes, and when only the labelled positions are computed. No torch import: the planner needs it too."""
 
 from __future__ import annotations
 
-CHUNK_BYTES = 2**27  # of float32 logits at once
-IN_PLACE = 3  # times as many where 16-bit logits become their own derivatives: else there are 4 and 2 bytes of each at once
-HEAD_ROWS = 2**13  # of a trained head, whose gradients are added up at once
+CHUNK_BYTES = 2**27  # of float32 logits per chunk
+IN_PLACE = 3  # times as many if 16-bit logits are overwritten by their gradients: else each takes 4 + 2 bytes at the same time
+HEAD_ROWS = 2**13  # rows of a trained head per gradient accumulation
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Labelled places whose logits are made at once: about 128 MiB of them in float32, 64 places at least."""
+    """Labelled positions per chunk of logits: about 128 MiB in float32, at least 64 positions."""
     return max(64, CHUNK_BYTES // (4 * vocabulary))
 
 
 def few_places(labelled: int, tokens: int) -> bool:
-    """Whether so few tokens are labelled that ending the last block at them saves more than picking them out takes.
+    """Whether so few tokens are labelled that computing only them in the last block saves more than selecting them costs.
 
-    A token left out saves 4 f numbers that the block keeps and what they are computed with; each token costs 2 h, a copy and a
-    gradient's zeros (h hidden, f intermediate size).
+    A skipped token saves the 4 f elements that the block keeps and their computation. Each token costs 2 h elements, a copy and
+    a zero-filled gradient (h hidden size, f intermediate size).
     """
     return labelled <= 0.9 * tokens

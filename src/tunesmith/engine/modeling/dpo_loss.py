@@ -1,14 +1,14 @@
 """Direct preference optimization over pairs of rows: batches, log-probabilities, loss (Rafailov et al. 2023, arXiv 2305.18290).
 
 A pair is a dataset row with a chosen side (`input_ids`, `loss_mask`) and a rejected one (`rejected_input_ids`,
-`rejected_loss_mask`). The sides of all pairs of a micro-batch are rows of one prefix tree, so that what they share, the prompt,
-is computed once; or they are padded.
+`rejected_loss_mask`). The sides of all pairs of a micro-batch are rows of one prefix tree, so the shared prompt is computed
+once; or they are padded.
 
-Shapes: P pairs, R = 2 P rows (the chosen ones first), N labelled places, M >= N times that a row has a label, H hidden size,
-V vocabulary. Beside the keys of `batch` a batch of pairs has
+Shapes: P pairs, R = 2 P rows (the chosen ones first), N labelled positions, M >= N (row, label) pairs, H hidden size,
+V vocabulary. In addition to the keys of `batch`, a batch of pairs has
 
-    owner_rows, owner_labels (M,)   row owner_rows[m] has the label owner_labels[m]; a place may belong to several rows
-    reference (2, P)                log-probabilities of both sides under the reference, float64; not while these are taken
+    owner_rows, owner_labels (M,)   row owner_rows[m] has the label owner_labels[m]; a position may belong to several rows
+    reference (2, P)                reference log-probabilities of both sides, float64; absent while they are computed
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tunesmith.engine.packing.tree import Limits, split_by_length, split_units_f
 from tunesmith.kernels.cpu import cross_entropy as kernel
 from tunesmith.models.head import causal_of, own_logits, soft_cap
 
-_WINDOW = 256  # pairs that are laid out together when all of them are gone through
+_WINDOW = 256  # pairs packed together in a pass over the whole dataset
 
 
 class PairCollator:
-    """The pairs of an optimizer step as micro-batches within the limits, both sides of a pair in the same one.
+    """Splits the pairs of an optimizer step into micro-batches within the limits, both sides of a pair in the same one.
 
-    `limits.rows` counts pairs. Pairs that share a prefix come together; padded ones come with those of like length.
+    `limits.rows` counts pairs. Pairs that share a prefix are grouped; padded pairs are grouped by similar length.
     """
 
     def __init__(self, collate: Collator, limits: Limits) -> None:
@@ -51,7 +51,7 @@ class PairCollator:
         return split_units_for_trees(units, self.limits)
 
     def collate(self, pairs: Rows) -> Batch:
-        """One micro-batch of the pairs, with the reference where they have it."""
+        """One micro-batch of the pairs, with the reference log-probabilities if the pairs have them."""
         chosen = [{"input_ids": pair["input_ids"], "loss_mask": pair["loss_mask"]} for pair in pairs]
         rejected = [{"input_ids": pair["rejected_input_ids"], "loss_mask": pair["rejected_loss_mask"]} for pair in pairs]
         with_owners = tree_with_owners if self.padded is None else self.padded.with_owners
@@ -64,17 +64,17 @@ class PairCollator:
 
 
 def pair_count(batch: Batch) -> int:
-    """Pairs of the batch."""
+    """Number of pairs in the batch."""
     return int(batch["reference"].shape[1])
 
 
 class _LabelLogProbs(torch.autograd.Function):
-    """log softmax(cap(h_i W^T + bias))[target_i] for each i, (N,) in float32 (float64 where `hidden` is).
+    """log softmax(cap(h_i W^T + bias))[target_i] for each i, (N,) in float32 (float64 if `hidden` is).
 
-    Logits are made chunk by chunk, and made again in the backward pass, which needs the gradient of the loss by each
-    log-probability: they follow from the sums over whole rows, known only when the last chunk is done. That pass is the
-    cross-entropy with that gradient as weights. Kept between the two: the hidden states (N, H). Where a custom kernel can,
-    neither pass keeps logits.
+    Logits are computed chunk by chunk, and recomputed in the backward pass. That pass needs the gradient of the loss with
+    respect to each log-probability, which depends on sums over whole rows and is known only after the last chunk. It is
+    cross-entropy with that gradient as weights. Saved for the backward pass: the hidden states (N, H). With a custom kernel,
+    neither pass materialises logits.
     """
 
     @staticmethod
@@ -100,7 +100,7 @@ class _LabelLogProbs(torch.autograd.Function):
             right, top = logits.gather(-1, targets[part].unsqueeze(-1)), logits.amax(-1, keepdim=True)
             sums = logits.sub_(top).exp_().sum(-1, keepdim=True)
             parts.append((right - top - sums.log()).squeeze(-1))
-            del logits  # else it lives on while the next chunk is made
+            del logits  # frees it before the next chunk is computed
         return torch.cat(parts)
 
     @staticmethod
@@ -119,7 +119,7 @@ class _LabelLogProbs(torch.autograd.Function):
 
 
 def label_logprobs(model: Any, batch: Batch) -> torch.Tensor:
-    """(N,) log-probabilities of the labels, in nats, in float32 (float64 where the model is), differentiable."""
+    """(N,) log-probabilities of the labels, in nats, in float32 (float64 if the model is), differentiable."""
     causal = causal_of(model)
     if own_logits(causal):
         logits = labelled_logits(model, batch)
@@ -134,8 +134,8 @@ def label_logprobs(model: Any, batch: Batch) -> torch.Tensor:
 def row_logprobs(model: Any, batch: Batch, pairs: int) -> torch.Tensor:
     """(2, P) log-probabilities of the chosen and the rejected answers, each the sum over its labels.
 
-    Added up in float64: the loss is of small differences of these sums. Accumulated by index_put, which has one order also on
-    a GPU, so that the same seed gives the same bits.
+    Summed in float64, since the loss depends on small differences of these sums. Accumulated by index_put, whose order is
+    deterministic on a GPU too, so the same seed gives the same bits.
     """
     logprobs = label_logprobs(model, batch)[batch["owner_labels"]].double()
     rows = torch.zeros(2 * pairs, dtype=torch.float64, device=logprobs.device)
@@ -143,7 +143,7 @@ def row_logprobs(model: Any, batch: Batch, pairs: int) -> torch.Tensor:
 
 
 class Preference(NamedTuple):
-    """Sums over the pairs of a batch: losses in nats, pairs whose chosen answer has the larger reward, margins of rewards."""
+    """Sums over the pairs of a batch: losses in nats, pairs whose chosen answer has the larger reward, reward margins."""
 
     loss: torch.Tensor
     right: torch.Tensor
@@ -153,7 +153,7 @@ class Preference(NamedTuple):
 def preference_loss(logprobs: torch.Tensor, reference: torch.Tensor, beta: float, label_smoothing: float) -> Preference:
     """The loss of pairs from their (2, P) log-probabilities under the model and under the reference.
 
-    A reward is beta x (log p - log p_reference), the margin m of a pair the chosen one's reward minus the rejected one's; the
+    A reward is beta x (log p - log p_reference). The margin m of a pair is the chosen reward minus the rejected reward. The
     loss is -(1 - e) log sigmoid(m) - e log sigmoid(-m) with e the label smoothing (the paper's equation 7; e as in TRL).
     """
     rewards = beta * (logprobs - reference)
@@ -163,7 +163,7 @@ def preference_loss(logprobs: torch.Tensor, reference: torch.Tensor, beta: float
 
 
 class PreferenceModel(torch.nn.Module):
-    """A causal language model whose forward is the summed preference loss, so that wrappers (DDP) see it."""
+    """A causal language model whose forward is the summed preference loss, so that wrappers (DDP) can hook it."""
 
     def __init__(self, model: Any, beta: float, label_smoothing: float) -> None:
         super().__init__()
@@ -176,19 +176,19 @@ class PreferenceModel(torch.nn.Module):
 
 
 def sharing_order(pairs: Any, *, padded: bool) -> list[int]:
-    """Indices of a dataset of pairs, those that share a prefix next to each other; for padded ones those of like length."""
+    """Indices of a dataset of pairs, with pairs that share a prefix next to each other; by length if pairs are padded."""
     if padded:
         keys: Sequence[Any] = [max(sides) for sides in zip(pairs["length"], pairs["rejected_length"], strict=True)]
     else:
-        # Big-endian bytes sort as the ids do, and take 4 bytes an id.
+        # Big-endian bytes sort like the ids and take 4 bytes per id.
         keys = [np.asarray(ids, dtype=">u4").tobytes() for ids in pairs["input_ids"]]
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def reference_logprobs(model: Any, pairs: Any, collate: PairCollator) -> torch.Tensor:
-    """(pairs, 2) log-probabilities of both sides of each pair of a dataset under the model as it is, in float64 on the CPU.
+    """(pairs, 2) log-probabilities of both sides of each pair of a dataset under the current model, in float64 on the CPU.
 
-    Without gradients and without dropout, in micro-batches as large as in training.
+    Without gradients or dropout, with the same micro-batch limits as training.
     """
     found = torch.empty((len(pairs), 2), dtype=torch.float64)
     order = sharing_order(pairs, padded=collate.padded is not None)

@@ -1,6 +1,6 @@
-"""Products of activations with weights: by oneDNN or a custom kernel where they are float32 on a CPU, else by torch's choice.
+"""GEMMs of activations with weights: oneDNN or a custom kernel for float32 on a CPU, else torch's choice.
 
-Torch takes MKL for float32; where both were measured in turn, on an AMD processor, oneDNN took less time for each shape of a
+Torch uses MKL for float32. In an interleaved measurement on an AMD processor, oneDNN was faster for each GEMM shape of a
 block (benchmarks/results/products.json). Shapes: T rows, I in_features, O out_features.
 """
 
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from tunesmith.kernels.cpu import products
 from tunesmith.kernels.cpu.library import plain
 
-#: Layers compute by oneDNN from this many rows on, and where their weight is no larger than this. Fewer rows, as when a model
-#: generates, were not measured; a head's logits were faster call by call, but slower in the profiles of whole steps.
+#: Layers use oneDNN from this many rows on, and only if their weight has at most this many elements. Fewer rows, as in
+#: generation, were not measured. A head's logits were faster call by call, but slower in the profiles of whole steps.
 _ROWS = 256
 _NUMBERS = 2**23
 
-#: Rows of a product from which on both of its sides are copied into panels; below, one of them is read in place.
+#: From this many rows on, both sides of a GEMM are copied into panels; below, one of them is read in place.
 _OWN_ROWS = 64
 
 
@@ -30,9 +30,9 @@ def _has_onednn() -> bool:
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN computes the product; not where the user has turned it off, or autocast chooses the dtype.
+    """Whether oneDNN computes the GEMM. Not if the user has disabled it, or if autocast chooses the dtype.
 
-    Nor of tensors that stand for others, as the plan's do for a GPU's.
+    Nor for FakeTensors, which the plan uses for a GPU's tensors.
     """
     fitting = plain(x) and x.dtype == weight.dtype == torch.float32
     return bool(
@@ -41,24 +41,24 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The product x W^T + bias for x (..., I) and W (O, I); without gradients, as autograd functions want it."""
+    """The GEMM x W^T + bias for x (..., I) and W (O, I); without autograd, for use inside autograd functions."""
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _onednn(x, weight, bias)
 
 
 def add_linear(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Add the product x W^T to `total`, in place; as above."""
+    """Add x W^T to `total` in place; as above."""
     if not _by_onednn(x, weight):
         return total.addmm_(x, weight.T)
     return total.add_(_onednn(x, weight, None))
 
 
 def across_rows(gradient: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The product g^T x (O, I) for g (T, O) and x (T, I), a weight's gradient; as above, in `dtype` where one is given.
+    """The GEMM g^T x (O, I) for g (T, O) and x (T, I), a weight's gradient; as above, in `dtype` if given.
 
-    oneDNN would copy g transposed first, on one thread; the custom kernel reads it in place. A GPU rounds its float32 sums to
-    `dtype` once.
+    oneDNN would first copy g transposed, on one thread; the custom kernel reads it in place. A GPU rounds its float32
+    accumulator to `dtype` once.
     """
     if dtype is not None and dtype != x.dtype:
         if x.is_cuda and dtype == torch.float32:
@@ -70,14 +70,14 @@ def across_rows(gradient: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | No
 
 
 def has_own_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `across_rows` of these has a custom kernel."""
+    """Whether `across_rows` has a custom kernel for these tensors."""
     return _by_onednn(x, weight) and products.unsupported_reason() is None
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """What torch.compile calls for linear layers on a CPU; here with a weight that is not packed for it.
+    """The operator that torch.compile calls for linear layers on a CPU; here with an unpacked weight.
 
-    A weight whose rows or columns do not follow one another would go through oneDNN's reference code, a thousand times slower.
+    A weight that is contiguous neither by rows nor by columns would use oneDNN's reference code, a thousand times slower.
     """
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
         weight = weight.contiguous()
@@ -86,9 +86,9 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + bias for x (T, I); what is kept is what torch keeps, x and W.
+    """x W^T + bias for x (T, I); like torch it saves x and W.
 
-    With gradient checkpointing the last product of a block is made again too: torch's own ends the recomputation before it.
+    With gradient checkpointing it also recomputes the last GEMM of a block; torch's own stops the recomputation before it.
     """
 
     @staticmethod
@@ -115,7 +115,7 @@ def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def use_products(model: torch.nn.Module) -> None:
-    """Let the plain linear layers of a model compute as above; its parameters and their names stay."""
+    """Make a model's plain linear layers use these GEMMs; its parameters and their names stay."""
     linears: list[Any] = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
     for layer in linears:
         layer.forward = partial(_forward, layer)

@@ -1,6 +1,6 @@
-"""Cross-entropy over labelled places alone: logits are made for the hidden states that predict a label and no others.
+"""Cross-entropy over labelled positions only: logits are computed only for hidden states that predict a label.
 
-Shapes: B rows, L tokens, H hidden size, V vocabulary, N labelled places.
+Shapes: B rows, L tokens, H hidden size, V vocabulary, N labelled positions.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _NOT_INPUTS = ("sources", "targets", "weights", "labelled", "row_tokens", "owner
 
 
 def labelled_hidden(causal: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """(N, H) hidden states at the places of `sources`."""
+    """(N, H) hidden states at the positions in `sources`."""
     inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
     return hidden_at(causal.get_decoder(), inputs, batch["sources"])
 
 
 def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Logits (N, V) at the places of `sources`, from the decoder's hidden states of the whole batch.
+    """Logits (N, V) at the positions in `sources`, from the decoder's hidden states of the whole batch.
 
-    `model` is a causal language model of transformers, with or without PEFT around it.
+    `model` is a transformers causal language model, with or without a PEFT wrapper.
     """
     causal = causal_of(model)
     logits: torch.Tensor
@@ -44,9 +44,9 @@ def labelled_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def logits_in_chunks(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
-    """`labelled_logits` without gradients, `chunk_rows` places at a time: the first place's number, and logits (places, V).
+    """`labelled_logits` without gradients, `chunk_rows` positions at a time: the first position's index, logits (positions, V).
 
-    A model that changes its logits makes them all in its own forward, for each row at each column that any row needs.
+    A model that changes its logits computes all of them in its own forward: each row at each column that any row needs.
     """
     causal = causal_of(model)
     if own_logits(causal):
@@ -63,10 +63,10 @@ def logits_in_chunks(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int
 
 
 def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """(places, V) of hidden states (places, H), in float32 (float64 where they are); without gradients, and not kept elsewhere.
+    """Logits (positions, V) of hidden states (positions, H), in float32 (float64 if they are); a new buffer, without autograd.
 
-    With custom kernels they stand in memory as (V, places): oneDNN arranges anew what it takes for a weight, which then are
-    the hidden states and not the head.
+    With custom kernels they are (V, positions) in memory: oneDNN reorders its weight argument, which then is the hidden states
+    and not the head.
     """
     if has_own_kernel(hidden, head):
         logits = linear(head, hidden).T
@@ -75,17 +75,17 @@ def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | 
 
 
 def one_pass(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, cap: float | None) -> bool:
-    """Whether the loss of a frozen head has a custom kernel (kernels/cpu/cross_entropy.cpp): no logits are kept."""
+    """Whether a custom kernel computes a frozen head's loss without materialising logits (kernels/cpu/cross_entropy.cpp)."""
     return bias is None and cap is None and computes(kernel, hidden, head)
 
 
 def in_place(hidden: torch.Tensor, head: torch.Tensor, cap: float | None) -> bool:
-    """Whether logits become their own derivatives without a float32 copy, by the kernel of kernels/triton/cross_entropy.py."""
+    """Whether kernels/triton/cross_entropy.py overwrites logits with their gradients, without a float32 copy."""
     return cap is None and triton.computes(hidden, head)
 
 
 def _places_at_once(hidden: torch.Tensor, head: torch.Tensor, cap: float | None) -> int:
-    """Places whose logits are made at once: no more bytes of them than the plan counts."""
+    """Positions per chunk of logits: no more bytes than the plan counts."""
     small = hidden.element_size() == 2 and in_place(hidden, head, cap)
     return chunk_rows(len(head)) * (IN_PLACE if small else 1)
 
@@ -99,9 +99,9 @@ def _chunk(
     cap: float | None,
     with_grad: bool,
 ) -> tuple[torch.Tensor, Any]:
-    """Loss of some places, and the loss's derivative by their logits in the dtype of `hidden`; one buffer of logits."""
+    """Loss of a chunk, and its gradient with respect to the logits in the dtype of `hidden`; uses one buffer of logits."""
     if in_place(hidden, head, cap):
-        from tunesmith.kernels.triton import cross_entropy  # which takes Triton
+        from tunesmith.kernels.triton import cross_entropy  # needs Triton
 
         logits = linear(hidden, head, bias)
         losses = cross_entropy.from_logits(logits, targets, weights if with_grad else None)
@@ -126,12 +126,12 @@ def _chunk(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over i of -weights_i log softmax(cap(h_i W^T + bias))[target_i], with the gradients made on the way, chunk by chunk.
+    """Sum over i of -weights_i log softmax(cap(h_i W^T + bias))[target_i]; the forward computes gradients too, chunk by chunk.
 
-    Where the head is not trained, in one pass over it by a custom kernel, if there is one.
+    For a frozen head, a custom kernel, if available, makes one pass over it.
 
-    Kept for the backward pass: the gradient of the hidden states (N, H), and of W (V, H, float32) and bias where they are
-    trained; never logits (as in Liger's and torch's fused losses, but with a weight for each place).
+    Kept for the backward pass: the gradient of the hidden states (N, H), and of W (V, H, float32) and bias if they are
+    trained; never logits (as in Liger's and torch's fused losses, but with a weight per position).
     """
 
     @staticmethod
@@ -168,7 +168,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = across_rows(grad_logits.T, head)
             if grad_head is not None:
-                for some in range(0, len(head), HEAD_ROWS):  # the product is as large as the head
+                for some in range(0, len(head), HEAD_ROWS):  # the whole GEMM's result would be as large as the head
                     rows = slice(some, some + HEAD_ROWS)
                     made = across_rows(grad_logits[:, rows], hidden[part])
                     if begin == 0:
@@ -178,7 +178,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     del made
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0, dtype=exact)
-            del loss, grad_logits  # else they live on while the next chunk is made
+            del loss, grad_logits  # frees them before the next chunk is computed
         context.made = (grad_hidden, grad_head, grad_bias)
         return total
 
@@ -201,7 +201,7 @@ def linear_cross_entropy(
     weights: torch.Tensor,
     cap: float | None,
 ) -> torch.Tensor:
-    """Sum over i of -weights_i log softmax(cap(h_i W^T + bias))[target_i]; its gradients can be taken once."""
+    """Sum over i of -weights_i log softmax(cap(h_i W^T + bias))[target_i]; backward can run once."""
     fused: Any = _LinearCrossEntropy  # torch leaves `apply` untyped
     loss: torch.Tensor = fused.apply(hidden, head, bias, targets, weights, cap, torch.is_grad_enabled())
     return loss
@@ -210,8 +210,8 @@ def linear_cross_entropy(
 def summed_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """Sum over the labelled tokens of all rows of -log p(token | tokens before it), in nats, a float32 scalar.
 
-    A label that several rows share counts once for each, as if the rows had been computed one by one. In float64
-    where the model is, so that tests can be exact. Its gradients can be taken once.
+    A label that several rows share counts once per row, as if the rows had been computed one by one. It is float64
+    if the model is, so that tests can be exact. Backward can run once.
     """
     causal = causal_of(model)
     targets, weights = batch["targets"], batch["weights"]
@@ -229,7 +229,7 @@ def summed_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 class LossModel(torch.nn.Module):
-    """A causal language model whose forward is `summed_loss`, so that wrappers (DDP) see it."""
+    """A causal language model whose forward is `summed_loss`, so that wrappers (DDP) can hook it."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Noise on the embeddings while training (NEFTune, Jain et al. 2023, arXiv 2310.05914), on rows in a tree as on padded ones."""
+"""Noise on the embeddings in training (NEFTune, Jain et al. 2023, arXiv 2310.05914), for rows in a tree and padded rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tunesmith.models.head import causal_of
 
 
 def row_lengths(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """(B, L) for each token those of its row that are computed, padding aside; of the longest row where several share it."""
+    """(B, L) for each token its row's number of computed tokens, without padding; the longest row's if rows share the token."""
     positions: torch.Tensor = inputs["position_ids"]
     layout: Layout | None = inputs.get("tree_layout")
     if layout is not None:
@@ -29,8 +29,8 @@ def row_lengths(inputs: Mapping[str, Any]) -> torch.Tensor:
 class EmbeddingNoise:
     """Adds uniform noise of up to alpha / sqrt(row length x hidden size) to each embedding of a model in training mode.
 
-    A token that rows share is computed once, so it gets one noise for all of them; each row alone sees what it would have
-    seen. Nothing is added in eval mode. `remove` takes the hooks off.
+    A token that rows share is computed once, so those rows share its noise; each row on its own sees the noise it would have
+    seen unshared. Nothing is added in eval mode. `remove` removes the hooks.
     """
 
     def __init__(self, model: Any, alpha: float) -> None:
@@ -53,6 +53,6 @@ class EmbeddingNoise:
         return embedded + noise.to(embedded.dtype)
 
     def remove(self) -> None:
-        """Train without noise from here on."""
+        """Remove the hooks: training continues without noise."""
         for handle in self._handles:
             handle.remove()

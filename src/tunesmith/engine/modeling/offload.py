@@ -1,6 +1,6 @@
-"""Activations kept in the machine's memory between forward and backward pass, so that the GPU holds those of a block or two.
+"""Activations kept in host memory between forward and backward pass, so the GPU holds those of only one or two blocks.
 
-(Rhu et al. 2016, arXiv 1602.08124.) They travel on the stream that computes, in order, through pinned memory.
+(Rhu et al. 2016, arXiv 1602.08124.) They are copied on the compute stream, in order, through pinned memory.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-#: Smaller tensors stay: the copy would take longer than the memory is worth.
+#: Smaller tensors stay on the device: the memory is not worth the copy.
 SMALLEST = 1 << 20
 
 
 class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
-    """A context in which what autograd saves for the backward pass is kept in `store`, and comes back when it is used.
+    """A context in which autograd's saved tensors are moved to `store`, and copied back when the backward pass uses them.
 
-    Parameters stay where they are (autograd saves them too), as do tensors of less than `smallest` bytes and what lies in
-    `store` already, unless `always`, which a test on one device asks for. `offloaded_bytes` counts what has gone.
+    Parameters stay where they are (autograd saves them too), as do tensors of less than `smallest` bytes. Tensors already on
+    `store` stay as well, unless `always` is set, for tests on one device. `offloaded_bytes` counts the bytes moved.
     """
 
     def __init__(self, model: torch.nn.Module, *, store: str = "cpu", smallest: int = SMALLEST, always: bool = False) -> None:

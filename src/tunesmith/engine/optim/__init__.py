@@ -1,1 +1,1 @@
-"""AdamW over weights of any dtype, with states as small as asked for."""
+"""AdamW for weights of any dtype, with 32-, 16- or 8-bit states."""

@@ -1,13 +1,13 @@
-"""AdamW for weights of any dtype, with states as small as asked for: the arithmetic is in float32, slice by slice.
+"""AdamW for weights of any dtype, with 32-, 16- or 8-bit states. It computes in float32, slice by slice.
 
-Bytes for each parameter of a bf16 model, beside the weight (2) and its gradient (2):
+Bytes per parameter of a bf16 model, in addition to the weight (2) and its gradient (2):
 
     adamw        12      float32 master 4, states 4 + 4
-    adamw_kahan   6      states 2 + 2, and the 16 bits that rounding the weight to bf16 cuts off, so that nothing is lost
-    adamw_bf16    4      states 2 + 2, the weight rounded stochastically instead of a master
-    adamw_8bit    2.03   states 1 + 1 in blocks of 256 with a float32 scale each, the weight rounded stochastically
+    adamw_kahan   6      states 2 + 2, and the 16 bits that rounding the weight to bf16 cuts off, so nothing is lost
+    adamw_bf16    4      states 2 + 2, stochastic rounding of the weight instead of a master
+    adamw_8bit    2.03   states 1 + 1 in blocks of 256 with a float32 scale each, stochastic rounding of the weight
 
-A float32 parameter (an adapter, or a float32 model) is its own master in each of them.
+A float32 parameter (an adapter, or a float32 model) is its own master in all four.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tunesmith.engine.optim.rounding import join_halves, round_bits, split_halve
 from tunesmith.engine.optim.sizes import COMPENSATED, OPTIMIZER_SLICE, STATE_BITS, STATE_BLOCK
 from tunesmith.kernels import triton
 
-#: The 256 values between -1 (or 0, unsigned) and 1 that a byte stands for: bitsandbytes' dynamic map.
+#: The 256 values between -1 (or 0, unsigned) and 1 that a byte encodes: bitsandbytes' dynamic map.
 _VALUES: dict[bool, tuple[float, ...]] = {signed: tuple(create_dynamic_map(signed=signed).tolist()) for signed in (False, True)}
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -33,45 +33,45 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def store_of(*, offloading: bool) -> torch.device | None:
-    """Where an optimizer keeps its states; None is beside the weights."""
+    """Where an optimizer keeps its states; None means on the weights' device."""
     return torch.device("cpu") if offloading else None
 
 
 @dataclass(frozen=True)
 class _Home:
-    """Where the optimizer's tensors are kept: beside the weight, or in `store` and fetched slice by slice for an update."""
+    """Where the optimizer's tensors live: on the weight's device, or in `store` and fetched slice by slice for an update."""
 
     store: torch.device | None
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A flat tensor to be kept, for a parameter on `device`; one that travels to a GPU stands in pinned memory."""
+        """A flat tensor to keep, for a parameter on `device`; pinned memory if it is copied to a GPU."""
         if self.store is None:
             return torch.zeros(count, dtype=dtype, device=device)
         return torch.zeros(count, dtype=dtype, device=self.store, pin_memory=device.type == "cuda")
 
     def hold(self, values: torch.Tensor) -> torch.Tensor:
-        """The values, kept here, in their shape."""
+        """The values, stored here in their shape."""
         if self.store is None:
             return values
         return self.zeros(values.numel(), values.dtype, values.device).view(values.shape).copy_(values)
 
     def read(self, kept: torch.Tensor, part: slice, device: torch.device) -> torch.Tensor:
-        """A slice on the parameter's device; where it is kept there, a view."""
+        """A slice on the parameter's device; a view if the tensor is kept there."""
         values = _slice(kept.view(-1), part)
         return values if self.store is None else values.to(device, copy=True)
 
     def write(self, kept: torch.Tensor, part: slice, values: torch.Tensor) -> None:
-        """Put new values in the slice's place."""
+        """Overwrite the slice with new values."""
         kept.view(-1)[part].copy_(values)
 
     def put_back(self, kept: torch.Tensor, part: slice, values: torch.Tensor) -> None:
-        """Put there what `read` gave and was changed in place; a view is there already."""
+        """Write back a slice from `read` that was changed in place; a view needs no copy."""
         if self.store is not None:
             self.write(kept, part, values)
 
 
 def _slice(values: torch.Tensor, part: slice) -> torch.Tensor:
-    """A part of flat values; of all of them nothing is made."""
+    """A slice of flat values; the same tensor, not a view, if the slice covers all of it."""
     return values if part.start == 0 and part.stop >= values.shape[0] else values[part]
 
 
@@ -111,23 +111,23 @@ class _State:
             self.home.write(self.scales, self._blocks(part), scales)
 
     def fetch(self, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The slice as it is kept, on the parameter's device, with its blocks' scales."""
+        """The slice in its stored format, on the parameter's device, with its blocks' scales."""
         scales = None if self.scales is None else self.home.read(self.scales, self._blocks(part), self.device)
         return self.home.read(self.values, part, self.device), scales
 
     def put(self, part: slice, values: torch.Tensor, scales: torch.Tensor | None) -> None:
-        """Put back what `fetch` gave, where that was no view."""
+        """Write back what `fetch` returned, unless that was a view."""
         self.home.put_back(self.values, part, values)
         if self.scales is not None and scales is not None:
             self.home.put_back(self.scales, self._blocks(part), scales)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What it keeps."""
+        """The stored tensors: values, and scales if there are any."""
         return [self.values] if self.scales is None else [self.values, self.scales]
 
 
 def _put(found: dict[str, torch.Tensor], name: str, kept: torch.Tensor) -> None:
-    """Take the tensor of this name out of `found` into the place of one that is kept."""
+    """Pop the tensor of this name from `found` and copy it into `kept`. Raises ValueError if shape or dtype differ."""
     loaded = found.pop(name)
     if loaded.shape != kept.shape or loaded.dtype != kept.dtype:
         raise ValueError(f"{name} is {loaded.dtype} {tuple(loaded.shape)}, not {kept.dtype} {tuple(kept.shape)}")
@@ -142,7 +142,7 @@ def _adamw(
     steps: list[torch.Tensor],
     group: Mapping[str, Any],
 ) -> None:
-    """One update of the weights in place, with the settings of their group, by torch's fused kernel."""
+    """One in-place update of the weights with their group's settings, using torch's fused kernel."""
     beta1, beta2 = group["betas"]
     adamw(
         weights,
@@ -163,16 +163,16 @@ def _adamw(
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) by torch's fused kernel, over slices of a parameter.
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with torch's fused kernel, over slices of a parameter.
 
-    On a GPU a custom kernel, if there is one, updates small states in one pass over a parameter (kernels/triton/adamw.py).
+    On a GPU a custom kernel, if available, updates 16- and 8-bit states in one pass over a parameter (kernels/triton/adamw.py).
 
     A bf16 weight keeps 8 bits of precision: an update below 1/256 of the weight would be rounded away. So the update goes
     to a float32 master (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1), or is rounded stochastically, which keeps
-    it in expectation. `bits` is the size of each state: 32 (with masters), 16 or 8. `compensated` keeps beside a bf16 weight
-    what rounding cut off, to be added before the next update (Kahan's sum; here all 16 bits, so the sum is float32's).
-    `seed` decides the rounding. With a `store` states and masters are kept on that device, as on the CPU for weights on a GPU,
-    and come over slice by slice: the results are the same, a step takes the time of moving them there and back.
+    it in expectation. `bits` is the size of each state: 32 (with masters), 16 or 8. `compensated` stores next to a bf16 weight
+    the bits that rounding cut off and adds them before the next update (Kahan summation; with all 16 bits the sum is exact
+    float32). `seed` seeds the rounding. With a `store`, states and masters live on that device (such as the CPU for weights on
+    a GPU) and are copied over slice by slice: the results are the same, and a step also takes the time of both copies.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class AdamW(torch.optim.Optimizer):
 
     @classmethod
     def named(cls, optim: str, parameters: Iterable[Any], **more: Any) -> AdamW:
-        """The one that the recipe's `train.optim` names."""
+        """The optimizer that the recipe's `train.optim` names."""
         return cls(parameters, bits=STATE_BITS[optim], compensated=optim in COMPENSATED, **more)
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def _code(self, device: torch.device, *, signed: bool) -> torch.Tensor | None:
-        """The values of a byte where states are bytes: one tensor for all states of a device."""
+        """The 8-bit code's values if states are 8-bit, else None: one tensor for all states of a device."""
         if self.bits != 8:
             return None
         if (device, signed) not in self._codes:
@@ -223,7 +223,7 @@ class AdamW(torch.optim.Optimizer):
         return self._codes[device, signed]
 
     def allocate(self) -> None:
-        """Make the state of every parameter now, so that memory holds it from the first step on."""
+        """Allocate the state of every parameter now, so that memory use includes it from the first step."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._state_of(parameter)
@@ -244,11 +244,11 @@ class AdamW(torch.optim.Optimizer):
                 self._update_plain(plain, group)
 
     def _plain(self, parameter: torch.Tensor) -> bool:
-        """Whether a parameter is its own master and its states stand beside it in full."""
+        """Whether a parameter is its own master, with 32-bit states on the same device."""
         return self.bits == 32 and self.home.store is None and parameter.dtype in _EXACT
 
     def _update_plain(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
-        """One update of plain parameters with gradients: all in one call, as hundreds of adapters are small."""
+        """One update of plain parameters with gradients, all in one call: adapters are hundreds of small tensors."""
         states = [self._state_of(parameter) for parameter in parameters]
         steps = torch.tensor([float(state["step"]) for state in states], device=parameters[0].device)
         means, squares = (
@@ -262,9 +262,9 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, parameter: torch.Tensor, group: dict[str, Any], clip: tuple[torch.Tensor, float] | None = None) -> None:
-        """One update of one parameter from its gradient, with the settings of its group.
+        """One update of one parameter from its gradient, with its group's settings.
 
-        With `clip`, the gradient's norm and the most that it may be, the gradient is scaled down to that first.
+        `clip` is the gradient's norm and the maximum norm; the gradient is clipped to that first.
         """
         if parameter.grad is None:
             raise ValueError("the parameter has no gradient")
@@ -312,8 +312,8 @@ class AdamW(torch.optim.Optimizer):
         group: dict[str, Any],
         clip: tuple[torch.Tensor, float] | None,
     ) -> None:
-        """One update by kernels/triton/adamw.py; the parameter's place and its step decide what is rounded at random."""
-        from tunesmith.kernels.triton.adamw import Moment, Step, update  # which takes Triton
+        """One update by kernels/triton/adamw.py; the parameter's index and its step seed the stochastic rounding."""
+        from tunesmith.kernels.triton.adamw import Moment, Step, update  # needs Triton
 
         state, home, device = self._state_of(parameter), self.home, parameter.device
         state["step"] += 1
@@ -335,9 +335,9 @@ class AdamW(torch.optim.Optimizer):
                 home.put_back(compensation, part, low)
 
     def kept(self, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
-        """All that the next update depends on beside weights and gradients, by the names of the parameters; for saving.
+        """Everything the next update depends on except weights and gradients, by parameter name; for saving.
 
-        The tensors are those in use. A float32 parameter is its own master, and not among them.
+        The tensors are the live ones, not copies. A float32 parameter is its own master and is not included.
         """
         found = {"generator": self.generator.get_state()}
         for parameter, state in self.state.items():
@@ -359,7 +359,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def put_back(self, found: Mapping[str, torch.Tensor], names: Mapping[torch.Tensor, str]) -> None:
-        """Take over what `kept` gave, once the weights are there. Raises ValueError where it is of another model or format."""
+        """Load what `kept` returned, after the weights are loaded. Raises ValueError if the model or the format differs."""
         left = dict(found)
         if "generator" not in left:
             raise ValueError("no state of the generator")
@@ -368,7 +368,7 @@ class AdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 name = names[parameter]
                 if f"{name}.step" not in left:
-                    continue  # it has had no gradient yet
+                    continue  # the parameter had no gradient yet
                 kept = self._kept_of(parameter)
                 if missing := [key for key in kept if f"{name}.{key}" not in left]:
                     raise ValueError(f"{name}.{missing[0]} is missing")
@@ -380,7 +380,7 @@ class AdamW(torch.optim.Optimizer):
 
     @contextmanager
     def unloaded(self) -> Iterator[None]:
-        """For a while the model has what was trained in float32, as after `unload`; then the rounded parameters again."""
+        """A context in which the model has its float32 weights, as after `unload`; on exit the rounded ones return."""
         kept = [(parameter, parameter.data) for parameter in self.state]
         self.unload()
         try:
@@ -390,7 +390,7 @@ class AdamW(torch.optim.Optimizer):
                 parameter.data = data
 
     def unload(self) -> None:
-        """Put what was trained, in float32, in the place of the rounded parameters, where it was kept."""
+        """Replace rounded parameters by their trained float32 weights, where those were kept."""
         for parameter, state in self.state.items():
             if "compensation" in state:
                 compensation = state["compensation"].to(parameter.device)
@@ -400,22 +400,22 @@ class AdamW(torch.optim.Optimizer):
 
 
 class InBackward:
-    """Updates each parameter as soon as its gradient is there, and frees the gradient: never more than a few are alive.
+    """Updates each parameter as soon as its gradient is ready and frees the gradient, so only a few are alive at a time.
 
-    (Lv et al. 2023, arXiv 2306.09782.) The norm over all gradients is known only when it is too late to clip by it, so each
-    parameter's gradient is clipped to `max_grad_norm` on its own. `norms` holds the step's norms before that.
+    (Lv et al. 2023, arXiv 2306.09782.) The global gradient norm is known too late to clip by it, so each parameter's gradient
+    is clipped to `max_grad_norm` on its own. `norms` holds the step's norms before clipping.
     """
 
     def __init__(self, optimizer: AdamW, max_grad_norm: float) -> None:
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
         self.norms: list[torch.Tensor] = []
-        self.only_tried = False  # gradients are freed, and no weight moves
+        self.only_tried = False  # if True, gradients are freed and no weight is updated
         for number, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
                 parameter.register_post_accumulate_grad_hook(self._hook(number))
 
     def _hook(self, number: int) -> Callable[[torch.Tensor], None]:
-        """The update of a parameter of that group, which is looked up each time: `load_state_dict` makes new ones."""
+        """The update hook for a parameter of that group. It looks the group up each time: `load_state_dict` replaces groups."""
 
         def update(parameter: torch.Tensor) -> None:
             if self.only_tried:
@@ -436,13 +436,13 @@ class InBackward:
 
 
 def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm over the gradients of all parameters, summed in float32 also where they are bf16."""
+    """The 2-norm over the gradients of all parameters, accumulated in float32 even for bf16 gradients."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(gradients) == 1:
         return _norm(gradients[0])
     exact = [gradient for gradient in gradients if gradient.dtype in _EXACT]
     norms = [_norm(gradient) for gradient in gradients if gradient.dtype not in _EXACT]
-    norms += [torch.nn.utils.get_total_norm(exact)] if exact else []  # hundreds at once
+    norms += [torch.nn.utils.get_total_norm(exact)] if exact else []  # one call for hundreds
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 

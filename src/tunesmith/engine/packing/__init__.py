@@ -1,1 +1,1 @@
-"""Rows to the tensors of a forward pass: `tree` finds what they share, `batch` makes the tensors, `layout` tells attention."""
+"""Rows to the tensors of a forward pass: `tree` finds shared prefixes, `batch` makes tensors, `layout` describes the tree."""

@@ -1,20 +1,20 @@
 """Rows of token ids to the tensors of one forward pass: as a prefix tree, or padded.
 
-A row goes through the model up to the token that predicts its last label: what follows changes no label's probability, and
-the last label itself only has to be told.
+A row goes through the model up to the token that predicts its last label. Later tokens change no label's probability, and
+the last label itself is only a target.
 
-Both give the same keys, so the loss does not know which it was. Shapes: B rows in the batch (1 for a tree), L tokens in
-each, N labelled places.
+Both collators give the same keys, so the loss does not depend on which one was used. Shapes: B rows in the batch (1 for a
+tree), L tokens per row, N labelled positions.
 
     input_ids (B, L)       token ids
-    position_ids (B, L)    each token's place in its own row
-    sources (N,)           index into the flattened (B x L) hidden states of the one that predicts the label
+    position_ids (B, L)    each token's position in its own row
+    sources (N,)           index into the flattened (B x L) hidden states of the token that predicts the label
     targets (N,)           the label's id
-    weights (N,)           how many rows have this label at this place; 0 for what fills a tree's labels up (`tree.FILL`)
-    labelled               labelled tokens, counted in every row (an int: nobody has to wait for a GPU to count them)
+    weights (N,)           number of rows with this label at this position; 0 for the padding of a tree's labels (`tree.FILL`)
+    labelled               labelled tokens, counted in every row (an int: no synchronisation with a GPU to count them)
     row_tokens             tokens of all rows as they are in the dataset (an int)
     tree_layout            a tree's nodes, for attention (tree only)
-    attention_mask (B, L)  1 for real tokens (padded only, and only where rows differ in length)
+    attention_mask (B, L)  1 for real tokens (padded only, and only if rows differ in length)
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from tunesmith.engine.packing.tree import (
 from tunesmith.models.families import runs_on_trees
 
 Batch = dict[str, Any]
-Owners = list[tuple[int, int]]  # (row, label): a batch's label that a row has; one that rows share stands once for each
+Owners = list[tuple[int, int]]  # (row, label) for each label of each row; a label that rows share occurs once per row
 Rows = Sequence[Mapping[str, Any]]  # dataset rows: `input_ids`, and `loss_mask` of the same length
 
 
 class Collator(Protocol):
-    """Makes a batch of rows."""
+    """Makes a batch from rows."""
 
     def __call__(self, rows: Rows) -> Batch:
-        """The batch, with the keys that this module names."""
+        """The batch, with the keys that this module documents."""
         ...
 
 
@@ -62,14 +62,14 @@ def computed_ids(row: Mapping[str, Any], side: str = "") -> Sequence[int]:
 
 
 def collate_tree(rows: Rows) -> Batch:
-    """The rows as one sequence in which each shared prefix stands once."""
+    """The rows as one sequence in which each shared prefix occurs once."""
     return tree_with_owners(rows)[0]
 
 
 def tree_with_owners(rows: Rows) -> tuple[Batch, Owners]:
-    """`collate_tree`, and which row has which labels."""
+    """`collate_tree`, and the labels of each row."""
     tree = fill(build_tree([computed_ids(row) for row in rows]))
-    labels: dict[tuple[int, int], int] = {}  # (source, target): the label's number
+    labels: dict[tuple[int, int], int] = {}  # (source, target): the label's index
     owners: Owners = []  # nothing predicts a row's first token
     for number, (row, path) in enumerate(zip(rows, tree.paths, strict=True)):
         following = zip(path, row["input_ids"][1:], row["loss_mask"][1:], strict=False)  # the row may be longer than its path
@@ -98,9 +98,9 @@ def _row_tokens(rows: Rows) -> int:
 
 
 def padded(ids: Sequence[Sequence[int]], pad_id: int | None) -> Batch:
-    """Ids one row below the other, padded on the right: `input_ids`, `position_ids`, and a mask where they differ in length.
+    """A right-padded batch of rows: `input_ids`, `position_ids`, and a mask if their lengths differ.
 
-    A tokenizer may have no pad id; any id does, as it is masked.
+    A tokenizer may have no pad id; then 0 is used, since padding is masked.
     """
     longest = max(map(len, ids))
     input_ids = torch.full((len(ids), longest), 0 if pad_id is None else pad_id, dtype=torch.long)
@@ -113,7 +113,7 @@ def padded(ids: Sequence[Sequence[int]], pad_id: int | None) -> Batch:
 
 
 class PaddedCollator:
-    """The rows one below the other, padded on the right and told apart by their lengths: pad may equal eos."""
+    """Right-padded rows. Padding is found by the rows' lengths, so the pad token may equal eos."""
 
     def __init__(self, pad_id: int | None) -> None:
         self.pad_id = pad_id
@@ -136,16 +136,16 @@ class PaddedCollator:
         }
 
     def with_owners(self, rows: Rows) -> tuple[Batch, Owners]:
-        """The batch, and which row has which labels."""
+        """The batch, and the labels of each row."""
         batch = self(rows)
         longest = batch["input_ids"].shape[1]
         return batch, [(source // longest, label) for label, source in enumerate(batch["sources"].tolist())]
 
 
 class StepCollator:
-    """The rows of an optimizer step as micro-batches within the limits, each row in one of them.
+    """Splits the rows of an optimizer step into micro-batches within the limits, each row into one of them.
 
-    Rows that share a prefix come together; padded rows come with those of like length, so that little is padded.
+    Rows that share a prefix are grouped. Padded rows are grouped by similar length to keep padding small.
     """
 
     def __init__(self, collate: Collator, limits: Limits) -> None:
@@ -161,7 +161,7 @@ class StepCollator:
 
 
 def tree_unsupported_reason(config: Any, longest: int) -> str | None:
-    """Why rows of up to `longest` tokens cannot be laid out as a tree for this model, or None if they can."""
+    """Why rows of up to `longest` tokens cannot be packed into a tree for this model, or None if they can."""
     if not runs_on_trees(config.model_type):
         return f"exactness is not proven for the architecture {config.model_type!r}"
     window = getattr(config, "sliding_window", None)
@@ -173,7 +173,7 @@ def tree_unsupported_reason(config: Any, longest: int) -> str | None:
 
 
 def choose_collator(config: Any, pad_id: int | None, longest: int) -> tuple[Collator, str | None]:
-    """The tree collator where it is exact for this model, else the padded one and the reason for it."""
+    """The tree collator if it is exact for this model, else the padded one and the reason for it."""
     reason = tree_unsupported_reason(config, longest)
     if reason is None:
         return collate_tree, None

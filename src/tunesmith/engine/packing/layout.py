@@ -1,7 +1,7 @@
-"""A tree's layout, as attention needs it: which query sees which key, as a mask, a bias or blocks.
+"""A tree's layout for attention: which query attends to which key, as a mask, a bias or blocks.
 
-Descendants of a node follow it directly, so a query q sees a key k where k <= q < last[k], `last` being the end of the subtree
-of the key's node: one number a token says all of the tree. Shapes: T tokens of the sequence.
+A node's descendants directly follow it, so query q attends to key k if k <= q < last[k], where `last[k]` is the end of the
+subtree of the key's node. One integer per token describes the whole tree. Shapes: T tokens of the sequence.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from tunesmith.engine.packing.tree import Node, as_numbers
 
-#: Queries, and keys, of a block that is computed as a whole or not at all.
+#: Block size of the block mask, in queries and in keys.
 BLOCK = 128
 
 
 @dataclass
 class Layout:
-    """What attention needs to know of a tree; travels with the batch through the model's keyword arguments."""
+    """The tree's layout for attention; passed with the batch through the model's keyword arguments."""
 
     nodes: Sequence[Node]
     length: int
@@ -35,7 +35,7 @@ class Layout:
 
     @cached_property
     def equal_rows(self) -> int:
-        """How many rows of one length the sequence consists of; 0 where lengths differ, or rows share something."""
+        """Number of rows if all rows have the same length and share nothing, else 0."""
         size = self.length // max(1, len(self.nodes))
         equal = all(
             (node.start, node.end, node.subtree_end) == (place * size, (place + 1) * size, (place + 1) * size)
@@ -44,16 +44,16 @@ class Layout:
         return len(self.nodes) if equal and size * len(self.nodes) == self.length else 0
 
     def mask(self, device: torch.device) -> torch.Tensor:
-        """(T, T) booleans: whether the query of a row sees the key of a column."""
+        """(T, T) booleans: whether the query (row) attends to the key (column)."""
         mask = torch.zeros((self.length, self.length), dtype=torch.bool)
         for node in self.nodes:
             mask[node.start : node.subtree_end, node.start : node.end] = True
         return mask.tril_().to(device)
 
     def bias(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """(T, T) numbers to add to scores, 0 or minus infinity; made once, so that all blocks keep the same tensor.
+        """(T, T) attention bias, 0 or minus infinity; made once, so all decoder blocks save the same tensor.
 
-        Its rows lie a multiple of 16 numbers apart, as the memory-efficient kernel wants; else it copies them in each block.
+        Its row stride is a multiple of 16 elements, as the memory-efficient kernel requires; else it copies it in each block.
         """
         if self._bias is None or self._bias.device != device or self._bias.dtype != dtype:
             padded = -(-self.length // 16) * 16
@@ -62,14 +62,14 @@ class Layout:
         return self._bias
 
     def blocks(self, device: torch.device) -> BlockMask:
-        """The same for flex attention; made once, as all blocks of the model use it."""
+        """The same as a block mask for flex attention; made once, since all decoder blocks use it."""
         if self._blocks is None:
             self._blocks = block_mask(self.nodes, self.length, device)
         return self._blocks
 
 
 def subtree_ends(nodes: Sequence[Node], length: int) -> torch.Tensor:
-    """(T,) int32: for each token the end of its node's subtree, the first query after it that does not see it."""
+    """(T,) int32: for each token the end of its node's subtree, the first later query that does not attend to it."""
     last = torch.zeros(length, dtype=torch.int32)
     for node in nodes:
         last[node.start : node.end] = node.subtree_end
@@ -77,10 +77,10 @@ def subtree_ends(nodes: Sequence[Node], length: int) -> torch.Tensor:
 
 
 def block_mask(nodes: Sequence[Node], length: int, device: torch.device) -> BlockMask:
-    """Which blocks of queries see which blocks of keys: all of it, some of it by `last`, or nothing."""
+    """Which query blocks attend to which key blocks: fully, partly (decided by `last`), or not at all."""
     last = subtree_ends(nodes, length)
     count = -(-length // BLOCK)
-    by_block = torch.nn.functional.pad(last, (0, count * BLOCK - length)).view(count, BLOCK)  # behind the end nobody sees a key
+    by_block = torch.nn.functional.pad(last, (0, count * BLOCK - length)).view(count, BLOCK)  # no query attends past the end
     first_query = torch.arange(0, count * BLOCK, BLOCK).unsqueeze(1)
     below = first_query > first_query.T
     whole = below & (first_query + BLOCK - 1 < by_block.amin(1))
@@ -97,6 +97,6 @@ def block_mask(nodes: Sequence[Node], length: int, device: torch.device) -> Bloc
 
 
 def _ordered(which: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each block of queries the number of key blocks in `which`, and their numbers before all others'."""
+    """For each query block the number of key blocks in `which`, and the key block indices with those in `which` first."""
     order = torch.argsort(which.int(), dim=-1, descending=True, stable=True).int()
     return which.sum(-1).int()[None, None].to(device), order[None, None].to(device)

@@ -1,7 +1,7 @@
-"""Rows of token ids as a prefix tree in one sequence: a prefix that rows share stands in it once.
+"""Rows of token ids as a prefix tree in one sequence: a prefix that rows share occurs once.
 
-The nodes stand in depth-first order, so a node's descendants follow it directly: the queries of a whole subtree are one
-range, and so are the keys of each of its ancestors. No tensor here: lists of ids in, ranges out.
+Nodes are in depth-first order, so a node's descendants directly follow it. The queries of a whole subtree are one contiguous
+range, and so are the keys of each of its ancestors. No tensors here: lists of ids in, ranges out.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
-#: A shared stretch shorter than this is computed for each row again: a node costs an attention call for each layer.
+#: A shared stretch shorter than this is recomputed for each row: a node costs an attention call per layer.
 MIN_SHARED = 8
 
 
-#: Tokens of a sequence, and labelled places, are filled up to a multiple of this. oneDNN compiles its products for each
-#: number of rows anew (1 to 3 ms, 0.5 MB): steps of few lengths need few of them.
+#: The tokens of a sequence and its labelled positions are padded to a multiple of this. oneDNN compiles its GEMMs separately
+#: for each number of rows (1 to 3 ms, 0.5 MB), so few distinct lengths need few compilations.
 FILL = 16
 
 
-#: Rows that go through the model together.
+#: Rows that go through the model in the same micro-batch.
 Unit = Sequence[Sequence[int]]
 
 
@@ -34,15 +34,15 @@ class Node:
 
 
 def as_numbers(nodes: Sequence[Node]) -> list[int]:
-    """(start, end, subtree_end) of each node after the other: a tree as an operator's argument."""
+    """(start, end, subtree_end) of each node in one flat list: a tree as an operator's argument."""
     return [number for node in nodes for number in (node.start, node.end, node.subtree_end)]
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Rows laid out: `ids` and `positions` (length T), nodes in depth-first order, and where each row's tokens stand.
+    """Packed rows: `ids` and `positions` (length T), nodes in depth-first order, and the indices of each row's tokens.
 
-    `paths[i][j]` is the place in the sequence of token j of row i; `positions[paths[i][j]] == j`.
+    `paths[i][j]` is the index in the sequence of token j of row i; `positions[paths[i][j]] == j`.
     """
 
     ids: list[int]
@@ -52,7 +52,7 @@ class Tree:
 
 
 def computed_length(loss_mask: Sequence[bool]) -> int:
-    """How many of a row's leading tokens go through the model: those before its last label, and at least one."""
+    """Number of a row's leading tokens that go through the model: those before its last label, and at least one."""
     places = (place for place in range(len(loss_mask) - 1, 0, -1) if loss_mask[place])
     return next(places, 1)
 
@@ -63,9 +63,9 @@ def filled(count: int) -> int:
 
 
 def fill(tree: Tree) -> Tree:
-    """The tree with its last leaf longer, up to a multiple of `FILL`: tokens at the end, which no row's token sees.
+    """The tree with its last leaf padded to a multiple of `FILL`: the added tokens are at the end, and no row attends to them.
 
-    They repeat the last one, position and all.
+    They repeat the last token and its position.
     """
     end = len(tree.ids)
     more = filled(end) - end
@@ -79,7 +79,7 @@ def fill(tree: Tree) -> Tree:
 
 
 def shared_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many leading ids two rows have in common."""
+    """Number of leading ids that two rows have in common."""
     for index, (one, other) in enumerate(zip(left, right, strict=False)):
         if one != other:
             return index
@@ -87,9 +87,9 @@ def shared_length(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def build_tree(rows: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> Tree:
-    """The tree of `rows`; the order of `paths` is that of `rows`. Equal rows share all their tokens."""
+    """The tree of `rows`; `paths` has the order of `rows`. Equal rows share all their tokens."""
     order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
-    # shared[k]: what row order[k] shares with the one before it; in sorted order that decides all common prefixes.
+    # shared[k]: the prefix length row order[k] shares with the one before it; in sorted order this fixes all common prefixes.
     shared = [0, *(shared_length(rows[a], rows[b]) for a, b in pairwise(order))]
     ids: list[int] = []
     positions: list[int] = []
@@ -97,7 +97,7 @@ def build_tree(rows: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> T
     paths: list[list[int]] = [[] for _ in rows]
 
     def emit(members: Sequence[int], begin: int, end: int) -> int:
-        """Append tokens [begin, end) that `members` share; returns where they start."""
+        """Append tokens [begin, end) that `members` share; returns their start index."""
         start = len(ids)
         ids.extend(rows[members[0]][begin:end])
         positions.extend(range(begin, end))
@@ -106,7 +106,7 @@ def build_tree(rows: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> T
         return start
 
     def grow(low: int, high: int, depth: int) -> None:
-        """Lay out what the rows order[low:high], which share `depth` tokens, have after those."""
+        """Pack the rest of the rows order[low:high] after the `depth` tokens that they share."""
         while low < high:
             stop = low + 1
             while stop < high and shared[stop] >= depth + min_shared:
@@ -127,10 +127,10 @@ def build_tree(rows: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> T
 
 @dataclass(frozen=True)
 class Limits:
-    """What goes through the model at once at most: computed tokens and rows; None is no limit. A single row always goes.
+    """Limits of a micro-batch: computed tokens and rows; None means no limit. A single row always fits.
 
-    `start` is how many tokens' time a micro-batch takes beside its tokens. Where it is given, micro-batches are the smallest
-    whose step takes little longer than the fastest's (`SLACK`), as memory grows with them; where not, the largest.
+    `start` is the fixed cost of a micro-batch, in tokens. If it is given, micro-batches are the smallest ones whose step takes
+    at most `SLACK` times as long as the fastest, since memory grows with their size; if not, they are the largest.
     """
 
     tokens: int | None = None
@@ -138,13 +138,13 @@ class Limits:
     start: int | None = None
 
     def hold(self, tokens: int, rows: int) -> bool:
-        """Whether that many are within both."""
+        """Whether that many tokens and rows are within both limits."""
         return rows <= 1 or not (
             (self.tokens is not None and tokens > self.tokens) or (self.rows is not None and rows > self.rows)
         )
 
 
-#: Sizes of micro-batches in tokens that are tried where memory is weighed against time, and how much more of it they may take.
+#: Micro-batch sizes in tokens that are tried when memory is traded for time, and the step time allowed relative to the fastest.
 SIZES = (256, 512, 1024, 2048)
 SLACK = 1.05
 
@@ -152,7 +152,7 @@ SLACK = 1.05
 def _leanest(
     split: Callable[[Limits], list[list[int]]], cost: Callable[[Sequence[int]], int], limits: Limits
 ) -> list[list[int]]:
-    """The groups of the smallest size that a step is nearly as fast with as with the best one."""
+    """The groups of the smallest size whose step is nearly as fast as that of the best size."""
     if limits.start is None:
         raise AssertionError("there is nothing to weigh")
     sizes = [size for size in SIZES if limits.tokens is None or size < limits.tokens]
@@ -162,24 +162,24 @@ def _leanest(
 
 
 def split_for_trees(rows: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
-    """Indices of `rows` in as few groups as it goes whose trees are within the limits, rows that share side by side.
+    """Indices of `rows` in as few groups as possible whose trees are within the limits; rows that share a prefix are grouped.
 
-    Rows are sorted, so that what shares a prefix is a run. A run that is too large for one tree is cut into parts whose largest
-    is as small as their number allows (each pays for the prefix again); runs and parts are then put into groups, the largest
+    Rows are sorted, so rows that share a prefix form a run. A run that is too large for one tree is cut into as few parts as
+    possible, about equal in rows (each part recomputes the prefix). Runs and parts are then put into groups, the largest
     first, each where it fits most tightly (best-fit decreasing).
     """
     return split_units_for_trees([(row,) for row in rows], limits)
 
 
 def split_units_for_trees(units: Sequence[Unit], limits: Limits) -> list[list[int]]:
-    """The same for units of rows that stay together, as the two sides of a pair; `limits.rows` counts units.
+    """The same for units of rows that stay together, such as the two sides of a pair; `limits.rows` counts units.
 
-    Units are sorted by their first row: what the rows of a unit share among themselves, they have in common with others too.
+    Units are sorted by their first row: the prefix that a unit's rows share is also what they share with other units.
     """
     if limits.start is not None:
         return _leanest(partial(split_units_for_trees, units), partial(_tree_tokens, units), limits)
     if limits.tokens is not None:
-        limits = replace(limits, tokens=limits.tokens // FILL * FILL)  # trees are filled up
+        limits = replace(limits, tokens=limits.tokens // FILL * FILL)  # trees are padded to a multiple of FILL
     order = sorted(range(len(units)), key=lambda index: list(units[index][0]))
     if limits.hold(_tree_tokens(units, order), len(units)):
         return [list(range(len(units)))]
@@ -195,7 +195,7 @@ def split_units_for_trees(units: Sequence[Unit], limits: Limits) -> list[list[in
 
 
 def split_by_length(lengths: Sequence[int], limits: Limits, rows: int = 1) -> list[list[int]]:
-    """Indices of padded units in groups of like length, each padded to its longest row within the limits.
+    """Indices of padded units in groups of similar length, each padded to its longest row, within the limits.
 
     Each unit is `rows` rows of at most its length; `limits.rows` counts units.
     """
@@ -216,9 +216,9 @@ def _tree_tokens(units: Sequence[Unit], chosen: Sequence[int]) -> int:
 
 
 def _cut(run: list[int], limits: Limits, cost: Callable[[Sequence[int]], int], *, at_least: int) -> list[list[int]]:
-    """The run in as few stretches within the limits as it goes, near each other in rows.
+    """The run in as few stretches within the limits as possible, about equal in rows.
 
-    `at_least` is what all stretches together cost whatever their number, so that fewer are not tried.
+    `at_least` is a lower bound on the stretches' total cost, so smaller counts are not tried.
     """
     fewest = min(len(run), -(-at_least // (limits.tokens or at_least or 1)) or 1)
     for count in range(fewest, len(run) + 1):
@@ -230,7 +230,7 @@ def _cut(run: list[int], limits: Limits, cost: Callable[[Sequence[int]], int], *
 
 
 def _best_fit(parts: list[tuple[int, list[int]]], limits: Limits) -> list[list[int]]:
-    """Parts put together where their tokens and rows allow, so that groups are few."""
+    """Parts combined into few groups, as far as their tokens and rows allow."""
     groups: list[tuple[int, list[int]]] = []
     for tokens, part in sorted(parts, key=lambda item: -item[0]):
         room = [place for place, (held, members) in enumerate(groups) if limits.hold(held + tokens, len(members) + len(part))]

@@ -1,18 +1,18 @@
-// A product and a low-rank one beside it, added up in registers, in float32: low = x P, out = x M + low Q.
+// A GEMM plus a low-rank GEMM, accumulated in registers, in float32: low = x P, out = x M + low Q.
 //
-// A linear layer with an adapter is M = W^T, P = A^T, Q = scale B^T; the gradient of its input is M = W, P = scale B, Q = A for the
-// gradient of its output. So the thin products cost what their FLOPs cost, and no pass over memory. Blocks of M and Q are copied
-// into panels. Each thread has rows of its own: results are the same for each number of threads.
+// A linear layer with an adapter is M = W^T, P = A^T, Q = scale B^T. The gradient of its input is M = W, P = scale B, Q = A,
+// with the gradient of its output as x. So the low-rank GEMMs cost only their FLOPs and no extra pass over memory. Blocks of M
+// and Q are copied into panels. Each thread has its own rows, so results do not depend on the number of threads.
 //
-// Shapes: T tokens, K numbers of x, N columns of M, R rank.
+// Shapes: T tokens, K columns of x, N columns of M, R rank.
 
 #include "panels.h"
 
 namespace {
 
-constexpr int64_t DEPTH = 1600;                   // numbers of x that are multiplied before sums go to memory, at the most
-constexpr int64_t OF_ROWS = 1 << 16;              // numbers of x that stay in the second-level cache
-constexpr int64_t OF_PANELS = 1 << 20;            // numbers of all panels, about: a part of the last cache
+constexpr int64_t DEPTH = 1600;                   // columns of x that are multiplied before sums are stored, at most
+constexpr int64_t OF_ROWS = 1 << 16;              // elements of x that stay in the L2 cache
+constexpr int64_t OF_PANELS = 1 << 20;            // elements of all panels, about: a part of the last-level cache
 
 // One tile of c = or += a b + low q, N vectors of columns wide; b and q are panels.
 template <int N>
@@ -44,7 +44,7 @@ struct Problem {
     int threads;
 };
 
-// What a tile of rows from `row` on reads: the rows themselves, or where there are fewer than TILE a copy with zeros behind.
+// The input of a tile of rows that begins at `row`: the rows themselves, or a zero-padded copy if there are fewer than TILE.
 Left<float> rows_of(const float* from, int64_t stride, int64_t row, int64_t rows, int64_t first, int64_t count, float* spare) {
     if (rows == TILE) return {from + row * stride + first, stride, 1};
     for (int64_t i = 0; i < TILE; ++i)
@@ -116,8 +116,8 @@ int product(const Problem& p) {
 
 }  // namespace
 
-// low (T, R) = x P and out (T, N) = or += x M + low Q for x (T, K), whose rows lie x_row numbers apart. `matrices` are the strides
-// of M (K, N), P (K, R) and Q (R, N) by row and column. Returns 0, or 1 where memory is short.
+// low (T, R) = x P and out (T, N) = or += x M + low Q for x (T, K) with row stride x_row. `matrices` has the row and column
+// strides of M (K, N), P (K, R) and Q (R, N). Returns 0, or 1 if out of memory.
 extern "C" int adapted(const float* x, int64_t x_row, const float* m, const float* p, const float* q, const int64_t* matrices,
                        float p_times, float q_times, float* low, float* out, int add, int64_t tokens, int64_t numbers,
                        int64_t columns, int64_t rank, int threads) {

@@ -1,6 +1,6 @@
-"""A linear layer with its adapter, and the gradient of its input, by the kernel of adapters.cpp.
+"""A linear layer with its adapter, and the gradient of its input, with the kernel in adapters.cpp.
 
-Shapes: T tokens, K numbers of each, N columns, R rank. All tensors are float32 on a CPU.
+Shapes: T tokens, K features of each, N columns, R rank. All tensors are float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DTYPES = frozenset({torch.float32})
 
 @cache
 def unsupported_reason() -> str | None:
-    """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
+    """Why the kernel is unsupported here, or None; the first call compiles it and tests it on small tensors."""
     return library.unsupported_reason("adapters", _gives_what_it_should)
 
 
@@ -33,15 +33,15 @@ def adapted(
     q_scale: float = 1.0,
     total: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The low-rank product `low` = p_scale x P (T, R), and x M + q_scale low Q (T, N), added to `total` where there is one.
+    """The low-rank GEMM `low` = p_scale x P (T, R), and x M + q_scale low Q (T, N), added to `total` if given.
 
-    For x (T, K), M (K, N), P (K, R) and Q (R, N), all but x of any strides. Raises MemoryError where there is too little.
+    For x (T, K), M (K, N), P (K, R) and Q (R, N), all but x with any strides. Raises MemoryError if memory is too small.
     """
     x = dense_rows(x)
     low = x.new_empty((len(x), p.shape[1]))
     out = x.new_empty((len(x), m.shape[1])) if total is None else total
     if not out.is_contiguous():
-        raise ValueError("what is added to must be contiguous")
+        raise ValueError("`total` must be contiguous")
     strides = _Strides(*m.stride(), *p.stride(), *q.stride())
     sizes = (*x.shape, *q.shape[::-1])
     scales, adds = (float(p_scale), float(q_scale)), ctypes.c_int(total is not None)
@@ -51,7 +51,7 @@ def adapted(
 
 
 def _gives_what_it_should() -> bool:
-    """Whether a small layer's product is that of torch's operators, read by rows and by columns."""
+    """Whether a small layer's results match torch's operators, with matrices read by rows and by columns."""
     draw = torch.Generator().manual_seed(0)
     x, weight, down, up = (torch.randn(shape, generator=draw) for shape in ((20, 70), (90, 70), (5, 70), (90, 5)))
     with torch.no_grad():

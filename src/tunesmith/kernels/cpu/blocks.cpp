@@ -1,7 +1,7 @@
-// What a decoder block computes number by number, one pass over memory each: norms, the gated activation, rotations.
+// A decoder block's elementwise operators, one pass over memory each: norms, the gated activation, rotary embeddings.
 //
-// In float32; what is read and written may be bfloat16, rounded once at the end.
-// Formulas are those of kernels/dispatch.py. N rows of H numbers; all are contiguous but for the rotations'.
+// They compute in float32; inputs and outputs may be bfloat16, rounded once at the end.
+// kernels/dispatch.py has the formulas. N rows of H elements; all tensors are contiguous except those of rotary.
 
 #include "vectors.h"
 
@@ -43,10 +43,10 @@ void norm(const S* x, const S* weight, float epsilon, float offset, S* out, floa
     }
 }
 
-// Rows whose part of a weight's gradient is added up by itself, so that it is not small beside what it is added to.
+// Rows whose part of a weight's gradient is summed separately, so that each summand is not small compared with the total.
 constexpr int64_t TOGETHER = 64;
 
-// Gradients of x, and of weight where grad_weight (H) is not null: each thread's rows are added up, then the threads' sums.
+// Gradients of x, and of weight if grad_weight (H) is not null: each thread sums its rows, then the threads' sums are added.
 template <class S>
 int norm_backward(const S* gradient, const S* x, const float* rstd, const S* weight, float offset, S* grad_x, float* grad_weight,
                 int64_t rows, int64_t size, int threads) {
@@ -110,8 +110,8 @@ void gated_backward(const S* gradient, const S* gate, const S* up, S* grad_gate,
         });
 }
 
-// x cos + rotate_half(x) sin for x (B, A, L, D), whose strides and the result's are given for the first three; cos and sin are
-// (B, L, D). Backwards, what a gradient of it comes to for x.
+// x cos + rotate_half(x) sin for x (B, A, L, D); `from` and `to` are the strides of x and of the result in the first three
+// dimensions. cos and sin are (B, L, D). With `backwards`, takes the gradient of the result and computes that of x.
 template <class S>
 void rotary(const S* x, const int64_t* from, const S* cosines, const S* sines, S* out, const int64_t* to, int64_t batch, int64_t heads,
             int64_t length, int64_t size, int backwards, int threads) {

@@ -1,7 +1,7 @@
-"""What a decoder block computes number by number, by the kernels of blocks.cpp.
+"""A decoder block's elementwise operators with the kernels in blocks.cpp.
 
-Shapes: rows of H or F numbers, or (B, A, L, D) for rotations. All tensors are float32, or all bfloat16, on a CPU;
-rstd are float32.
+Shapes: rows of H or F elements, or (B, A, L, D) for rotary embeddings. All tensors are float32, or all bfloat16, on a CPU;
+rstd is float32.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 @cache
 def unsupported_reason() -> str | None:
-    """Why the kernels cannot be had here, or None; they are compiled, and tried on small tensors, the first time."""
+    """Why the kernels are unsupported here, or None; the first call compiles them and tests them on small tensors."""
     return library.unsupported_reason("blocks", _gives_what_it_should)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and rstd (..., 1), the reciprocal of the root."""
+    """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and rstd (..., 1), the reciprocal of the square root."""
     x = x.contiguous()
     out, rstd = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     _call("norm", x, weight.contiguous(), epsilon, offset, out, rstd, *_rows(x))
@@ -39,7 +39,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -
 def norm_backward(
     gradient: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of x, and of weight in float32 where that is asked for. Raises MemoryError where there is too little."""
+    """The gradients of x, and of weight in float32 if `of_weight`. Raises MemoryError if memory is too small."""
     gradient, x, rstd = gradient.contiguous(), x.contiguous(), rstd.contiguous()
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32) if of_weight else None
     last = ctypes.c_void_p(None) if grad_weight is None else grad_weight
@@ -80,7 +80,7 @@ def _call(name: str, first: torch.Tensor, *others: Any) -> int:
 
 
 def _gives_what_it_should() -> bool:
-    """Whether all of them give what torch's operators give, at sizes that are no multiple of a vector's."""
+    """Whether all kernels match torch's operators, at sizes that are not multiples of a vector."""
     draw = torch.Generator().manual_seed(0)
     x, up, gradient = (3 * torch.randn((5, 37), generator=draw) for _ in range(3))
     weight, x[0, 0] = torch.randn(37, generator=draw), -200
@@ -90,7 +90,7 @@ def _gives_what_it_should() -> bool:
 
 
 def near(kernels: Any, given: Sequence[torch.Tensor], tolerance: float) -> bool:
-    """Whether a module's kernels, named as here, give what torch's operators give in float32.
+    """Whether a module's kernels, named as here, match torch's operators in float32.
 
     `given` are x, up and gradient (rows, H), a weight (H), heads (B, A, L, D), cosines and sines (B or 1, 1, L, D).
     """

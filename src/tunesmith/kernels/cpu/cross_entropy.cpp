@@ -1,36 +1,36 @@
-// Cross-entropy of a frozen head, in float and double: -log softmax(h W^T)[target] of each place and its gradient for h, with no
-// logits kept; and of logits that are there, as a trained head's are, in two passes over them.
+// Cross-entropy of a frozen head, in float and double: -log softmax(h W^T)[target] of each position and its gradient for h,
+// without materialising logits; and cross-entropy of existing logits, such as a trained head's, in two passes over them.
 //
-// The first's gradient is softmax(h W^T) W - W[target]: attention over the vocabulary, so blocks of it are merged as flash attention
-// merges its tiles (Dao et al. 2022, arXiv 2205.14135, section 3.1). A block of the head is copied into panels for both products,
-// and all places pass over it while it is in the caches; each thread has places of its own, so that results are the same for each
-// number of threads.
+// The frozen head's gradient is softmax(h W^T) W - W[target]: attention over the vocabulary, so blocks of it are merged as
+// flash attention merges its tiles (Dao et al. 2022, arXiv 2205.14135, section 3.1). A block of the head is copied into panels
+// for both GEMMs, and all positions use it while it is in the caches. Each thread has its own positions, so results do not
+// depend on the number of threads.
 //
-// Shapes: N places, H hidden size, V vocabulary.
+// Shapes: N positions, H hidden size, V vocabulary.
 
 #include "panels.h"
 
 namespace {
 
 constexpr int64_t BLOCK = 256;     // of the vocabulary
-constexpr int64_t ROWS = 96;       // places whose scores are made at once, at the most
-constexpr int64_t PLACES = 4096;   // that pass over the head at once; what is taken for them is as large as their gradient
+constexpr int64_t ROWS = 96;       // positions whose scores are computed together, at most
+constexpr int64_t PLACES = 4096;   // positions per pass over the head; their buffer is as large as their gradient
 
-template <class T> constexpr int64_t LINE = BLOCK + WIDTH<T>;  // of scores; rows a power of two apart would share cache sets
+template <class T> constexpr int64_t LINE = BLOCK + WIDTH<T>;  // row stride of scores; a power of two would share cache sets
 
-// The first product's left side: TILE places of one number after one another.
+// The left side of the first GEMM: TILE positions of one hidden dimension are contiguous.
 template <class T> void pack_places(const T* from, int64_t row, int64_t places, int64_t size, T* to) {
     for (int64_t k = 0; k < size; ++k)
         for (int64_t i = 0; i < TILE; ++i) to[k * TILE + i] = i < places ? from[i * row + k] : T(0);
 }
 
 template <class T> struct Place {
-    T highest, total, right;  // of its scores so far, of their exponentials, and the target's score
-    T lost;                   // what rounding has cut off the total (Kahan's sum): each of the many blocks may add very little to it
+    T highest, total, right;  // maximum of its scores so far, sum of their exponentials, and the target's score
+    T lost;                   // Kahan compensation of the total: each of the many blocks may add very little to it
 };
 
-// One row of scores: its place's maximum and sum go on, the scores become exponentials. Returns what sums made so far are to be
-// multiplied by.
+// Updates its position's maximum and sum with one row of scores, and replaces the scores by exponentials. Returns the factor by
+// which earlier sums must be multiplied.
 template <class T> T turn(T* line, int64_t tokens, int64_t target, Place<T>& place) {
     for (int64_t v = tokens; v < BLOCK; ++v) line[v] = -INFINITY;
     if (target >= 0 && target < tokens) place.right = line[target];
@@ -58,7 +58,7 @@ template <class T> T turn(T* line, int64_t tokens, int64_t target, Place<T>& pla
 
 template <class T> struct Problem {
     const T* hidden;
-    int64_t row;  // of hidden, in numbers
+    int64_t row;  // row stride of hidden, in elements
     const T* head;
     const int64_t* targets;
     const T* weights;
@@ -73,7 +73,7 @@ template <class T> struct Scratch {
     ~Scratch() { std::free(left), std::free(sums), std::free(columns), std::free(rows), std::free(scores), std::free(place); }
 };
 
-// Scores of `count` places (a multiple of TILE) from place `first` on over one block, and their part of the sums.
+// Scores over one block of `count` positions (a multiple of TILE) that begin at `first`, and their part of the sums.
 template <class T>
 void block_of_places(const Problem<T>& p, const Scratch<T>& s, const T* columns, const T* rows, T* scores, int64_t first, int64_t count,
                      int64_t from, int64_t padded, const int64_t* targets, int64_t known) {
@@ -100,7 +100,7 @@ void block_of_places(const Problem<T>& p, const Scratch<T>& s, const T* columns,
         }
 }
 
-// Places [begin, end): fewer than PLACES.
+// Positions [begin, end): at most PLACES.
 template <class T> int some_places(const Problem<T>& p, int64_t begin, int64_t end) {
     const int64_t known = end - begin, places = up(known, TILE), padded = up(p.size, WIDE<T>);
     const int64_t *targets = p.targets + begin, of_columns = BLOCK * p.size, of_rows = BLOCK * padded, of_scores = ROWS * LINE<T>;
@@ -121,14 +121,14 @@ template <class T> int some_places(const Problem<T>& p, int64_t begin, int64_t e
         }
         T* scores = s.scores + omp_get_thread_num() * of_scores;
         for (int64_t from = 0; from < p.vocabulary; from += BLOCK) {
-            // Two blocks take turns, so that none is overwritten while another thread reads it.
+            // Double buffering: no block is overwritten while another thread reads it.
             const int64_t odd = from / BLOCK % 2, tokens = p.vocabulary - from < BLOCK ? p.vocabulary - from : BLOCK;
             const int64_t columns_of = BLOCK / WIDE<T>, rows_of = s.sums ? padded / WIDE<T> : 0;
             T *columns = s.columns + odd * of_columns, *rows = s.sums ? s.rows + odd * of_rows : nullptr;
             const T* block = p.head + from * p.size;
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < columns_of + rows_of; ++n)
-                if (n < columns_of)  // of h W^T, then of the exponentials times W
+                if (n < columns_of)  // panels for h W^T, then for the exponentials times W
                     pack<T>({block, 1, p.size, 1}, 0, p.size, n * WIDE<T>, tokens, columns + n * WIDE<T> * p.size);
                 else
                     pack<T>({block, p.size, 1, 1}, 0, tokens, (n - columns_of) * WIDE<T>, p.size, rows + (n - columns_of) * WIDE<T> * BLOCK);
@@ -158,10 +158,10 @@ template <class T> int cross_entropy(const Problem<T>& p) {
     return 0;
 }
 
-// Rows of logits whose maximum is taken before their exponentials are added up.
+// Rows of logits per maximum: their exponentials are summed after it is known.
 constexpr int64_t SOME = 16;
 
-// Highest and sums (N, padded) of rows [begin, end) of logits (V, N). `lost` is what rounding has cut off the sums.
+// Maxima and sums (N, padded) of rows [begin, end) of logits (V, N). `lost` is the Kahan compensation of the sums.
 template <class T>
 void add_up(const T* logits, int64_t places, int64_t begin, int64_t end, T* highest, T* sums, T* lost) {
     for (int64_t v = begin; v < end; v += SOME) {
@@ -173,7 +173,7 @@ void add_up(const T* logits, int64_t places, int64_t begin, int64_t end, T* high
                 some[r] = read(logits + (v + r) * places + i, count);
                 most = some[r] > most ? some[r] : most;
             }
-            const V<T> base = most > all(T(-INFINITY)) ? most : all(T(0));  // or infinities would make what is no number
+            const V<T> base = most > all(T(-INFINITY)) ? most : all(T(0));  // else infinities would give NaN
             const V<T> less = exponential(load(highest + i) - base);
             for (int64_t r = 0; r < rows; ++r) added += exponential(some[r] - base);
             const V<T> sum = load(sums + i) * less, all_of_it = added - load(lost + i) * less, total = sum + all_of_it;
@@ -182,8 +182,8 @@ void add_up(const T* logits, int64_t places, int64_t begin, int64_t end, T* high
     }
 }
 
-// Losses of logits (V, N), which become their grad_logits where weights (N) are given. Each thread has rows of its own; their sums are
-// merged as those of blocks are.
+// Losses of logits (V, N), which are overwritten by grad_logits if weights (N) are given. Each thread has its own rows; their
+// sums are merged like those of blocks.
 template <class T>
 int from_logits(T* logits, const int64_t* targets, const T* weights, T* losses, int64_t places, int64_t vocabulary, int threads) {
     const int64_t padded = up(places, WIDTH<T>);
@@ -223,8 +223,8 @@ int from_logits(T* logits, const int64_t* targets, const T* weights, T* losses, 
 
 }  // namespace
 
-// losses (N) of hidden (N, H), whose rows lie `row` numbers apart, head (V, H) and targets (N), each in [0, V); and, where
-// grad_hidden (N, H) is not null, its gradient of the losses' sum weighted with weights (N). Returns 0, or 1 where memory is short.
+// losses (N) of hidden (N, H) with row stride `row`, head (V, H) and targets (N), each in [0, V). If grad_hidden (N, H) is not
+// null, it receives the gradient of the losses' sum weighted by weights (N). Returns 0, or 1 if out of memory.
 #define EXPORT(T)                                                                                                                \
     extern "C" int cross_entropy_##T(const T* hidden, int64_t row, const T* head, const int64_t* targets, const T* weights,      \
                                      T* losses, T* grad_hidden, int64_t places, int64_t size, int64_t vocabulary, int threads) { \

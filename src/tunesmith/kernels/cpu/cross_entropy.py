@@ -1,6 +1,6 @@
-"""Cross-entropy by the kernels of cross_entropy.cpp: of a frozen head, and of logits that are kept.
+"""Cross-entropy with the kernels in cross_entropy.cpp: of a frozen head, and of materialised logits.
 
-Shapes: N places, H hidden size, V vocabulary. All tensors but the targets are float32, or all float64.
+Shapes: N positions, H hidden size, V vocabulary. All tensors but the targets are float32, or all float64.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ DTYPES = {torch.float32: "float", torch.float64: "double"}
 
 @cache
 def unsupported_reason() -> str | None:
-    """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
+    """Why the kernel is unsupported here, or None; the first call compiles it and tests it on small tensors."""
     return library.unsupported_reason("cross_entropy", _gives_what_it_should)
 
 
 def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log softmax(h W^T)[target] of each place (N), for hidden (N, H), head (V, H) and targets (N).
+    """-log softmax(h W^T)[target] of each position (N), for hidden (N, H), head (V, H) and targets (N).
 
-    Raises IndexError for a target that is no token, MemoryError where there is too little.
+    Raises IndexError for a target outside the vocabulary, MemoryError if memory is too small.
     """
     return _losses(hidden, head, targets, None, None)
 
@@ -34,15 +34,15 @@ def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tenso
 def with_gradient(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, and the gradient (N, H) for `hidden` of their sum weighted with `weights` (N)."""
+    """The same, and the gradient (N, H) for `hidden` of their sum weighted by `weights` (N)."""
     grad_hidden = hidden.new_empty(hidden.shape)
     return _losses(hidden, head, targets, weights.contiguous(), grad_hidden), grad_hidden
 
 
 def from_logits(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """The same of logits (V, N), whose rows follow one another.
+    """The same of contiguous logits (V, N).
 
-    Where `weights` (N) are given the logits become the gradients, for them, of the sum weighted with those.
+    If `weights` (N) are given, the logits are overwritten by their gradients of the sum weighted by those.
     """
     targets = _in_vocabulary(targets, len(logits))
     losses, last = logits.new_empty(logits.shape[1]), ctypes.c_void_p(None) if weights is None else weights.contiguous()
@@ -54,7 +54,7 @@ def from_logits(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tens
 
 def _in_vocabulary(targets: torch.Tensor, size: int) -> torch.Tensor:
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < size:
-        raise IndexError(f"a target is no token of a vocabulary of {size}")
+        raise IndexError(f"a target is outside the vocabulary of {size} tokens")
     return targets.contiguous()
 
 
@@ -75,7 +75,7 @@ def _losses(
 
 
 def _gives_what_it_should() -> bool:
-    """Whether small losses and gradients are those of torch's operators, in both dtypes."""
+    """Whether small losses and gradients match torch's operators, in both dtypes."""
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
         draw = torch.Generator().manual_seed(0)
         hidden, head = (torch.randn((count, 37), generator=draw, dtype=dtype) for count in (20, 300))

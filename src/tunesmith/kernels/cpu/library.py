@@ -1,7 +1,7 @@
-"""A C++ source of this folder as a library: compiled once for a processor and a compiler, and loaded.
+"""Compiles a C++ source of this folder to a shared library, once per processor and compiler, and loads it.
 
-The library is kept in the cache folder under a name made of all that it depends on. It asks for no OpenMP library of its own:
-the symbols come from the one that PyTorch has loaded, so that both use the same threads.
+The library is kept in the cache folder; its name is a hash of everything it depends on. It does not link an OpenMP library:
+the symbols come from the one that PyTorch has loaded, so both use the same threads.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ import torch
 
 from tunesmith.io.cache import cache_folder
 
-#: Turned off by this variable set to 0.
+#: Setting this variable to 0 disables the kernels.
 SWITCH = "TUNESMITH_NATIVE"
 
-#: Tensors that hold their numbers themselves; others stand for some, as the plan's do.
+#: Types of tensors with data; others, such as the plan's FakeTensors, have none.
 REAL = (torch.Tensor, torch.nn.Parameter)
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-exceptions", "-fno-rtti")
-_SECONDS = 300  # more than any compiler needs; one that waits for something is not waited for
+_SECONDS = 300  # more than any compiler needs; a compiler that hangs is stopped
 
 
 class NoKernelError(RuntimeError):
-    """A kernel cannot be had on this machine; the message is the reason."""
+    """A kernel is unsupported on this machine; the message is the reason."""
 
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """The library of `name`.cpp. Raises NoKernelError where it cannot be had."""
+    """The library of `name`.cpp. Raises NoKernelError if it cannot be compiled or loaded."""
     try:
         return ctypes.CDLL(str(_compiled(Path(__file__).with_name(f"{name}.cpp"))))
     except OSError as error:  # the cache folder, the compiler, or a library without the symbols it needs
@@ -48,18 +48,18 @@ def library(name: str) -> ctypes.CDLL:
 
 
 def unsupported_reason(name: str, gives_what_it_should: Callable[[], bool]) -> str | None:
-    """Why the kernels of `name`.cpp cannot be had here, or None; they are compiled and tried."""
+    """Why the kernels of `name`.cpp are unsupported here, or None; compiles and tests them."""
     try:
         library(name)
     except NoKernelError as error:
         return str(error)
-    return None if gives_what_it_should() else "the compiled kernels' results are not those of the formulas"
+    return None if gives_what_it_should() else "the compiled kernels' results do not match the reference formulas"
 
 
 def call(name: str, function: str, *values: Any) -> int:
-    """What a function of `name`.cpp returns.
+    """The return value of a function of `name`.cpp.
 
-    Tensors go as pointers, whole numbers as 64 bits, floats as single ones, anything else as it is; the number of threads
+    Tensors are passed as pointers, integers as int64, floats as float32, anything else as it is; the number of threads
     comes last.
     """
     made: list[Any] = []
@@ -75,12 +75,12 @@ def call(name: str, function: str, *values: Any) -> int:
 
 
 def plain(*tensors: torch.Tensor) -> bool:
-    """Whether these are in a CPU's memory themselves, and do not stand for others, as the plan's do."""
+    """Whether these are real tensors in CPU memory, and not FakeTensors, which the plan uses."""
     return all(type(each) in REAL and each.is_cpu for each in tensors)
 
 
 def computes(kernel: Any, *tensors: torch.Tensor) -> bool:
-    """Whether a module's kernels compute with these here: plain tensors of one dtype, which is among its DTYPES."""
+    """Whether a module's kernels support these tensors here: plain tensors of one dtype, which is among its DTYPES."""
     if not plain(*tensors):
         return False
     dtypes = {each.dtype for each in tensors}
@@ -88,15 +88,15 @@ def computes(kernel: Any, *tensors: torch.Tensor) -> bool:
 
 
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with the numbers of its last dimension after one another, as kernels read them."""
+    """The tensor with a contiguous last dimension, as kernels require."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @contextmanager
 def own_graph() -> Iterator[None]:
-    """A place to take gradients wherever the first call comes from: in inference, or in a block that is recomputed.
+    """A context to compute gradients regardless of the caller: in inference mode, or in a block that is recomputed.
 
-    Gradient checkpointing counts what is saved for the backward pass; what is tried in passing must not be counted.
+    Gradient checkpointing counts the tensors saved for the backward pass; those of a kernel's test must not be counted.
     """
     with (
         torch.inference_mode(mode=False),
@@ -107,11 +107,11 @@ def own_graph() -> Iterator[None]:
 
 
 def _compiled(source: Path) -> Path:
-    """The library's file, made where it is not there yet; whole or not at all."""
+    """The library's file; compiled if it does not exist yet, and created atomically."""
     if os.environ.get(SWITCH) == "0":
         raise NoKernelError(f"{SWITCH} is 0")
     if sys.platform != "linux":
-        raise NoKernelError(f"kernels are compiled on Linux alone, and this is {sys.platform}")
+        raise NoKernelError(f"kernels are compiled only on Linux, and this is {sys.platform}")
     compiler = _compiler()
     text = b"".join(each.read_bytes() for each in (source, *sorted(source.parent.glob("*.h"))))
     digest = hashlib.sha256(
@@ -129,12 +129,12 @@ def _compiled(source: Path) -> Path:
     for path in (folder, target):
         found = path.stat()
         if found.st_uid not in {os.getuid(), 0} or found.st_mode & stat.S_IWOTH:
-            raise NoKernelError(f"{path} can be written by others, and what is in it would be run")
+            raise NoKernelError(f"{path} can be written by others, and its content would be executed")
     return target
 
 
 def _compiler() -> str:
-    """`$CXX`, else g++ or c++, as torch.compile looks for it."""
+    """`$CXX`, else g++ or c++, the order in which torch.compile looks for a compiler."""
     for name in (os.environ.get("CXX"), "g++", "c++"):
         found = shutil.which(name) if name else None
         if found:
@@ -148,18 +148,18 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> bytes:
-    """What `-march=native` looks at: the processor's model and its instruction sets."""
+    """What `-march=native` depends on: the processor's model and its instruction sets."""
     lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
     told = (b"model", b"cpu family", b"stepping", b"flags", b"features", b"cpu implementer", b"cpu part")
     return b"\n".join(line for line in lines if line.lower().startswith(told))
 
 
 def _run(command: list[str]) -> str:
-    """What a command prints. Raises NoKernelError where it fails."""
+    """A command's output. Raises NoKernelError if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
     except subprocess.TimeoutExpired:
-        raise NoKernelError(f"{command[0]} did not end within {_SECONDS} seconds") from None
+        raise NoKernelError(f"{command[0]} did not finish within {_SECONDS} seconds") from None
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()
         raise NoKernelError(f"{command[0]} failed: {last[0] if last else f'exit code {error.returncode}'}") from None

@@ -1,4 +1,4 @@
-// Blocks of matrices, copied so that a register tile reads them one number after the other (Goto and van de Geijn 2008, "Anatomy of
+// Blocks of matrices, packed so that a register tile reads them contiguously (Goto and van de Geijn 2008, "Anatomy of
 // high-performance matrix multiplication", section 4).
 
 #pragma once
@@ -15,7 +15,7 @@ template <class T> struct Matrix {
     T times;
 };
 
-// Rows [from, from + depth) and columns [first, first + WIDE) of m, zeros behind the last of `columns`.
+// Rows [from, from + depth) and columns [first, first + WIDE) of m, zero-padded after the last of `columns`.
 template <class T> void pack(const Matrix<T>& m, int64_t from, int64_t depth, int64_t first, int64_t columns, T* to) {
     const int64_t count = columns - first < WIDE<T> ? columns - first : WIDE<T>;
     const T* at = m.at + from * m.row + first * m.column;
@@ -27,7 +27,7 @@ template <class T> void pack(const Matrix<T>& m, int64_t from, int64_t depth, in
         }
         return;
     }
-    constexpr int64_t STEP = 16;  // a piece of all columns that stays in the first-level cache
+    constexpr int64_t STEP = 16;  // rows of all columns that stay in the L1 cache
     for (int64_t k = 0; k < depth; k += STEP) {
         const int64_t end = k + STEP < depth ? k + STEP : depth;
         for (int64_t j = 0; j < WIDE<T>; ++j)
@@ -36,10 +36,10 @@ template <class T> void pack(const Matrix<T>& m, int64_t from, int64_t depth, in
     }
 }
 
-// Columns [first, first + count) of `depth` rows, TILE at a time, the tiles `apart` rows from one another: row by row, as they
-// lie in memory.
+// Packs columns [first, first + count) of `depth` rows into tiles of TILE columns; each tile starts `apart` tile rows after the
+// previous one. Reads row by row, in memory order.
 template <class T> void pack_tiles(const T* from, int64_t row, int64_t first, int64_t count, int64_t depth, T* to, int64_t apart) {
-    constexpr int64_t AHEAD = 8;  // rows that memory has time for
+    constexpr int64_t AHEAD = 8;  // prefetch distance in rows
     const int64_t whole = count / TILE * TILE;
     for (int64_t k = 0; k < depth; ++k) {
         const T* at = from + k * row + first;
@@ -50,7 +50,7 @@ template <class T> void pack_tiles(const T* from, int64_t row, int64_t first, in
     }
 }
 
-// As put(), where c ends after `rows` rows or `columns` columns of the tile, if it does.
+// As put(), but c may end after `rows` rows or `columns` columns of the tile.
 template <class T, int N>
 inline void put_part(const V<T> (&sums)[TILE][N], int64_t rows, int64_t columns, bool add, T* c, int64_t row) {
     if (rows >= TILE && columns >= N * WIDTH<T>) return put<T, N>(sums, add, c, row);

@@ -1,21 +1,21 @@
-// A weight's gradient, g^T x, in float32: what oneDNN computes after a transposed copy of g is read in place here.
+// A weight's gradient, g^T x, in float32. oneDNN would first make a transposed copy of g; here g is read in place.
 //
-// Blocks of both are copied into panels. The result is the same for each number of threads: depth is not divided.
+// Blocks of both are copied into panels. The result does not depend on the number of threads: depth is not split.
 
 #include "panels.h"
 
 namespace {
 
-constexpr int64_t DEPTH = 512;  // of a block; 96 rows of it fill a fifth of a second-level cache
-constexpr int64_t ROWS = 96;    // of a block, at the most
+constexpr int64_t DEPTH = 512;  // of a block; 96 rows of it fill a fifth of an L2 cache
+constexpr int64_t ROWS = 96;    // of a block, at most
 
-// Asks for a tile of c before it is needed.
+// Prefetches a tile of c.
 inline void fetch(const float* c, int64_t row, int64_t rows) {
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < COLUMNS; ++j) __builtin_prefetch(c + i * row + j * WIDTH<float>, 1);
 }
 
-// Columns [first, last) of out (R, N) = left^T right; `packed` is left, TILE columns of DEPTH rows after one another.
+// Columns [first, last) of out (R, N) = left^T right; `packed` is left in consecutive tiles of TILE columns by DEPTH rows.
 void thin_part(const float* packed, int64_t rank, const float* right, int64_t right_row, int64_t tokens, int64_t first, int64_t last,
                float* spare, float* out, int64_t columns) {
     const int64_t filled = up(rank, TILE);
@@ -38,8 +38,8 @@ void thin_part(const float* packed, int64_t rank, const float* right, int64_t ri
 
 }  // namespace
 
-// out (R, N) = left^T right for left (T, R) and right (T, N), whose rows lie so many numbers apart; for a small R, as right is
-// read once and in place. Returns 0, or 1 where memory is short.
+// out (R, N) = left^T right for left (T, R) and right (T, N) with row strides left_row and right_row. For small R, since right
+// is read once and in place. Returns 0, or 1 if out of memory.
 extern "C" int thin_across_rows(const float* left, int64_t left_row, const float* right, int64_t right_row, float* out,
                                 int64_t tokens, int64_t rank, int64_t columns, int threads) {
     const int64_t filled = up(rank, TILE);
@@ -63,7 +63,7 @@ extern "C" int thin_across_rows(const float* left, int64_t left_row, const float
     return 0;
 }
 
-// out (O, I) = g^T x for g (T, O) and x (T, I), whose rows lie g_row and x_row numbers apart. Returns 0, or 1 where memory is short.
+// out (O, I) = g^T x for g (T, O) and x (T, I) with row strides g_row and x_row. Returns 0, or 1 if out of memory.
 extern "C" int across_rows(const float* g, int64_t g_row, const float* x, int64_t x_row, float* out, int64_t tokens, int64_t rows,
                            int64_t columns, int threads) {
     const int64_t wide = up(columns, WIDE<float>), turns = up(rows, threads * ROWS) / ROWS;

@@ -1,4 +1,4 @@
-"""A weight's gradient, g^T x, by the kernel of products.cpp.
+"""A weight's gradient, g^T x, with the kernel in products.cpp.
 
 Shapes: T rows, I in_features, O out_features. All tensors are float32 on a CPU.
 """
@@ -15,12 +15,12 @@ from tunesmith.kernels.cpu.library import call, dense_rows
 
 @cache
 def unsupported_reason() -> str | None:
-    """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
+    """Why the kernel is unsupported here, or None; the first call compiles it and tests it on small tensors."""
     return library.unsupported_reason("products", _gives_what_it_should)
 
 
 def across_rows(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The product g^T x (O, I) for g (T, O) and x (T, I). Raises MemoryError where there is too little."""
+    """The GEMM g^T x (O, I) for g (T, O) and x (T, I). Raises MemoryError if memory is too small."""
     gradient, x = dense_rows(gradient), dense_rows(x)
     if len(x) == 0:
         return x.new_zeros((gradient.shape[1], x.shape[1]))
@@ -31,7 +31,7 @@ def across_rows(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def thin_across_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The same (R, N) for left (T, R) and right (T, N), where R is small: `right` is read once. Raises MemoryError as above."""
+    """The same, (R, N) for left (T, R) and right (T, N), for small R: `right` is read once. Raises MemoryError as above."""
     left, right = dense_rows(left), dense_rows(right)
     if len(right) == 0:
         return right.new_zeros((left.shape[1], right.shape[1]))
@@ -43,7 +43,7 @@ def thin_across_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _gives_what_it_should() -> bool:
-    """Whether a small product is the one of torch's operator."""
+    """Whether a small GEMM matches torch's operator."""
     draw = torch.Generator().manual_seed(0)
     gradient, x = (torch.randn((390, size), generator=draw) for size in (100, 70))
     with torch.no_grad():

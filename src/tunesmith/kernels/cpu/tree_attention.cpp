@@ -1,13 +1,13 @@
-// Attention along a prefix tree, for CPUs: softmax(q k^T scale) v, forward and backward, in float and double;
-// what is read and written may be bfloat16 where it computes in float.
+// Attention along a prefix tree, for CPUs: softmax(q k^T scale) v, forward and backward, in float and double.
+// Inputs and outputs may be bfloat16 if it computes in float.
 //
-// A block is a stretch of a node's tokens with all query heads that share one head of keys: its rows are (token, head). Its keys
-// are those of the node's ancestors and the node's own up to each token, taken in chunks that fit the second-level cache; chunks
-// are merged as flash attention merges its tiles (Dao et al. 2022, arXiv 2205.14135, section 3.1). Products are register tiles
-// over vectors of the compiler's own (GCC and Clang's vector extensions), so that one source serves each instruction set.
+// A block is a stretch of a node's tokens with all query heads that share one key head: its rows are (token, head). Its keys
+// are the node's ancestors' and the node's own up to each token. They are processed in chunks that fit the L2 cache, and chunks
+// are merged as flash attention merges its tiles (Dao et al. 2022, arXiv 2205.14135, section 3.1). GEMMs are register tiles
+// over GCC and Clang's vector extensions, so one source serves each instruction set.
 //
-// Shapes: H heads, H_kv heads of keys and values, G = H / H_kv, T tokens, D head size. All results are the same for each run
-// with the same number of threads: what is summed, is summed in one order.
+// Shapes: H heads, H_kv key/value heads, G = H / H_kv, T tokens, D head size. Results are deterministic for a given number of
+// threads: sums have a fixed order.
 
 #include "vectors.h"
 
@@ -23,10 +23,10 @@ inline void tile(Left<T> a, Right<T> b, int64_t depth, T* c, int64_t c_row) {
     put<T, N>(sums, ADD, c, c_row);
 }
 
-// What a tile of rows needs of a product: its columns (in vectors), and the depth from one number to another.
+// The part of a GEMM that a tile of rows needs: its columns (in vectors), and the depth range [from, to).
 struct Extent { int64_t vectors, from, to; };
 
-// c = or += a b; `rows` is filled up to a multiple of TILE, and extent(row) is what the tile that begins there needs.
+// c = or += a b; `rows` is padded to a multiple of TILE, and extent(row) is what the tile that begins at `row` needs.
 template <class T, bool ADD, class E>
 void product(int64_t rows, int64_t vectors, Left<T> a, Right<T> b, T* c, int64_t c_row, E extent) {
     for (int64_t n = 0; n < vectors; n += COLUMNS)
@@ -47,10 +47,10 @@ void product(int64_t rows, int64_t vectors, Left<T> a, Right<T> b, T* c, int64_t
 }
 
 struct Node { int64_t start, end, subtree_end; };
-struct Block { int64_t node, first, last, before; };  // tokens [first, last), and what all blocks before it cost
-struct Panel { int64_t first, count; };            // tokens that one vector of packed keys holds
+struct Block { int64_t node, first, last, before; };  // tokens [first, last), and the total cost of all earlier blocks
+struct Panel { int64_t first, count; };            // the tokens in one vector of packed keys
 
-template <class T, class S> struct Problem {  // computed with as T, stored as S
+template <class T, class S> struct Problem {  // computed in T, stored as S
     int64_t heads, shared, tokens, size, nodes;
     const Node* node;
     T scale;
@@ -58,7 +58,7 @@ template <class T, class S> struct Problem {  // computed with as T, stored as S
     int64_t query_head, query_token, key_head, key_token, value_head, value_token;  // strides
     int threads;
 
-    // Made by prepare():
+    // Set by prepare():
     int64_t group = 0, padded = 0, rows = 0, blocks = 0, panels = 0, cost = 0;
     Block* block = nullptr;
     Panel* panel = nullptr;
@@ -84,7 +84,7 @@ template <class T, class S> bool prepare(Problem<T, S>& p, bool backward) {
         p.first_panel[n] = p.panels;
         p.panels += up(length, WIDTH<T>) / WIDTH<T>;
         p.blocks += up(length, tokens_of_block) / tokens_of_block;
-        int64_t above = n - 1;  // depth-first order: the parent is the last one whose subtree goes on
+        int64_t above = n - 1;  // depth-first order: the parent is the last node whose subtree contains this one
         while (above >= 0 && p.node[above].subtree_end <= p.node[n].start) above = p.parent[above];
         p.parent[n] = above;
     }
@@ -116,7 +116,7 @@ template <class T, class S> bool prepare(Problem<T, S>& p, bool backward) {
     return true;
 }
 
-// Keys or values transposed: WIDTH tokens of one number of the head after one another, zeros behind a node's last token.
+// Keys or values transposed: WIDTH tokens of one head dimension are contiguous, zero-padded after a node's last token.
 template <class T, class S> void pack(const Problem<T, S>& p, const S* from, int64_t head, int64_t token, T* to) {
 #pragma omp for collapse(2) schedule(static)
     for (int64_t h = 0; h < p.shared; ++h)
@@ -133,7 +133,7 @@ template <class T, class S> void pack(const Problem<T, S>& p, const S* from, int
         }
 }
 
-// Rows filled up to whole vectors, where the head size is none, or numbers that are stored otherwise.
+// Copies rows padded to whole vectors, if the head size is not a multiple of one or the stored dtype differs.
 template <class T, class S> void fill(const Problem<T, S>& p, const S* from, int64_t head, int64_t token, T* to) {
     if (!to) return;
 #pragma omp for collapse(2) schedule(static)
@@ -152,7 +152,7 @@ Right<T> rows_of(const Problem<T, S>& p, const T* filled, const S* plain, int64_
     return {filled + (h * p.tokens + t) * p.padded, p.padded, WIDTH<T>};
 }
 
-// A block's rows (token, head) of one tensor, times a number.
+// A block's rows (token, head) of one tensor, multiplied by a scalar.
 template <class T, class S>
 void gather(const Problem<T, S>& p, const S* from, int64_t head, int64_t token, int64_t h, const Block& b, T times, T* to) {
     int64_t row = 0;
@@ -166,10 +166,10 @@ void gather(const Problem<T, S>& p, const S* from, int64_t head, int64_t token, 
     std::memset(to + row * p.padded, 0, (p.rows - row) * p.padded * sizeof(T));
 }
 
-// Calls what(first token, keys, first panel, whether they are the block's own node's) for each chunk, from the root on.
+// Calls what(first token, keys, first panel, whether they belong to the block's own node) for each chunk, starting at the root.
 template <class T, class S, class F> void for_chunks(const Problem<T, S>& p, const Block& b, F what) {
     int64_t path[64], depth = 0, node = b.node;
-    // Deep trees are walked from the node up in stretches of 64; in which order chunks come changes rounding alone.
+    // Deep trees are walked from the node up in stretches of 64; the order of chunks affects only rounding.
     for (; node >= 0; node = p.parent[node]) {
         path[depth++] = node;
         if (depth == 64 || p.parent[node] < 0) {
@@ -184,14 +184,14 @@ template <class T, class S, class F> void for_chunks(const Problem<T, S>& p, con
     }
 }
 
-// How many of a chunk's `keys`, the first of which is token `first`, a block's row sees.
+// How many of a chunk's `keys`, the first of which is token `first`, a block's row attends to.
 template <class T, class S> int64_t seen_by(const Problem<T, S>& p, const Block& b, int64_t row, int64_t first, int64_t keys, bool own) {
     const int64_t before = b.first + row / p.group - first + 1;
     if (!own || before > keys) return keys;
     return before > 0 ? before : 0;
 }
 
-constexpr int64_t SPARE = 16;  // columns behind a chunk: rows of a transposed product are filled up to a multiple of TILE
+constexpr int64_t SPARE = 16;  // columns after a chunk: rows of a transposed GEMM are padded to a multiple of TILE
 template <class T> constexpr int64_t LINE = CHUNK + (WIDTH<T> > SPARE ? WIDTH<T> : SPARE);
 
 template <class T, class S>
@@ -327,7 +327,7 @@ void backward_block(const Problem<T, S>& p, const Upstream<T, S>& u, int64_t h, 
         const int64_t wide = p.padded / WIDTH<T>;
         product<T, true>(rows, wide, {grads, LINE<T>, 1}, rows_of(p, p.key_rows, p.key, p.key_head, p.key_token, h, first), sums,
                          p.padded, [&](int64_t row) { return Extent{wide, 0, seen_of_tile(row)}; });
-        const auto from_rows = [&](int64_t key) {  // from the first row on that sees it
+        const auto from_rows = [&](int64_t key) {  // starts at the first row that attends to the key
             const int64_t before = own && first + key > b.first ? (first + key - b.first) * p.group : 0;
             return Extent{wide, before, rows};
         };
@@ -346,7 +346,7 @@ void backward_block(const Problem<T, S>& p, const Upstream<T, S>& u, int64_t h, 
 
 template <class T, class S> int backward(Problem<T, S>& p, const Upstream<T, S>& u, S* grad_key, S* grad_value) {
     if (!prepare(p, true)) return 1;
-    // A head's blocks are cut into runs of like cost, each with sums of its own for keys and values.
+    // A head's blocks are split into runs of about equal cost, each with its own sums for keys and values.
     int64_t runs = 1;
     while (runs < 8 && runs < p.blocks && p.shared * runs % p.threads != 0) ++runs;
     const int64_t of_run = (p.tokens + TILE) * p.padded;
@@ -375,7 +375,7 @@ template <class T, class S> int backward(Problem<T, S>& p, const Upstream<T, S>&
             for (int64_t b = cuts[unit % runs]; b < cuts[unit % runs + 1]; ++b)
                 backward_block(p, u, unit / runs, p.block[b], own, to, to + of_run);
         }
-        const T ln2 = T(0.6931471805599453);  // queries were taken times scale log2(e)
+        const T ln2 = T(0.6931471805599453);  // queries were multiplied by scale log2(e)
 #pragma omp for collapse(2) schedule(static)
         for (int64_t t = 0; t < p.tokens; ++t)
             for (int64_t h = 0; h < p.shared; ++h) {
@@ -400,7 +400,7 @@ template <class T, class S> int backward(Problem<T, S>& p, const Upstream<T, S>&
 
 }  // namespace
 
-// Pointers and strides in numbers; nodes is (count, 3): start, end, subtree_end. Return 0, or 1 where memory is short.
+// Strides are in elements; nodes is (count, 3): start, end, subtree_end. They return 0, or 1 if out of memory.
 #define GIVEN(S)                                                                                                                 \
     const int64_t *sizes, const int64_t *strides, const int64_t *nodes, double scale, const S *query, const S *key, const S *value
 #define PROBLEM(T, S)                                                                                                            \

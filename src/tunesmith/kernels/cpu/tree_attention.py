@@ -1,7 +1,7 @@
-"""Attention along a prefix tree by the kernel of tree_attention.cpp.
+"""Attention along a prefix tree with the kernel in tree_attention.cpp.
 
-Shapes: H heads, H_kv heads of keys and values, T tokens, D head size. All tensors are float32, or all float64, or all bfloat16,
-which it computes with in float32, as log-sum-exps are.
+Shapes: H heads, H_kv key/value heads, T tokens, D head size. All tensors are float32, or all float64, or all bfloat16. For
+bfloat16 it computes in float32 and returns float32 log-sum-exps.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from tunesmith.kernels.cpu.library import call, dense_rows, own_graph
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-#: (start, end, subtree_end) of each node after the other, in depth-first order.
+#: (start, end, subtree_end) of each node in one flat array, in depth-first order.
 Table = ctypes.Array[ctypes.c_int64]
 
 DTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
 
 
 def table(nodes: Sequence[int]) -> Table:
-    """What the kernel reads of a tree; `nodes` has the same numbers."""
+    """The tree as the C array that the kernel reads; `nodes` has the same integers."""
     return (ctypes.c_int64 * len(nodes))(*nodes)
 
 
 @cache
 def unsupported_reason() -> str | None:
-    """Why the kernel cannot be had here, or None; it is compiled, and tried on small tensors, the first time."""
+    """Why the kernel is unsupported here, or None; the first call compiles it and tests it on small tensors."""
     return library.unsupported_reason("tree_attention", _gives_what_it_should)
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
-    """What tensors of this dtype are computed with in."""
+    """The dtype in which the kernel computes for tensors of this dtype."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, nodes: Table, scale: float) -> Pair:
     """softmax(q k^T scale) v as (T, H, D), and each query's log-sum-exp (T, H).
 
-    `query` is (H, T, D), `key` and `value` are (H_kv, T, D), of any strides. Raises MemoryError where there is too little.
+    `query` is (H, T, D), `key` and `value` are (H_kv, T, D), with any strides. Raises MemoryError if memory is too small.
     """
     query, key, value = (dense_rows(each) for each in (query, key, value))
     heads, tokens, size = query.shape
@@ -62,7 +62,7 @@ def backward(
     nodes: Table,
     scale: float,
 ) -> Triple:
-    """Gradients of query (T, H, D), key and value (T, H_kv, D); `gradient` is (H, T, D), `out` and `weight` as made."""
+    """Gradients of query (T, H, D), key and value (T, H_kv, D); `gradient` is (H, T, D), `out` and `weight` from `forward`."""
     query, key, value, gradient = (dense_rows(each) for each in (query, key, value, gradient))
     out, weight = out.contiguous(), weight.contiguous()
     heads, tokens, size = query.shape
@@ -89,7 +89,7 @@ def _call(
 
 
 def _gives_what_it_should() -> bool:
-    """Whether a small tree's attention and gradients are those of the formula, in each dtype."""
+    """Whether a small tree's attention and gradients match the formula, in each dtype."""
     spans = [(0, 5, 40), (5, 22, 30), (22, 30, 30), (30, 40, 40)]
     mask = torch.zeros((40, 40), dtype=torch.bool)
     for start, end, subtree_end in spans:

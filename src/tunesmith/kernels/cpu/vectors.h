@@ -1,4 +1,4 @@
-// Vectors of the compiler's own (GCC and Clang's vector extensions), as wide as the instruction set has them.
+// Vectors based on GCC and Clang's vector extensions, as wide as the instruction set supports.
 
 #pragma once
 
@@ -35,7 +35,7 @@ template <> struct Wide<double> {
 template <class T> using V = typename Wide<T>::V;
 template <class T> constexpr int64_t WIDTH = BYTES / sizeof(T);
 
-// A number that is stored as bfloat16 and computed with as float: the upper half of one.
+// A value that is stored as bfloat16, the upper half of a float, and computed with as float.
 struct bf16 {
     uint16_t bits;
 };
@@ -52,7 +52,7 @@ inline float widened(bf16 one) {
 }
 template <class T> inline T widened(T one) { return one; }
 
-// Rounded to the nearest, to the even one of two; what is no number stays none.
+// Rounded to nearest, ties to even; NaN stays NaN.
 inline Upper narrowed(V<float> what) {
     const Bits bits = (Bits)what, odd = bits >> 16 & 1, none = (Bits)(what != what);
     return __builtin_convertvector(((bits + 0x7fff + odd) >> 16 & ~none) | (none & 0x7fc0), Upper);
@@ -70,7 +70,7 @@ inline void store(bf16* at, V<float> what) { *reinterpret_cast<LooseUpper*>(at) 
 template <class T> inline V<T> load(const T* at) { return *reinterpret_cast<const typename Wide<T>::Loose*>(at); }
 template <class T> inline void store(T* at, V<T> what) { *reinterpret_cast<typename Wide<T>::Loose*>(at) = what; }
 
-// A vector's first `count` numbers; the others are 0, and stay what they are.
+// Reads or writes a vector's first `count` elements. The others are read as 0, and are not written.
 template <class S> inline auto read(const S* at, int64_t count) {
     constexpr int64_t WIDE = sizeof(load(at)) / sizeof(load(at)[0]);
     if (count == WIDE) return load(at);
@@ -89,11 +89,11 @@ template <class S, class F> inline void write(S* at, F what, int64_t count) {
 template <class T> inline V<T> all(T one) { return one - V<T>{}; }
 inline int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-// A matrix whose columns come in vectors: rows lie `row` numbers apart, vectors of one row `vector`.
+// A matrix whose columns are grouped into vectors: `row` is the row stride, `vector` the stride between vectors of one row.
 template <class T> struct Right { const T* at; int64_t row, vector; };
 template <class T> struct Left { const T* at; int64_t row, column; };
 
-// Adds to sums the product of TILE rows of a with N vectors of columns of b; sums are to stay in registers.
+// Adds to sums the product of TILE rows of a with N vectors of columns of b; sums should stay in registers.
 template <class T, int N> inline void multiply(Left<T> a, Right<T> b, int64_t depth, V<T> (&sums)[TILE][N]) {
     for (int64_t k = 0; k < depth; ++k) {
         V<T> right[N];
@@ -108,7 +108,7 @@ template <class T, int N> inline void multiply(Left<T> a, Right<T> b, int64_t de
     }
 }
 
-// c = or += sums; its rows lie `row` numbers apart.
+// c = or += sums; `row` is c's row stride.
 template <class T, int N> inline void put(const V<T> (&sums)[TILE][N], bool add, T* c, int64_t row) {
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; ++i)
@@ -119,13 +119,12 @@ template <class T, int N> inline void put(const V<T> (&sums)[TILE][N], bool add,
         }
 }
 
-// Uninitialised memory on a cache line's edge, or null; free() gives it back.
+// Uninitialised memory aligned to a cache line, or null; release it with free().
 template <class T> T* take(int64_t count) {
     return static_cast<T*>(std::aligned_alloc(64, up((count > 0 ? count : 1) * sizeof(T), 64)));
 }
 
-// 2^(x times), `times` in two parts, to the last bit or two; 0 below 2^-126, and what is no number stays none. The
-// product is to stay below 128.
+// 2^(x (times + rest)), accurate to one or two ulps; 0 below 2^-126, and NaN stays NaN. The exponent must stay below 128.
 inline V<float> power(V<float> x, float times = 1, float rest = 0) {
     typedef Wide<float>::I I;
     const V<float> low = all(-127.0f / times), magic = all(12582912.0f);  // 1.5 x 2^23: adding it rounds to a whole number
@@ -149,7 +148,7 @@ inline V<double> power(V<double> x) {
     return x;
 }
 
-// e^x; in float what lies above 88 counts as 88.
+// e^x; in float, x is clamped to at most 88.
 inline V<float> exponential(V<float> x) {
     const V<float> high = all(88.0f);
     x = x > high ? high : x;

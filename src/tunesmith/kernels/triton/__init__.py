@@ -1,7 +1,7 @@
 """Custom kernels for GPUs, in Triton: one pass over memory where PyTorch's operators make several.
 
-Triton comes with PyTorch's builds for GPUs, and compiles each kernel for the card at hand in about a second. Where it cannot,
-or where a kernel does not give what PyTorch's operators give, those are taken: the same result to rounding, more time.
+Triton comes with PyTorch's builds for GPUs, and compiles each kernel for the local card in about a second. If it cannot, or if
+a kernel's results do not match PyTorch's operators, those are used: the same result up to rounding, in more time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @cache
 def unsupported_reason(device: torch.device) -> str | None:
-    """Why the kernels cannot be had on the device, or None; they are compiled, and tried on small tensors, the first time."""
+    """Why the kernels are unsupported on the device, or None; the first call compiles them and tests them on small tensors."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
     if device.type != "cuda":
@@ -32,17 +32,17 @@ def unsupported_reason(device: torch.device) -> str | None:
 
 
 def _tried(device: torch.device) -> str | None:
-    """What is wrong with the kernels' results, or None. Raises RuntimeError where Triton does not work."""
+    """What is wrong with the kernels' results, or None. Raises RuntimeError if Triton does not work."""
     try:
         from tunesmith.kernels.triton import trial
 
         return trial.wrong(device)
-    except Exception as error:  # what Triton raises is of no common kind
+    except Exception as error:  # Triton raises exceptions of many unrelated types
         raise RuntimeError(f"Triton does not work here: {first_line(error)}") from error
 
 
 def computes(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels compute with these: on a GPU, of dtypes they know, none that stands for others, as the plan's do."""
+    """Whether the kernels support these tensors: on a GPU, of supported dtypes, and no FakeTensors, which the plan uses."""
     return (
         tensors[0].is_cuda
         and all(type(each) in REAL and each.dtype in DTYPES for each in tensors)

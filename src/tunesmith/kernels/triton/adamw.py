@@ -1,7 +1,7 @@
-"""One update of AdamW with small states as one kernel, in Triton. Importing it takes Triton.
+"""One AdamW update with 16- or 8-bit states as one kernel, in Triton. Importing it requires Triton.
 
-Read and written for each parameter are gradient, weight and states, and nothing else: no float32 copies. Formulas and
-formats are those of `engine/optim/adamw.py`; what is rounded at random draws from a counter (Salmon et al. 2011, Philox).
+Per parameter it reads and writes only gradient, weight and states: no float32 copies. `engine/optim/adamw.py` defines formulas
+and formats; stochastic rounding uses a counter-based generator (Salmon et al. 2011, Philox).
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-#: Numbers that share a scale, as in `engine/optim/sizes.py`, and how many such blocks a program computes.
+#: Values that share a scale, as in `engine/optim/sizes.py`, and the number of such blocks per program.
 STATE_BLOCK = 256
 _BLOCKS = 4
 
-# How a weight is rounded; what kernels read of a module has to be a `constexpr`.
+# How a weight is rounded; module globals that kernels read must be `constexpr`.
 EXACT, AT_RANDOM, COMPENSATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A state, flat: (T,) bf16, or uint8 with a float32 scale for each 256 and the 256 values of bitsandbytes' dynamic map."""
+    """A flat state: (T,) bf16, or uint8 with a float32 scale per 256 values and the 256 values of bitsandbytes' dynamic map."""
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
@@ -52,7 +52,7 @@ def _decode(values, scales, code, at, block, inside, has_block, bits_each: tl.co
 
 @triton.jit
 def _at_random(values, noise):
-    """bfloat16, up or down with odds that keep the mean; what is not finite stays so."""
+    """bfloat16, rounded up or down with probabilities that keep the mean; non-finite values stay non-finite."""
     bits = values.to(tl.int32, bitcast=True)
     kept = (bits + (noise & 0xFFFF).to(tl.int32)) & -65536
     return kept.to(tl.float32, bitcast=True).to(tl.bfloat16)
@@ -60,10 +60,10 @@ def _at_random(values, noise):
 
 @triton.jit
 def _nearest(share, edges, signed: tl.constexpr):
-    """The byte whose value is nearest to each share of -1 to 1, or 0 to 1: which decade it is in, then which part of that.
+    """The byte whose value is nearest to each share in [-1, 1], or [0, 1]: finds its decade, then its part of the decade.
 
-    The bytes' values in a decade lie evenly, as many as a power of two (`_edges`). To look each up would be eight dependent
-    loads from all over a table.
+    A decade's byte values are evenly spaced, and their number is a power of two (`_edges`). A table lookup would need eight
+    dependent, scattered loads.
     """
     size = tl.abs(share)
     decade, tens = tl.zeros_like(share).to(tl.int32), tl.zeros_like(share)
@@ -74,10 +74,10 @@ def _nearest(share, edges, signed: tl.constexpr):
     more: tl.constexpr = 0 if signed else 1
     count = tl.full(share.shape, 1, tl.int32) << (decade + more)
     part = ((size * tens - 0.1) * (count.to(tl.float32) / 0.9)).to(tl.int32)
-    rank = count - more + tl.minimum(part, count - 1)  # where a decade begins, the share is above its 0.1
+    rank = count - more + tl.minimum(part, count - 1)  # a decade begins at a share above its 0.1
     rank = tl.where(size > tl.load(edges), rank, 0)
     rank = tl.where(size > tl.load(edges + 7), 128 if signed else 255, rank)
-    if signed:  # one stands at the end; minus one has no byte
+    if signed:  # one is the last value; minus one has no byte
         rank = 127 + tl.where(share < 0, -tl.minimum(rank, 127), rank)
     return rank
 
@@ -158,10 +158,10 @@ def _update(
 
 @cache
 def _edges(device: torch.device, *, signed: bool) -> torch.Tensor:
-    """(15,) float32 of bitsandbytes' dynamic map: where each of seven decades begins, and one; what scales each to 0.1 to 1.
+    """(15,) float32 of bitsandbytes' dynamic map: the start of each of seven decades, and of one; each's scale to 0.1 to 1.
 
-    From 10^(d-6) 0.1 to 10^(d-6) there are 2^d values (of each sign), or 2^(d+1) without signs, each in the middle of its part;
-    beside them zero and one. A byte begins half-way to its neighbour.
+    From 10^(d-6) 0.1 to 10^(d-6) there are 2^d values (of each sign), or 2^(d+1) unsigned, each in the middle of its part; in
+    addition zero and one. A byte's interval begins half-way to its neighbour.
     """
     halves = [0.45 / 2 ** (decade + (not signed)) for decade in range(7)]  # of a part
     tops = [0.0, *(10.0 ** (decade - 6) * (1 - half) for decade, half in enumerate(halves))]
@@ -179,11 +179,11 @@ def update(
     clip: tuple[torch.Tensor, float] | None = None,
     first: int = 0,
 ) -> None:
-    """One update in place of a flat weight (T,): float32, bf16 rounded at random, or bf16 with its `compensation` (T,) int16.
+    """One in-place update of a flat weight (T,): float32, bf16 rounded stochastically, or bf16 with `compensation` (T,) int16.
 
-    `moments` are the means of gradients and of their squares. `clip` is the gradient's norm (a number on the device) and the
-    most that it may be, as torch's `clip_grad_norm_` has it. Of a weight that comes in slices, `first` is the place of this
-    one's first number.
+    `moments` are the means of gradients and of their squares. `clip` is the gradient's norm (a scalar on the device) and the
+    maximum norm, as in torch's `clip_grad_norm_`. If a weight is updated in slices, `first` is the index of this slice's first
+    element.
     """
     (mean, square), count, (beta1, beta2) = moments, weight.numel(), step.betas
     eight = mean.scales is not None

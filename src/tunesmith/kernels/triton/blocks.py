@@ -1,6 +1,7 @@
-"""What a decoder block computes number by number, in Triton. Importing it takes Triton.
+"""A decoder block's elementwise operators, in Triton. Importing it requires Triton.
 
-Shapes: rows of H or F numbers, or (B, A, L, D) for rotations. In float32 inside, rounded once at the end; rstd are float32.
+Shapes: rows of H or F elements, or (B, A, L, D) for rotary embeddings. Computes in float32, rounds once at the end; rstd is
+float32.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-#: Numbers of a gated activation that one program computes.
+#: Elements of a gated activation per program.
 _BLOCK = 1024
 
-#: Programs that share the rows of a norm where its weight's gradient is asked for: about two for each core of a large GPU.
+#: Programs that share a norm's rows if its weight's gradient is needed: about two per streaming multiprocessor of a large GPU.
 _PROGRAMS = 256
 
-#: Kept, as Triton's own takes longer than a tensor to be made.
+#: Cached, since Triton's own takes longer than allocating a tensor.
 _power_of_2 = cache(triton.next_power_of_2)
 
 
@@ -43,7 +44,7 @@ def _norm_backward(
     factors = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + offset
     total = tl.zeros((width,), tl.float32)
     row = program
-    while row < rows:  # a `range` of these has no interpreter with NumPy 2.5
+    while row < rows:  # Triton's interpreter does not support `range` over these with NumPy 2.5
         place = row.to(tl.int64) * size + at
         upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
         values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
@@ -125,12 +126,12 @@ def _rotary(
 
 
 def _warps(width: int) -> int:
-    """Warps of a program that holds so many numbers."""
+    """Warps of a program that holds `width` elements."""
     return min(16, max(1, width // 512))
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and rstd (..., 1), the reciprocal of the root."""
+    """The normed x / sqrt(mean(x^2) + epsilon) (weight + offset), and rstd (..., 1), the reciprocal of the square root."""
     x, size = x.contiguous(), x.shape[-1]
     out, rstd = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     width = _power_of_2(size)
@@ -142,7 +143,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -
 def norm_backward(
     gradient: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, offset: float, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of x, and of weight in float32 where that is asked for."""
+    """The gradients of x, and of weight in float32 if `of_weight`."""
     gradient, x, size, rows = gradient.contiguous(), x.contiguous(), x.shape[-1], rstd.numel()
     grad_x, programs = torch.empty_like(x), min(rows, _PROGRAMS) if of_weight else rows
     parts = rstd.new_empty((programs, size)) if of_weight else rstd

@@ -1,6 +1,6 @@
-"""Cross-entropy of logits as they come out of a head, in Triton: no float32 copy of them. Importing it takes Triton.
+"""Cross-entropy of a head's logits in their own dtype, in Triton, without a float32 copy. Importing it requires Triton.
 
-Shapes: N places, V vocabulary. In float32 inside; the derivatives are written where the logits were.
+Shapes: N positions, V vocabulary. Computes in float32; gradients overwrite the logits.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 8192  # of a row's logits at once
+_BLOCK = 8192  # logits of a row per iteration
 _WARPS = 16
 
 
@@ -23,7 +23,7 @@ def _cross_entropy(logits, targets, weights, losses, width, stride, with_grad: t
     top = tl.max(tl.load(logits + at, mask=at < width, other=float("-inf")).to(tl.float32), 0)
     total = 0.0
     begin = 0
-    while begin < width:  # a `range` has no interpreter with NumPy 2.5
+    while begin < width:  # Triton's interpreter does not support `range` with NumPy 2.5
         place = begin + at
         values = tl.load(logits + place, mask=place < width, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(values, 0))
@@ -44,7 +44,7 @@ def _cross_entropy(logits, targets, weights, losses, width, stride, with_grad: t
 
 
 def from_logits(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """-log softmax of each target, (N,) float32; with `weights` (N,) the logits become the derivatives of the weighted sum."""
+    """-log softmax of each target, (N,) float32; with `weights` (N,) the weighted sum's gradients overwrite the logits."""
     places, width = logits.shape
     losses = torch.empty(places, dtype=torch.float32, device=logits.device)
     if places:

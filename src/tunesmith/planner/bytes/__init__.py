@@ -1,1 +1,1 @@
-"""The closed form of a step's memory: a tape of what its operators keep."""
+"""The closed form of a step's memory: a tape of what its operators save."""

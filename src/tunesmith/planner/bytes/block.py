@@ -1,12 +1,12 @@
-"""A decoder block, the head and the loss on a tape: what transformers' modelling code and the engine keep of each operator.
+"""A decoder block, the head and the loss on a tape: what transformers' modelling code and the engine save per operator.
 
-For a block of the llama family in bf16 the tape holds, in bytes for each token,
+For a block of the llama family in bf16 the tape holds, in bytes per token,
 
     full       20 h + 8 f + 4 kv + 4 a + 8
     adapters   16 h + 8 f + 4 kv + 4 a + 8 + 14 r
 
 with h hidden size, f intermediate size, kv key-value heads x head size, a attention heads, r rank. What an operator saves
-stands in torch's derivatives.yaml; in the methods below T is tokens, e the bytes of a number.
+is listed in torch's derivatives.yaml. In the methods below T is the number of tokens, e the bytes per element.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tunesmith.planner.scenario import Scenario
 
 
 class Modules:
-    """The pieces of a model, each a method that puts its forward pass on the tape and returns its result.
+    """The parts of a model; each method records a forward pass on the tape and returns its result.
 
-    A method frees its own values and leaves its input to the caller.
+    A method frees its own values; the caller frees the input.
     """
 
     def __init__(self, tape: Tape, architecture: Architecture, scenario: Scenario) -> None:
@@ -29,23 +29,23 @@ class Modules:
         self.style = FAMILIES[architecture.model_type].style
         self.full = scenario.method == "full"
         self.norms, self.head = scenario.trains("norm"), scenario.trains_head(architecture)
-        self.t = scenario.tokens  # of what is computed; the labelled places from the last block's attention on
-        # PEFT's k-bit preparation turns norms and embeddings to float32, and with them everything between 4-bit products.
+        self.t = scenario.tokens  # computed tokens; only the labelled positions after the last block's attention
+        # PEFT's k-bit preparation casts norms and embeddings to float32, and with them everything between 4-bit matmuls.
         self.e = 4 if scenario.stock and scenario.method == "qlora" else scenario.element
-        #: Attention's output, kept for the backward pass though the block is not (engine/modeling/checkpointing.py).
+        #: Attention's output, saved for the backward pass even if the block is recomputed (engine/modeling/checkpointing.py).
         self.kept: list[Buffer] = []
         self.fused, self.early = scenario.fused(architecture), scenario.ends_early(architecture)
 
     # --- linear layers ---
 
     def linear(self, x: Value, layer: Linear) -> Value:
-        """A linear layer by the scenario's method."""
+        """A linear layer under the scenario's method."""
         if self.full:
             return self._trained(x, layer)
         return self._stock_adapter(x, layer) if self.s.stock else self._adapter(x, layer)
 
     def _trained(self, x: Value, layer: Linear) -> Value:
-        """Keeps x, of which the weight's gradient is made."""
+        """A trained linear layer; saves x for the weight's gradient."""
         keeps: list[tuple[Kind, int]] = [("gradients", self.e * layer.weights)]
         if layer.bias:
             keeps.append(("gradients", self.e * layer.out_features))
@@ -53,11 +53,11 @@ class Modules:
         return self.tape.apply(self.e * layer.out_features * self.t, [x], saves=[x.buffer], gives=gives, keeps=keeps)
 
     def _dequantised(self, layer: Linear) -> int:
-        """A 4-bit weight while it is multiplied: in the model's dtype, its scales in float32."""
+        """Bytes of a 4-bit weight while it is multiplied: dequantised to the model's dtype, scales in float32."""
         return layer.weights * self.s.element + layer.weights // 16 if self.s.method == "qlora" else 0
 
     def _adapter(self, x: Value, layer: Linear) -> Value:
-        """engine/modeling/adapter.py: keeps x and a (T, r) product; the float32 weights are copied where the model is bf16."""
+        """engine/modeling/adapter.py: saves x and a (T, r) product; float32 weights are copied if the model is bf16."""
         r, e, into, out = self.s.r, self.e, layer.in_features, layer.out_features
         low = self.tape.make("activations", e * r * self.t)
         copies = 0 if e == 4 else e * r * max(into, out)
@@ -75,7 +75,7 @@ class Modules:
         return result
 
     def _stock_adapter(self, x: Value, layer: Linear) -> Value:
-        """PEFT's forward: a float32 copy of x for each layer, the adapter's result in float32 before it is added."""
+        """PEFT's forward: a float32 copy of x per layer, and the adapter's result in float32 before it is added."""
         tape, r, t, e = self.tape, self.s.r, self.t, self.e
         into, out, four_bit = layer.in_features, layer.out_features, self.s.method == "qlora"
         moment = self._dequantised(layer) + (self.s.element * out * t if four_bit else 0)
@@ -103,7 +103,7 @@ class Modules:
         return result
 
     def _cast(self, x: Value, width: int, before: int, after: int) -> Value:
-        """The value in another dtype; itself, held once more, where it has that one."""
+        """The value in another dtype, or a view of it if the dtype is the same."""
         if before == after:
             return self.tape.apply(None, [x], gives=[Give(x, None)])
         return self.tape.apply(after * width * self.t, [x], gives=[Give(x, before * width * self.t)])
@@ -111,7 +111,7 @@ class Modules:
     # --- norms and activations ---
 
     def norm(self, x: Value, width: int, groups: int = 1) -> Value:
-        """A norm over `width` numbers, `groups` times for each token."""
+        """A norm over `width` elements, `groups` times per token."""
         if self.style.norm == "layer":
             return self._layer_norm(x, width)
         if self.fused:
@@ -140,7 +140,7 @@ class Modules:
         return self._then_free(out, scaled)
 
     def _fused_norm(self, x: Value, width: int, groups: int) -> Value:
-        """Keeps x and a root in float32; float32 copies of x and of gradients are there for a moment."""
+        """Saves x and rstd in float32; float32 copies of x and of gradients are temporary."""
         tape, numbers = self.tape, width * groups * self.t
         exact, size = 4 * numbers, self.e * numbers
         copy = 0 if self.e == 4 else exact
@@ -154,7 +154,7 @@ class Modules:
         return out
 
     def _layer_norm(self, x: Value, width: int) -> Value:
-        """The one of torch: keeps x, mean and deviation."""
+        """Layer norm of torch: saves x, mean and rstd."""
         statistics = self.tape.make("activations", 8 * self.t)
         keeps: list[tuple[Kind, int]] = [("gradients", 2 * self.e * width)] if self.norms else []
         size = self.e * width * self.t
@@ -163,7 +163,7 @@ class Modules:
         return out
 
     def _activation(self, x: Value, width: int) -> Value:
-        """SiLU or GELU as one operator keeps its input; GELU written out (NewGELUActivation) keeps four tensors."""
+        """SiLU or GELU as one operator saves its input; GELU written out (NewGELUActivation) saves four tensors."""
         tape, size = self.tape, self.e * width * self.t
         if not self.style.written_out_gelu:
             return tape.apply(size, [x], saves=[x.buffer], gives=[Give(x, size)])
@@ -182,14 +182,14 @@ class Modules:
     # --- attention ---
 
     def attention(self, z: Value, *, last: bool = False) -> Value:
-        """Projections, rotary embedding, attention, output projection; that of the `last` block at the labelled places."""
+        """QKV projections, rotary embedding, attention, output projection (in the `last` block, at labelled positions)."""
         tape, a = self.tape, self.a
         layers = {layer.name: layer for layer in a.linears}
         q_width, kv_width = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
         if "qkv_proj" in layers:
             joint = self.linear(z, layers["qkv_proj"])
             size = self.e * (q_width + 2 * kv_width) * self.t
-            # Slices: their gradients come as tensors of the whole width.
+            # Slices: their gradients are tensors of the full width.
             q, k, v = (tape.apply(None, [joint], gives=[Give(joint, size)]) for _ in range(3))
             tape.free(joint)
         else:
@@ -209,7 +209,7 @@ class Modules:
             size = self.e * q_width * self.t
             mixed = self._then_free(tape.apply(size, [mixed], gives=[Give(mixed, size)]), mixed)
         out = layers["o_proj" if "o_proj" in layers else "dense"]
-        early, eager = last and self.early, self.s.attention == "eager"  # that is transformers' own, up to its end
+        early, eager = last and self.early, self.s.attention == "eager"  # eager: transformers' own, o_proj included
         if early and not eager:
             mixed = self._then_free(self._at_places(mixed, q_width), mixed)
             self.t = self.s.labelled
@@ -220,17 +220,17 @@ class Modules:
         return mixed
 
     def _rotate(self, x: Value, width: int) -> Value:
-        """Rotary embedding, x cos + rotate_half(x) sin: keeps cosines and sines alone, which all blocks share."""
+        """Rotary embedding, x cos + rotate_half(x) sin: saves only cosines and sines, which all blocks share."""
         size = self.e * width * self.t
         scratch, back = (0, 0) if self.fused else (2 * size, 3 * size)
         return self.tape.apply(size, [x], gives=[Give(x, size)], scratch=scratch, back_scratch=back)
 
     def _mix(self, q: Value, k: Value, v: Value, q_width: int, kv_width: int) -> Value:
-        """softmax(q k^T) v. Flash: keeps q, k, v, the result, a log-sum-exp for each head (arXiv 2205.14135, section 3.1)."""
+        """softmax(q k^T) v. Flash: saves q, k, v, the result, and a log-sum-exp per head (arXiv 2205.14135, section 3.1)."""
         tape, t, e, heads = self.tape, self.t, self.e, self.a.num_attention_heads
         gives = [Give(q, e * q_width * t), Give(k, e * kv_width * t), Give(v, e * kv_width * t)]
         if self.s.attention == "eager":
-            scores = heads * self.s.length * t  # numbers in the table of scores
+            scores = heads * self.s.length * t  # elements of the score matrix
             repeated = tape.make("activations", 2 * e * q_width * t)
             softmax = tape.make("activations", (4 + e) * scores if e == 2 else 4 * scores)
             saves = [q.buffer, repeated, softmax]
@@ -238,15 +238,15 @@ class Modules:
             out = tape.apply(e * q_width * t, [q, k, v], saves=saves, gives=gives, scratch=moment, back_scratch=2 * moment)
             tape.drop(repeated, softmax)
             return out
-        tape.drop(*self.kept)  # of the forward pass, where the block is recomputed: made again below, as it is still there
+        tape.drop(*self.kept)  # of the forward pass, if the block is recomputed: still alive, but created again below
         self.kept.clear()
         sums = tape.make("activations", 4 * heads * t)
         moment, back = 0, 0
         if self.s.attention == "tree":
-            # engine/attention/tree.py: all in float32, copied where the model is bf16; one stretch's keys, values and results
-            # beside it; going back, gradients and those of one stretch.
+            # engine/attention/tree.py: all in float32, copied if the model is bf16, plus keys, values and results of one
+            # stretch; in the backward pass, gradients plus those of one stretch.
             copies = 0 if e == 4 else 4 * (q_width + 2 * kv_width) * t
-            made = e * (q_width + 2 * kv_width) * t  # gradients in the model's dtype, made last
+            made = e * (q_width + 2 * kv_width) * t  # gradients in the model's dtype, created last
             moment = copies + (16 - e) * q_width * t
             back = copies + (0 if e == 4 else 8 * q_width * t) + 4 * (6 * q_width + 2 * kv_width) * t - made
         saves = [q.buffer, k.buffer, v.buffer, sums]
@@ -264,7 +264,7 @@ class Modules:
     # --- MLP and block ---
 
     def mlp(self, z: Value) -> Value:
-        """The MLP, gated or plain, or the experts."""
+        """The MLP, gated or plain, or the mixture of experts."""
         if self.a.experts is not None:
             return self._experts(z)
         layers = {layer.name: layer for layer in self.a.linears}
@@ -275,7 +275,7 @@ class Modules:
         return self._gated(z, layers)
 
     def _gated(self, z: Value, layers: dict[str, Linear], prefix: str = "") -> Value:
-        """down(activation(gate) * up): keeps gate, activation, up and their product."""
+        """down(activation(gate) * up): saves gate, activation, up and their product."""
         tape, down = self.tape, layers[f"{prefix}down_proj"]
         width = down.in_features
         size = self.e * width * self.t
@@ -297,7 +297,7 @@ class Modules:
         return self._then_free(self.linear(product, down), product)
 
     def _fused_gated(self, z: Value, gate: Value, layers: dict[str, Linear]) -> Value:
-        """The same as one operator: keeps gate and up, and their product for the layer that follows."""
+        """The same as one operator: saves gate and up, and their product for the next layer."""
         tape, down = self.tape, layers["down_proj"]
         size = self.e * down.in_features * self.t
         up = self.linear(z, layers["up_proj"])
@@ -306,7 +306,7 @@ class Modules:
         return self._then_free(self.linear(product, down), product)
 
     def _experts(self, z: Value) -> Value:
-        """Experts as grouped products over the tokens sorted by expert; a shared expert beside them where there is one."""
+        """Experts as grouped GEMMs over tokens sorted by expert, plus a shared expert if there is one."""
         experts = self.a.experts
         if experts is None:
             raise AssertionError("the caller looked")
@@ -315,7 +315,7 @@ class Modules:
         each = 3 * h * width * experts.count
         logits = tape.make("activations", 12 * experts.count * self.t)
         keeps: list[tuple[Kind, int]] = [("gradients", e * (each + experts.router))] if self.full else []
-        # Gate and up, activation and results; where the weights are trained also their inputs.
+        # Gate and up, activation and results; if the weights are trained, also their inputs.
         kept = tape.make("activations", e * routed * (3 * width + h + (width + h if self.full else 0)))
         out = tape.apply(
             e * h * self.t,
@@ -341,7 +341,7 @@ class Modules:
         return total
 
     def _at_places(self, x: Value, width: int) -> Value:
-        """engine/modeling/places.py: the labelled ones of all tokens; going back, zeros for all with theirs put in."""
+        """engine/modeling/places.py: selects the labelled tokens; backward scatters their gradients into zeros for all."""
         size = self.e * width
         return self.tape.apply(size * self.s.labelled, [x], gives=[Give(x, size * self.s.tokens)])
 
@@ -350,7 +350,7 @@ class Modules:
         return self.tape.apply(size, [one, other], gives=[Give(one, None), Give(other, None)])
 
     def block(self, x: Value, *, last: bool = False) -> Value:
-        """A decoder block; the caller frees x. The `last` one may end at the labelled places."""
+        """A decoder block; the caller frees x. The `last` one may end at the labelled positions."""
         tape, h = self.tape, self.a.hidden_size
         self.t = self.s.tokens
         z = self.norm(x, h)
@@ -379,14 +379,14 @@ class Modules:
     # --- head and loss ---
 
     def loss(self, hidden: Value) -> None:
-        """The loss of the labelled places and, left in `hidden.gradient`, its gradient. Frees `hidden`."""
+        """The loss of the labelled positions; stores its gradient in `hidden.gradient` and frees `hidden`."""
         if self.s.stock:
             self._stock_loss(hidden)
         else:
             self._chunked_loss(hidden)
 
     def _chunked_loss(self, hidden: Value) -> None:
-        """engine/modeling/loss.py: gradients of hidden states and head, and one chunk of logits; never those of all places."""
+        """engine/modeling/loss.py: gradients of hidden states and head, and one chunk of logits, never all of them."""
         tape, e, h, n, vocabulary = self.tape, self.e, self.a.hidden_size, self.s.labelled, self.a.vocab_size
         picked = hidden.buffer
         if not self.early:
@@ -409,12 +409,12 @@ class Modules:
         if self.early:
             hidden.gradient = grad_hidden
             return
-        # From the labelled places back to all.
+        # From the labelled positions back to all.
         hidden.gradient = tape.make("activations", e * h * self.t)
         tape.drop(grad_hidden)
 
     def _stock_loss(self, hidden: Value) -> None:
-        """The loss of transformers: logits of all places, in float32 for the loss; 12 V T bytes at the highest."""
+        """The loss of transformers: logits of all positions, in float32 for the loss; 12 V T bytes at the peak."""
         tape, e, h, t, vocabulary = self.tape, self.e, self.a.hidden_size, self.t, self.a.vocab_size
         logits = tape.make("logits", e * vocabulary * t)
         wide = tape.make("logits", 4 * vocabulary * t) if e == 2 else None
@@ -436,7 +436,7 @@ class Modules:
         tape.drop(grad_logits)
 
     def _keep_head(self, gradient: Buffer) -> None:
-        """The head's gradient stays, or is used up at once where the optimizer runs in the backward pass."""
+        """The head's gradient stays, or is consumed immediately if the optimizer runs in the backward pass."""
         if self.tape.in_backward is not None and not self.a.tie_word_embeddings:
             self.tape.scratch(self.tape.in_backward(gradient.size))
             self.tape.drop(gradient)

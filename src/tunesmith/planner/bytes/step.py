@@ -1,8 +1,8 @@
 """The closed form: a step's peak memory from `config.json` alone, in a few milliseconds, by kind of bytes.
 
-What is computed is what PyTorch's allocator is asked for at the highest moment: block.py says what each module keeps, tape.py
-when it is freed. tests/invariant/test_memory.py holds it against the trace of the real modules. Of equal blocks four are
-computed; the others stand for the bytes that they keep, as every peak is at the first or the last of them.
+It computes the bytes requested from PyTorch's allocator at the peak: block.py says what each module saves, tape.py when it is
+freed. tests/invariant/test_memory.py compares it with the trace of the real modules. Of identical blocks only four are
+computed; the others count as the bytes that they save, because every peak is at the first or the last block.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from tunesmith.planner.bytes.block import Modules
 from tunesmith.planner.bytes.tape import Buffer, Kind, Tape, Value
 from tunesmith.planner.scenario import Scenario
 
-_SHOWN = 4  # blocks that are computed one by one
+_SHOWN = 4  # blocks that are computed individually
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A step's peak in bytes and what it is made of, by kind; `resident_bytes` is the loaded model.
+    """A step's peak in bytes and its breakdown by kind; `resident_bytes` is the loaded model.
 
-    `written_bytes` and `operators` count what one micro-batch's forward and backward pass make, for their time.
+    `written_bytes` and `operators` count the forward and backward pass of one micro-batch, for the time estimate.
     """
 
     total_bytes: int
@@ -40,14 +40,14 @@ def estimate(architecture: Architecture, scenario: Scenario) -> Estimate:
 
 
 def offloaded_bytes(architecture: Architecture, scenario: Scenario) -> int:
-    """What the machine's memory holds of the optimizer instead of the device."""
+    """Bytes of optimizer state that host memory holds instead of the device."""
     return _Step(architecture, scenario).states_and_masters() if scenario.optimizer_offloading else 0
 
 
 def weight_bytes(architecture: Architecture, scenario: Scenario) -> dict[Kind, int]:
-    """Bytes of the loaded model: base weights, and the adapter in float32 with copies of what is trained whole beside it.
+    """Bytes of the loaded model: base weights, and the float32 adapter with copies of fully trained modules.
 
-    QLoRA: NF4 on the blocks' linear layers; all else stays in the model's dtype, or is float32 after PEFT's preparation.
+    QLoRA: NF4 in the blocks' linear layers; the rest stays in the model's dtype, or is float32 after PEFT's preparation.
     """
     e = scenario.element
     if scenario.method == "qlora":
@@ -62,25 +62,25 @@ def weight_bytes(architecture: Architecture, scenario: Scenario) -> dict[Kind, i
 
 @dataclass(frozen=True)
 class Sharding:
-    """`devices` that share states by ZeRO's stage (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+    """`devices` that shard states by ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
 
-    Stage 1 shares the optimizer's states, 2 also gradients, 3 also weights. Stages 2 and 3 are FSDP2's ways: without
-    resharding gathered weights stay from the forward to the backward pass; with it two blocks' are whole at a time, the next
-    being fetched while one computes. Embedding and head are whole throughout; a block's gradients are whole twice, as they
-    are and as what is sent.
+    Stage 1 shards the optimizer states, 2 also gradients, 3 also weights. Stages 2 and 3 follow FSDP2. Without resharding (2),
+    gathered weights stay from the forward to the backward pass. With it (3), two blocks are unsharded at a time, because the
+    next one is prefetched during compute. Embedding and head are unsharded throughout. A block's unsharded gradients exist
+    twice: the gradients themselves and the communication buffer.
     """
 
     devices: int
     stage: int
 
     def share(self, size: int) -> int:
-        """A device's part."""
+        """One device's shard of `size` bytes."""
         return -(-size // self.devices)
 
 
 @lru_cache(maxsize=4096)
 def sharded_bytes(architecture: Architecture, scenario: Scenario, devices: int, stage: int) -> int:
-    """A device's peak where several share the states, each computing the scenario's rows."""
+    """One device's peak if several shard the states and each computes the scenario's rows."""
     return _Step(architecture, scenario, Sharding(devices, stage)).run().total_bytes
 
 
@@ -93,7 +93,7 @@ class _Step:
         self.modules = Modules(self.tape, architecture, scenario)
         self.full = scenario.method == "full"
         self.trainable = architecture.parameters if self.full else architecture.lora_parameters(scenario.r)
-        self.weight = scenario.element if self.full else 4  # bytes of a trained number and of its gradient
+        self.weight = scenario.element if self.full else 4  # bytes per trained element and per element of its gradient
         self.whole = scenario.whole_parameters(architecture)
 
     def run(self) -> Estimate:
@@ -110,9 +110,9 @@ class _Step:
             tape.in_backward = self._update_scratch
         elif scenario.accumulating:
             tape.make("gradients", self.weight * self.trainable + scenario.element * self.whole, moved=False)
-            tape.in_backward = lambda _: 0  # each gradient is added to what is there, and freed
+            tape.in_backward = lambda _: 0  # each gradient is added to the existing one, and freed
         tape.make("scratch", self._rounding(), moved=False)
-        # Ids and positions of tokens, sources and targets of labels (int64), their weights (float32).
+        # Token ids and positions, sources and targets of labels (int64), their weights (float32).
         tape.make("batch", 16 * scenario.tokens + 20 * scenario.labelled)
         self._forward_and_backward()
         written, operators = tape.written, tape.operators
@@ -122,7 +122,7 @@ class _Step:
         return Estimate(tape.peak, sum(resident.values()), parts, written, operators)
 
     def _held(self, weights: int) -> int:
-        """Bytes of weights on this device: all of them, or its share and what is gathered at a time."""
+        """Bytes of weights on this device: all of them, or its shard plus what is gathered at a time."""
         sharding = self.sharding
         if sharding is None or sharding.stage < 2:
             return weights
@@ -133,14 +133,14 @@ class _Step:
         return share + self.s.element * self._outside() + 2 * max(0, blocks) // self.a.num_hidden_layers
 
     def _whole_gradients(self) -> int:
-        """Gradients that are whole during the backward pass though they are shared: a block's twice, and the head's."""
+        """Bytes of unsharded gradients in the backward pass of a sharded step: a block's twice, and the head's."""
         if self.sharding is None or self.sharding.stage < 2:
             return 0
         head = self.a.embedding_parameters if self.full else 0
         return self.weight * (2 * self.trained_in_a_block() + head)
 
     def _kept_gradients(self) -> int:
-        """What a block's gradients leave behind."""
+        """Bytes of a block's gradients that remain after its backward pass."""
         each = self.weight * self.trained_in_a_block()
         if self.sharding is not None and self.sharding.stage >= 2:
             return self.sharding.share(each)
@@ -151,14 +151,14 @@ class _Step:
         return self.a.embedding_parameters + self.a.head_parameters + self.a.final_norm
 
     def _reduced(self, gradient: int) -> int:
-        """A gradient that is shared out once it is made: this device's part stays."""
+        """Reduce-scatter a gradient: this device keeps its shard. Returns 0 scratch bytes."""
         if self.sharding is None:
-            raise AssertionError("nothing is shared")
+            raise AssertionError("nothing is sharded")
         self.tape.make("gradients", self.sharding.share(gradient), moved=False)
         return 0
 
     def _rounding(self) -> int:
-        """What rounding up to blocks of 512 bytes adds: one for each tensor that stays, 64 KiB for others and constants."""
+        """Bytes added by rounding up to 512-byte blocks: one block per persistent tensor, 64 KiB for others and constants."""
         linears = len(self.a.all_linears)
         quantised = 5 * linears if self.s.method == "qlora" else 0
         trained = 4 * (linears * 2 + 4) // 2  # weights or adapters, gradients, states: half a block on average
@@ -170,10 +170,10 @@ class _Step:
     def _forward_and_backward(self) -> None:
         tape, layers, element = self.tape, self.a.num_hidden_layers, self.s.element
         shown, recompute = min(layers, _SHOWN), self.s.gradient_checkpointing
-        kinds = 2 if self.a.model_type == "gemma3_text" else 1  # rotary embeddings: of local and global blocks
+        kinds = 2 if self.a.model_type == "gemma3_text" else 1  # rotary embeddings: for local and global blocks
         rotary = tape.make("activations", kinds * 2 * element * self.a.head_dim * self.s.tokens)
         first = hidden = self._embedding()
-        starts: list[tuple[int, Value, list[Buffer]]] = []  # of each block: nodes before it, input, attention
+        starts: list[tuple[int, Value, list[Buffer]]] = []  # per block: nodes before it, input, attention
         ballast = tape.make("activations", 0)
         for number in range(shown):
             before = tape.total
@@ -182,7 +182,7 @@ class _Step:
             starts.append((len(tape.nodes), hidden, self.modules.kept))
             hidden = self._block_forward(hidden, last=number == shown - 1)
             if number == 1:
-                # The input of a block has become its output, so what is more now is what the block keeps.
+                # Its output has replaced the block's input, so the growth is what the block saves.
                 ballast = tape.make("activations", (layers - shown) * (tape.total - before), moved=False)
                 self._repeat(written, operators)
         mark = len(tape.nodes)
@@ -210,13 +210,13 @@ class _Step:
         tape.drop(rotary)
 
     def _repeat(self, written: int, operators: int) -> None:
-        """Count what was made since, once more for each block that is not shown."""
+        """Count what was written since then once more for each block that is not computed individually."""
         hidden = max(0, self.a.num_hidden_layers - _SHOWN)
         self.tape.written += hidden * (self.tape.written - written)
         self.tape.operators += hidden * (self.tape.operators - operators)
 
     def _embedding(self) -> Value:
-        """Its result; gradients flow to it where it is trained, or where blocks are recomputed."""
+        """The embedding's output; it needs a gradient if the embedding is trained or blocks are recomputed."""
         size = self.s.element * self.a.hidden_size * self.s.tokens
         needs = self.s.trains("embed_tokens") or bool(self.s.gradient_checkpointing)
         value = Value(self.tape.make("activations", size), needs)
@@ -225,7 +225,7 @@ class _Step:
         return value
 
     def _block_forward(self, x: Value, *, last: bool) -> Value:
-        """A block; with checkpointing nothing is kept but x (Chen et al. 2016, arXiv 1604.06174), and attention where asked."""
+        """A block; checkpointing saves only x (Chen et al. 2016, arXiv 1604.06174), plus attention if requested."""
         if not self.s.gradient_checkpointing:
             out = self.modules.block(x, last=last)
             self.tape.free(x)
@@ -237,13 +237,13 @@ class _Step:
         return out
 
     def _recompute(self, x: Value, out: Value, *, last: bool) -> None:
-        """The block once more, now recorded; it takes over the gradient that has come to its first result."""
+        """Run the block again, now recorded; it takes over the gradient of the first run's output."""
         again = self.modules.block(x, last=last)
         self.tape.free(again)
         again.gradient, out.gradient = out.gradient, None
 
     def _embedding_backward(self, embedded: Value) -> None:
-        """The embedding's gradient, as large as the embedding; it is added to the head's where they are tied."""
+        """The embedding's gradient, as large as the embedding; it is added to the head's if they are tied."""
         tape = self.tape
         if self.s.trains("embed_tokens"):
             size = self.s.element * self.a.embedding_parameters
@@ -265,11 +265,11 @@ class _Step:
         return (self.a.linear_weights + self.a.expert_parameters + self.a.other_parameters - self.a.final_norm) // layers
 
     def optimizer_bytes(self) -> int:
-        """AdamW's states, and masters where weights are bf16; torch's own states follow the parameters' dtype."""
+        """Device bytes of AdamW states and of master weights for bf16; torch's own states have the parameters' dtype."""
         return 0 if self.s.optimizer_offloading else self.states_and_masters()
 
     def states_and_masters(self) -> int:
-        """The same, wherever they are."""
+        """The same bytes, on the device or in host memory."""
         if self.s.optim in {"adamw_torch_fused", "adamw_torch_foreach"}:
             return 2 * (self.weight * self.trainable + self.s.element * self.whole)
         parts = ((self.weight, self.trainable), (self.s.element, self.whole))
@@ -277,18 +277,18 @@ class _Step:
         return round(state_bytes(self.s.optim) * (self.trainable + self.whole)) + masters
 
     def _update_scratch(self, gradient: int, weight: int | None = None) -> int:
-        """Float32 copies while one parameter is updated, a slice at a time (engine/optim/adamw.py)."""
+        """Bytes of float32 copies while one parameter is updated, a slice at a time (engine/optim/adamw.py)."""
         weight = weight or self.weight
         size = min(OPTIMIZER_SLICE, gradient // weight)
         if self.s.optimizer_offloading:
-            return 32 * size  # what comes over, beside the copies below
+            return 32 * size  # the transferred slice, plus the copies below
         if self.s.optim == "adamw":
             return 0 if weight == 4 else 4 * size
-        # Weight 4, moments 8, and rounding the result: noise, sum and masked sum.
+        # 4 for the weight, 8 for the moments, the rest for rounding: noise, sum and masked sum.
         return 24 * size
 
     def _step_scratch(self) -> int:
-        """The same for a step over all parameters: that of the largest. torch's foreach copies them all."""
+        """The same for a step over all parameters: that of the largest one. torch's foreach copies all of them."""
         if self.s.optim == "adamw_torch_fused":
             return 0
         if self.s.optim == "adamw_torch_foreach":
@@ -302,6 +302,6 @@ class _Step:
         return max(self._update_scratch(self.weight * largest), whole)
 
     def _largest_whole(self) -> int:
-        """Parameters of the largest module that is trained whole beside an adapter."""
+        """Parameters of the largest fully trained module in addition to an adapter."""
         wide = self.s.trains("embed_tokens") or self.s.trains("lm_head")
         return min(self.whole, self.a.embedding_parameters if wide else self.a.hidden_size)

@@ -1,7 +1,7 @@
-"""A step's memory as a tape of byte counts: what each operator makes, what autograd keeps of it, when it is freed.
+"""A step's memory as a tape of byte counts: what each operator allocates, what autograd saves, and when it is freed.
 
-It follows torch's engine: a node's gradients are made, then what the node saved and the gradient that came in are freed;
-gradients that meet are added, in place where nobody else holds the first. No numbers are computed, only sizes and lives.
+It follows torch's engine: a node's gradients are created, then its saved tensors and its incoming gradient are freed.
+Gradients for the same tensor are added, in place if nothing else holds the first. Only sizes and lifetimes are computed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-#: What bytes are for. `scratch` lives within one operator.
+#: What bytes are used for. `scratch` lives within one operator.
 Kind = Literal["weights", "adapter", "gradients", "optimizer", "batch", "activations", "logits", "scratch"]
 
 
 @dataclass(eq=False)
 class Buffer:
-    """Bytes with a count of their holders."""
+    """Bytes with a reference count."""
 
     kind: Kind
     size: int
@@ -26,7 +26,7 @@ class Buffer:
 
 @dataclass(eq=False)
 class Value:
-    """A tensor of the forward pass: its buffer, whether gradients flow to it, and the gradient that has come so far."""
+    """A tensor of the forward pass: its buffer, whether it needs a gradient, and the gradient accumulated so far."""
 
     buffer: Buffer
     needs: bool
@@ -35,7 +35,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Give:
-    """A gradient that a node makes: for `to` (a value), `size` bytes, or the incoming one shared where `size` is None."""
+    """A gradient that a node passes to the value `to`: `size` new bytes, or the incoming gradient shared if `size` is None."""
 
     to: Value
     size: int | None
@@ -52,7 +52,7 @@ class _Node:
 
 @dataclass
 class Tape:
-    """Counts live bytes by kind, and remembers the moment with the most. `update` is called for each kept gradient."""
+    """Counts live bytes by kind and records the peak. `in_backward` is called for each parameter gradient."""
 
     recording: bool = True
     in_backward: Callable[[int], int] | None = None
@@ -61,11 +61,11 @@ class Tape:
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
     nodes: list[_Node] = field(default_factory=list)
-    written: int = 0  # bytes made by operators
+    written: int = 0  # bytes written by operators
     operators: int = 0
 
     def make(self, kind: Kind, size: int, *, moved: bool = True) -> Buffer:
-        """New bytes, held once; not `moved` where they only stand for others."""
+        """New bytes with one holder; not `moved` if they are not written by an operator."""
         self.written += size if moved else 0
         self.live[kind] += size
         self.total += size
@@ -75,7 +75,7 @@ class Tape:
         return Buffer(kind, size)
 
     def drop(self, *buffers: Buffer) -> None:
-        """One holder less of each; bytes that nobody holds are freed."""
+        """Remove one holder of each buffer; buffers without holders are freed."""
         for buffer in buffers:
             buffer.holders -= 1
             if buffer.holders == 0:
@@ -83,11 +83,11 @@ class Tape:
                 self.total -= buffer.size
 
     def free(self, *values: Value) -> None:
-        """The forward pass is done with these."""
+        """Drop the forward pass's hold on these values."""
         self.drop(*(value.buffer for value in values))
 
     def scratch(self, size: int, kind: Kind = "scratch") -> None:
-        """Bytes that are needed for a moment beside all that is live."""
+        """Temporary bytes on top of all live ones."""
         self.drop(self.make(kind, size))
 
     def apply(
@@ -103,9 +103,9 @@ class Tape:
         kind: Kind = "activations",
         saves_result: bool = False,
     ) -> Value:
-        """The result of an operator: `size` new bytes, or a view of the first input where `size` is None.
+        """The result of an operator: `size` new bytes, or a view of the first input if `size` is None.
 
-        In the backward pass it makes `gives` and `keeps` (gradients of parameters), with `back_scratch` beside them.
+        Its backward creates `gives` and `keeps` (parameter gradients), with `back_scratch` temporary bytes.
         """
         if size is None:
             buffer = inputs[0].buffer
@@ -126,7 +126,7 @@ class Tape:
         return output
 
     def backward(self, since: int = 0) -> None:
-        """Run the nodes made after the first `since`, last one first."""
+        """Run the nodes after the first `since`, in reverse order."""
         while len(self.nodes) > since:
             self._run(self.nodes.pop())
 

@@ -1,1 +1,1 @@
-"""The same step traced on fake tensors of the real modules; imports torch."""
+"""The planned step traced on FakeTensors of the real modules; imports torch."""

@@ -1,6 +1,6 @@
-"""Models of transformers' and PEFT's real modules without a checkpoint: on meta to be traced, on a device to be timed.
+"""Models from the real modules of transformers and PEFT, without a checkpoint: on meta for tracing, on a device for timing.
 
-Weights are random where there are any: neither memory nor time depends on them.
+Weights, if any, are random: neither memory nor time depends on them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _plain_causal(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal SDPA without a mask: what rows of one length run. While tracing, transformers' own path builds a dense mask."""
+    """Causal SDPA without a mask, as for rows of one length. In a trace, transformers' own path would build a dense mask."""
     made = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -54,7 +54,7 @@ torch.library.register_fake("tunesmith::held", torch.empty_like, lib=_LIBRARY)
 
 
 class _Held(torch.autograd.Function):
-    """A copy, by an operator that checkpointing can keep."""
+    """A copy through an operator whose output checkpointing can save."""
 
     @staticmethod
     def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
@@ -69,8 +69,8 @@ class _Held(torch.autograd.Function):
 def _like_flex(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **more: Any
 ) -> tuple[torch.Tensor, None]:
-    """The same, with the inputs kept as checkpointing keeps those of compiled flex attention, which gives them back."""
-    held: Any = _Held  # torch leaves `apply` untyped
+    """The same, with inputs saved as checkpointing saves those of compiled flex attention, which returns them."""
+    held: Any = _Held  # `apply` is untyped in torch
     query, key, value = (held.apply(each) for each in (query, key, value))
     return _plain_causal(module, query, key, value, mask, **more)
 
@@ -81,16 +81,16 @@ _NAMES = {"sdpa": PLAIN_ATTENTION, "flex": PLAIN_ATTENTION, "tree": TREE_ATTENTI
 
 
 def attention_name(scenario: Scenario) -> str:
-    """The attention that stands for the scenario's."""
+    """The name of the attention implementation to use for the scenario."""
     like_flex = scenario.attention == "flex" and scenario.gradient_checkpointing == "keep_attention"
     return LIKE_FLEX if like_flex else _NAMES[scenario.attention]
 
 
 def quantise(model: Any, dtype: torch.dtype, device: str) -> None:
-    """Replace the linear layers of all blocks of a meta model by bitsandbytes' 4-bit ones, one after the other on `device`.
+    """Replace the linear layers of all blocks of a meta model with bitsandbytes' 4-bit ones, one at a time on `device`.
 
-    The weight is a plain parameter with a `quant_state`, as bitsandbytes' own `Params4bit` cannot be made of fake tensors.
-    Double quantisation (QLoRA, section 3): blocks of 64 weights with 8-bit constants, those in blocks of 256.
+    The weight is a plain parameter with a `quant_state`, since bitsandbytes' `Params4bit` cannot be built from FakeTensors.
+    Double quantisation (QLoRA, section 3): blocks of 64 weights with 8-bit constants, which are themselves in blocks of 256.
     """
     for name, module in list(model.named_modules()):
         if type(module) is not torch.nn.Linear or module is model.get_output_embeddings():
@@ -113,8 +113,8 @@ def _random(meta: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def _fill(model: torch.nn.Module, device: str) -> None:
-    """Real parameters on `device` for those on meta: random matrices, norms of one, biases of zero; what is tied stays tied."""
-    made: dict[int, tuple[torch.Tensor, torch.nn.Parameter]] = {}  # the original is kept, so that its id stays its own
+    """Replace meta parameters by real ones on `device`: random matrices, norms of one, zero biases; ties are kept."""
+    made: dict[int, tuple[torch.Tensor, torch.nn.Parameter]] = {}  # holds the original, so that its id is not reused
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
@@ -128,7 +128,7 @@ def _fill(model: torch.nn.Module, device: str) -> None:
 
 
 def _meta_state(weight: torch.Tensor) -> tuple[torch.Tensor, QuantState]:
-    """What `quantize_4bit` would return for a weight, without contents."""
+    """What `quantize_4bit` would return for a weight, without data."""
     blocks = -(-weight.numel() // 64)
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -149,7 +149,7 @@ def _meta_state(weight: torch.Tensor) -> tuple[torch.Tensor, QuantState]:
 
 
 def quant_tensors(module: torch.nn.Module) -> list[tuple[Any, str]]:
-    """Where a module's quantisation constants stand: (holder, attribute) of each tensor."""
+    """Where a module's quantisation constants are stored: (holder, attribute) of each tensor."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     if state is None:
         return []
@@ -168,7 +168,7 @@ def build_model(config: Any, scenario: Scenario, device: str) -> Any:
         if scenario.method == "qlora":
             quantise(model, dtype, device)
         if not on_meta:
-            model.tie_weights()  # which accelerate undid
+            model.tie_weights()  # accelerate untied them
             _fill(model, device)
         if scenario.method == "qlora" and scenario.stock:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -176,7 +176,7 @@ def build_model(config: Any, scenario: Scenario, device: str) -> Any:
             fuse_blocks(model)
         enable_checkpointing(model, scenario.gradient_checkpointing, {*ATTENTION, "tunesmith::held"})
         if adapted:
-            # On meta PEFT would cast nothing, so it is done here.
+            # PEFT casts nothing on meta, so the cast is done below.
             settings = AdapterSettings(scenario.r, 2 * scenario.r, 0.0, "all-linear", False, 0, scenario.modules_to_save)
             model = get_peft_model(model, adapter_config(model, settings), autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():

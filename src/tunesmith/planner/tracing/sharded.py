@@ -1,7 +1,7 @@
-"""The trace of a step that several devices share: FSDP2 of any size on fake tensors, over a process group that sends nothing.
+"""The trace of a sharded step: FSDP2 over any number of devices on FakeTensors, with a process group that sends nothing.
 
-What is traced is transformers' own forward and loss under `fully_shard`, on rank 0. Full shard (ZeRO-3) gathers a block's
-weights before it computes and frees them after; without resharding (ZeRO-2) they stay until its backward pass is done.
+It traces transformers' own forward and loss under `fully_shard`, on rank 0. Full shard (ZeRO-3) gathers a block's weights
+before it computes and frees them afterwards; without resharding (ZeRO-2) they stay until the block's backward pass is done.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tunesmith.planner.tracing.trace import Peak, StorageMeter, as_fake, fake_ba
 
 @contextlib.contextmanager
 def _pretended_group(devices: int) -> Iterator[Any]:
-    """A mesh of that many devices, of which this process is the first and the only one that is there."""
+    """A mesh of `devices` devices; this process is rank 0, and no other exists."""
     if dist.is_initialized():
-        raise RuntimeError("a process group is there already")
+        raise RuntimeError("a process group is already initialized")
     dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
     try:
         yield init_device_mesh("cpu", (devices,))
@@ -36,7 +36,7 @@ def _pretended_group(devices: int) -> Iterator[Any]:
 
 
 class _Aside:
-    """Entered by DTensor while it works out a result's shape on tensors of the whole size, which no device holds."""
+    """Entered by DTensor while it infers a result's shape on full-size tensors, which no device holds."""
 
     def __enter__(self) -> None:
         StorageMeter.paused = True
@@ -47,7 +47,7 @@ class _Aside:
 
 @contextlib.contextmanager
 def _shapes_aside() -> Iterator[None]:
-    """Keep the meter from counting DTensor's work on shapes; the hook is the lock that torch puts around it."""
+    """Exclude DTensor's shape inference from the count; the hook is the lock that torch takes around it."""
     propagator: Any = ShardingPropagator
     before = propagator._fake_mode_lock
     propagator._fake_mode_lock = _Aside()
@@ -58,12 +58,12 @@ def _shapes_aside() -> Iterator[None]:
 
 
 def trace_sharded(config: Any, scenario: Scenario, devices: int, *, reshard: bool = True) -> Peak:
-    """The peak on one of `devices` that share a full fine-tuning step, each with the scenario's own rows.
+    """The peak on one of `devices` that share a full fine-tuning step, each with the scenario's rows.
 
-    Raises ValueError for adapters: a frozen block beside a trained one is not covered.
+    Raises ValueError for adapters: mixing frozen and trained parameters in a block is not covered.
     """
     if scenario.method != "full":
-        raise ValueError("the sharded trace covers full fine-tuning")
+        raise ValueError("the sharded trace covers only full fine-tuning")
     scenario = replace(scenario, stock=True, optim="adamw_torch_fused")
     model = build_model(config, scenario, "meta")
     mode = FakeTensorMode()

@@ -1,8 +1,8 @@
-"""The exact tier: a training step of the real modules on fake tensors, with every storage counted while it lives.
+"""The exact tier: a training step of the real modules on FakeTensors, with every storage counted while it is alive.
 
-No weights and no memory are needed: tensors have shapes and storages have sizes, but nothing is computed. What is counted is
-what an allocator is asked for; its own rounding to segments, fragmentation, and a GPU's context come on top. Two steps are
-run, since the optimizer's states are made in the first.
+It needs no weights and no memory: tensors have shapes and storages have sizes, but nothing is computed. The count is what an
+allocator is asked for; its segments, fragmentation and a GPU's context come on top. Two steps run, because the first one
+creates the optimizer states.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from tunesmith.engine.packing.tree import Node
 from tunesmith.planner.scenario import Scenario
 from tunesmith.planner.tracing.building import build_model, make_optimizer, quant_tensors
 
-_ALONE = 2  # holders of a storage that its tensor alone holds: the tensor, and the handle that counts them
+_ALONE = 2  # use count of a storage held by one tensor only: the tensor, and the handle that reads the count
 
-BLOCK = 512  # bytes: what CUDA's caching allocator rounds a request up to
+BLOCK = 512  # bytes; CUDA's caching allocator rounds each request up to a multiple
 
 
 def rounded(size: int) -> int:
-    """`size` bytes rounded up to whole blocks."""
+    """`size` rounded up to whole blocks, in bytes."""
     return -(-size // BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
 class Held:
-    """A storage that was alive at the peak: its bytes, the operator that made it, and in which phase."""
+    """A storage alive at the peak: its bytes, the operator that created it, and the phase."""
 
     size: int
     operator: str
@@ -50,7 +50,7 @@ class Held:
 class Peak:
     """The highest point of a trace: bytes, where it was reached, and what was alive there beyond `resident_bytes`.
 
-    `resident_bytes` is what the model itself takes; `flops` are those of one step (two for a multiply-add), by operator.
+    `resident_bytes` is the size of the model itself; `flops` are per step (two per multiply-add), by operator.
     """
 
     total_bytes: int
@@ -66,9 +66,9 @@ class Peak:
 
 
 class StorageMeter(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make, each once and until it is freed; works on real tensors too.
+    """Counts the bytes of all storages that operators create, each once and until it is freed; also works on real tensors.
 
-    While `paused`, what is made is not counted: tensors that stand for others' shapes alone.
+    While `paused`, new storages are not counted; this excludes FakeTensors used only for shape inference.
     """
 
     paused = False
@@ -81,12 +81,12 @@ class StorageMeter(TorchDispatchMode):
         self.high = (0, 0, "build", "")  # bytes, moment, phase, operator
         self.flops: Counter[str] = Counter()
         self._moment = 0
-        self._known: dict[int, tuple[int, Held]] = {}  # storage -> when it was made
-        self._lives: list[tuple[int, int, Held]] = []  # of those that are gone: made, freed
+        self._known: dict[int, tuple[int, Held]] = {}  # storage -> when it was created
+        self._lives: list[tuple[int, int, Held]] = []  # of freed storages: created, freed
 
     def hold(self, tensor: torch.Tensor, operator: str = "") -> None:
         """Count the storage of `tensor` if it is new, until it is freed."""
-        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # of a DTensor this device's part
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # for a DTensor, this device's shard
         key = storage._cdata
         size = rounded(storage.nbytes())
         if key in self._known or size == 0 or StorageMeter.paused:
@@ -103,14 +103,14 @@ class StorageMeter(TorchDispatchMode):
 
     def _release(self, key: int) -> None:
         if key not in self._known:
-            return  # emptied by a resize before
+            return  # already emptied by a resize
         made, held = self._known.pop(key)
         self.live -= held.size
         self._moment += 1
         self._lives.append((made, self._moment, held))
 
     def __enter__(self) -> StorageMeter:
-        """Watch operators, and storages that are emptied and filled again, as FSDP does with gathered weights."""
+        """Watch operators, and storages that are emptied and refilled, as FSDP does with gathered weights."""
         kind: Any = torch.UntypedStorage
         resize = kind.resize_
 
@@ -138,15 +138,15 @@ class StorageMeter(TorchDispatchMode):
         base.__exit__(*error)
 
     def alive_at_peak(self) -> list[Held]:
-        """Every storage that was alive when the most bytes were."""
+        """Every storage that was alive at the peak."""
         moment = self.high[1]
         gone = [held for made, freed, held in self._lives if made <= moment < freed]
         return gone + [held for made, held in self._known.values() if made <= moment]
 
     def _added_in_place(self, func: Any, args: Any) -> int:
-        """Bytes of a gradient to which autograd's engine would add in place, were nobody watching.
+        """Bytes of a gradient to which autograd's engine would add in place without this dispatch mode.
 
-        It does so where it alone holds the gradient, but not under a dispatch mode (InputBuffer::accumulate, input_buffer.cpp).
+        It does so if it is the only holder, but not under a dispatch mode (InputBuffer::accumulate, input_buffer.cpp).
         """
         if self.phase != "backward" or func is not torch.ops.aten.add.Tensor or not isinstance(args[1], torch.Tensor):
             return 0
@@ -155,7 +155,7 @@ class StorageMeter(TorchDispatchMode):
         return rounded(storage.nbytes()) if alone and args[0].shape == args[1].shape else 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and count what it made and computed; a DTensor's come again as those of its local part."""
+        """Run the operator and count its storages and FLOPs; DTensor operators dispatch again on their local shards."""
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         replaced = self._added_in_place(func, args)
@@ -164,7 +164,7 @@ class StorageMeter(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.hold(leaf, str(func))
-        self.live += replaced  # until the engine lets go of it
+        self.live += replaced  # until the engine releases it
         count = FLOPS.get(func.overloadpacket)
         if count is not None:
             self.flops[func.overloadpacket.__name__] += count(*args, **(kwargs or {}), out_val=result)
@@ -172,21 +172,21 @@ class StorageMeter(TorchDispatchMode):
 
 
 def _flash_flops(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Of flash attention, forward: two products of (queries x keys x head size); a causal mask is not taken off."""
+    """Flash attention forward: two matmuls of (queries x keys x head size); a causal mask is not subtracted."""
     return 4 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
 
 
 def _flash_backward_flops(_: Any, query: torch.Tensor, key: torch.Tensor, *__: Any, **___: Any) -> int:
-    """Of flash attention, backward: five products, the scores being made again."""
+    """Flash attention backward: five matmuls, since the scores are recomputed."""
     return 10 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
 
 
 def _four_bit_flops(x: torch.Tensor, _: Any, shape: Sequence[int], *__: Any, **___: Any) -> int:
-    """Of bitsandbytes' product with a 4-bit weight."""
+    """Bitsandbytes' matmul with a 4-bit weight."""
     return 2 * x.numel() * shape[0]
 
 
-#: FLOPs of an operator by its arguments: torch's own counts, and those of flash attention on CPU.
+#: FLOPs of an operator from its arguments: torch's own counts, plus flash attention on CPU and bitsandbytes' 4-bit matmul.
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops,
@@ -196,26 +196,26 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 
 class _Faker:
-    """Makes a fake twin for each meta tensor, the same one each time, so that what was tied stays tied."""
+    """Makes a FakeTensor for each meta tensor, always the same one, so that tied tensors stay tied."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
-        self._made: dict[int, tuple[Any, torch.Tensor]] = {}  # the original is kept, so that its id stays its own
+        self._made: dict[int, tuple[Any, torch.Tensor]] = {}  # holds the original, so that its id is not reused
 
     def tensor(self, original: torch.Tensor) -> torch.Tensor:
-        """A fake tensor on the CPU of the same shape and dtype; for a parameter a parameter with all that it carries."""
+        """A FakeTensor on the CPU of the same shape and dtype; for a parameter, a parameter with the same attributes."""
         if id(original) not in self._made:
             with self.mode:
                 twin = torch.empty(original.shape, dtype=original.dtype, device="cpu")
             if isinstance(original, torch.nn.Parameter):
                 twin = torch.nn.Parameter(twin, original.requires_grad)
-                vars(twin).update(vars(original))  # what bitsandbytes keeps on a weight
+                vars(twin).update(vars(original))  # bitsandbytes' attributes of a weight
             self._made[id(original)] = (original, twin)
         return self._made[id(original)][1]
 
 
 def as_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Replace a meta model's parameters, buffers and quantisation constants by fake tensors on the CPU."""
+    """Replace a meta model's parameters, buffers and quantisation constants with FakeTensors on the CPU."""
     faker = _Faker(mode)
     for module in model.modules():
         held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -228,7 +228,7 @@ def as_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
 
 
 def trace_step(model: torch.nn.Module, batch: Batch, scenario: Scenario) -> Peak:
-    """The peak of two training steps of `model` on `batch`; both fake, or both real."""
+    """The peak of two training steps of `model` on `batch`; either both are fake or both are real."""
     meter = StorageMeter()
     for tensor in (*model.parameters(), *model.buffers()):
         meter.hold(tensor, "weights")
@@ -258,7 +258,7 @@ def trace_step(model: torch.nn.Module, batch: Batch, scenario: Scenario) -> Peak
 
 
 def _stock_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Transformers' own loss: logits of all places, in float32."""
+    """Transformers' own loss: logits of all positions, in float32."""
     labels = torch.zeros_like(batch["input_ids"])
     inputs = {"input_ids": batch["input_ids"], "attention_mask": {"full_attention": None}}
     loss: torch.Tensor = model(**inputs, labels=labels, use_cache=False).loss
@@ -266,9 +266,9 @@ def _stock_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def make_batch(config: Any, scenario: Scenario) -> Batch:
-    """A batch of the scenario's shape; the last places of its rows tell the labels, several each where there are more."""
+    """A batch of the scenario's shape; the last positions of its rows are labelled, several times if there are more labels."""
     if scenario.labelled < 1:
-        raise ValueError(f"{scenario.labelled} places carry loss, and a step needs one")
+        raise ValueError(f"{scenario.labelled} labelled positions, but a step needs at least one")
     rows, length = scenario.rows, scenario.length
     each = -(-scenario.labelled // rows)
     places = [row * length + length - 1 - i % length for row in range(rows) for i in range(each)]
@@ -289,7 +289,7 @@ def make_batch(config: Any, scenario: Scenario) -> Batch:
 
 
 def trace(config: Any, scenario: Scenario) -> Peak:
-    """The peak of a scenario, on fake tensors: no weights, no memory, seconds."""
+    """The peak of a scenario, on FakeTensors: needs no weights or memory, and takes seconds."""
     batch = make_batch(config, scenario)
     model = build_model(config, scenario, "meta")
     mode = FakeTensorMode()
@@ -299,7 +299,7 @@ def trace(config: Any, scenario: Scenario) -> Peak:
 
 
 def fake_batch(batch: Batch) -> Batch:
-    """The batch without its contents; under a FakeTensorMode."""
+    """The batch without its data; call it under a FakeTensorMode."""
     return {
         key: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
@@ -307,5 +307,5 @@ def fake_batch(batch: Batch) -> Batch:
 
 
 def measure(config: Any, scenario: Scenario) -> Peak:
-    """The peak of the same step on real tensors, by the same meter: what `trace` is checked against."""
+    """The peak of the same step on real tensors, with the same meter: the reference for `trace`."""
     return trace_step(build_model(config, scenario, "cpu"), make_batch(config, scenario), scenario)

@@ -1,4 +1,4 @@
-"""`--trace`: the planned step on fake tensors of the real modules, beside what the closed form says."""
+"""`--trace`: the planned step on FakeTensors of the real modules, compared with the closed form."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tunesmith.planner.tracing.trace import Peak, trace
 
 _SHOWN = 6
 
-#: Blocks above which a few are traced and multiplied, where that gives the closed form's bytes.
+#: With more blocks than this, a few are traced and extrapolated if the result agrees with the closed form.
 LARGE = 48
 _DEPTHS = (8, 9, 10)
 _AGREE = 0.01
 
 
 def trace_option(plan: Plan, option: Option) -> Iterator[str]:
-    """Lines that tell the traced peak, where it is, what is alive there, and the FLOPs by operator."""
+    """Lines with the traced peak, where it occurs, what is alive there, and the FLOPs by operator."""
     begun = time.perf_counter()
     peak = trace_peak(plan, option)
     took = time.perf_counter() - begun
     formula = option.memory.total_bytes
     yield ""
-    yield f"trace of {option.method}, {option.scenario.tokens:,} tokens at once, in {took:.1f} s"
+    yield f"trace of {option.method}, {option.scenario.tokens:,} tokens per micro-batch, in {took:.1f} s"
     yield (
         f"  peak {peak.total_bytes / GIB:.3f} GiB allocated, in {peak.phase} at {peak.operator}; "
         f"closed form {formula / GIB:.3f} ({100 * (formula / peak.total_bytes - 1):+.2f} %)"
@@ -39,7 +39,7 @@ def trace_option(plan: Plan, option: Option) -> Iterator[str]:
     for held in peak.largest(_SHOWN):
         yield f"  {held.size / GIB:8.3f} GiB  {held.phase:9} {held.operator}"
     total = sum(peak.flops.values())
-    yield f"  {total / 1e12:.1f} TFLOP a step: " + ", ".join(
+    yield f"  {total / 1e12:.1f} TFLOP per step: " + ", ".join(
         f"{name} {100 * count / total:.0f} %" for name, count in sorted(peak.flops.items(), key=lambda item: -item[1])[:4]
     )
     if option.method == "full" and plan.device.count > 1:
@@ -47,17 +47,17 @@ def trace_option(plan: Plan, option: Option) -> Iterator[str]:
 
 
 def _sharded_lines(plan: Plan, option: Option) -> Iterator[str]:
-    """The same model shared by all devices with FSDP2, by transformers' own forward and loss, fused AdamW in bf16."""
+    """The same model sharded over all devices with FSDP2: transformers' own forward and loss, fused AdamW in bf16."""
     from tunesmith.planner.tracing.sharded import trace_sharded
 
     scenario, count = replace(option.scenario, attention="sdpa"), plan.device.count
     for name, reshard in (("full shard", True), ("without resharding", False)):
         peak = trace_sharded(_config(plan), scenario, count, reshard=reshard)
-        yield f"  FSDP2 over {count}, {name}, stock forward and fused AdamW: {peak.total_bytes / GIB:.3f} GiB on each"
+        yield f"  FSDP2 over {count}, {name}, stock forward and fused AdamW: {peak.total_bytes / GIB:.3f} GiB per device"
 
 
 def trace_peak(plan: Plan, option: Option) -> Peak:
-    """The trace of an option's step. Raises PlanError for an architecture that transformers does not know."""
+    """The trace of an option's step. Raises PlanError if transformers does not know the architecture."""
     layers = plan.architecture.num_hidden_layers
     if layers > LARGE:
         few = [trace(_config(plan, num_hidden_layers=depth, layer_types=None), option.scenario) for depth in _DEPTHS]
@@ -68,10 +68,10 @@ def trace_peak(plan: Plan, option: Option) -> Peak:
 
 
 def multiplied(few: Sequence[Peak], layers: int) -> Peak | None:
-    """The peak of `layers` blocks from those of `_DEPTHS`; None where one more block did not add the same each time.
+    """The peak of `layers` blocks, extrapolated from `_DEPTHS`; None if each further block did not add the same.
 
-    Bytes grow in a straight line as long as the peak stays at the same place. That it still is there is not known, so the
-    caller holds the result against the closed form.
+    Bytes grow linearly as long as the peak stays at the same operator. Whether it stays there is not known, so the caller
+    compares the result with the closed form.
     """
     second, third = few[-2:]
     steps = {(b.total_bytes - a.total_bytes, b.resident_bytes - a.resident_bytes) for a, b in pairwise(few)}
@@ -87,12 +87,12 @@ def multiplied(few: Sequence[Peak], layers: int) -> Peak | None:
 
 
 def _config(plan: Plan, **changes: Any) -> Any:
-    """The model's configuration as transformers has it, with some keys changed."""
+    """The model's transformers config, with some keys changed."""
     quiet()
     values, source = find_config(plan.model)
     try:
         return make_config(values, **changes)
     except ValueError as error:
         why = "the trace runs transformers' own modules"
-        fix = "leave --trace out: the closed form covers it"
+        fix = "omit --trace: the closed form covers it"
         raise PlanError(Problem("TS209", f"transformers has no {values['model_type']!r}", source, why, fix)) from error

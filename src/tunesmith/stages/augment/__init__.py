@@ -1,4 +1,4 @@
-"""Stage `augment`: paraphrases of the train rows' questions, each checked and marked with its parent."""
+"""Stage `augment`: paraphrases of the train rows' questions, each checked and linked to its parent."""
 
 from tunesmith.stages.augment.stage import augment
 

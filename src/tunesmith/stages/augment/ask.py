@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible endpoint, several requests at once, within a budget, and nothing twice."""
+"""Queries an OpenAI-compatible endpoint: concurrent requests, within a budget, and none sent twice."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from tunesmith.io.atomic import append_jsonl, foreign, sha256_json
 from tunesmith.recipe import AugmentSection
 
 _TIMEOUT = 120.0  # seconds for one answer
-_ENTRY = '{"key": '  # how a line of the cache begins
-_REPLY = 1024  # most tokens of one answer
+_ENTRY = '{"key": '  # start of every line of the cache
+_REPLY = 1024  # maximum tokens per answer
 
 
 @dataclass(frozen=True)
 class Question:
-    """One request: its messages, and a number that tells equal requests apart."""
+    """One request: its messages, and a number that distinguishes otherwise equal requests."""
 
     messages: tuple[tuple[str, str], ...]
     number: int
 
     def key(self, settings: AugmentSection) -> str:
-        """What the answer depends on, as a digest."""
+        """Digest of everything the answer depends on."""
         return sha256_json([settings.model, settings.temperature, self.messages, self.number])
 
 
 class Cache:
-    """Answers on disk, one a line, each written as soon as it is there; a torn line is asked again.
+    """Answers on disk, one per line, each written as soon as it arrives; a torn line is requested again.
 
-    Raises RunError where the file is something else.
+    Raises RunError if the file is something else.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.answers, self.tokens = path, dict[str, str](), 0
         self._lock = threading.Lock()
         if path.exists() and not path.is_file():
-            raise foreign(path, "it is no file")
+            raise foreign(path, "it is not a file")
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
         for number, line in enumerate(lines, start=1):
             try:
@@ -51,13 +51,13 @@ class Cache:
                 self.tokens += entry["tokens"]
             except (ValueError, TypeError, KeyError) as error:
                 if line and not (line.startswith(_ENTRY) or _ENTRY.startswith(line)):
-                    raise foreign(path, f"line {number} is no answer of an endpoint") from error
+                    raise foreign(path, f"line {number} is not a cached answer") from error
         if lines and lines[-1]:
             with path.open("ab") as handle:
                 handle.write(b"\n")
 
     def put(self, key: str, text: str, tokens: int) -> None:
-        """Keep an answer."""
+        """Store an answer."""
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_jsonl(self.path, {"key": key, "text": text, "tokens": tokens})
@@ -66,11 +66,11 @@ class Cache:
 
 
 def make_client(settings: AugmentSection) -> Any:
-    """The client of the endpoint. Raises AugmentError where none is named or the package is not installed."""
-    why = "paraphrases come from a model that somebody serves"
+    """The client of the endpoint. Raises AugmentError if none is configured or the package is not installed."""
+    why = "paraphrases come from a model behind an endpoint"
     if settings.base_url is None or settings.model is None:
         fix = "set augment.base_url and augment.model"
-        raise AugmentError(Problem("TS140", "no endpoint is named", "augment", why, fix))
+        raise AugmentError(Problem("TS140", "no endpoint is configured", "augment", why, fix))
     try:
         import openai
     except ImportError as error:
@@ -81,9 +81,9 @@ def make_client(settings: AugmentSection) -> Any:
 
 
 def ask_all(questions: Sequence[Question], settings: AugmentSection, cache: Cache) -> tuple[dict[Question, str], int]:
-    """Answers by question, and how many were not asked since the budget was reached.
+    """Answers by question, and the number of questions not sent because the budget was reached.
 
-    What the cache has is not asked. Raises AugmentError as soon as a request fails for good; answers so far are in the cache.
+    Cached questions are not sent. Raises AugmentError as soon as a request fails for good; the cache keeps the answers so far.
     """
     by_key = {question.key(settings): question for question in questions}
     open_questions = [question for key, question in by_key.items() if key not in cache.answers]
@@ -104,7 +104,7 @@ def _work(
     settings: AugmentSection,
     cache: Cache,
 ) -> None:
-    """Keep as many requests on their way as the settings allow, until all are answered or the budget is reached."""
+    """Keep as many requests in flight as the settings allow, until all are answered or the budget is reached."""
     running: set[Future[None]] = set()
     try:
         while True:
@@ -137,7 +137,7 @@ def _ask(client: Any, question: Question, settings: AugmentSection, cache: Cache
         )
     except openai.OpenAIError as error:
         why, fix = (
-            "no paraphrase can be made without it",
+            "paraphrases cannot be made without it",
             "check augment.base_url, augment.model and the key, then run it again",
         )
         what = f"the endpoint failed: {str(error)[:300]}"

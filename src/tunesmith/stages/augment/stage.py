@@ -1,8 +1,8 @@
-"""More rows out of those that there are: the last question of a row in other words, its answer unchanged.
+"""Makes more train rows: the last question of a row paraphrased, its answer unchanged.
 
-A candidate is taken where it is no near duplicate of a question that is there, is in its parent's language, and keeps what the
-answer hangs on: every number of the question, and every value of the answer that stands in it. The answer, and so the label,
-is the parent's own. What is not told by these checks: whether the words still mean the same. `tunesmith review` is for that.
+A candidate is accepted if it is not a near-duplicate of an existing question, is in its parent's language, and keeps what the
+answer depends on: every number of the question, and every value of the answer that occurs in the question. The answer, and so
+the label, is the parent's own. These checks do not show whether the meaning is the same; `tunesmith review` is for that.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _SYSTEM = (
     "Do not answer it. Reply with the rewritten message alone."
 )
 _NUMBER = re.compile(r"\d+(?:[.,:/-]\d+)*")
-_LEAST_VALUE = 2  # characters of an answer's value that must be kept
+_LEAST_VALUE = 2  # characters; shorter values of an answer need not be kept
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A row to paraphrase: its place, its conversation, and which turn is the last question."""
+    """A row to paraphrase: its location, its conversation, and which turn is the last question."""
 
     where: str
     messages: list[Message]
@@ -49,17 +49,17 @@ class Parent:
 
 
 def augment(recipe: Recipe, console: Console) -> dict[str, Any]:
-    """Write `augment.out`, and a summary beside it, which is returned: counts of parents, requests, rows, refusals by reason.
+    """Write `augment.out` and its summary, and return the summary: counts of parents, requests, rows, refusals by reason.
 
-    A second run asks nothing that was asked before. Raises AugmentError without an endpoint, DataError without a usable row,
-    RunError where `out`, or a file beside it, is not what an earlier run wrote.
+    A second run repeats no request. Raises AugmentError without an endpoint, DataError without a usable row, RunError if `out`,
+    or a file next to it, is not what an earlier run wrote.
     """
     settings, out = recipe.augment, Path(recipe.augment.out)
     summary_path = out.with_name(f"{out.name}.summary.json")
     earlier = _earlier(out, summary_path)
     parents = list(_parents(recipe))
     if not parents:
-        why, fix = "there is nothing to put in other words", "check data.train and data.format"
+        why, fix = "there is nothing to paraphrase", "check data.train and data.format"
         raise DataError(Problem("TS109", "no row has a question before an answer", recipe.data.train, why, fix))
     cache = Cache(out.with_name(f"{out.name}.cache"))
     known = len(cache.answers)
@@ -78,21 +78,21 @@ def augment(recipe: Recipe, console: Console) -> dict[str, Any]:
         "sha256": sha256_bytes(text.encode()),
         "replaces": earlier,
     }
-    write_json(summary_path, summary)  # first: with either content of `out` it tells that the file is ours
+    write_json(summary_path, summary)  # first, so that it identifies `out` as ours with old or new content
     write_text(out, text)
     if left:
-        console.print(f"the budget is reached: {left} paraphrases were not asked for (augment.max_requests, max_tokens)")
+        console.print(f"budget reached: {left} paraphrases were not requested (augment.max_requests, max_tokens)")
     return summary
 
 
 def _earlier(out: Path, summary_path: Path) -> str | None:
-    """Digest of the rows that an earlier run wrote; None where there are none. Raises RunError where others stand there."""
+    """Digest of the rows that an earlier run wrote; None if there are none. Raises RunError if `out` is something else."""
     known: dict[str, Any] = {}
     if summary_path.exists():
         with contextlib.suppress(OSError, ValueError, RecursionError):
             known = dict(read_json(summary_path))
         if "sha256" not in known or "replaces" not in known:
-            raise foreign(summary_path, "it is no summary of augment")
+            raise foreign(summary_path, "it is not a summary of augment")
     if not out.exists():
         return None
     digest = sha256_file(out) if out.is_file() else None
@@ -102,7 +102,7 @@ def _earlier(out: Path, summary_path: Path) -> str | None:
 
 
 def _parents(recipe: Recipe) -> Iterator[Parent]:
-    """Rows whose last turn answers a question; others, and unreadable ones, are `prepare`'s to tell of."""
+    """Rows whose last turn answers a question; `prepare` reports the others and unreadable ones."""
     for row in read_rows(Path(recipe.data.train)):
         messages = row.problem or to_messages(row.value or {}, row.where, recipe.data.format)
         if isinstance(messages, Problem):
@@ -118,7 +118,7 @@ def _question(parent: Parent, number: int) -> Question:
 def _checked(
     recipe: Recipe, parents: list[Parent], candidates: list[tuple[Parent, str | None]]
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Rows of the candidates that pass, and why the others do not."""
+    """Rows made of the candidates that pass, and counts of the reasons why others do not."""
     index = NearDuplicates(recipe.data.duplicates.threshold or 1.0, recipe.data.duplicates.num_perm)
     for parent in parents:
         index.add(parent.where, index.signature(parent.question))
@@ -141,7 +141,7 @@ def _checked(
 
 
 def refusal(question: str, answer: str, candidate: str) -> str | None:
-    """Why a paraphrase cannot stand in for its question: `empty`, `other-language`, `lost-number`, `lost-value`; or None."""
+    """Why a paraphrase cannot replace its question: `empty`, `other-language`, `lost-number`, `lost-value`; or None."""
     if not candidate:
         return "empty"
     before, after = language(question), language(candidate)
@@ -155,7 +155,7 @@ def refusal(question: str, answer: str, candidate: str) -> str | None:
 
 
 def _values(answer: str) -> Iterator[str]:
-    """Text values of a JSON answer; of another answer its own text."""
+    """The text values of a JSON answer; for any other answer, its text."""
     try:
         parsed = json.loads(answer)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What tuning made a model forget: each method's MMLU against the base model's, on the same questions."""
+"""What tuning made a model forget: each method's MMLU accuracy against the base model's, on the same questions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from tunesmith.stages.compare.text import ABSENT, percent
 
-#: Loss of MMLU accuracy, in percent of the base model's, from which a method counts as having forgotten.
+#: A method that loses more than this percentage of the base model's MMLU accuracy counts as having forgotten.
 GATE_PERCENT = 5.0
-CHANCE = 0.25  # of four choices
+CHANCE = 0.25  # four choices
 BOOTSTRAP_DRAWS = 10_000
 BOOTSTRAP_SEED = 0
 
@@ -19,9 +19,9 @@ FORGETTING_HEADERS = ("model", "MMLU", "std. error", "change, points\n(95 %)", "
 def add_changes(rows: Sequence[dict[str, Any]], answers: Mapping[str, Sequence[bool]]) -> None:
     """Fill in each row's change against the base model, where both have been scored on MMLU.
 
-    `answers` has, by model, whether each question was answered rightly, in the same order for all. Into `mmlu` of a row come
-    `change_points`, its 95 % `change_interval`, `lost_percent` (of the base model's accuracy; negative for a gain, None where
-    that is 0) and `forgot`: whether more than GATE_PERCENT is lost.
+    `answers` has, by model, whether each question was answered correctly, in the same order for all. A row's `mmlu` gets
+    `change_points`, its 95 % `change_interval`, `lost_percent` (of the base model's accuracy; negative for a gain, None if
+    that accuracy is 0) and `forgot`: whether more than GATE_PERCENT is lost.
     """
     base = next((row for row in rows if row["method"] == "base" and row["mmlu"] is not None), None)
     if base is None:
@@ -43,8 +43,8 @@ def add_changes(rows: Sequence[dict[str, Any]], answers: Mapping[str, Sequence[b
 def change_interval(after: Sequence[bool], before: Sequence[bool]) -> list[float]:
     """95 % percentile interval of the change in points, by paired bootstrap over the questions.
 
-    A resample only matters by how many of its questions were gained, lost and neither, and these counts are multinomial, so
-    they are drawn themselves: the same distribution without the questions (Efron and Tibshirani 1993, chapter 13).
+    Only the numbers of gained, lost and unchanged questions in a resample matter. These counts are multinomial, so they are
+    drawn directly: the same distribution without resampling questions (Efron and Tibshirani 1993, chapter 13).
     """
     import numpy as np
 
@@ -59,7 +59,7 @@ def change_interval(after: Sequence[bool], before: Sequence[bool]) -> list[float
 
 
 def forgetting_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table of what was forgotten, a line for each model that was scored on MMLU, in the order of FORGETTING_HEADERS."""
+    """The forgetting table: a line per model that was scored on MMLU, in the order of FORGETTING_HEADERS."""
     lines = []
     for row in rows:
         mmlu = row.get("mmlu")
@@ -78,7 +78,7 @@ def forgetting_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def forgetting_verdict(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Which methods lost more than the gate allows, and whether that says anything; None without a change to tell of."""
+    """Which methods lost more than the gate allows, and whether that is meaningful; None if there is no change to report."""
     changed = [row for row in rows if "change_points" in (row.get("mmlu") or {})]
     if not changed:
         return None
@@ -89,9 +89,9 @@ def forgetting_verdict(rows: Sequence[Mapping[str, Any]]) -> str | None:
         sentence = f"Forgetting: {names} of the base model's MMLU accuracy of {percent(base['accuracy'])}; the gate is 5 %"
         unsure = [row["model"] for row in forgot if row["mmlu"]["change_interval"][1] >= 0]
         if unsure:
-            sentence += f". For {', '.join(unsure)} the 95 % interval holds no change"
+            sentence += f". For {', '.join(unsure)} the 95 % interval includes no change"
     else:
         sentence = f"Forgetting: none lost more than 5 % of the base model's MMLU accuracy of {percent(base['accuracy'])}"
     if base["accuracy"] - 1.96 * (base["standard_error"] or 0) <= CHANCE:
-        sentence += ". The base model does not answer better than by chance, so there was little to forget"
+        sentence += ". The base model does not answer better than chance, so there was little to forget"
     return sentence + f" ({base['questions']} questions)."

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page, made from the table and the runs' own files."""
+"""report.html: one self-contained page, built from the table and the runs' own files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunesmith.stages.compare.text import HEADERS, PROMISE_HEADERS, cells, perce
 def render(
     table: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, Any]]], details: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The page's HTML. Everything that came from data or recipes is escaped; there is no script and no outside link."""
+    """The page's HTML. Everything from data or recipes is escaped; there are no scripts and no external links."""
     environment = Environment(loader=PackageLoader("tunesmith.stages.compare"), autoescape=True, undefined=StrictUndefined)
     rows = table["rows"]
     return environment.get_template("report.html.jinja").render(
@@ -50,5 +50,5 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
     return [
         chart("task_score", "task score (%)", 0.01, "{:.1f} %"),
         chart("peak_memory_bytes", "peak training memory (GiB)", 2**30, "{:.2f}"),
-        chart("seconds_per_step", "seconds for each optimizer step", 1, "{:.2f}"),
+        chart("seconds_per_step", "seconds per optimizer step", 1, "{:.2f}"),
     ]

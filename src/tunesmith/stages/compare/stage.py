@@ -1,4 +1,4 @@
-"""The compare stage: the usual table, measured on your data, one row for each model."""
+"""The compare stage: the usual table, measured on your data, one row per model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tunesmith.stages.compare.forgetting import add_changes
 BOOTSTRAP_DRAWS = 10_000
 BOOTSTRAP_SEED = 0
 
-COMPARISON = "comparison"  # what its folder is committed as
-_SCORED_BY = {"task", "json_schema", "label", "max_new_tokens"}  # of `evaluate`: what an answer is scored by
-_PER_ROW = ("scores", "mmlu_answers")  # what the table is made of and does not hold
+COMPARISON = "comparison"  # the kind that its folder is committed as
+_SCORED_BY = {"task", "json_schema", "label", "max_new_tokens"}  # keys of `evaluate` that decide an answer's score
+_PER_ROW = ("scores", "mmlu_answers")  # inputs of the table that are not stored in it
 
 
 def compare(runs: Sequence[Run], target: Path) -> dict[str, Any]:
     """Write `target`/compare.json and report.html and return the table.
 
-    `rows` begins with the base model, then one row for each run. *Effectiveness* is a model's task score over that of
-    full fine-tuning, in percent, with a 95 % interval by paired bootstrap over the test rows; it is null where no run
+    `rows` begins with the base model, then one row per run. *Effectiveness* is a model's task score divided by that of
+    full fine-tuning, in percent, with a 95 % interval by paired bootstrap over the test rows; it is null if no run
     is a full fine-tune. `of_best_interval` is the same against the best score of a trained model. `mmlu` has a model's
-    accuracy and what it lost of the base model's, null where it was not scored.
-    Raises RunError where a run is not evaluated, or the runs were scored on different rows or questions, or something
-    else stands at `target`.
+    accuracy and how much of the base model's accuracy it lost; null if it was not scored.
+    Raises RunError if a run is not evaluated, the runs were scored on different rows or questions, or `target` holds
+    something else.
     """
     check_replaceable(target, COMPARISON)
     _check_different(runs)
@@ -61,14 +61,14 @@ def _check_different(runs: Sequence[Run]) -> None:
     seen: dict[Path, Run] = {}
     for run in runs:
         if seen.setdefault(run.path.resolve(), run) is not run:
-            why, fix = "a run beside itself is no comparison", "name each run once"
-            raise RunError(Problem("TS602", "the run is named twice", str(run.path), why, fix))
+            why, fix = "comparing a run with itself says nothing", "list each run once"
+            raise RunError(Problem("TS602", "the run is listed twice", str(run.path), why, fix))
 
 
 def _results(run: Run, digest: str) -> dict[str, Any] | None:
     """The run's evaluation of the model with this digest; None if there is none.
 
-    With each row's score under `scores`, and under `mmlu_answers` whether each question was answered rightly.
+    Adds each row's score as `scores`, and whether each MMLU question was answered correctly as `mmlu_answers`.
     """
     stage = eval_folder(digest)
     if run.status()["stages"].get(stage, {}).get("status") != "done":
@@ -81,7 +81,7 @@ def _results(run: Run, digest: str) -> dict[str, Any] | None:
 
 
 def _evaluated(run: Run) -> dict[str, Any]:
-    """The evaluation of the run's export, as the export is now."""
+    """The evaluation of the run's current export."""
     results = _results(run, model_digest(run.path / "export" / run.recipe.export.name))
     if results is None:
         fix = f"run `tunesmith evaluate {run.path}` first"
@@ -91,7 +91,7 @@ def _evaluated(run: Run) -> dict[str, Any]:
 
 
 def _base_results(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """The evaluation of the untouched base model, from the first run that holds one; None where the runs have several."""
+    """The evaluation of the untuned base model, from the first run that has one; None if the runs' base models differ."""
     folders = {locate(run.recipe.model, run.recipe.revision) for run in runs}
     digests = {model_digest(folder) for folder in folders}
     if len(digests) > 1:
@@ -113,13 +113,13 @@ def _check_same_rows(runs: Sequence[Run], evaluated: Sequence[dict[str, Any]]) -
         (
             {sha256_json(way) for way in ways},
             "in different ways",
-            "the same answer would get one score here and another there",
+            "the same answer would get different scores",
             ", ".join(f"evaluate.{name}" for name in sorted(_SCORED_BY)),
         ),
         (
             {(each["questions_digest"], each["shots"]) for each in mmlu},
             "on different MMLU questions",
-            "what was forgotten shows on the same questions alone",
+            "forgetting only shows on the same questions",
             "evaluate.mmlu, mmlu_subjects, mmlu_questions and mmlu_shots",
         ),
     ):
@@ -160,7 +160,7 @@ def _row(model: str, method: str | None, summary: dict[str, Any] | None, results
 
 
 def _mmlu(results: dict[str, Any]) -> dict[str, Any] | None:
-    """What the table says of a model's MMLU; subject by subject it stands in the run's results.json."""
+    """The table's entry about a model's MMLU; the run's results.json has it by subject."""
     scored = results.get("mmlu")
     return None if scored is None else {key: scored[key] for key in ("accuracy", "standard_error", "questions", "shots")}
 
@@ -170,7 +170,7 @@ def _run_row(run: Run, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_effectiveness(rows: list[dict[str, Any]]) -> None:
-    """Fill in `effectiveness` and its interval against the first full fine-tune, where its score is above 0."""
+    """Fill in `effectiveness` and its interval against the first full fine-tune, if its score is above 0."""
     full = next((row for row in rows if row["method"] == "full"), None)
     if full is None or full["task_score"] <= 0:
         return
@@ -180,7 +180,7 @@ def _add_effectiveness(rows: list[dict[str, Any]]) -> None:
 
 
 def _add_ties(rows: list[dict[str, Any]]) -> None:
-    """Fill in `of_best_interval`: each score against the best one of what was trained, where that is above 0."""
+    """Fill in `of_best_interval`: each score against the best trained model's, if that is above 0."""
     best = max((row for row in rows if row["method"] != "base"), key=lambda row: float(row["task_score"]))
     if best["task_score"] > 0:
         for row in rows:
@@ -188,10 +188,10 @@ def _add_ties(rows: list[dict[str, Any]]) -> None:
 
 
 def bootstrap_ratio(scores: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """95 % percentile interval of 100 x mean(scores) / mean(reference), both drawn over the same rows.
+    """95 % percentile interval of 100 x mean(scores) / mean(reference), both resampled over the same rows.
 
     Paired, since both models answered the same questions (Efron and Tibshirani 1993, chapter 13). Draws whose
-    reference mean is 0 are left out.
+    reference mean is 0 are excluded.
     """
     import numpy as np
 
@@ -211,7 +211,7 @@ def _task_facts(run: Run, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _details(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each run: its settled settings with reasons, the proof of its export, its recorded events, its plan's score."""
+    """For each run: its resolved settings with reasons, its export's proof, its recorded events, its plan's score."""
     details = []
     for run in runs:
         proof = run.path / "export" / run.recipe.export.name / "proof.json"

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them, and the cells of the comparison, for terminal and page alike."""
+"""Human-readable numbers, and the cells of the comparison, for both terminal and page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 ABSENT = "-"
 
-#: Titles of the columns, in two lines where that keeps the table within 80 characters.
+#: Column titles, on two lines where that keeps the table within 80 characters.
 HEADERS = (
     "model",
     "trainable\nparams",
@@ -50,7 +50,7 @@ def interval(bounds: Sequence[float] | None) -> str:
     return ABSENT if bounds is None else f"{bounds[0]:.0f}-{bounds[1]:.0f}"
 
 
-#: What a plan promises: its key in score.json, its title, what it is divided by, how it is written.
+#: What a plan promises: its key in score.json, its title, the divisor, the format.
 _PROMISES = (
     ("peak_memory_bytes", "GiB at peak", 2**30, ".2f"),
     ("seconds_per_step", "s/step", 1, ".2f"),
@@ -64,7 +64,7 @@ PROMISE_HEADERS = (
 
 
 def promise_cells(name: str, score: Mapping[str, Any]) -> list[str]:
-    """A run's promises beside what was measured, in the order of `PROMISE_HEADERS`; errors are of what was measured."""
+    """A run's promises and measurements, in the order of `PROMISE_HEADERS`; errors are relative to the measurement."""
     cells = [name]
     for key, _, unit, form in _PROMISES:
         pair = score[key]
@@ -79,10 +79,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table's cells as text, a list for each model in the order of `HEADERS`."""
+    """The table's cells as text, one list per model in the order of `HEADERS`."""
     result = []
     for row in rows:
-        # percent of the full fine-tune's score, with the interval's bounds
+        # percent of the full fine-tune's score, with the bounds of its interval
         effect = ABSENT if row["effectiveness"] is None else f"{row['effectiveness']:.1f}"
         if row["effectiveness_interval"] is not None and row["method"] != "full":
             effect += f" ({interval(row['effectiveness_interval'])})"
@@ -104,7 +104,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Which model scored best, or which are tied (the interval has equality), and what the cheapest that will do takes."""
+    """Which model scored best, or which are tied (the interval includes equality), and the cost of the cheapest good one."""
     tuned = [row for row in rows if row["method"] != "base"]
     best = max(tuned, key=lambda row: row["task_score"])
     base = next((row for row in rows if row["method"] == "base"), None)
@@ -112,7 +112,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
         return f"No method beats the base model's {percent(base['task_score'])} of the task: train longer, or on more rows."
     if base is not None and _tied(base):
         return (
-            f"The test rows do not tell {best['model']} ({percent(best['task_score'])} of the task) from the base model "
+            f"The test rows do not distinguish {best['model']} ({percent(best['task_score'])} of the task) from the base model "
             f"({percent(base['task_score'])}): test on more rows, or train longer."
         )
     if base is None and best["task_score"] <= 0:
@@ -121,7 +121,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     against = "" if base is None else f" against {percent(base['task_score'])} for the base model"
     if len(tied) > 1:
         scores = ", ".join(f"{row['model']} {percent(row['task_score'])}" for row in tied)
-        return f"A tie: {scores} of the task{against}, and the test rows do not tell them apart. {_cheapest(tied)}."
+        return f"A tie: {scores} of the task{against}, and the test rows do not distinguish them. {_cheapest(tied)}."
     sentence = f"{best['model']} scored best: {percent(best['task_score'])} of the task{against}"
     close = [row for row in tuned if row["method"] != "full" and (row["effectiveness"] or 0) >= CLOSE]
     if close and close != [best]:
@@ -134,7 +134,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _tied(row: Mapping[str, Any]) -> bool:
-    """Whether a score and the best one may be equal, by the 95 % interval."""
+    """Whether a score may equal the best one, judged by the 95 % interval."""
     bounds = row["of_best_interval"]
     return bounds is not None and bounds[0] <= 100 <= bounds[1]
 

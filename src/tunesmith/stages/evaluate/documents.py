@@ -1,4 +1,4 @@
-"""The score of a model on raw text: how well it tells each next token of documents that it was not trained on."""
+"""Scores a model on raw text: how well it predicts each next token of documents it was not trained on."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from tunesmith.runs import Run, prepared_rows
 
 
 def document_rows(run: Run) -> list[dict[str, Any]]:
-    """The test documents as rows of token ids, or the held-out ones; at most `evaluate.max_rows`.
+    """The test documents, or without `data.test` the held-out ones, as rows of token ids; at most `evaluate.max_rows`.
 
-    Raises EvaluateError where there are none.
+    Raises EvaluateError if there are none.
     """
     name = "test" if run.recipe.data.test is not None else "heldout"
     rows = list(prepared_rows(run, name))
     if not rows:
-        why = "a perplexity needs documents that were not trained on"
-        fix = "name documents in data.test, or raise data.heldout"
+        why = "perplexity needs documents the model was not trained on"
+        fix = "set data.test to documents, or raise data.heldout"
         raise EvaluateError(Problem("TS502", "no test documents", f"data/{name}.arrow", why, fix))
     return rows[: run.recipe.evaluate.max_rows]
 
 
 def score_documents(model: Any, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What results.json says of the documents, and a sample for each row.
+    """The entries of results.json about the documents, and a sample per row.
 
-    `perplexity` is exp of the mean loss (nats) over all told tokens; `task_score` is the mean over rows of the share of tokens
-    that were the model's first choice, so that models can be compared by a number that grows with how good they are.
+    `perplexity` is exp of the mean loss (nats) over all labelled tokens; `task_score` is the mean over rows of the fraction of
+    tokens that were the model's top choice, so that a higher score means a better model.
     """
     collate = PaddedCollator(pad_id=0)  # one row at a time, so nothing is padded
     model.eval()

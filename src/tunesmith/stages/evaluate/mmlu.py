@@ -1,8 +1,8 @@
-"""MMLU, the check of what a model has forgotten: how well it still answers questions that it was not trained on.
+"""MMLU, to measure forgetting: how well a model still answers questions it was not trained on.
 
-The questions are those of Hendrycks et al. 2021 (arXiv 2009.03300), of 57 subjects, in the files that they were published in.
-Prompts and choices are those of lm-evaluation-harness's task `mmlu`, character by character: no chat template, the first
-questions of the dev file as examples, the likeliest of the answers " A" to " D" is the one that is given.
+The questions come from Hendrycks et al. 2021 (arXiv 2009.03300), 57 subjects, in the files they were published in.
+Prompts and choices match lm-evaluation-harness's task `mmlu` character by character: no chat template, the first questions of
+the dev file as examples, and the model's choice is the likeliest of the answers " A" to " D".
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LETTERS = "ABCD"
 
 _CELLS = len(LETTERS) + 2  # the question, its choices, the answer
 _DEV, _TEST = "dev/{}_dev.csv", "test/{}_test.csv"
-_ENCODED = 64  # prompts and their continuations that are encoded together
-_WHY = "the check of what was forgotten would be made on less than the recipe asks for"
+_ENCODED = 64  # prompts that are tokenized together with their continuations
+_WHY = "forgetting would be measured on less than the recipe asks for"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question with four choices; `answer` is the right one's index."""
+    """One question with four choices; `answer` is the index of the correct one."""
 
     text: str
     choices: tuple[str, ...]
@@ -48,22 +48,22 @@ class Subject:
 
 
 def subject_names(settings: EvaluateSection) -> list[str]:
-    """The subjects that the recipe asks for, sorted; without a list all that have a test file.
+    """The subjects that the recipe asks for, sorted; without a list, all that have a test file.
 
-    Raises EvaluateError where the folder holds none, or where some are unknown or lack a file.
+    Raises EvaluateError if the folder holds none, or if some are unknown or lack a file.
     """
     folder = Path(settings.mmlu or "")
     known = sorted(path.name.removesuffix("_test.csv") for path in folder.glob(_TEST.format("*")))
     if not known:
         fix = "give a folder with dev/<subject>_dev.csv and test/<subject>_test.csv"
         what = "no files test/<subject>_test.csv" if folder.is_dir() else "the folder does not exist"
-        raise EvaluateError(Problem("TS511", what, str(folder), "evaluate.mmlu names it", fix))
+        raise EvaluateError(Problem("TS511", what, str(folder), "evaluate.mmlu points to it", fix))
     asked = known if settings.mmlu_subjects is None else sorted(set(settings.mmlu_subjects))
     problems = [_unknown(name, known, folder) for name in asked if name not in known]
     if settings.mmlu_shots:
         dev = [folder / _DEV.format(name) for name in asked if name in known]
         problems += [
-            Problem("TS511", "the file of examples does not exist", str(path), _WHY, "add it, or set evaluate.mmlu_shots to 0")
+            Problem("TS511", "the examples file does not exist", str(path), _WHY, "add it, or set evaluate.mmlu_shots to 0")
             for path in dev
             if not path.is_file()
         ]
@@ -76,12 +76,12 @@ def subject_names(settings: EvaluateSection) -> list[str]:
 
 def _unknown(name: str, known: Sequence[str], folder: Path) -> Problem:
     near = difflib.get_close_matches(name, known, 1, 0.5)
-    fix = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}"
+    fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}"
     return Problem("TS512", f"unknown subject {name!r}", f"evaluate.mmlu_subjects, {folder}", _WHY, fix)
 
 
 def files_digest(settings: EvaluateSection) -> str:
-    """sha256 over the files that are read, `none` without `evaluate.mmlu`. Raises EvaluateError as `subject_names` does."""
+    """sha256 over the files to read, `none` without `evaluate.mmlu`. Raises EvaluateError as `subject_names` does."""
     if settings.mmlu is None:
         return "none"
     patterns = (_DEV, _TEST) if settings.mmlu_shots else (_TEST,)
@@ -90,7 +90,7 @@ def files_digest(settings: EvaluateSection) -> str:
 
 
 def read_subjects(settings: EvaluateSection) -> list[Subject]:
-    """Examples and questions of each subject that is asked for. Raises EvaluateError with every row that cannot be used."""
+    """Examples and questions of each requested subject. Raises EvaluateError with the problems of all subjects."""
     folder, shots = Path(settings.mmlu or ""), settings.mmlu_shots
     subjects: list[Subject] = []
     problems: list[Problem] = []
@@ -103,10 +103,10 @@ def read_subjects(settings: EvaluateSection) -> list[Subject]:
             problems += error.problems
             continue
         if len(examples) < shots:
-            what = f"{len(examples)} examples, {shots} are asked for"
+            what = f"{len(examples)} examples, but {shots} were requested"
             problems.append(Problem("TS513", what, str(dev), _WHY, "lower evaluate.mmlu_shots"))
         if not questions:
-            problems.append(Problem("TS513", "no questions", str(test), _WHY, "add some, or leave the subject out"))
+            problems.append(Problem("TS513", "no questions", str(test), _WHY, "add some, or drop the subject"))
         subjects.append(Subject(name, examples, questions))
     if problems:
         raise EvaluateError(problems)
@@ -114,9 +114,9 @@ def read_subjects(settings: EvaluateSection) -> list[Subject]:
 
 
 def _read(path: Path) -> Iterator[Question]:
-    """Questions of a file in order, as they are read: with or without a line of titles, answers as A to D or 0 to 3.
+    """Yields the questions of a file in order; the header line is optional, answers are A to D or 0 to 3.
 
-    Raises EvaluateError at the first row that is none.
+    Raises EvaluateError at the first malformed row.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
@@ -136,7 +136,7 @@ def _read(path: Path) -> Iterator[Question]:
 def _question(cells: Sequence[str], where: str) -> Question:
     fix = "write each row as question, four choices, and the answer as A to D or 0 to 3"
     if len(cells) != _CELLS:
-        raise EvaluateError(Problem("TS513", f"{len(cells)} cells, a question has {_CELLS}", where, _WHY, fix))
+        raise EvaluateError(Problem("TS513", f"{len(cells)} cells, but a question has {_CELLS}", where, _WHY, fix))
     text, *choices, answer = cells
     index = next((i for i, letter in enumerate(LETTERS) if answer.strip() in {letter, str(i)}), None)
     if index is None:
@@ -152,16 +152,16 @@ def _asked(question: Question) -> str:
 
 
 def prompts(subject: Subject) -> list[str]:
-    """The subject's prompts, one for each question; all begin with the same header."""
+    """The subject's prompts, one per question; all begin with the same header."""
     head = f"The following are multiple choice questions (with answers) about {subject.name.replace('_', ' ')}.\n\n"
     head += "".join(f"{_asked(example)} {LETTERS[example.answer]}\n\n" for example in subject.examples)
     return [head + _asked(question) for question in subject.questions]
 
 
 def encode_choices(tokenizer: Any, texts: Sequence[str], longest: int | None) -> tuple[list[Request], int]:
-    """A request for each prompt and letter, in order, and how many prompts were cut from the left to `longest` tokens.
+    """A request per prompt and letter, in order, and the number of prompts truncated from the left to `longest` tokens.
 
-    A continuation is what the ids of prompt and " A" together have beyond the prompt's own, as lm-evaluation-harness takes it.
+    A continuation is what tokenizing the prompt with " A" adds to the prompt's own ids, as in lm-evaluation-harness.
     """
     requests, cut = [], 0
     for start in range(0, len(texts), _ENCODED):
@@ -181,10 +181,10 @@ def encode_choices(tokenizer: Any, texts: Sequence[str], longest: int | None) ->
 def score_mmlu(
     model: Any, tokenizer: Any, subjects: Sequence[Subject], report: Callable[[str], None] = lambda _: None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What results.json says of MMLU, and a sample for each question.
+    """The entries of results.json about MMLU, and a sample per question.
 
-    `accuracy` is over all questions, as the harness weighs its groups; `standard_error` is that of a mean of so many. Subjects
-    are scored one after the other, so memory does not grow with their number.
+    `accuracy` is over all questions, as the harness weights its groups; `standard_error` is that of a mean over all of them.
+    Subjects are scored one after the other, so memory does not grow with their number.
     """
     begun = time.perf_counter()
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -210,7 +210,7 @@ def score_mmlu(
 
 
 def _samples(subject: Subject, found: Sequence[Likelihood]) -> list[dict[str, Any]]:
-    """A line of mmlu.jsonl for each question; of equally likely choices the first is the one given."""
+    """One line of mmlu.jsonl per question; among equally likely choices the first one wins."""
     samples = []
     for number, question in enumerate(subject.questions):
         told = [likelihood.log_likelihood for likelihood in found[number * len(LETTERS) : (number + 1) * len(LETTERS)]]

@@ -1,4 +1,4 @@
-"""The evaluate stage: any model folder, scored on the run's task and on the loss over its held-out rows."""
+"""The evaluate stage: scores any model folder on the run's task and on the loss over the held-out rows."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from tunesmith.runs import EVAL_SUITE, Run, eval_folder, prepared_rows, read_jso
 from tunesmith.stages.evaluate.documents import document_rows, score_documents
 from tunesmith.stages.evaluate.mmlu import Subject, files_digest, read_subjects, score_mmlu
 
-_AT_ONCE = 128  # held-out rows that are laid out together
+_AT_ONCE = 128  # held-out rows that are packed together
 
 
 def evaluate(run: Run, model: Path | None = None, console: Console | None = None) -> dict[str, Any]:
-    """Score `model` (default: the run's export) and return results.json; a no-op when nothing it reads has changed.
+    """Score `model` (default: the run's export) and return results.json; a no-op when no input has changed.
 
-    Raises EvaluateError where there are no test rows, or a reference, the schema or MMLU's files cannot be used, or for a
-    reward model; RunError where the export is missing.
+    Raises EvaluateError if there are no test rows, if a reference, the schema or MMLU's files cannot be used, or for a reward
+    model; RunError if the export is missing.
     """
     recipe = run.recipe
     if model is None:
         run.outputs_digest(f"export/{recipe.export.name}")
         model = run.path / "export" / recipe.export.name
     if (model / "reward.json").is_file():
-        why = "it gives an answer a number and generates none"
-        fix = "score the policy that it trained, or use it in reward_funcs"
-        raise EvaluateError(Problem("TS503", "a reward model cannot be asked", str(model), why, fix))
+        why = "it scores answers and cannot generate any"
+        fix = "evaluate the policy trained with it, or use it in reward_funcs"
+        raise EvaluateError(Problem("TS503", "a reward model cannot be evaluated", str(model), why, fix))
     digest = model_digest(model)
     schema_path = recipe.evaluate.json_schema
     inputs = {
@@ -97,8 +97,8 @@ def _test_rows(run: Run) -> list[dict[str, Any]]:
     name = "test.jsonl" if recipe.data.test is not None else "heldout.jsonl"
     rows = [row for row in read_jsonl(run.path / "data" / name) if row["messages"][-1]["role"] == "assistant"]
     if not rows:
-        why = "a score needs rows that were not trained on"
-        fix = "name a file in data.test, or raise data.heldout"
+        why = "a score needs rows the model was not trained on"
+        fix = "set data.test to a file, or raise data.heldout"
         raise EvaluateError(Problem("TS502", "no test rows", str(run.path / "data" / name), why, fix))
     return rows[: recipe.evaluate.max_rows]
 
@@ -107,7 +107,7 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
     settings, rows = run.recipe.evaluate, _test_rows(run)
     validator = _validator(settings.json_schema)
     references = [Answer(row["where"], row["messages"][-1]["content"], "") for row in rows]
-    _score(references, settings.task, validator)  # a bad reference shows before the model is loaded, and so does a bad file
+    _score(references, settings.task, validator)  # bad references, and below bad MMLU files, fail before the model loads
     subjects = read_subjects(settings) if settings.mmlu is not None else []
     tokenizer = load_tokenizer(model_folder)
     template = ChatTemplate(tokenizer, (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8"))
@@ -159,7 +159,7 @@ def _evaluate(run: Run, model_folder: Path, digest: str, target: Path, console: 
 
 
 def _loaded(model_folder: Path) -> tuple[Any, str]:
-    """The model in the dtype that the hardware is fast at, and that dtype."""
+    """The model in the dtype that is fast on this hardware, and that dtype."""
     dtype = detect().compute_dtype
     model = load_model(model_folder, dtype=dtype)
     use_products(model)
@@ -167,7 +167,7 @@ def _loaded(model_folder: Path) -> tuple[Any, str]:
 
 
 def _asked(model_folder: Path, digest: str, rows: Sequence[Any], content: Any) -> dict[str, Any]:
-    """What results.json says of the question: which model, and which rows; `content` is what their digest is taken of."""
+    """The entries of results.json about the request: which model and which rows; the rows' digest is over `content`."""
     return {
         "model": str(model_folder),
         "model_digest": digest,
@@ -200,12 +200,12 @@ def _evaluate_documents(run: Run, model_folder: Path, digest: str, target: Path,
 def _mmlu(
     run: Run, model: Any, tokenizer: Any, subjects: Sequence[Subject], target: Path, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Key `mmlu` of results.json. Each question goes to mmlu.jsonl, what differs from what was asked for to events.jsonl."""
+    """Key `mmlu` of results.json. Writes each question to mmlu.jsonl, and deviations from the request to events.jsonl."""
     summary, samples = score_mmlu(model, tokenizer, subjects, console.print)
     write_jsonl(target / "mmlu.jsonl", samples)
     if summary["cut_prompts"]:
         count = summary["cut_prompts"]
-        message = f"{count} MMLU prompts lost their beginning: the model has {model.config.max_position_embeddings} positions"
+        message = f"{count} MMLU prompts cut from the left: the model has {model.config.max_position_embeddings} positions"
         run.event(target, "mmlu-prompts-cut", message, count=count)
     if summary["padded_because"] is not None:
         reason = summary["padded_because"]
@@ -227,12 +227,12 @@ def _prompts(template: ChatTemplate, rows: Sequence[dict[str, Any]]) -> list[lis
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Where an answer ends: what the model's generation config says, and the tokenizer's eos."""
+    """The ids that end an answer: those of the model's generation config, and the tokenizer's eos."""
     known = stop_ids(model.generation_config)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
         known.append(tokenizer.eos_token_id)
     if not known:
-        why = "every answer would run to its longest"
+        why = "every answer would run to the maximum length"
         raise EvaluateError(
             Problem("TS503", "the model has no end-of-turn token", "generation_config", why, "set eos_token_id")
         )
@@ -240,9 +240,9 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def heldout_loss(run: Run, model: Any, tokenizer: Any) -> float | None:
-    """Mean loss (nats a labelled token) over `data/heldout.arrow`; None where no rows are held out."""
+    """Mean loss (nats per labelled token) over `data/heldout.arrow`; None if no rows are held out."""
     rows = sorted(prepared_rows(run, "heldout"), key=lambda row: row["length"])
-    # An undesirable answer is nothing to reach a low loss on, and a prompt without a reference has none.
+    # A low loss on an undesirable answer is not a goal, and a prompt without a reference has no loss.
     rows = [row for row in rows if row.get("label", True) and any(row["loss_mask"])]
     if not rows:
         return None

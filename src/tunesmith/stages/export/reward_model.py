@@ -1,4 +1,4 @@
-"""The export of a reward model: base, adapter and head as one float32 folder for sequence classification, compared again."""
+"""Exports a reward model: base, adapter and head as one float32 folder for sequence classification, verified after writing."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tunesmith.models.load import load_reward_model, load_tokenizer
 from tunesmith.runs import Run, prepared_rows
 
 _PROBE_PAIRS = 16
-#: Largest difference of a reward between what was trained and what was written; both are float32.
+#: Largest allowed difference of a reward between the trained and the written model; both are float32.
 _MAX_DIFFERENCE = 1e-3
 
 
 def export_reward_model(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
     """Write the reward model of a checkpoint and its proof into `target`.
 
-    Raises ExportError where its rewards are not the trained one's.
+    Raises ExportError if its rewards differ from the trained model's.
     """
     tokenizer = load_tokenizer(method.folder)
     tokenizer.chat_template = (run.path / "data" / "chat_template.jinja").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The export stage: one bf16 model folder out of what was trained, opened again and compared before it is committed."""
+"""The export stage: writes the trained model as one bf16 folder, reloads it and compares it before it is committed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from tunesmith.runs import Run, prepared_rows
 from tunesmith.stages.export.reward_model import export_reward_model
 
 PROBE_ROWS = 16
-#: Largest mean KL divergence (nats a token) between trained and exported; stochastic rounding to bf16
-#: measures 3e-5 on SmolLM2-135M, rounding to the nearest 2e-2.
+#: Largest allowed mean KL divergence (nats per token) between trained and exported model. On SmolLM2-135M stochastic
+#: rounding to bf16 measures 3e-5, round-to-nearest 2e-2.
 MAX_KL = 0.01
-#: Largest difference of the mean loss (nats a labelled token).
+#: Largest allowed difference of the mean loss (nats per labelled token).
 MAX_LOSS_DIFFERENCE = 0.02
 
 
 def export(run: Run) -> dict[str, Any]:
     """Write `export/<name>/` and return its proof; a no-op when the checkpoint is unchanged.
 
-    Raises ExportError, and leaves nothing behind, when the written model does not compute what was trained.
+    Raises ExportError, and leaves nothing behind, when the written model does not compute what the trained one does.
     """
     recipe = run.recipe
     if problems := export_problems(recipe):
@@ -47,7 +47,7 @@ def export(run: Run) -> dict[str, Any]:
 
 
 def trained_method(run: Run) -> tuple[Method, Path]:
-    """The method as `train` used it, and the checkpoint that it saved."""
+    """The method as `train` used it, and the checkpoint it saved."""
     recipe = run.recipe
     settings = read_json(run.path / "train" / "settings.json")
     summary = read_json(run.path / "train" / "summary.json")
@@ -58,7 +58,7 @@ def trained_method(run: Run) -> tuple[Method, Path]:
 def _export(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
     tokenizer = load_tokenizer(method.folder)
     template = run.path / "data" / "chat_template.jinja"
-    if template.is_file():  # raw text is prepared without one
+    if template.is_file():  # raw text has no template
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     rows = concatenate_datasets([prepared_rows(run, name) for name in ("heldout", "train")])
     probe, taught = probe_rows(rows.select(range(min(PROBE_ROWS, len(rows)))))
@@ -68,7 +68,7 @@ def _export(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
     merged = round_model(method.merge(model), run.recipe.seed)
     stops = _learned_stops(probe) if taught else []
     if OBJECTIVES[run.recipe.objective].rows == "document":
-        stops = [token for token in stops if token == tokenizer.eos_token_id]  # other rows go on in a next piece
+        stops = [token for token in stops if token == tokenizer.eos_token_id]  # other rows continue in the next piece
     added = _teach_stops(merged.generation_config, tokenizer, stops)
     merged.save_pretrained(target, max_shard_size=run.recipe.export.max_shard_size)
     tokenizer.save_pretrained(target)
@@ -77,20 +77,20 @@ def _export(run: Run, method: Method, checkpoint: Path, target: Path) -> None:
     found = log_probabilities(load_model(target, dtype="float32"), probe)
     proof = compare_probabilities(expected, found)
     proof |= {"method": method.name, "rows": len(probe), "stop_tokens": stops, "stop_tokens_added": added}
-    if not (proof["mean_kl"] <= MAX_KL and proof["loss_difference"] <= MAX_LOSS_DIFFERENCE):  # nor where one is no number
-        what = f"KL {proof['mean_kl']:.4f} nats a token, loss differs by {proof['loss_difference']:.4f}"
+    if not (proof["mean_kl"] <= MAX_KL and proof["loss_difference"] <= MAX_LOSS_DIFFERENCE):  # also if one is NaN
+        what = f"KL {proof['mean_kl']:.4f} nats per token, loss differs by {proof['loss_difference']:.4f}"
         why = "the exported model is not the one that was trained and evaluated"
         fix = f"keep the checkpoint {checkpoint}, and report the model and versions in run.json"
         raise ExportError(Problem("TS401", what, str(run.path / "export"), why, fix))
     write_json(target / "proof.json", proof)
     if added:
-        run.event(target, "stop-token-added", f"generation_config stops at {added} too", tokens=added)
+        run.event(target, "stop-token-added", f"generation_config now also stops at {added}", tokens=added)
 
 
 def probe_rows(rows: Any) -> tuple[Any, bool]:
-    """The rows that the export is compared on, and whether what they label was trained.
+    """The rows that the export is compared on, and whether training used their labels.
 
-    Prompts without reference answers label nothing; they are compared in all their tokens.
+    Prompts without reference answers have no labels; all their tokens are compared.
     """
     if all(any(trained) for trained in rows["loss_mask"]):
         return rows, True
@@ -98,7 +98,7 @@ def probe_rows(rows: Any) -> tuple[Any, bool]:
 
 
 def _learned_stops(rows: Any) -> list[int]:
-    """The ids that training taught to end a turn: the last trained id of each row."""
+    """The ids that training taught to end a turn: the last labelled id of each row."""
     last = [[i for i, t in zip(r["input_ids"], r["loss_mask"], strict=True) if t][-1] for r in rows]
     return [token for token, _ in Counter(last).most_common()]
 
@@ -127,7 +127,7 @@ def log_probabilities(model: Any, rows: Any) -> Any:
 
 
 def compare_probabilities(expected: Any, found: Any) -> dict[str, Any]:
-    """How far two models' predictions are apart: mean KL (nats), largest difference, loss of both, top-1 agreement."""
+    """How far two models' predictions differ: mean KL (nats), largest difference, loss of both, top-1 agreement."""
     (left, tokens), (right, _) = expected, found
     kl = (left.exp() * (left - right)).sum(dim=-1)
     losses = [float(-side.gather(1, tokens[:, None]).mean()) for side in (left, right)]

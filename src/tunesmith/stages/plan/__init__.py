@@ -1,4 +1,4 @@
-"""Stage `plan`: what a run will take in memory, time and money (plan.json), and how far off that was (score.json)."""
+"""Stage `plan`: the memory, time and money a run will take (plan.json), and how far off that was (score.json)."""
 
 from tunesmith.stages.plan.stage import PLAN, plan, score, write_plan
 

@@ -1,4 +1,4 @@
-"""The plan stage: what a run will take (plan.json), and how far off that was (score.json)."""
+"""The plan stage: predicts what a run will take (plan.json), and scores the prediction (score.json)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tunesmith.planner.result import Plan
 from tunesmith.recipe import ResolvedRecipe, dump_recipe
 from tunesmith.runs import Run, installed_versions
 
-#: What a folder with a plan is committed as.
+#: The kind that a plan folder is committed as.
 PLAN = "plan"
 
 
 def write_plan(plan: Plan, resolved: ResolvedRecipe, folder: Path) -> None:
-    """plan.json, frontier.svg and, where something is recommended, the resolved recipe.yaml, into `folder`.
+    """Write plan.json, frontier.svg and, if there is a recommendation, the resolved recipe.yaml into `folder`.
 
-    Raises RunError where something else stands there.
+    Raises RunError if `folder` holds something else.
     """
     from tunesmith.planner.chart import frontier
 
@@ -35,13 +35,13 @@ def write_plan(plan: Plan, resolved: ResolvedRecipe, folder: Path) -> None:
 
 
 def plan(run: Run, device: Device | None = None, gpus: Mapping[str, Device] | None = None) -> dict[str, Any]:
-    """The stage: what the run's own settings will take on `device` (this machine's), into `plan/`: the promise to be kept.
+    """Predict what the run's own settings take on `device` (default: this machine's), into `plan/`; `score` checks it later.
 
-    Returns plan.json's content; a no-op when recipe, data and device are unchanged. Raises RunError before `prepare`.
+    Returns plan.json's content; a no-op when recipe, data and device are unchanged. Raises RunError if `prepare` has not run.
     """
     recipe = run.recipe
     if recipe.method == "auto":
-        raise AssertionError("a run's method is settled before its folder is made")
+        raise AssertionError("a run's method is resolved before its folder is created")
     refuse_unplanned(recipe.objective)
     cards = read_gpus() if gpus is None else gpus
     here = this_device(cards) if device is None else device
@@ -60,9 +60,9 @@ def plan(run: Run, device: Device | None = None, gpus: Mapping[str, Device] | No
 
 
 def score(run: Run) -> dict[str, Any] | None:
-    """What was promised beside what `train` measured, into `score/`; None for a run without a plan of this recipe.
+    """Compare the plan with what `train` measured, into `score/`; None for a run without a plan of this recipe.
 
-    Errors are in percent of what was measured. The measurement is kept for later plans on this device, once for each training.
+    Errors are in percent of the measurement. The measurement is kept for later plans on this device, once per training.
     """
     if "plan" not in run.status()["stages"] or run.outdated("plan") is not None:
         return None
@@ -95,10 +95,10 @@ def _scored(promise: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str,
 
 
 def _entry(planned: Mapping[str, Any], promise: Mapping[str, Any], summary: Mapping[str, Any]) -> Entry:
-    """A run's measurement against the uncorrected predictions."""
+    """A run's measurement relative to the uncorrected predictions."""
     kind = planned["hardware"]["kind"]
     allocated = OVERHEAD[kind].grown(promise["allocated_bytes"], promise["breakdown"])
-    unseen = OVERHEAD[kind].context_bytes  # the meter counts the allocator's bytes
+    unseen = OVERHEAD[kind].context_bytes  # PeakMemory counts the allocator's bytes
     return Entry(
         device=planned["hardware"]["name"],
         torch=installed_versions().get("torch", ""),

@@ -1,4 +1,4 @@
-"""A row on its way through `prepare`: read into what its objective learns from, then encoded."""
+"""A row on its way through `prepare`: parsed into the form that its objective learns from, then encoded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tunesmith.errors import Problem
 from tunesmith.io.atomic import sha256_json
 from tunesmith.recipe import RowKind
 
-#: What a row may be read as.
+#: What a row may be parsed into.
 ReadRow = list[Message] | Pair | Judged | Asked | Document
 
-#: Makes one of them out of a row: (row, where, format, system).
+#: Parses a row into one of them: (row, where, format, system).
 Reader = Callable[[Mapping[str, Any], str, str, str | None], ReadRow | Problem]
 
-#: What reads each kind of row.
+#: The reader of each kind of row.
 READERS: dict[RowKind, Reader] = {
     "conversation": to_messages,
     "document": to_document,
@@ -30,7 +30,7 @@ READERS: dict[RowKind, Reader] = {
     "prompt": to_asked,
 }
 
-#: The same of a test set, which may also have conversations beside pairs and judged answers, and pairs beside conversations.
+#: The same for a test set. It may also mix conversations with pairs or judged answers, and pairs with conversations.
 TEST_READERS: dict[RowKind, Reader] = {
     **READERS,
     "conversation": chosen_messages,
@@ -41,10 +41,10 @@ TEST_READERS: dict[RowKind, Reader] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row on its way: where it stands, its conversation, and once encoded, its token ids.
+    """A row being prepared: its location, its conversation, and once encoded, its token ids.
 
-    A pair's conversation is the chosen one; the rejected one stands beside it. A document has a text instead, and once encoded
-    its pieces. A judged answer and a prompt stand in `more` too.
+    For a pair, `messages` is the chosen conversation and `rejected` the other one. A document has a text instead, and once
+    encoded its pieces. A judged answer or a prompt is also in `more`.
     """
 
     where: str
@@ -59,7 +59,7 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """Equal for rows with the same conversation, or the same two, or the same text."""
+        """Equal for rows with the same conversation, pair or text."""
         label = self.more.label if isinstance(self.more, Judged) else None
         return sha256_json([self.messages, self.rejected, self.text, label])
 
@@ -70,7 +70,7 @@ class Candidate:
 
     @property
     def sides(self) -> list[Encoded]:
-        """What was encoded: one conversation, or the two of a pair, or a document's pieces."""
+        """What was encoded: one conversation, both of a pair, or a document's pieces."""
         return [side for side in (self.encoded, self.encoded_rejected, *self.pieces) if side is not None]
 
     @property
@@ -82,12 +82,12 @@ class Candidate:
 
     @property
     def shown(self) -> dict[str, Any]:
-        """What is kept of it as JSON: a conversation, or a text."""
+        """Its JSON form: a conversation, or a text."""
         return {"messages": self.messages} if self.text is None else {"text": self.text}
 
     @property
     def rows(self) -> list[Candidate]:
-        """The rows that are trained on: itself, or one for each piece of a document."""
+        """The training rows that it becomes: itself, or one per piece of a document."""
         count = len(self.pieces)
         names = [self.where] if count == 1 else [f"{self.where} (piece {n} of {count})" for n in range(1, count + 1)]
         pieces = zip(names, self.pieces, strict=True)
@@ -95,7 +95,7 @@ class Candidate:
 
 
 def candidate_of(where: str, made: ReadRow) -> Candidate:
-    """The candidate of what a reader made."""
+    """The candidate for what a reader returned."""
     if isinstance(made, Document):
         return Candidate(where, [], text=made.text)
     if isinstance(made, Pair):
@@ -104,7 +104,7 @@ def candidate_of(where: str, made: ReadRow) -> Candidate:
 
 
 def with_messages(candidate: Candidate, messages: list[Message]) -> Candidate:
-    """The candidate with its turns as they were mended, none of them taken away."""
+    """The candidate with its fixed turns, of which none may have been removed."""
     more = candidate.more
     if isinstance(more, Judged):
         more = Judged(messages, more.label)
@@ -114,7 +114,7 @@ def with_messages(candidate: Candidate, messages: list[Message]) -> Candidate:
 
 
 def prompt_of(candidate: Candidate) -> list[Message] | None:
-    """What the answer is given to; None where nothing is asked, so that nothing can be told alike."""
+    """The messages that the answer replies to; None if nothing is asked, so that rows cannot be matched by prompt."""
     if isinstance(candidate.more, Asked):
         return candidate.more.prompt
     prompts = prompts_of(candidate.messages)
@@ -122,7 +122,7 @@ def prompt_of(candidate: Candidate) -> list[Message] | None:
 
 
 def prompts_of(messages: Sequence[Message]) -> list[list[Message]]:
-    """What stands before each of the answers, where anything is asked."""
+    """The messages before each answer that follows a user turn."""
     asked = False
     found = []
     for number, message in enumerate(messages):
@@ -133,7 +133,7 @@ def prompts_of(messages: Sequence[Message]) -> list[list[Message]]:
 
 
 def encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[Candidate | Problem]:
-    """Each candidate encoded, or its problem. Of pairs and judged answers the last answers alone carry loss."""
+    """Each candidate encoded, or its problem. For pairs and judged answers only the last answers are labelled."""
     if chunk and isinstance(chunk[0].more, Asked):
         yield from _encoded_prompts(chunk, template)
         return
@@ -148,13 +148,13 @@ def encoded(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[Cand
         elif isinstance(other, Problem):
             yield replace(other, where=candidate.where)
         elif other is not None and first.input_ids == other.input_ids:
-            yield equal_answers(candidate.where)  # they differed in what the template trims
+            yield equal_answers(candidate.where)  # they differed only in what the template trims
         else:
             yield replace(candidate, encoded=first, encoded_rejected=other)
 
 
 def _encoded_prompts(chunk: Sequence[Candidate], template: ChatTemplate) -> Iterator[Candidate | Problem]:
-    """Each prompt as it is asked; with a reference, also the conversation that it ends, which the held-out loss reads."""
+    """Each prompt as the model sees it; with a reference, also the whole conversation, for the held-out loss."""
     asked = [candidate.more for candidate in chunk if isinstance(candidate.more, Asked)]
     prompts = template.encode_prompts([each.prompt for each in asked])
     answered = iter(template.encode([each.messages for each in asked if each.reference is not None], last_answer=True))

@@ -1,4 +1,4 @@
-"""What `prepare` writes: Arrow files for training, and samples for a person."""
+"""What `prepare` writes: Arrow files for training, and samples for people to read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-#: The same of preference pairs: those columns are of the chosen side.
+#: Preference pairs: the columns of SCHEMA hold the chosen side.
 PAIR_SCHEMA = pa.schema(
     [
         *SCHEMA,
@@ -34,10 +34,10 @@ PAIR_SCHEMA = pa.schema(
     ]
 )
 
-#: A judged answer has its label beside it.
+#: A judged answer, with its label.
 JUDGED_SCHEMA = pa.schema([*SCHEMA, ("label", pa.bool_())])
 
-#: A prompt: the ids that are asked, the same as messages (JSON), and the reference answer where there is one.
+#: A prompt: its ids, the same as messages (JSON), and the reference answer if there is one.
 PROMPT_SCHEMA = pa.schema([*SCHEMA, ("prompt_ids", pa.list_(pa.int32())), ("prompt", pa.string()), ("reference", pa.string())])
 
 SCHEMAS: Mapping[RowKind, pa.Schema] = {
@@ -48,17 +48,17 @@ SCHEMAS: Mapping[RowKind, pa.Schema] = {
     "prompt": PROMPT_SCHEMA,
 }
 
-#: Also in the intermediate file: what is kept of a row as a line of JSON, null in a document's further pieces.
+#: Also in the intermediate file: the row's line of JSON, null in a document's further pieces.
 _SHOWN = pa.field("shown", pa.string())
 
 
 def intermediate_schema(kind: RowKind) -> pa.Schema:
-    """The columns that are trained on, with what is kept of each row."""
+    """The training columns, and each row's line of JSON."""
     return SCHEMAS[kind].append(_SHOWN)
 
 
 class EncodedRow(Protocol):
-    """A row with its place and its token ids, of both sides where it is a pair."""
+    """A row with its location and its token ids, of both sides for a pair."""
 
     @property
     def where(self) -> str: ...
@@ -67,7 +67,7 @@ class EncodedRow(Protocol):
 
 
 class IntermediateRow(EncodedRow, Protocol):
-    """The same with what its kind of row has beside the ids, what is kept of it, and the rows that it is trained on as."""
+    """The same with the other fields of its kind, its JSON form, and the training rows that it becomes."""
 
     @property
     def more(self) -> Judged | Asked | None: ...
@@ -81,14 +81,14 @@ class IntermediateRow(EncodedRow, Protocol):
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row read back from what was written."""
+    """A row read back from the written file."""
 
     where: str
     sides: list[Encoded]
 
 
 def intermediate_batch(made: Sequence[IntermediateRow], kind: RowKind) -> pa.RecordBatch:
-    """Encoded rows, or the pieces of documents, as one Arrow batch: the columns that are trained on, and `shown`."""
+    """Encoded rows, or the pieces of documents, as one Arrow batch: the training columns, and `shown`."""
     schema = intermediate_schema(kind)
     rows = [row for each in made for row in each.rows]
     columns: list[list[Any]] = [[row.where for row in rows]]
@@ -104,12 +104,12 @@ def intermediate_batch(made: Sequence[IntermediateRow], kind: RowKind) -> pa.Rec
 
 
 def _lines(row: IntermediateRow) -> list[str | None]:
-    """What is kept of a row, and nothing for each of its further pieces."""
+    """A row's line of JSON, and None for each of its further pieces."""
     return [json.dumps({"where": row.where, **row.shown}, ensure_ascii=False), *[None] * (len(row.rows) - 1)]
 
 
 def _more_columns(rows: Sequence[IntermediateRow], schema: pa.Schema) -> list[list[Any]]:
-    """The columns of judged answers and of prompts that others do not have."""
+    """The columns that only judged answers and prompts have."""
     if "label" in schema.names:
         return [[row.more.label for row in rows if isinstance(row.more, Judged)]]
     if "prompt" in schema.names:
@@ -120,7 +120,7 @@ def _more_columns(rows: Sequence[IntermediateRow], schema: pa.Schema) -> list[li
 
 
 class ArrowWriter:
-    """An Arrow stream that grows batch by batch; `datasets.Dataset.from_file` maps it into memory."""
+    """An Arrow stream that grows batch by batch; `datasets.Dataset.from_file` memory-maps it."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._sink = pa.OSFile(str(path), "wb")
@@ -128,7 +128,7 @@ class ArrowWriter:
         self._schema = schema
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Append the rows of a batch; of its columns those that the schema has."""
+        """Append the rows of a batch, with the columns that the schema has."""
         if batch.num_rows:
             self._stream.write_batch(batch.select(self._schema.names))
 
@@ -148,9 +148,9 @@ def shown_rows(batch: pa.RecordBatch, count: int) -> Iterator[ShownRow]:
 
 
 def marked_sample(row: EncodedRow, tokenizer: Any) -> str:
-    """The row as text with its labelled spans between \u27e6 and \u27e7, under a line that tells where it stands.
+    """The row as text with its labelled spans between \u27e6 and \u27e7, under a header line with its location.
 
-    Of a pair both sides, one under the other.
+    For a pair, both sides, one under the other.
     """
     names = ("chosen", "rejected") if len(row.sides) > 1 else ("",)
     return "".join(_marked(f"{row.where} {name}".strip(), side, tokenizer) for name, side in zip(names, row.sides, strict=True))
@@ -160,11 +160,11 @@ def _marked(where: str, encoded: Encoded, tokenizer: Any) -> str:
     parts = []
     for text, labelled in spans(encoded, tokenizer):
         parts.append(f"\u27e6{text}\u27e7" if labelled else text)
-    count = f"{sum(encoded.loss_mask)} of {len(encoded.loss_mask)} tokens trained on"
+    count = f"{sum(encoded.loss_mask)} of {len(encoded.loss_mask)} tokens labelled"
     return f"=== {where} ({count}) ===\n{''.join(parts)}\n"
 
 
 def spans(encoded: Encoded, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The row as text, cut where what is trained on begins and ends."""
+    """The row as text, split where labelled spans begin and end."""
     for labelled, group in groupby(zip(encoded.input_ids, encoded.loss_mask, strict=True), key=lambda pair: pair[1]):
         yield tokenizer.decode([token for token, _ in group], skip_special_tokens=False), labelled

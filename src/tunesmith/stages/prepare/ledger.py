@@ -1,4 +1,4 @@
-"""The count of what became of each row, and the problems of those that stop `prepare`."""
+"""Counts of what happened to the rows, and the row problems that stop `prepare`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tunesmith.errors import DataError, Problem
 from tunesmith.recipe import PartSection
 
 _MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
-#: What becomes of rows, by the names of the counts.
+#: The counts that say where rows end up.
 FATES = ("rows_train", "rows_heldout", "rows_unused", "rows_rejected")
 _QUANTILES = (50, 90, 95, 99, 100)
 
@@ -20,17 +20,17 @@ _QUANTILES = (50, 90, 95, 99, 100)
 class Ledger:
     """Counts that add up: rows_in + rows_added = rows_train + rows_heldout + rows_unused + rows_rejected.
 
-    Rejected is a row for what it is, unused a good one that is more than was asked for (`max_rows`, balance, mixture).
-    Documents count as rows; `pieces` tells in how many rows they are trained on and held out.
+    A row is rejected for its content. It is unused if it is good but more than was requested (`max_rows`, balance, mixture).
+    Documents count as rows; `pieces` has the number of rows that they become, in train and held-out.
     """
 
     sources: Sequence[PartSection]
-    rows_in: Counter[int] = field(default_factory=Counter)  # by number of the source, as the next four
+    rows_in: Counter[int] = field(default_factory=Counter)  # by source index, like the next four
     rows_train: Counter[int] = field(default_factory=Counter)
     rows_heldout: Counter[int] = field(default_factory=Counter)
     rows_unused: Counter[int] = field(default_factory=Counter)
     rows_rejected: Counter[int] = field(default_factory=Counter)
-    rows_added: int = 0  # by cutting rows in several
+    rows_added: int = 0  # by splitting rows
     reasons: Counter[str] = field(default_factory=Counter)  # of rejected rows
     unused: Counter[str] = field(default_factory=Counter)  # why rows are unused
     formats: Counter[str] = field(default_factory=Counter)
@@ -77,7 +77,7 @@ def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def length_facts(lengths: Counter[int]) -> dict[str, Any]:
-    """Quantiles in tokens, and rows by length: `histogram` maps the upper edge of each bin (a power of two) to its rows."""
+    """Quantiles in tokens, and rows by length: `histogram` maps each bin's upper edge (a power of two) to its rows."""
     if not lengths:
         return {"quantiles": {}, "histogram": {}}
     ordered = sorted(lengths.items())
@@ -96,7 +96,7 @@ def length_facts(lengths: Counter[int]) -> dict[str, Any]:
 
 
 class Problems:
-    """Problems of rows by kind: the first of each and how many there are, so that memory does not grow with them."""
+    """Row problems by kind: the first of each and a count, so that memory does not grow with their number."""
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, str], Problem] = {}
@@ -113,12 +113,12 @@ class Problems:
             self._more += 1
 
     def raise_any(self) -> None:
-        """Raise DataError with each kind, the last saying how to go on without such rows; nothing where there are none."""
+        """Raise DataError with each kind, the last with how to continue without such rows; does nothing if there are none."""
         shown = []
         for kind, problem in self._first.items():
             others = self._counts[kind] - 1
             shown.append(replace(problem, where=f"{problem.where} and {others} more rows") if others else problem)
         if shown:
             more = f" ({self._more} more rows with problems of other kinds are not shown)" if self._more else ""
-            hint = f"{shown[-1].fix}; or set data.on_bad_row: reject to leave such rows out, counted{more}"
+            hint = f"{shown[-1].fix}; or set data.on_bad_row: reject to drop and count such rows{more}"
             raise DataError([*shown[:-1], replace(shown[-1], fix=hint)])

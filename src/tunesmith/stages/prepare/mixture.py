@@ -1,4 +1,4 @@
-"""Several sources in one set: at fixed ratios, or by their sizes to the power of 1 / temperature (arXiv 1907.05019, 3.1)."""
+"""Mixes several sources: at fixed ratios, or by their sizes to the power of 1 / temperature (arXiv 1907.05019, 3.1)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tunesmith.recipe import DataSection
 
 
 def shares(sizes: Sequence[int], data: DataSection) -> list[float] | None:
-    """Each source's share of the set, summing to 1; None where all rows of all are taken. A source without rows has none."""
+    """Each source's share of the set, summing to 1; None if all rows of all sources are used. An empty source has share 0."""
     if len(data.sources) < 2:
         return None
     if data.temperature is not None:
@@ -23,13 +23,13 @@ def shares(sizes: Sequence[int], data: DataSection) -> list[float] | None:
 
 
 def targets(sizes: Sequence[int], wanted: Sequence[float]) -> list[int]:
-    """Rows of each source in the largest set with these shares in which no row stands twice; at least one of each."""
+    """Rows per source in the largest set with these shares that repeats no row; at least one per source."""
     total = min(size / share for size, share in zip(sizes, wanted, strict=True) if share)
     return [min(size, max(1, round(total * share))) if share else 0 for size, share in zip(sizes, wanted, strict=True)]
 
 
 def kept_of_each(sources: Sequence[int], data: DataSection, seed: int) -> list[int]:
-    """Indices of the rows that stay, in order; `sources` has the number of each row's source. A seeded draw in each."""
+    """Indices of the rows to keep, in order, by a seeded draw per source; `sources` has each row's source index."""
     counts = Counter(sources)
     sizes = [counts[number] for number in range(max(1, len(data.sources)))]
     wanted = shares(sizes, data)

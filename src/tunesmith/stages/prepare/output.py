@@ -1,4 +1,4 @@
-"""What grows while rows stream, and the second pass that writes the sets."""
+"""The files that grow while rows stream, and the second pass that writes the sets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Lines:
         self._handle = path.open("w", encoding="utf-8")
 
     def write(self, value: dict[str, Any]) -> None:
-        """Append a value. Half a surrogate pair, which a file's name may hold, is written as an escape."""
+        """Append a value. A lone surrogate, which a file name may contain, is written as an escape."""
         line = json.dumps(value, ensure_ascii=False)
         self._handle.write(line.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
 
@@ -35,7 +35,7 @@ class Lines:
 
 
 class IntermediateRows:
-    """Encoded rows on disk between the two passes; `close` it, then `batches` reads them back, and it is gone."""
+    """Encoded rows on disk between the two passes; after `close`, `batches` reads them back and removes the file."""
 
     def __init__(self, folder: Path, kind: RowKind) -> None:
         self.schema, self.kind = SCHEMAS[kind], kind
@@ -47,7 +47,7 @@ class IntermediateRows:
         self._writer.write(batch)
 
     def close(self) -> None:
-        """No more rows."""
+        """Finish writing."""
         self._writer.close()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -60,7 +60,7 @@ class IntermediateRows:
 
 @dataclass
 class Written:
-    """What the sets hold beside what the ledger counts: the first train rows, and rows longer than so many positions."""
+    """What the ledger does not have: the first train rows, and how many rows are longer than the model's positions."""
 
     shown: list[ShownRow] = field(default_factory=list)
     beyond: int = 0
@@ -69,7 +69,7 @@ class Written:
 def write_sets(
     rows: IntermediateRows, whole: WholeSet, target: Path, ledger: Ledger, shown: int, positions: int | None
 ) -> Written:
-    """Write train.arrow, heldout.arrow and heldout.jsonl and count rows and tokens; pieces share their document's split."""
+    """Write train.arrow, heldout.arrow and heldout.jsonl, and count rows and tokens; pieces share their document's split."""
     train, heldout = (ArrowWriter(target / f"{name}.arrow", rows.schema) for name in ("train", "heldout"))
     lines = Lines(target / "heldout.jsonl")
     splits, sources = np.frombuffer(whole.splits, np.uint8), np.asarray(whole.sources)
@@ -99,18 +99,18 @@ def write_sets(
 
 
 def _sides(batch: pa.RecordBatch) -> tuple[str, ...]:
-    """What stands before the names of each side's columns."""
+    """The column name prefix of each side."""
     return ("", "rejected_") if "rejected_length" in batch.schema.names else ("",)
 
 
 def _count_tokens(batch: pa.RecordBatch, ledger: Ledger, kind: RowKind) -> None:
     for side in _sides(batch):
         ledger.tokens_train += pc.sum(batch[f"{side}length"]).as_py() or 0
-        if kind != "prompt":  # a reference is compared with what is sampled; nothing of it is trained on
+        if kind != "prompt":  # a reference is compared with samples and never trained on
             ledger.tokens_trained_on += pc.sum(pc.list_flatten(batch[f"{side}loss_mask"])).as_py() or 0
 
 
 def _longer(batch: pa.RecordBatch, positions: int) -> int:
-    """How many rows have a side longer than this."""
+    """How many rows have a side longer than `positions`."""
     longest = np.max([np.asarray(batch[f"{side}length"]) for side in _sides(batch)], axis=0)
     return int((longest > positions).sum())

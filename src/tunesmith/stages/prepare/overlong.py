@@ -1,4 +1,4 @@
-"""Rows longer than `data.max_length`: left out, ended at an earlier turn, or cut between turns into several rows."""
+"""Rows longer than `data.max_length`: rejected, truncated at an earlier turn, or split between turns into several rows."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tunesmith.errors import Problem
 from tunesmith.recipe import DataSection
 from tunesmith.stages.prepare.candidate import Candidate
 
-#: What was decided of an overlong row, as `ledger.json` spells it.
+#: The decision about an overlong row, as `ledger.json` spells it.
 DECISIONS = {
-    "rejected": "rows longer than data.max_length were left out",
+    "rejected": "rows longer than data.max_length were rejected",
     "turns-dropped": "rows longer than data.max_length lost later turns",
-    "answer-cut": "rows longer than data.max_length were cut inside the answer",
-    "split": "rows longer than data.max_length were cut between turns into several",
+    "answer-cut": "rows longer than data.max_length were truncated inside the answer",
+    "split": "rows longer than data.max_length were split between turns into several",
 }
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What became of an overlong row: the rows that fit, the places of parts that do not, and the decision."""
+    """The outcome for an overlong row: the rows that fit, the locations of parts that do not, and the decision."""
 
     decision: str
     rows: list[Candidate]
@@ -30,7 +30,7 @@ class Fitted:
 
 
 def fitted(candidate: Candidate, template: ChatTemplate, data: DataSection) -> Fitted:
-    """The row made to fit as `data.overlong` says. Pairs, judged answers and prompts are left out: they are about their end."""
+    """The row made to fit as `data.overlong` says. Pairs, judged answers and prompts are rejected: their end matters."""
     if candidate.rejected is not None or candidate.more is not None:
         return Fitted("rejected", [], [candidate.where])
     if data.overlong == "truncate":
@@ -52,7 +52,7 @@ def _fits(messages: list[Message], where: str, template: ChatTemplate, limit: in
 
 
 def _longest_start(candidate: Candidate, template: ChatTemplate, limit: int) -> Candidate | None:
-    """The longest part from the beginning that ends with an answer and fits, found by halving."""
+    """The longest prefix that ends with an answer and fits, found by binary search."""
     ends = [number + 1 for number, message in enumerate(candidate.messages) if message["role"] == "assistant"]
     best, low, high = None, 0, len(ends) - 1
     while low <= high:
@@ -65,7 +65,7 @@ def _longest_start(candidate: Candidate, template: ChatTemplate, limit: int) -> 
 
 
 def _cut(candidate: Candidate, limit: int) -> Candidate | None:
-    """The row with its ids after `limit` cut off; None where no trained one is left."""
+    """The row truncated to `limit` ids; None if no labelled id is left."""
     whole = candidate.encoded
     if whole is None or not any(whole.loss_mask[:limit]):
         return None
@@ -73,7 +73,7 @@ def _cut(candidate: Candidate, limit: int) -> Candidate | None:
 
 
 def _rounds(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The opening system turn, and the rest cut before each turn of the user."""
+    """The opening system turn, and the rest split before each user turn."""
     head = list(messages[:1]) if messages[0]["role"] == "system" else []
     rounds: list[list[Message]] = []
     for message in messages[len(head) :]:
@@ -84,7 +84,7 @@ def _rounds(messages: Sequence[Message]) -> tuple[list[Message], list[list[Messa
 
 
 def _windows(candidate: Candidate, template: ChatTemplate, limit: int) -> tuple[list[Candidate], list[str]]:
-    """Rows of as many rounds as fit, each with the system turn; and the places of rounds that are too long alone."""
+    """Rows of as many rounds as fit, each with the system turn; and the locations of rounds that are too long alone."""
     head, rounds = _rounds(candidate.messages)
     tools = candidate.messages[0].get("tools")
     rows: list[Candidate] = []
@@ -104,7 +104,7 @@ def _windows(candidate: Candidate, template: ChatTemplate, limit: int) -> tuple[
 def _window(
     head: list[Message], rounds: Sequence[list[Message]], tools: object, where: str, template: ChatTemplate, limit: int
 ) -> tuple[Candidate | None, int]:
-    """The longest row of rounds from the first on, and how many they are."""
+    """The longest row of consecutive rounds from the first on, and how many rounds it has."""
     best, used, low, high = None, 0, 1, len(rounds)
     while low <= high:
         middle = (low + high) // 2

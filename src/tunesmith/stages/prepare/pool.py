@@ -1,4 +1,4 @@
-"""Chunks through processes, in their order, with no more of them in memory than are being worked on."""
+"""Processes chunks in worker processes, in order, with no more of them in memory than are being worked on."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tunesmith.io.rows import Row
 from tunesmith.stages.prepare.work import Chunk, Settings, Worker
 
 CHUNK = 500  # rows
-_TIDY = 16  # chunks after which a process gives back what it has freed
-_ALONE = 40  # chunks that one process works on before others are worth their start (20,000 rows)
-_AHEAD = 2  # chunks waiting for each process
+_TIDY = 16  # chunks after which a process returns freed memory to the system
+_ALONE = 40  # chunks that one process handles before starting others pays off (20,000 rows)
+_AHEAD = 2  # chunks queued per process
 
 Rows = Sequence[tuple[int, Row]]
 
@@ -34,16 +34,16 @@ _worked = counter(1)  # its chunks
 
 
 def without_torch() -> None:
-    """Keep transformers from importing torch in a process that reads rows alone: 270 MB less, and it starts in half the time.
+    """Keep transformers from importing torch in a process that only reads rows: 270 MB less, and half the start-up time.
 
-    None in `sys.modules` is how the import system says that a module is not to be had. Nothing that is loaded is taken away.
+    A None entry in `sys.modules` tells the import system that a module is unavailable. Modules already loaded stay loaded.
     """
     cast(dict[str, Any], sys.modules).setdefault("torch", None)
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of the missing torch
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # about the missing torch
 
 
 def _start(settings: Settings) -> None:
-    global _worker  # noqa: PLW0603 - a process's only worker; the executor hands state to its processes no other way
+    global _worker  # noqa: PLW0603 - one worker per process; the executor has no other way to hand over state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     without_torch()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -51,7 +51,7 @@ def _start(settings: Settings) -> None:
 
 
 def _end_with_parent() -> None:
-    """A process whose parent was killed would wait for work for ever."""
+    """Exit with the parent: a process whose parent was killed would wait for work forever."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -67,7 +67,7 @@ def _work(rows: Rows) -> Chunk:
 
 
 def tidy() -> None:
-    """Give back memory that Arrow and the C library keep for what comes next: of many processes it adds up."""
+    """Return memory that Arrow and the C library keep for reuse: over many processes it adds up."""
     pa.default_memory_pool().release_unused()
     give_back_freed_memory()
 
@@ -79,7 +79,7 @@ def chunked(rows: Iterator[tuple[int, Row]]) -> Iterator[Rows]:
 
 
 def worked(chunks: Iterator[Rows], worker: Worker, settings: Settings) -> Iterator[Chunk]:
-    """What becomes of each chunk, in order. `data.workers` says how many processes; this one takes short inputs alone."""
+    """The result of each chunk, in order. `data.workers` is the number of processes; `auto` keeps short inputs in this one."""
     asked = settings.data.workers
     count = (os.cpu_count() or 1) if asked == "auto" else asked
     if asked == "auto" or count == 1:
@@ -91,9 +91,9 @@ def worked(chunks: Iterator[Rows], worker: Worker, settings: Settings) -> Iterat
 
 
 def _context() -> BaseContext:
-    """How worker processes come to be: forked from a server that has what they need, or where there is none, begun anew.
+    """How worker processes start: forked from a server with the imports loaded, or spawned where there is no fork server.
 
-    Not forked from this process, which may have threads (torch, Arrow): a fork would leave them with held locks.
+    They are not forked from this process, which may have threads (torch, Arrow): a fork would leave them with held locks.
     """
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
@@ -118,7 +118,7 @@ def _pooled(chunks: Iterator[Rows], settings: Settings, count: int) -> Iterator[
         except BrokenProcessPool as error:
             why = "its rows would be missing"
             fix = "give the machine more memory, or set data.workers: 1"
-            raise DataError(Problem("TS117", "a process that reads rows was ended", "data.workers", why, fix)) from error
+            raise DataError(Problem("TS117", "a worker process that reads rows died", "data.workers", why, fix)) from error
         finally:
             for each in waiting:
                 each.cancel()

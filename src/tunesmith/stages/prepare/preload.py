@@ -1,6 +1,6 @@
-"""What every worker process needs, imported once by the server that they are forked from: in memory it is there once.
+"""What every worker process needs, imported once by the fork server, so that all share one copy in memory.
 
-No thread is started here, which a fork would leave behind.
+It starts no thread, because threads do not survive a fork.
 """
 
 import gc
@@ -13,4 +13,4 @@ without_torch()  # before anything imports transformers
 for name in ("transformers.tokenization_utils_tokenizers", "tunesmith.chat.template", "tunesmith.stages.prepare.work"):
     import_module(name)
 load()
-gc.freeze()  # a collection in a worker would write to pages that all share
+gc.freeze()  # a collection in a worker would write to the shared pages

@@ -1,4 +1,4 @@
-"""report.html: what became of the rows, as one self-contained page."""
+"""report.html: what happened to the rows, as one self-contained page."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tunesmith.recipe import Recipe
 from tunesmith.stages.prepare.files import ShownRow, spans
 
-_ROWS = 5  # shown with what is trained on
-_CHARACTERS = 4000  # of a side that is shown
+_ROWS = 5  # shown with their labelled spans
+_CHARACTERS = 4000  # shown per side
 
 
 def render(
     recipe: Recipe, ledger: Mapping[str, Any], rows: Sequence[ShownRow], tokenizer: Any, probed: Mapping[str, Any]
 ) -> str:
-    """The page's HTML. Everything that came from data or recipes is escaped; there is no script and no outside link."""
+    """The page's HTML. Everything from data or recipes is escaped; there are no scripts and no external links."""
     environment = Environment(loader=PackageLoader("tunesmith.stages.prepare"), autoescape=True, undefined=StrictUndefined)
     environment.filters["n"] = "{:,}".format
     total = max(1, ledger["rows_in"] + ledger["rows_added"])
@@ -40,7 +40,7 @@ def render(
 
 
 def _bars(counts: Mapping[str, int]) -> list[tuple[str, int, float]]:
-    """Name, count, and the bar's width in percent of the longest."""
+    """Name, count, and bar width in percent of the longest."""
     longest = max(counts.values(), default=0) or 1
     return [(name, count, round(100 * count / longest, 1)) for name, count in counts.items()]
 

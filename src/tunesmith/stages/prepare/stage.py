@@ -1,7 +1,7 @@
-"""The data stage: every row that comes in is trained on, held out, or rejected with a reason.
+"""The data stage: every incoming row is trained on, held out, or rejected with a reason.
 
-Rows stream: chunks of them go through `work` (in several processes where there are many), encoded rows go to an intermediate
-Arrow file, `whole` assigns each row to a split by what it keeps of it, and a second pass over that file writes the sets.
+Rows stream: chunks go through `work` (in several processes if there are many), encoded rows go to an intermediate Arrow file,
+`whole` assigns each row to a split by what it keeps of it, and a second pass over that file writes the sets.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from tunesmith.stages.prepare.testset import write_test
 from tunesmith.stages.prepare.whole import OUT, WholeSet
 from tunesmith.stages.prepare.work import REASONS, Chunk, Rejection, Settings, Worker, read
 
-_COMMON_ROWS = 2000  # looked at for what many rows share
+_COMMON_ROWS = 2000  # searched for lines that many rows share
 _SAMPLES = 20  # rows shown in samples.txt
 
 #: What the notes of an encoded row mean.
 NOTES = {
-    "last-answer-only": "the template rewrites earlier answers, so only the last one is trained",
-    "end-of-turn-added": "the template ends no turn, so the tokenizer's eos was put after the last answer",
-    "system-dropped": "the template leaves the system turn out",
-    "document-split": "longer than data.max_length, so they go on in further rows",
+    "last-answer-only": "the template rewrites earlier answers, so only the last one is labelled",
+    "end-of-turn-added": "the template does not end turns, so the tokenizer's eos was appended to the last answer",
+    "system-dropped": "the template drops the system turn",
+    "document-split": "longer than data.max_length, so they continue in further rows",
     "no-end-of-document": "the tokenizer has no eos to end them with",
 }
 
@@ -57,7 +57,7 @@ NOTES = {
 def prepare(run: Run) -> dict[str, Any]:
     """Write the run's `data/` and return its ledger; a no-op when rows, template and settings are unchanged.
 
-    Raises DataError naming every kind of bad row (up to 20) unless the recipe rejects bad rows; nothing is written then.
+    Unless the recipe rejects bad rows, raises DataError naming every kind of bad row (up to 20), and writes nothing.
     """
     recipe = run.recipe
     folder = locate(recipe.model, recipe.revision)
@@ -70,7 +70,7 @@ def prepare(run: Run) -> dict[str, Any]:
 
 
 def _inputs(recipe: Recipe, folder: Path) -> dict[str, str]:
-    """Digests of what the stage reads. How many processes read it changes nothing."""
+    """Digests of what the stage reads. The number of processes is not part of it."""
     inputs = {"recipe": recipe.stage_digest("prepare")}
     inputs |= {"review": read_decisions(Path(recipe.data.review)).digest, "model": model_digest(folder)}
     test = recipe.data.test_part
@@ -110,7 +110,7 @@ class _Preparation:
         self._probed: dict[str, Any] = {}
 
     def write(self) -> None:
-        """Read all rows, settle what becomes of each, write the sets and what is told of them."""
+        """Read all rows, decide about each, write the sets and their reports."""
         data, ledger = self._data, self._ledger
         positions = _positions(self._recipe, self._folder)
         settings = Settings(
@@ -151,7 +151,7 @@ class _Preparation:
         write_text(self._target / "report.html", page)
 
     def _take(self, chunk: Chunk, intermediate: IntermediateRows) -> None:
-        """Count a chunk, and hand what it made on."""
+        """Count a chunk, and pass its rows on."""
         ledger = self._ledger
         ledger.rows_in.update(chunk.rows_in)
         ledger.rows_added += chunk.rows_added
@@ -188,7 +188,7 @@ class _Preparation:
         lines.write({"where": rejection.where, "reason": rejection.reason, "detail": rejection.detail})
 
     def _tell(self, worker: Worker) -> None:
-        """What is told of the template, where there is one, and of the benchmarks."""
+        """Record facts about the template, if there is one, and about the benchmarks."""
         if worker.template is not None:
             self._probed = probe(worker.template)
             write_text(self._target / "chat_template.jinja", worker.template.source)
@@ -236,7 +236,7 @@ def _nothing_left(ledger: Ledger, data: DataSection) -> Problem:
 
 
 def _positions(recipe: Recipe, folder: Path) -> int | None:
-    """How many positions the model has, scaled as the recipe says. Raises ModelError where they cannot be scaled so."""
+    """How many positions the model has, scaled as the recipe says. Raises ModelError if they cannot be scaled that way."""
     config: dict[str, Any] = read_json(folder / "config.json")
     if recipe.rope_scaling is not None:
         check_scalable(config, folder)
@@ -244,7 +244,7 @@ def _positions(recipe: Recipe, folder: Path) -> int | None:
 
 
 def _rows(data: DataSection, kind: RowKind) -> Iterator[tuple[int, Row]]:
-    """All rows of all sources in order, each with the number of its source."""
+    """All rows of all sources in order, each with its source index."""
     read = reader_of(documents=kind == "document")
     for number, part in enumerate(data.parts):
         for row in read(part.path, part.split):
@@ -252,7 +252,7 @@ def _rows(data: DataSection, kind: RowKind) -> Iterator[tuple[int, Row]]:
 
 
 def _with_common(settings: Settings, head: Sequence[tuple[int, Row]]) -> Settings:
-    """The settings with the lines that many of the first rows share, which say nothing about whether two rows are alike."""
+    """The settings with the lines that many of the first rows share, which say nothing about the similarity of two rows."""
     parts = settings.data.parts
     made = (read(row, parts[source], settings, Counter()) for source, row in head if row.problem is None)
     return replace(settings, common=common_segments(row.messages for row in made if isinstance(row, Candidate)))
@@ -265,7 +265,7 @@ def _template_source(data: DataSection) -> str | None:
         return named_template(data.chat_template)
     path = Path(data.chat_template)
     if not path.is_file():
-        why = "rows must be trained on in the form in which the model will be asked"
+        why = "rows must be rendered in training the way the model will be prompted"
         raise DataError(Problem("TS120", "the chat template file does not exist", str(path), why, "check the path"))
     return path.read_text(encoding="utf-8")
 

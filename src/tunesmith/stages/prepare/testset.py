@@ -1,4 +1,4 @@
-"""The task's test rows, never trained on: conversations with a reference answer, or documents of which the loss is taken."""
+"""The task's test rows, never trained on: conversations with a reference answer, or documents whose loss is measured."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tunesmith.stages.prepare.work import REASONS, Worker, digests
 def write_test(
     part: PartSection, data: DataSection, kind: RowKind, worker: Worker, whole: WholeSet, target: Path
 ) -> dict[str, Any]:
-    """Write test.jsonl, or test.arrow of documents, and return its counts; `whole` learns the rows, so that none is trained on.
+    """Write test.jsonl, or test.arrow for documents, and return its counts; `whole` keeps the rows out of the train set.
 
-    Rows are kept as they came, since that is how the model will be asked; they are compared as train rows are cleaned. Of a
-    preference row the chosen answer is the reference, of a judged one the answer if it is desirable. Raises DataError as for
-    train rows.
+    Rows are kept as they came, since that is how the model will be prompted; for comparison they are cleaned like train rows.
+    The reference is the chosen answer of a preference row, or the answer of a judged row if it is desirable. Raises DataError
+    as for train rows.
     """
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -74,7 +74,7 @@ class _Conversations:
 
 
 class _Documents:
-    """test.arrow, with the pieces of each document as rows."""
+    """test.arrow, with one row per piece of a document."""
 
     def __init__(self, target: Path) -> None:
         self._rows = ArrowWriter(target / "test.arrow", SCHEMA)
@@ -87,7 +87,7 @@ class _Documents:
 
 
 def _encoded(row: Candidate | Problem, worker: Worker, data: DataSection) -> Iterator[Candidate | Problem]:
-    """A document in its pieces; a conversation as it is, since it is rendered when it is asked."""
+    """A document in its pieces; a conversation as it is, since it is rendered at generation time."""
     if isinstance(row, Problem) or worker.encoder is None:
         yield row
     else:

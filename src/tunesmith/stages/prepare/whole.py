@@ -1,6 +1,6 @@
-"""What only the whole set can tell: duplicates, leaks, conflicts, balance, mixture, and the draw of the held-out rows.
+"""Decisions that need the whole set: duplicates, leaks, conflicts, balance, mixture, and the draw of the held-out rows.
 
-Of a row some hundred bytes are kept in memory (digests, class, source, place), never the row.
+Memory holds some hundred bytes per row (digests, class, source, location), never the row.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from tunesmith.stages.prepare.mixture import kept_of_each
 from tunesmith.stages.prepare.work import Made, Rejection, near_tests
 
 TRAIN, HELDOUT, OUT = 0, 1, 2
-_DIGITS = 10  # of a line number that takes more than 32 bits
+_DIGITS = 10  # a line number with so many digits may need more than 32 bits
 
-#: Why a row that passed alone is left out of the set, and what else is told.
+#: Callbacks: report a finding of a row, and leave out a row that passed on its own.
 Say = Callable[[str, Finding], None]
 Reject = Callable[[Rejection], None]
 
 
 class WholeSet:
-    """Takes rows one by one, in order, then settles what becomes of each: `splits` has TRAIN, HELDOUT or OUT for it."""
+    """Takes rows one by one, in order, then decides about each: `splits` has TRAIN, HELDOUT or OUT for it."""
 
     def __init__(self, data: DataSection, seed: int, say: Say, reject: Reject, kind: str = "conversation") -> None:
-        """`kind` is what a row is called where another one equals it."""
+        """`kind` is what messages call a row that equals another one."""
         self._data, self._seed, self._say, self._reject, self._kind = data, seed, say, reject, kind
         self._actions = settled(data.quality, QUALITY)
-        # An undesirable answer and a desirable one may be nearly the same: that is what they teach.
+        # An undesirable and a desirable answer may be near-duplicates: their difference is what they teach.
         threshold, num_perm = data.duplicates.threshold or 1.0, data.duplicates.num_perm
         self._near = {unwanted: NearDuplicates(threshold, num_perm) for unwanted in (False, True)}
         self._near_tests = near_tests(data)
@@ -44,13 +44,13 @@ class WholeSet:
         self._statistics = SetStatistics(data)
         self._answers, self._languages = array("I"), _Names()
         self._prompts, self._sources = array("Q"), array("H")
-        #: In how many rows of the intermediate file each stands.
+        #: How many rows of the intermediate file each one takes.
         self.pieces = array("I")
         self._labels = _Names()
         self.splits = bytearray()
 
     def add_test(self, key: int, prompt: str | None, signature: np.ndarray | None, where: str) -> None:
-        """Remember a test row: train rows that equal it, nearly equal it or ask the same will be left out."""
+        """Remember a test row: train rows that equal it, nearly equal it or have its prompt are left out."""
         self._test_keys.add(key)
         if prompt is not None:
             self._test_prompts.add(int(prompt[:16], 16))
@@ -58,7 +58,7 @@ class WholeSet:
             self._near_tests.remember(where, signature)
 
     def add(self, row: Made) -> None:
-        """Take a row; an equal or nearly equal earlier one, or one of the test set, leaves it out at once."""
+        """Take a row; it is left out at once if it equals or nearly equals an earlier row or one of the test set."""
         number = len(self.splits)
         self._places.append(row.where, row.source)
         self._sources.append(row.source)
@@ -78,7 +78,7 @@ class WholeSet:
             self._conflicts.add(number, row.prompt, row.answer)
 
     def _alike(self, row: Made, number: int) -> tuple[str, str] | None:
-        """Reason and detail of a row that another one makes superfluous."""
+        """Reason and detail if another row makes this one redundant."""
         if (leak := self._leak(row)) is not None:
             return "leaks-test", leak
         first = self._first.put(row.key, number)
@@ -92,13 +92,13 @@ class WholeSet:
         return ("near-duplicate", finding.detail) if finding.action == "reject" else None
 
     def _leak(self, row: Made) -> str | None:
-        """Why a row would tell of a test row."""
+        """Why a row would leak a test row."""
         if row.key in self._test_keys:
             return f"the same {self._kind} as a test row"
         if row.prompt is not None and int(row.prompt[:16], 16) in self._test_prompts:
-            return "asks the same as a test row"
+            return "has the prompt of a test row"
         if any(int(prompt[:16], 16) in self._test_prompts for prompt in row.earlier):
-            return "asks the same as a test row, in an earlier turn"
+            return "has the prompt of a test row, in an earlier turn"
         test = None if row.test_signature is None else self._near_tests.find(row.test_signature)
         return None if test is None else f"nearly the same as test row {test}"
 
@@ -110,16 +110,16 @@ class WholeSet:
         return [number for number, split in enumerate(self.splits) if split != OUT]
 
     def _keep(self, rows: Sequence[int], kept: Sequence[int], reason: str, detail: str) -> None:
-        """Leave those of `rows` unused that do not stand at one of the `kept` indices."""
+        """Mark those of `rows` as unused whose index is not in `kept`."""
         chosen = set(kept)
         for index, number in enumerate(rows):
             if index not in chosen:
                 self._leave_out(number, reason, detail, unused=True)
 
     def settle(self, heldout: float) -> dict[str, dict[str, int]]:
-        """Decide of all rows: set-wide findings, conflicts, balance, mixture, `max_rows`, held out. Returns classes' sizes."""
+        """Decide about all rows: set-wide findings, conflicts, balance, mixture, `max_rows`, held-out. Returns class sizes."""
         self._near_tests = NearDuplicates()
-        self._near.clear()  # the largest of what is kept, and no row is compared any more
+        self._near.clear()  # the largest state kept, and no more rows are compared
         for number in self._left():
             self._find(number)
         self._find_conflicts()
@@ -144,7 +144,7 @@ class WholeSet:
             return
         later: dict[int, str] = {}
         for conflict in self._conflicts.report():
-            detail = f"another answer than {self._places[conflict.numbers[0]]} to the same prompt"
+            detail = f"a different answer than {self._places[conflict.numbers[0]]} to the same prompt"
             later |= dict.fromkeys(conflict.numbers[1:], detail)
         for number in sorted(later):
             if self.splits[number] != OUT:
@@ -170,7 +170,7 @@ class WholeSet:
         self._keep(rows, kept, "over-mixture", "its source has more rows than its share of the mixture")
 
     def _hold_out(self, share: float) -> None:
-        """Draw the held-out rows: at least one where there are two; train rows that ask the same are left out."""
+        """Draw the held-out rows, at least one if there are two rows; train rows with the same prompt are left out."""
         rows = self._left()
         count = min(len(rows) - 1, max(1, round(share * len(rows)))) if share > 0 and rows else 0
         for index in random.Random(self._seed + 1).sample(range(len(rows)), count):
@@ -178,16 +178,16 @@ class WholeSet:
         asked = {self._prompts[number] for number in rows if self.splits[number] == HELDOUT} - {0}
         for number in rows:
             if self.splits[number] == TRAIN and self._prompts[number] in asked:
-                self._leave_out(number, "leaks-heldout", "asks the same as a held-out row")
+                self._leave_out(number, "leaks-heldout", "has the prompt of a held-out row")
 
     @property
     def sources(self) -> Sequence[int]:
-        """The number of each row's source."""
+        """Each row's source index."""
         return self._sources
 
 
 class _Names:
-    """A list of texts, or None, of which there are few different ones: 4 bytes each."""
+    """A list of strings or None with few distinct values: 4 bytes each."""
 
     def __init__(self) -> None:
         self._numbers, self._known = array("I"), dict[str | None, int]()
@@ -204,7 +204,7 @@ class _Names:
 
 
 class _Keys:
-    """The first row of each 64-bit key: an open table, 12 bytes a place, at most four fifths of them used."""
+    """The first row of each 64-bit key: an open-addressing hash table, 12 bytes per slot, at most four fifths full."""
 
     def __init__(self) -> None:
         self._make(1 << 12)
@@ -214,7 +214,7 @@ class _Keys:
         self._keys, self._numbers = array("Q", bytes(8 * places)), array("I", bytes(4 * places))
 
     def put(self, key: int, number: int) -> int | None:
-        """The number under which the key stands; else None, and it stands under this one from here on."""
+        """The number stored for the key; if there is none, stores this one and returns None."""
         if 5 * (self._used + 1) > 4 * len(self._keys):
             keys, numbers = self._keys, self._numbers
             self._make(2 * len(keys))
@@ -224,12 +224,12 @@ class _Keys:
         place = self._place(key)
         if self._numbers[place]:
             return self._numbers[place] - 1
-        self._set(key, number + 1)  # 0 is an empty place
+        self._set(key, number + 1)  # 0 is an empty slot
         self._used += 1
         return None
 
     def _place(self, key: int) -> int:
-        """Where the key stands, or would."""
+        """The key's slot, or the one where it would go."""
         mask = len(self._keys) - 1
         place = key & mask
         while self._numbers[place] and self._keys[place] != key:
@@ -242,11 +242,11 @@ class _Keys:
 
 
 class _Places:
-    """Where rows stand: a line of their source takes 6 bytes, anything else its text too."""
+    """Where rows come from: a line of their source takes 6 bytes, anything else its text too."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = list(paths)
-        self._of, self._numbers = array("H"), array("I")  # source + 1 and line; or 0 and a place in `_others`
+        self._of, self._numbers = array("H"), array("I")  # source + 1 and line; or 0 and an index into `_others`
         self._others: list[str] = []
 
     def append(self, where: str, source: int) -> None:

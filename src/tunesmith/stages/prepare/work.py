@@ -1,4 +1,4 @@
-"""What is done to rows alone, in any process: read, clean, check, encode, fit. Equal chunks give equal results anywhere."""
+"""Per-row work, in any process: read, clean, check, encode, fit. Equal chunks give equal results anywhere."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from tunesmith.stages.prepare.candidate import (
 from tunesmith.stages.prepare.files import intermediate_batch
 from tunesmith.stages.prepare.overlong import fitted
 
-#: Why a row is left out, by the code of its problem, as `ledger.json` spells it.
+#: Why a row is rejected, by the code of its problem, as `ledger.json` spells it.
 REASONS = {code: name.removeprefix("data-") for code, name in CODES.items()}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a process needs to work on rows; small, and sent to it once."""
+    """What a process needs to work on rows; small, and sent to each process once."""
 
     data: DataSection
     kind: RowKind
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A row left out: for what it is, or `unused`, as there are more good ones than are asked for."""
+    """A row left out: for its content, or `unused` because there are more good rows than requested."""
 
     where: str
     source: int
@@ -65,14 +65,14 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Made:
-    """What the parent must know of an encoded row; its ids stand in the chunk's batch, in this order, in `pieces` rows."""
+    """What the parent must know about an encoded row; its ids are in the chunk's batch, in this order, in `pieces` rows."""
 
     where: str
     source: int
     pieces: int
     key: int  # 64 bits of the digest of the whole row
-    prompt: str | None  # digest of what stands before the last answer, if anything is asked
-    answer: str | None  # digest of the answer to it, where that is one to learn
+    prompt: str | None  # digest of the messages before the last answer, if anything is asked
+    answer: str | None  # digest of the answer to it, if it is one to learn
     unwanted: bool  # whether its answer is judged undesirable
     label: str | None
     facts: RowFacts
@@ -80,21 +80,21 @@ class Made:
     findings: list[Finding]
     notes: tuple[str, ...]
     test_signature: np.ndarray | None = None  # for comparing with test rows, which have no rejected answer
-    earlier: frozenset[str] = frozenset()  # as `prompt`, of its answers before the last one
+    earlier: frozenset[str] = frozenset()  # like `prompt`, for its answers before the last one
 
 
 @dataclass
 class Chunk:
-    """What became of a chunk of rows."""
+    """The result for a chunk of rows."""
 
     rows_in: Counter[int] = field(default_factory=Counter)  # by source
     formats: Counter[str] = field(default_factory=Counter)
-    lengths: Counter[int] = field(default_factory=Counter)  # in tokens, before any cut
+    lengths: Counter[int] = field(default_factory=Counter)  # in tokens, before rows are made to fit
     overlong: Counter[str] = field(default_factory=Counter)
-    rows_added: int = 0  # by cutting rows in several
-    problems: list[tuple[int, Problem]] = field(default_factory=list)  # with the source
+    rows_added: int = 0  # by splitting rows
+    problems: list[tuple[int, Problem]] = field(default_factory=list)  # with the source index
     rejections: list[Rejection] = field(default_factory=list)
-    findings: list[tuple[str, Finding]] = field(default_factory=list)  # of rows that are rejected
+    findings: list[tuple[str, Finding]] = field(default_factory=list)  # of rejected rows
     made: list[Made] = field(default_factory=list)
     batch: pa.RecordBatch | None = None
 
@@ -110,7 +110,7 @@ class _Checked:
 
 
 class Worker:
-    """Works on chunks of rows; one in each process. Raises ModelError where conversations have no usable template."""
+    """Works on chunks of rows; one per process. Raises ModelError if conversations have no usable template."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -130,7 +130,7 @@ class Worker:
         self.template = None if documents else ChatTemplate(self.tokenizer, settings.template_source, name)
 
     def __call__(self, rows: Sequence[tuple[int, Row]]) -> Chunk:
-        """Work on a chunk of rows, each with the number of its source."""
+        """Work on a chunk of rows, each with its source index."""
         chunk = Chunk()
         checked = [made for source, row in rows if (made := self._checked(source, row, chunk)) is not None]
         results = self._encoded([each.candidate for each in checked])
@@ -151,11 +151,11 @@ class Worker:
         if self.encoder is not None:
             return encoded_documents(chunk, self.encoder, self._settings.data.max_length)
         if self.template is None:
-            raise AssertionError("neither a template nor a way to write documents")
+            raise AssertionError("neither a chat template nor a document encoder")
         return encoded(chunk, self.template)
 
     def _checked(self, source: int, row: Row, chunk: Chunk) -> _Checked | None:
-        """The row read and cleaned; None where it has a problem or is rejected, which is noted in the chunk."""
+        """The row, read and cleaned; None if it has a problem or is rejected, which the chunk records."""
         chunk.rows_in[source] += 1
         value = self._settings.decisions.apply(row.value or {})
         if value is None:
@@ -198,7 +198,7 @@ class Worker:
 
     def _fitting(self, row: Candidate, each: _Checked, chunk: Chunk) -> list[Candidate]:
         limit = self._settings.data.max_length
-        if row.length <= limit or self.template is None:  # a document is in pieces that fit
+        if row.length <= limit or self.template is None:  # the pieces of a document fit
             return [row]
         fit = fitted(row, self.template, self._settings.data)
         chunk.overlong[fit.decision] += 1
@@ -236,16 +236,17 @@ class Worker:
         return tuple(sorted(notes))
 
     def _signature(self, row: Candidate) -> np.ndarray | None:
-        """What near duplicates are told by; None where they are not looked for."""
+        """The signature that finds near-duplicates; None if they are not looked for."""
         if self._near is None:
             return None
         both = [*row.messages, *(row.rejected[-1:] if row.rejected else [])]
         return self._near.signature(self._text(both, row))
 
     def test_signature(self, row: Candidate) -> np.ndarray | None:
-        """What a row that nearly equals a test row is told by, whatever is done to near duplicates; None without a test set.
+        """The signature that finds near-copies of test rows, whatever is done to near-duplicates; None without a test set.
 
-        A pair's chosen conversation; of a prompt that answers are sampled to, the prompt, whether or not it has a reference.
+        It covers a pair's chosen conversation. For a prompt whose answers are sampled it covers the prompt, with or without a
+        reference.
         """
         asked = row.more.prompt if isinstance(row.more, Asked) else row.messages
         return None if self._near_tests is None else self._near_tests.signature(self._text(asked, row))
@@ -254,23 +255,23 @@ class Worker:
         return row_text(messages, self._settings.common) if row.text is None else row.text
 
     def cleaned(self, row: Candidate) -> Candidate:
-        """The row as a train row would be cleaned, for comparing with those."""
+        """The row, cleaned as a train row would be, for comparison with train rows."""
         return self._clean(row)[0]
 
 
 def compared_whole(row: Candidate) -> bool:
-    """Whether a row is compared with test rows by what it is compared with other train rows by."""
+    """Whether a row's signature against test rows is the same as against other train rows."""
     return row.rejected is None and not isinstance(row.more, Asked)
 
 
 def near_tests(data: DataSection) -> NearDuplicates:
-    """An index of test rows: with a threshold also where `data.duplicates` has none."""
+    """An index of test rows, with a threshold even if `data.duplicates` has none."""
     threshold = data.duplicates.threshold or DuplicatesSection.model_fields["threshold"].default
     return NearDuplicates(threshold, data.duplicates.num_perm)
 
 
 def read(row: Row, part: SourceSection, settings: Settings, formats: Counter[str]) -> Candidate | Problem:
-    """What the row's objective learns from, by its source's columns and format; which format it was is counted."""
+    """What the objective learns from the row, read by its source's columns and format; counts the format."""
     value = mapped(row.value or {}, part.columns or {}, row.where) if part.columns else row.value or {}
     if isinstance(value, Problem):
         return value
@@ -290,7 +291,7 @@ def _detected(value: Mapping[str, Any]) -> str:
 
 
 def _of_bad_answers(findings: Sequence[Finding]) -> list[Finding]:
-    """Of an answer that is meant to be bad only what is mended, and what is not safe, is told."""
+    """For an answer that is meant to be bad, only the findings that were fixed and those about safety."""
     return [each for each in findings if each.action == "fix" or each.rule in SCREENING]
 
 
@@ -299,7 +300,7 @@ def _texts(messages: Sequence[Message]) -> list[str]:
 
 
 def digests(row: Candidate) -> tuple[int, str | None, str | None]:
-    """64 bits of the whole row's digest, and the digests of its prompt and of its answer; None where there is none to learn."""
+    """64 bits of the whole row's digest, and the digests of its prompt and its answer; None if there is none to learn."""
     prompt = prompt_of(row)
     answer = row.messages[len(prompt) :] if prompt else row.messages
     learnt = bool(answer) and not row.unwanted

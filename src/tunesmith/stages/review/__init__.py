@@ -1,4 +1,4 @@
-"""Stage `review`: a person looks at a sample of the prepared rows and signs them off."""
+"""Stage `review`: a person reviews a sample of the prepared rows and signs them off."""
 
 from tunesmith.stages.review.stage import Review
 from tunesmith.stages.review.terminal import review

@@ -1,7 +1,7 @@
-"""A review without its screen: which rows are shown, what was decided, the sign-off. The terminal and other screens use this.
+"""A review without its user interface: the rows to show, the decisions, the sign-off. The terminal and other front ends use it.
 
-Every decision is in `review/session.json` of the run folder before the next row is shown, so a review can be left at any time.
-The sign-off also puts the decisions into the file that `data.review` names, where the next `prepare` finds them.
+Every decision is in `review/session.json` of the run folder before the next row is shown, so a review can stop at any time.
+The sign-off also adds the decisions to the file that `data.review` names, where the next `prepare` finds them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tunesmith.recipe import OBJECTIVES
 from tunesmith.runs import Run, prepared_rows, read_jsonl
 from tunesmith.runs.decisions import LEAST_ROWS, VERDICTS, add_decisions, draw_sample, read_decisions, row_digest
 
-#: What `prepare` puts behind a row's place where it makes several rows of it.
+#: What `prepare` appends to a row's location when it splits the row into several.
 _PART = re.compile(r"(?:#\d+| \(piece \d+ of \d+\))\Z")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A row to decide on: its place, its source row, the rules that it met, and its text as (text, labelled) of each side."""
+    """A row to decide on: its location, its source row, the rules that flagged it, and each side's text as (text, labelled)."""
 
     where: str
     value: dict[str, Any]
@@ -37,7 +37,7 @@ class Shown:
 
 
 class Review:
-    """A review of a prepared run. Raises RunError where `prepare` has not run, or the source rows have changed since."""
+    """A review of a prepared run. Raises RunError if `prepare` has not run, or the source rows have changed since."""
 
     def __init__(self, run: Run, count: int = LEAST_ROWS) -> None:
         self.run = run
@@ -61,11 +61,11 @@ class Review:
         return found
 
     def _found(self, where: str) -> list[tuple[str, str]]:
-        """Rule and text of each finding of a row, or of the document that it is a piece of."""
+        """Rule and text of each finding of a row, or of the document it is a piece of."""
         return self._findings.get(where) or self._findings.get(_PART.sub("", where), [])
 
     def _read_sources(self) -> dict[str, dict[str, Any]]:
-        """The rows of the sample as they stand in the data file; of a part of a row, or a piece of a document, the whole."""
+        """The sampled rows as they are in the data file; for a part of a row or a piece of a document, the whole."""
         origins: dict[str, list[str]] = {}
         for where in self.places:
             origins.setdefault(_PART.sub("", where), []).append(where)
@@ -80,12 +80,12 @@ class Review:
                     found |= {where: row.value for where in origins.get(row.where, ()) if row.value}
         if missing := set(self.places) - set(found):
             what = f"{len(missing)} rows are no longer where `prepare` read them"
-            why = "a decision would be about another row than the one shown"
+            why = "a decision would apply to a different row than the one shown"
             raise RunError(Problem("TS131", what, parts[0].path, why, "run `tunesmith prepare` again"))
         return found
 
     def _digest(self, path: Path) -> str | None:
-        """What `prepare` knows a file or a folder of documents by; None for other sources."""
+        """The digest that `prepare` records for a file or a folder of documents; None for other sources."""
         if path.is_file():
             return sha256_file(path)
         return folder_digest(path) if path.is_dir() and self._documents else None
@@ -95,9 +95,9 @@ class Review:
         return OBJECTIVES[self.run.recipe.objective].rows == "document"
 
     def _earlier(self) -> dict[str, dict[str, Any]]:
-        """Decisions of this session where it is of the same data, and what was accepted before.
+        """Decisions of this session if it is about the same data, and what was accepted before.
 
-        An edit counts as accepted once `prepare` has applied it: what would be shown is the reviewer's own text.
+        An edit counts as accepted once `prepare` has applied it: the row shown would be the reviewer's own text.
         """
         known = read_decisions(Path(self.run.recipe.data.review))
         applied = self.run.status()["stages"]["prepare"]["inputs"].get("review") == known.digest
@@ -113,7 +113,7 @@ class Review:
         return found
 
     def open_places(self) -> list[str]:
-        """Rows of the sample without a decision."""
+        """Sampled rows without a decision."""
         return [where for where in self.places if where not in self.decisions]
 
     def show(self, where: str) -> Shown:
@@ -128,7 +128,7 @@ class Review:
             yield self._tokenizer.decode([token for token, _ in group], skip_special_tokens=False), is_labelled
 
     def decide(self, where: str, verdict: str, by: str, value: Mapping[str, Any] | None = None) -> None:
-        """Record a verdict (accept, reject or edit; the last with the new row) before anything else happens."""
+        """Record a verdict (accept, reject or edit; an edit has the new row as `value`) before anything else happens."""
         if verdict not in VERDICTS or (verdict == "edit") != (value is not None):
             raise AssertionError(f"no such decision: {verdict}")
         entry = {"row": row_digest(self._values[where]), "verdict": verdict, "by": by, "at": _now()}
@@ -136,7 +136,7 @@ class Review:
         self._save()
 
     def undo(self, where: str) -> None:
-        """Take a decision of this session back."""
+        """Withdraw a decision of this session."""
         if self.decisions.pop(where, None) is not None:
             self._save()
 
@@ -144,12 +144,12 @@ class Review:
         write_json(self._path, {"data": self.data_digest, "sample": self.places, "decisions": self.decisions})
 
     def sign(self, by: str) -> dict[str, Any]:
-        """Sign the data off: decisions into the review file, then `review/signoff.json`, which is returned.
+        """Sign off the data: write the decisions to the review file, then `review/signoff.json`, which is returned.
 
-        Raises RunError while rows of the sample are undecided.
+        Raises RunError while sampled rows are undecided.
         """
         if left := self.open_places():
-            why, fix = "a sign-off is of the whole sample", "go on with `tunesmith review`"
+            why, fix = "a sign-off covers the whole sample", "continue with `tunesmith review`"
             raise RunError(Problem("TS130", f"{len(left)} rows are undecided", str(self.run.path), why, fix))
         made = [{"where": where, **entry} for where, entry in self.decisions.items() if "by" in entry]
         add_decisions(Path(self.run.recipe.data.review), made)

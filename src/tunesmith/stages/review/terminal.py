@@ -1,4 +1,4 @@
-"""The review in a terminal: a row, one key, the next row. Without a terminal keys are read from standard input."""
+"""The review in a terminal: show a row, read one key, show the next row. Without a terminal, keys come from standard input."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rich.text import Text
 from tunesmith.io.terminal import plain
 from tunesmith.stages.review.stage import Review, Shown
 
-_HELP = "[a]ccept  [r]eject  [e]dit  [b]ack  [q]uit, to go on later"
+_HELP = "[a]ccept  [r]eject  [e]dit  [b]ack  [q]uit, resume later"
 
 
 def review(session: Review, by: str, console: Console, keys: TextIO = sys.stdin) -> dict[str, Any] | None:
-    """Go through the undecided rows and sign off at the end; None where the reviewer left before."""
+    """Go through the undecided rows and sign off at the end; None if the reviewer quits before that."""
     done: list[str] = []
     with _single_keys(keys):
         while left := session.open_places():
@@ -30,7 +30,7 @@ def review(session: Review, by: str, console: Console, keys: TextIO = sys.stdin)
             _print(shown, console, f"{len(session.places) - len(left) + 1} of {len(session.places)}")
             key = _key(keys)
             if key in ("q", ""):
-                console.print(f"{len(left)} rows are left; `tunesmith review` goes on here")
+                console.print(f"{len(left)} rows are left; run `tunesmith review` again to resume here")
                 return None
             if key == "b" and done:
                 session.undo(done.pop())
@@ -41,7 +41,7 @@ def review(session: Review, by: str, console: Console, keys: TextIO = sys.stdin)
         f"signed off by {by}: {signed['accepted']} accepted, {signed['rejected']} rejected, {signed['edited']} edited"
     )
     if signed["rejected"] or signed["edited"]:
-        console.print(f"run `tunesmith prepare` again: it leaves them out and edits them by {session.run.recipe.data.review}")
+        console.print(f"run `tunesmith prepare` again to apply the rejections and edits in {session.run.recipe.data.review}")
     return signed
 
 
@@ -66,7 +66,7 @@ def _print(shown: Shown, console: Console, counter: str) -> None:
     for side in shown.sides:
         text = Text()
         for part, labelled in side:
-            # Brackets as well as colour: a pipe, and an eye that sees no green, must tell them apart.
+            # Brackets as well as colour, so that the spans stay visible in a pipe and to a reader who cannot see green.
             text.append(f"\u27e6{plain(part)}\u27e7" if labelled else plain(part), "bold green" if labelled else "dim")
         console.print(text, soft_wrap=True)
     console.print(_HELP, style="cyan")
@@ -74,7 +74,7 @@ def _print(shown: Shown, console: Console, counter: str) -> None:
 
 @contextlib.contextmanager
 def _single_keys(keys: TextIO) -> Iterator[None]:
-    """A key counts without return, where there is a terminal that knows how (not on Windows)."""
+    """Keys are read without waiting for return, where the terminal supports it (not on Windows)."""
     try:
         import termios
         import tty
@@ -91,14 +91,14 @@ def _single_keys(keys: TextIO) -> Iterator[None]:
 
 
 def _key(keys: TextIO) -> str:
-    """The next key that is no blank; empty at the end of the input."""
+    """The next key that is not whitespace; empty at the end of the input."""
     while (key := keys.read(1)).isspace():
         pass
     return key.lower()
 
 
 def _edited(value: Mapping[str, Any], keys: TextIO, console: Console) -> dict[str, Any] | None:
-    """The row as the editor left it, or without a terminal the rest of the line; None, and told, where it is no JSON object."""
+    """The row from the editor, or without a terminal from the rest of the line; None, with a message, if not a JSON object."""
     if keys.isatty():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "row.json"
@@ -114,6 +114,6 @@ def _edited(value: Mapping[str, Any], keys: TextIO, console: Console) -> dict[st
         console.print(f"not valid JSON, nothing was changed: {error}", style="red")
         return None
     if not isinstance(edited, dict):
-        console.print("a row is a JSON object, nothing was changed", style="red")
+        console.print("a row must be a JSON object, nothing was changed", style="red")
         return None
     return edited

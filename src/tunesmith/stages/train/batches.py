@@ -1,4 +1,4 @@
-"""How a step's rows become micro-batches: prefix trees where they can be, else padded rows; an event says which and why."""
+"""How a step's rows become micro-batches: prefix trees where possible, else padded rows; an event says which and why."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Tell = Callable[..., None]
 
 
 def step_batches(loss: Loss, model: Any, pad_id: int | None, longest: int, settings: Settings, tell: Tell) -> StepBatches:
-    """Switches the model to the attention that its batches need, and its noise on where asked for.
+    """Returns what makes a step's micro-batches; switches the model to the attention they need, and noise on if requested.
 
-    `longest` is the longest row's tokens. Raises RecipeError where shifted sparse attention would not be exact.
+    `longest` is the longest row in tokens. Raises RecipeError if shifted sparse attention would not be exact.
     """
     collator = _collator(model, pad_id, longest, settings, tell)
     asked = settings.attn_implementation
@@ -33,7 +33,7 @@ def step_batches(loss: Loss, model: Any, pad_id: int | None, longest: int, setti
         use_tree_attention(model, on=True)
         reason = None if model.device.type == "cpu" else flex.unsupported_reason(model.device, model.dtype)
         if reason is not None:
-            tell("attention-fallback", f"a dense mask in place of flex attention: {reason}", reason=reason)
+            tell("attention-fallback", f"a dense mask instead of flex attention: {reason}", reason=reason)
     if settings.neftune_noise_alpha is not None:
         EmbeddingNoise(model, settings.neftune_noise_alpha)
     limits = Limits(settings.per_device_max_tokens, settings.per_device_train_batch_size, settings.micro_batch_start)
@@ -41,14 +41,14 @@ def step_batches(loss: Loss, model: Any, pad_id: int | None, longest: int, setti
 
 
 def _collator(model: Any, pad_id: int | None, longest: int, settings: Settings, tell: Tell) -> Collator:
-    """How rows become batches; an event where a tree was asked for and cannot be."""
+    """The collator of a step's rows; an event if trees were requested and are not possible."""
     if settings.shifted_sparse_attention is not None:
         return _shifted(model, pad_id, longest, settings.shifted_sparse_attention, packing=settings.packing, tell=tell)
     if not settings.packing:
         return PaddedCollator(pad_id)
     collator, reason = choose_collator(model.config, pad_id, longest)
     if settings.attn_implementation != "auto":
-        reason = f"attn_implementation is {settings.attn_implementation}, and trees have their own"
+        reason = f"attn_implementation is {settings.attn_implementation}, and trees use their own"
         collator = PaddedCollator(pad_id)
     if reason is not None:
         _tell_padded(tell, reason)
@@ -56,10 +56,10 @@ def _collator(model: Any, pad_id: int | None, longest: int, settings: Settings, 
 
 
 def _shifted(model: Any, pad_id: int | None, longest: int, group: int, *, packing: bool, tell: Tell) -> ShiftedCollator:
-    """Padded rows for shifted sparse attention; an event that they are."""
-    reason = tree_unsupported_reason(model.config, longest)  # it needs the same: causal attention and no more
+    """Padded rows for shifted sparse attention; an event says so."""
+    reason = tree_unsupported_reason(model.config, longest)  # same requirement as trees: plain causal attention
     if reason is not None:
-        what, why = f"shifted_sparse_attention: {reason}", "the loss would not be that of the attention that is asked for"
+        what, why = f"shifted_sparse_attention: {reason}", "the loss would not match the requested attention"
         raise RecipeError(Problem("TS006", what, "train", why, "remove train.shifted_sparse_attention"))
     if packing:
         _tell_padded(tell, "shifted sparse attention works on rows, not on trees")
@@ -67,4 +67,4 @@ def _shifted(model: Any, pad_id: int | None, longest: int, group: int, *, packin
 
 
 def _tell_padded(tell: Tell, reason: str) -> None:
-    tell("packing-off", f"rows are padded, those of like length together: {reason}", reason=reason)
+    tell("packing-off", f"rows are padded, batched by similar length: {reason}", reason=reason)

@@ -1,4 +1,4 @@
-"""The checkpoints of a training that the engine runs."""
+"""The checkpoints of a training on the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tunesmith.stages.train.loops.base import CHECKPOINT
 
 
 class Checkpoints:
-    """The folder of checkpoints, in which one is kept: the last that was saved."""
+    """The folder of checkpoints, which keeps one: the last that was saved."""
 
     def __init__(self, folder: Path, method: Method, model: Any, engine: Engine) -> None:
         self.folder, self.method, self.model, self.engine = folder, method, model, engine
@@ -21,18 +21,18 @@ class Checkpoints:
 
     @property
     def name(self) -> str | None:
-        """The folder's name of the checkpoint that is there."""
+        """The folder name of the current checkpoint."""
         return None if self.latest is None else self.latest.name
 
     def go_on(self, name: str | None) -> None:
-        """Take up the checkpoint of this name, and remove what came after it."""
+        """Resume with the checkpoint of this name, and remove all others."""
         self.latest = None if name is None else self.folder / name
         for path in self.folder.glob("step-*"):
             if path != self.latest:
                 remove_folder(path)
 
     def save(self, step: int) -> None:
-        """Commit the weights as they are, then drop the checkpoint before. Raises TrainError where one is not finite."""
+        """Commit the current weights, then remove the previous checkpoint. Raises TrainError if a weight is not finite."""
         check_weights(step, {name: parameter for parameter, name in self.engine.trained_parameters().items()})
         before, self.latest = self.latest, self.folder / f"step-{step:06d}"
         if not self.engine.ranks.first:
@@ -43,7 +43,7 @@ class Checkpoints:
             remove_folder(before)
 
     def kept(self) -> Path:
-        """The checkpoint that is there."""
+        """The current checkpoint."""
         if self.latest is None:
             raise AssertionError("nothing was saved")
         return self.latest

@@ -1,8 +1,8 @@
 """The training loop: transformers' `Trainer` with our loss, our metrics and nothing hidden.
 
-Per optimizer step one line of `metrics.jsonl`: `step, loss, grad_norm, learning_rate, tokens, computed_tokens,
+Each optimizer step writes one line of `metrics.jsonl`: `step, loss, grad_norm, learning_rate, tokens, computed_tokens,
 labelled_tokens, seconds`, and the objective's own figures. `loss` is the mean over what the objective counts in the whole
-global batch (labelled tokens, or pairs), whatever the accumulation.
+global batch (labelled tokens, or pairs), regardless of accumulation.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from tunesmith.stages.train.setup import make_adamw, training_arguments
 
 @dataclass(frozen=True)
 class StepRows:
-    """An optimizer step's rows, as one value that is passed on whole: nothing looks for tensors in it."""
+    """An optimizer step's rows as one opaque value, so that nothing searches it for tensors."""
 
     rows: Rows
-    blank: bool = False  # a process that has no row of this step computes one that counts nothing
+    blank: bool = False  # a process without a row in this step computes one that does not count
 
 
 class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
-    """`Trainer` over a loss: its mean over the global batch, metrics for each step, finite or stopped."""
+    """`Trainer` over a loss: minimises its mean over the global batch, records every step, stops on NaN or Inf."""
 
     def __init__(
         self,
@@ -59,16 +59,16 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         ranks: Ranks = Ranks(),
         resumed: Savepoint | None = None,
     ) -> None:
-        """`tell` writes an event: code and message. What `Trainer` writes goes into `scratch`."""
+        """`tell` writes an event: code and message. `Trainer` writes its own files into `scratch`."""
         arguments = training_arguments(settings, scratch, cpu=model.device.type == "cpu")
         super().__init__(model=loss.loss_model(model), args=arguments, train_dataset=rows, data_collator=self._collated)
         self.loss, self.base, self.settings, self.batches, self.tell = loss, model, settings, batches, tell
         self.recorder, self.ranks = recorder, ranks
-        # What Trainer reads off the signature of a transformers model: our loss divides by the global count.
+        # Trainer would infer this from a transformers model's signature: our loss divides by the global count.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.resumed = resumed
-        #: The rows of the step that is being computed, or was last.
+        #: The rows of the current or the last step.
         self.step_rows: Rows = ()
         self.adamw: AdamW | None = None
         self.in_backward: InBackward | None = None
@@ -81,7 +81,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return {**self.batches(share or rows[:1]), "rows": StepRows(share or rows[:1], blank=not share)}
 
     def get_train_dataloader(self) -> Any:
-        """Every process gets the rows of every step, in the order of a single one, and takes its share as they are collated."""
+        """Every process gets the rows of every step, in the order of a single process, and takes its share in the collator."""
         if self.ranks.world == 1:
             return super().get_train_dataloader()
         loader = DataLoader(
@@ -95,12 +95,12 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         )
 
     def _start_counting(self) -> None:
-        """Forget what the step's micro-batches have counted."""
+        """Reset the counters of the step's micro-batches."""
         self._tokens, self._computed, self._labelled, self._counted = 0, 0, 0, 0
         self._sums: dict[str, torch.Tensor] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Run all steps, or those after the savepoint; the clock of the first one starts here."""
+        """Run all steps, or those after the savepoint; the timer of the first one starts here."""
         self.recorder.start()
         if self.resumed is not None:
             self.batches.limits = Limits(*self.resumed.state["limits"])
@@ -108,13 +108,13 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return super().train(*args, resume_from_checkpoint=path, **kwargs)
 
     def trained_parameters(self) -> dict[torch.Tensor, str]:
-        """The parameters that are trained, with their names."""
+        """The trainable parameters, with their names."""
         return {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def save_to(self, savepoints: Savepoints, more: Mapping[str, Any]) -> None:
-        """Write all that the next steps depend on, as it is after a step's line of metrics was written; `more` is the caller's.
+        """Write all state that the next steps depend on, once a step's line of metrics is written; `more` is the caller's.
 
-        Raises TrainError where a weight is not finite, or there is no room.
+        Raises TrainError if a weight is not finite, or there is no disk space.
         """
         if self.adamw is None:
             raise AssertionError("there is nothing to save before training")
@@ -130,17 +130,17 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         state |= more
         if self.ranks.first:
             savepoints.write(tensors, {"trainer_state.json": _trainer_state(self.state)}, state)
-        self.ranks.agreed(None)  # it is there
+        self.ranks.agreed(None)  # wait until it is written
 
     def roll_back(self, saved: Savepoint) -> None:
-        """Put weights and optimizer back to a savepoint's; steps, schedule and rows go on from where they are."""
+        """Restore weights and optimizer from a savepoint; steps, schedule and rows continue from where they are."""
         self._put_weights(saved)
         if self.adamw is None:
             raise AssertionError("there is nothing to put back before training")
         self.adamw.put_back(saved.tensors("optimizer"), self.trained_parameters())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any) -> None:
-        """The savepoint's weights into the model, in place of `Trainer`'s reader."""
+        """Load the savepoint's weights into the model; replaces `Trainer`'s reader."""
         self._put_weights(self._savepoint(resume_from_checkpoint))
 
     def _put_weights(self, saved: Savepoint) -> None:
@@ -153,7 +153,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
                 parameter.copy_(found[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The savepoint's optimizer and schedule, in place of `Trainer`'s reader."""
+        """Load the savepoint's optimizer and schedule; replaces `Trainer`'s reader."""
         if checkpoint is None:
             return
         saved = self._savepoint(checkpoint)
@@ -165,14 +165,14 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The savepoint's random generators, in place of `Trainer`'s reader."""
+        """Restore the savepoint's random generators; replaces `Trainer`'s reader."""
         if checkpoint is not None:
             saved = self._savepoint(checkpoint)
             rank = self.ranks.rank
             set_random_state(saved.tensors(f"random-{rank}"), saved.state["random"][rank])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """There is none: nothing is computed in float16."""
+        """There is no scaler: nothing is computed in float16."""
 
     def _savepoint(self, path: str) -> Savepoint:
         if self.resumed is None or str(self.resumed.path) != path:
@@ -180,7 +180,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return self.resumed
 
     def as_trained(self) -> AbstractContextManager[None]:
-        """In the block the model has the weights as they were trained, in float32, for saving."""
+        """A context in which the model has its trained weights in float32, for saving."""
         if self.adamw is None:
             raise AssertionError("there is nothing to save before training")
         return self.adamw.unloaded()
@@ -202,9 +202,9 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return self._within_memory(model, step.rows, batches, num_items_in_batch)
 
     def _try_longest(self, model: torch.nn.Module) -> None:
-        """Compute the largest micro-batch of the longest rows first: what does not fit shows now, not hours later.
+        """Compute the largest micro-batch of the longest rows first, so that out of memory shows now, not hours later.
 
-        The optimizer's states are there by then; no weight moves, and nothing random is used up.
+        The optimizer states are allocated before. No weight changes, and the random state is restored.
         """
         if self.adamw is None:
             raise AssertionError("Trainer makes the optimizer before the first step")
@@ -234,10 +234,10 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
     def _within_memory(
         self, model: torch.nn.Module, rows: Rows, batches: list[Batch], count: torch.Tensor | int, of: int | None = None
     ) -> torch.Tensor:
-        """The loss and gradients of a step's micro-batches; in smaller ones of the same rows where memory runs out.
+        """The loss and gradients of a step's micro-batches; if memory runs out, in smaller ones of the same rows.
 
-        `of` says how many micro-batches the rows have where `batches` are not all. Raises TrainError where rows do not fit one
-        by one, or weights move in the backward pass.
+        `of` is the number of micro-batches that the rows make if `batches` are not all of them. Raises TrainError if rows do
+        not fit one by one, or weights are updated in the backward pass.
         """
         self.step_rows = rows
         before = random_state()
@@ -249,26 +249,26 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
                 if not is_out_of_memory(error):
                     raise
                 told = str(error)
-            model.zero_grad(set_to_none=True)  # gradients of a part of the step
+            model.zero_grad(set_to_none=True)  # partial gradients of the step
             self._start_counting()
             set_random_state(*before)
             batches = []
             release()
-            whole = self.in_backward is not None or self.ranks.world > 1  # other processes have gone on
+            whole = self.in_backward is not None or self.ranks.world > 1  # other processes are already past this
             smaller = None if whole else in_smaller_parts(self.batches, rows, made, tokens)
             if smaller is None:
                 longest = max(self.loss.lengths(self.train_dataset))
                 raise out_of_memory(self.settings, self.base, longest, told)
             limit = self.batches.limits.tokens
-            text = f"micro-batches of {tokens:,} tokens do not fit: at most {limit:,} from here on, of the same rows a step"
+            text = f"micro-batches of {tokens:,} tokens do not fit: at most {limit:,} from now on, with the same rows per step"
             self.tell("out-of-memory", text)
             batches, of = smaller, None
 
     def _accumulated(self, model: torch.nn.Module, batches: list[Batch], count: torch.Tensor | int) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
-        while batches:  # what a micro-batch made goes with it
+        while batches:  # popped, so that a micro-batch's tensors are freed after it
             batch = self._prepare_inputs(batches.pop(0))
-            with nullcontext() if not batches else getattr(model, "no_sync", nullcontext)():  # gradients are summed once
+            with nullcontext() if not batches else getattr(model, "no_sync", nullcontext)():  # one all-reduce per step
                 loss = self.compute_loss(model, batch, num_items_in_batch=count)
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -281,7 +281,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The micro-batch's share of the loss: a mean over the `num_items_in_batch` that are counted in the global batch."""
+        """The micro-batch's share of the loss: its sum divided by `num_items_in_batch`, the count of the global batch."""
         if num_items_in_batch is None or return_outputs:
             raise AssertionError("the training loop always counts and asks for the loss alone")
         tokens = inputs.pop("row_tokens")
@@ -295,7 +295,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         if self._blank:
             return summed * 0.0
         self._sums = {name: value + self._sums.get(name, 0) for name, value in sums.items()}
-        # Gradients are averaged over the ranks, so each gives its share times their number.
+        # Gradients are averaged over the ranks, so each rank multiplies its share by their number.
         loss: torch.Tensor = summed / num_items_in_batch * self.accelerator.num_processes
         if self.in_backward is not None and not math.isfinite(float(loss.detach())):
             # The weights would be updated before the norm is known.
@@ -303,7 +303,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW in the format that the recipe names; weight decay on matrices only."""
+        """AdamW in the format the recipe names; weight decay on matrices only."""
         self.adamw = make_adamw(self, model or self.model, self.settings)
         if self.settings.optimizer_in_backward:
             self.in_backward = InBackward(self.adamw, self.args.max_grad_norm)
@@ -311,28 +311,28 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return self.optimizer
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        """Scale the gradients down to `max_grad_norm` and return their norm before; in float32, also where they are bf16."""
+        """Clip the gradients to `max_grad_norm` and return their norm before; in float32, even if they are bf16."""
         if self.in_backward is not None:
             return self.in_backward.take_norm()
         norm = gradient_norm(model.parameters())
-        if not float(norm) + 1e-6 <= self.args.max_grad_norm:  # where torch would multiply them all by 1
+        if not float(norm) + 1e-6 <= self.args.max_grad_norm:  # else torch would multiply them all by 1
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
         return norm
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
-        """What the objective counts in the global batch: in all micro-batches, on all ranks."""
+        """What the objective counts in the global batch: over all micro-batches and all ranks."""
         batches = [batch for sample in batch_samples if not sample["rows"].blank for batch in sample["micro_batches"]]
         count = torch.tensor(sum(map(self.loss.count, batches)), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
-        """The gradient norm before clipping; raises TrainError before the optimizer moves if anything is not finite."""
+        """The gradient norm before clipping; raises TrainError before the optimizer step if anything is not finite."""
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
         check_finite(self.state.global_step + 1, float(self._tr_loss), norm)
         return norm
 
     def losses(self) -> list[float]:
-        """The loss of each step that has ended, that of the last one too where its line is not written yet."""
+        """The loss of each finished step, including the last one if its line is not written yet."""
         history = self.recorder.history
         losses = [step.loss for step in history]
         if self.state.global_step > len(history):
@@ -340,9 +340,9 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
         return losses
 
     def log(self, logs: dict[str, float], *_: Any, **__: Any) -> None:
-        """Called by Trainer after each optimizer step; writes the step's line, and nothing else anywhere."""
+        """Called by Trainer after each optimizer step; writes the step's line of metrics and nothing else."""
         if "grad_norm" not in logs:
-            return  # the summary at the end, which `train` makes itself
+            return  # Trainer's final summary; `train` makes its own
         seconds = self.recorder.elapsed
         sums = {name: float(total) for name, total in self._sums.items()}
         all_of_it = self.ranks.gathered((self._tokens, self._computed, self._labelled, self._counted, sums))
@@ -354,6 +354,6 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
 
 
 def _trainer_state(state: Any) -> str:
-    """`Trainer`'s counters as it reads them. Its history of logs stays out, which grows: metrics.jsonl has it."""
+    """`Trainer`'s counters as it reads them, without its log history, which grows: metrics.jsonl has it."""
     values = {key: value for key, value in asdict(state).items() if key != "log_history"}
     return indented_json(values | {"log_history": [], "stateful_callbacks": {}})

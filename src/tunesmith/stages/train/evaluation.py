@@ -1,4 +1,4 @@
-"""The held-out loss while training: the best checkpoint is kept, overfitting is told, and stopped where it goes on."""
+"""The held-out loss during training: keeps the best checkpoint, reports overfitting, and stops early if it persists."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tunesmith.engine.packing.batch import to_device
 from tunesmith.io.atomic import append_jsonl, write_jsonl
 from tunesmith.stages.train.losses import Loss, StepBatches
 
-#: What `EvaluationCallback.as_dict` gives before the first look.
+#: What `EvaluationCallback.as_dict` returns before the first evaluation.
 NOTHING_SEEN: Mapping[str, Any] = {"history": [], "best": None, "stopped": False}
 
-_AT_ONCE = 128  # held-out rows that are laid out together
-_RISES = 2  # evaluations in a row with a higher held-out and a lower train loss that count as overfitting
+_AT_ONCE = 128  # held-out rows that are packed together
+_RISES = 2  # consecutive evaluations with a higher held-out and a lower train loss that count as overfitting
 
 
 def mean_loss(loss: Loss, model: torch.nn.Module, rows: Sequence[Any], batches: StepBatches) -> float:
-    """The mean loss over rows, in eval mode and without gradients; `model` is back in training mode after it.
+    """The mean loss over rows, in eval mode and without gradients; `model` is back in training mode afterwards.
 
-    Nothing random is drawn, so that training goes on as if nobody had looked.
+    It draws no random numbers, so training continues as if there had been no evaluation.
     """
     device = next(model.parameters()).device
     total, count = 0.0, 0
@@ -43,7 +43,7 @@ def mean_loss(loss: Loss, model: torch.nn.Module, rows: Sequence[Any], batches: 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One look at the held-out rows: losses are means; `train_loss` is of the steps since the look before."""
+    """One evaluation on the held-out rows: losses are means; `train_loss` covers the steps since the previous evaluation."""
 
     step: int
     eval_loss: float
@@ -52,10 +52,10 @@ class Evaluation:
 
 
 class EvaluationCallback(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
-    """Takes the held-out loss every `every` optimizer steps and after the last; writes evals.jsonl; keeps the best checkpoint.
+    """Computes the held-out loss every `every` steps and after the last; writes evals.jsonl and keeps the best checkpoint.
 
-    `evaluate` gives the loss, `save` writes the weights of a step and drops those of the best one before. With `patience`
-    training stops after so many looks without a new best. `losses` gives the losses of all steps so far.
+    `evaluate` returns the loss, `save` writes the weights of a step and drops those of the previous best. With `patience`,
+    training stops after that many evaluations without a new best. `losses` returns the losses of all steps so far.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class EvaluationCallback(TrainerCallback):  # type: ignore[misc] # transformers 
         self.stopped = False
 
     def as_dict(self) -> dict[str, Any]:
-        """What has been seen so far, as JSON."""
+        """The state so far, as JSON."""
         best = None if self.best is None else vars(self.best)
         return {"history": [vars(look) for look in self.history], "best": best, "stopped": self.stopped}
 
     def go_on(self, seen: Mapping[str, Any]) -> None:
-        """Take up what `as_dict` gave, and leave evals.jsonl with that alone."""
+        """Restore the state from `as_dict`, and reset evals.jsonl to it."""
         self.history = [Evaluation(**look) for look in seen["history"]]
         self.best = None if seen["best"] is None else Evaluation(**seen["best"])
         self.stopped = seen["stopped"]
@@ -89,11 +89,11 @@ class EvaluationCallback(TrainerCallback):  # type: ignore[misc] # transformers 
 
     @property
     def seconds(self) -> float:
-        """What all looks took."""
+        """Time of all evaluations."""
         return sum(look.seconds for look in self.history)
 
     def on_step_end(self, _arguments: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look, where it is time to."""
+        """Evaluate if it is due."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._look(state.global_step, control)
 
@@ -116,7 +116,7 @@ class EvaluationCallback(TrainerCallback):  # type: ignore[misc] # transformers 
             self.tell("stopped-early", f"{text} {self.best.step} for {waited} evaluations")
 
     def _tell_overfitting(self) -> None:
-        """An event when the train loss goes on falling while the held-out loss rises; once for each time it begins to."""
+        """An event when the train loss keeps falling while the held-out loss rises; once per rise."""
         last = self.history[-_RISES - 1 :]
         pairs = pairwise(last)
         rises = [after.eval_loss > before.eval_loss and after.train_loss < before.train_loss for before, after in pairs]
@@ -125,7 +125,7 @@ class EvaluationCallback(TrainerCallback):  # type: ignore[misc] # transformers 
             self.tell("overfitting", f"{text} {last[0].train_loss:.4f} -> {last[-1].train_loss:.4f} by step {last[-1].step}")
 
     def _rose_before(self) -> bool:
-        """Whether the rise had begun before the last `_RISES` looks, and so was told."""
+        """Whether the rise had begun before the last `_RISES` evaluations, and so was reported."""
         earlier = self.history[-_RISES - 2 : -_RISES]
         return (
             len(earlier) == 2 and earlier[1].eval_loss > earlier[0].eval_loss and earlier[1].train_loss < earlier[0].train_loss

@@ -1,4 +1,4 @@
-"""Numbers that are none: found before the optimizer moves, and what is known of them kept in an incident folder."""
+"""NaN and Inf: caught before the optimizer step, and documented in an incident folder."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tunesmith.errors import Problem, TrainError
 from tunesmith.io.atomic import commit_folder, write_json
 from tunesmith.stages.train.summary import first_of
 
-_LAST = 20  # steps told of before an incident
+_LAST = 20  # steps before an incident that it records
 _ROWS = 3  # rows named in the message; the file names all
-_RISEN = 2.0  # times the least loss so far, from where the loss is said to have risen
+_RISEN = 2.0  # times the lowest loss so far; above that the loss counts as having risen
 
 
 class NotFiniteError(TrainError):
-    """A loss or a gradient that is no number, at a step whose update has not been made."""
+    """A non-finite loss or gradient, at a step whose optimizer update has not been made."""
 
     def __init__(self, step: int, loss: float, norm: float, *, where: str = "train", known: str = "") -> None:
         self.step, self.loss, self.norm = step, loss, norm
         what = f"loss {loss} and gradient norm {norm} at step {step}{known and f': {known}'}"
-        why = "the weights would turn to NaN and every later step would be lost; the optimizer has not moved"
+        why = "the weights would turn to NaN and every later step would be lost; stopped before the optimizer step"
         fix = "lower train.learning_rate, look at the rows of this step, or set train.compute_dtype: float32"
         super().__init__(Problem("TS301", what, where, why, fix))
 
@@ -33,22 +33,22 @@ class NotFiniteError(TrainError):
 
 
 def check_finite(step: int, loss: float, norm: float) -> None:
-    """Raise NotFiniteError before the optimizer moves where the loss or the gradient norm is no number."""
+    """Raise NotFiniteError before the optimizer step if the loss or the gradient norm is NaN or Inf."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NotFiniteError(step, loss, norm)
 
 
 def check_weights(step: int, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raise TrainError where a trained weight that would be saved is no number."""
+    """Raise TrainError if a trained weight that would be saved is NaN or Inf."""
     for name, weight in weights.items():
         if not all_finite(weight):
-            why = "what would be saved could not be used, and would take the place of what can"
-            fix = "lower train.learning_rate, or set train.compute_dtype: float32; what was saved before is as it was"
-            raise TrainError(Problem("TS301", f"weights that are not finite after step {step}", name, why, fix))
+            why = "the saved weights would be unusable, and would replace usable ones"
+            fix = "lower train.learning_rate, or set train.compute_dtype: float32; earlier saves are unchanged"
+            raise TrainError(Problem("TS301", f"non-finite weights after step {step}", name, why, fix))
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether each number of it is one; integers are."""
+    """Whether the tensor has no NaN or Inf; integers have none."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
 
 
@@ -61,10 +61,10 @@ def incident(
     steps: Sequence[Mapping[str, Any]],
     dtype: str,
 ) -> NotFiniteError:
-    """Write `incidents/step-000012/incident.json` and give the error that names it.
+    """Write `incidents/step-000012/incident.json` and return the error that names it.
 
-    `rows` are those of the step: where each stands, its tokens, and the loss that it gives on its own under the weights as they
-    are; `steps` are lines of metrics.jsonl, of which the last are kept.
+    `rows` are those of the step: location, tokens, and the loss of the row on its own under the current weights; `steps` are
+    lines of metrics.jsonl, of which the last are kept.
     """
     weights = sorted(name for name, parameter in parameters.items() if not all_finite(parameter))
     bad = [where for where, _, loss in rows if not math.isfinite(loss)]
@@ -87,21 +87,21 @@ def incident(
 def _causes(
     error: NotFiniteError, weights: list[str], bad: list[str], rows: Sequence[Any], losses: list[float], dtype: str
 ) -> list[str]:
-    """What may have led to it, the likeliest first."""
+    """Possible causes, the likeliest first."""
     causes = []
     if weights:
-        causes.append(f"{len(weights)} weights hold numbers that are not finite, {weights[0]} first: look at the base model")
+        causes.append(f"{len(weights)} weights are not finite, {weights[0]} first: check the base model")
     if bad and len(bad) < len(rows):
-        causes.append(f"{len(bad)} of {len(rows)} rows alone give no finite loss: {first_of(bad, _ROWS)}")
+        causes.append(f"{len(bad)} of {len(rows)} rows give a non-finite loss on their own: {first_of(bad, _ROWS)}")
     if losses and losses[-1] > _RISEN * min(losses):
-        causes.append(f"the loss had risen from {min(losses):.4g} to {losses[-1]:.4g}: the learning rate is too high for it")
+        causes.append(f"the loss had risen from {min(losses):.4g} to {losses[-1]:.4g}: the learning rate is too high")
     if dtype != "float32":
-        causes.append(f"products are computed in {dtype}, which float32 would do more exactly")
+        causes.append(f"matmuls run in {dtype}; float32 is more precise")
     if not bad and not math.isfinite(error.norm):
-        causes.append("each row's loss is finite, its gradient is not: numbers overflow in the backward pass")
-    return causes or ["every row gives a loss that is not finite: the numbers overflow in the model"]
+        causes.append("each row's loss is finite but its gradient is not: overflow in the backward pass")
+    return causes or ["every row gives a non-finite loss: overflow in the model"]
 
 
 def _number(value: float) -> float | str:
-    """JSON has no name for what is not finite."""
+    """The value; as text if it is NaN or Inf, which JSON cannot represent."""
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""What is compiled for a run: custom kernels, and blocks where the run asks for it."""
+"""What is compiled for a run: custom kernels, and blocks if the run asks for it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tunesmith.models.head import causal_of
 
 
 def compile_blocks(settings: Settings, model: Any, tell: Callable[..., None]) -> None:
-    """Have torch.compile, or Liger, make the block's small operators where the recipe asks for it; an event where it cannot be.
+    """Fuse the block's small operators with torch.compile or Liger if the recipe asks for it; an event if that fails.
 
-    An event also where custom kernels cannot be compiled, and training takes longer for it.
+    Also writes an event if custom kernels cannot be compiled, which makes training slower.
     """
     causal = causal_of(model)
     reason = cpu.unsupported_reason() if model.device.type == "cpu" else triton.unsupported_reason(model.device)
     if reason is not None:
-        tell("kernels-off", f"PyTorch's kernels in place of tunesmith's, which are faster: {reason}", reason=reason)
+        tell("kernels-off", f"PyTorch's kernels instead of tunesmith's faster ones: {reason}", reason=reason)
     try:
         fuse_asked(settings, causal)
     except RuntimeError as error:
@@ -30,12 +30,12 @@ def compile_blocks(settings: Settings, model: Any, tell: Callable[..., None]) ->
 
 
 def fuse_asked(settings: Settings, causal: Any) -> None:
-    """Compiled operators, or Liger's, in the blocks of a causal language model, where the settings ask for them.
+    """Put compiled or Liger operators into the blocks of a causal language model, if the settings ask for them.
 
-    Raises RuntimeError where that cannot be.
+    Raises RuntimeError if that is not possible.
     """
     if not (settings.torch_compile or settings.use_liger_kernel):
         return
     if not fusible(causal.config):
-        raise RuntimeError(f"blocks of the architecture {causal.config.model_type!r} run as transformers has them")
+        raise RuntimeError(f"blocks of architecture {causal.config.model_type!r} cannot be fused; they run as in transformers")
     fuse_blocks(causal, (liger if settings.use_liger_kernel else compiled)(causal.device))

@@ -1,4 +1,4 @@
-"""What the engine minimises: the loss model, its batches, and what its mean is over. It knows this interface alone."""
+"""What the engine minimises: the loss model, its batches, and what the mean is over. It only knows this interface."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepBatches(Protocol):
     limits: Limits
 
     def __call__(self, rows: Rows, /) -> dict[str, list[Batch]]:
-        """Each row in one micro-batch."""
+        """The micro-batches, with each row in exactly one."""
         ...
 
 
@@ -44,19 +44,19 @@ class Loss(Protocol):
         ...
 
     def before(self, model: Any, rows: Any, batches: StepBatches, folder: Path, console: Console, /) -> tuple[Any, float]:
-        """The dataset with what the loss needs of the untrained model, stored in `folder` too, and the seconds that it took."""
+        """The dataset with what the loss needs from the untrained model, also stored in `folder`, and the seconds it took."""
         ...
 
     def loss_model(self, model: Any) -> torch.nn.Module:
-        """A module whose forward gives what `read` reads."""
+        """A module whose forward returns what `read` takes."""
         ...
 
     def read(self, output: Any) -> tuple[torch.Tensor, Sums]:
-        """The summed loss of a batch, and sums of the figures that go into metrics.jsonl beside it."""
+        """The summed loss of a batch, and sums of the other figures that go into metrics.jsonl."""
         ...
 
     def count(self, batch: Batch) -> int:
-        """What the mean is over, in this batch."""
+        """How many items of this batch the mean is over."""
         ...
 
 
@@ -70,7 +70,7 @@ class TokenLoss:
         return StepCollator(collate, limits)
 
     def before(self, _model: Any, rows: Any, *_: Any) -> tuple[Any, float]:
-        return rows, 0.0  # nothing is needed of the untrained model
+        return rows, 0.0  # nothing is needed from the untrained model
 
     def loss_model(self, model: Any) -> torch.nn.Module:
         return LossModel(model)
@@ -86,9 +86,9 @@ class TokenLoss:
 class PairLoss:
     """The preference loss over pairs, against the model as it was before the first step.
 
-    That model is the reference of the paper: an adapter starts as zero, so it is the base, and with full fine-tuning it is the
-    weights as they were loaded. All that the loss needs of it are two numbers a pair, which are taken once before training; no
-    second model is kept, and no step computes the reference again.
+    That model is the paper's reference: an adapter starts at zero, so it is the base, and with full fine-tuning it is the
+    loaded weights. The loss only needs two numbers per pair from it, computed once before training. No second model is kept,
+    and no step recomputes the reference.
     """
 
     def __init__(self, asked: DpoSection) -> None:
@@ -101,9 +101,9 @@ class PairLoss:
         return PairCollator(collate, limits)
 
     def before(self, model: Any, rows: Any, batches: StepBatches, folder: Path, console: Console, /) -> tuple[Any, float]:
-        """Takes the reference's log-probabilities of all rows. Raises TrainError where one is not finite."""
+        """Computes the reference's log-probabilities of all rows. Raises TrainError if one is not finite."""
         if not isinstance(batches, PairCollator):
-            raise AssertionError("pairs are laid out by the collator that `batches` gave")
+            raise AssertionError("pairs are packed by the collator from `batches`")
         begun = time.perf_counter()
         console.print(f"reference: log-probabilities of {len(rows)} pairs under the untrained model")
         found = reference_logprobs(model, rows, batches)
@@ -129,6 +129,6 @@ def loss_of(recipe: Recipe) -> Loss:
 
 
 def _reference_problem(where: str, rows: int) -> Problem:
-    why = "the loss compares the model with what it was, so it would not be a number from the first step on"
+    why = "the loss compares the model with the untrained one, so it would be NaN or Inf from the first step on"
     fix = "look at the row, check that the model's weights are finite, or set train.compute_dtype: float32"
-    return Problem("TS301", f"the untrained model gives no finite log-probability ({rows} rows)", where, why, fix)
+    return Problem("TS301", f"the untrained model gives a non-finite log-probability ({rows} rows)", where, why, fix)

@@ -1,4 +1,4 @@
-"""What is measured of an optimizer step, as a line of metrics.jsonl holds it."""
+"""The measurements of an optimizer step, as stored in a line of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 class StepMetrics:
     """One optimizer step.
 
-    `tokens` counts the tokens of all rows, `computed_tokens` those that went through the model: fewer where rows share
-    prefixes, more where they are padded. `seconds` is wall time from the step before. `figures` are the objective's own.
+    `tokens` counts the tokens of all rows, `computed_tokens` those that went through the model: fewer if rows share
+    prefixes, more if they are padded. `seconds` is wall time since the previous step. `figures` are the objective's own.
     """
 
     step: int
@@ -26,14 +26,14 @@ class StepMetrics:
     figures: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """A line of metrics.jsonl: the figures stand beside the other keys."""
+        """A line of metrics.jsonl, with the figures merged into the other keys."""
         values = asdict(self)
         figures: dict[str, float] = values.pop("figures")
         return values | figures
 
 
 def step_metrics(line: Mapping[str, Any]) -> StepMetrics:
-    """A line of metrics.jsonl."""
+    """The step of a line of metrics.jsonl."""
     own = {each.name for each in fields(StepMetrics)} - {"figures"}
     figures = {key: value for key, value in line.items() if key not in own}
     return StepMetrics(**{key: value for key, value in line.items() if key in own}, figures=figures)

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: one bar with loss, tokens/s and time left, or plain lines in a log."""
+"""What the user sees while a model trains: a progress bar with loss, tokens/s and time left, or plain lines in a log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOG_EVERY = 15.0  # seconds between lines where the output is not a terminal
 
 
 class TrainProgress:
-    """Shows each step. On a terminal a bar that redraws itself, elsewhere a line every 15 seconds and at the end."""
+    """Shows each step: on a terminal in a progress bar, elsewhere as a line every 15 seconds and at the end."""
 
     def __init__(self, label: str, steps: int, console: Console, done: Sequence[StepMetrics] = ()) -> None:
         self.label, self.steps, self.console = label, steps, console

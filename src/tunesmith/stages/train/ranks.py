@@ -1,6 +1,6 @@
-"""Several processes that train one run together, as torchrun starts them: the first one writes, all agree on what is done.
+"""Several processes, started by torchrun, that train one run together: the first one writes, all agree on what is done.
 
-The others fill a folder that is thrown away. Rows of an optimizer step are those of a single process, dealt out in turn.
+The others write into a temporary folder. An optimizer step has the rows of a single process, dealt out round-robin.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tunesmith.errors import Problem, RecipeError
 from tunesmith.recipe import OBJECTIVES, Recipe
 from tunesmith.runs import Run
 
-#: What a training writes into its folder.
+#: What training writes into its folder.
 FILES = (
     *("settings.json", "metrics.jsonl", "events.jsonl", "evals.jsonl", "summary.json", "reference.safetensors"),
     *("heldout", "checkpoints", "savepoints", "incidents"),
@@ -26,7 +26,7 @@ FILES = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where a process stands among those of the run."""
+    """A process's rank among those of the run."""
 
     rank: int = 0
     world: int = 1
@@ -37,7 +37,7 @@ class Ranks:
         return self.rank == 0
 
     def agreed(self, value: Any) -> Any:
-        """The first process's value, in all."""
+        """The first process's value, in all processes."""
         if self.world == 1:
             return value
         from torch import distributed
@@ -47,7 +47,7 @@ class Ranks:
         return values[0]
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all processes, in order, in all."""
+        """The values of all processes, in rank order, in all processes."""
         if self.world == 1:
             return [value]
         from torch import distributed
@@ -57,19 +57,19 @@ class Ranks:
         return values
 
     def share(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """The part of a step's rows that this process computes; none where there are fewer rows than processes."""
+        """The part of a step's rows that this process computes; may be empty if there are fewer rows than processes."""
         return rows if self.world == 1 else rows[self.rank :: self.world]
 
 
 def join(recipe: Recipe, *, cpu: bool) -> Ranks:
-    """The processes that torchrun has started, or this one alone. Raises RecipeError for what several cannot do."""
+    """The processes that torchrun started, or this one alone. Raises RecipeError for what needs a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     problems = []
     why = "the processes would not train one model"
     if not OBJECTIVES[recipe.objective].on_engine:
         what = f"objective: {recipe.objective} in several processes"
-        problems.append(Problem("TS009", what, "objective", why, "start it in one: its loop is not the engine's"))
+        problems.append(Problem("TS009", what, "objective", why, "start one process: its loop is not the engine's"))
     if recipe.train.optimizer_in_backward:
         what = "optimizer_in_backward in several processes: weights would move before gradients are summed"
         problems.append(Problem("TS009", what, "train.optimizer_in_backward", why, "set it to false, or start one process"))
@@ -83,13 +83,13 @@ def join(recipe: Recipe, *, cpu: bool) -> Ranks:
 
 @contextmanager
 def folder_of(ranks: Ranks, run: Run, inputs: Mapping[str, str], *, keep: bool) -> Iterator[Path]:
-    """The folder that this process fills: the run's, or one that is thrown away."""
+    """The folder that this process writes into: the run's, or a temporary one."""
     if ranks.first:
         with run.perform("train", "train", inputs, live=FILES, keep=keep) as folder:
-            ranks.agreed(None)  # it is there
+            ranks.agreed(None)  # the folder exists
             yield folder
     else:
         ranks.agreed(None)
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
-    ranks.agreed(None)  # and is recorded
+    ranks.agreed(None)  # and the stage is recorded

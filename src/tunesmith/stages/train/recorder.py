@@ -11,21 +11,21 @@ from tunesmith.stages.train.metrics import StepMetrics
 
 
 class Recorder:
-    """The steps of a training: `history` has those that are done, also of an earlier part that this one goes on from."""
+    """The steps of a training: `history` has the finished ones, including those before a resume."""
 
     def __init__(self, path: Path, steps: int, history: Sequence[StepMetrics] = ()) -> None:
-        """`steps` is how many there will be."""
+        """`steps` is the total number of steps."""
         self.path, self.steps, self.history = path, steps, list(history)
-        #: Called with each step once its line is written, and how many there will be.
+        #: Called once a step's line is written, with the step and the total number of steps.
         self.on_step: list[Callable[[StepMetrics, int], None]] = []
         self._begun = time.perf_counter()
 
     def start(self) -> None:
-        """Start the clock of the next step."""
+        """Start the timer of the next step."""
         self._begun = time.perf_counter()
 
     def exclude_from_timing(self, seconds: float) -> None:
-        """Count so many seconds that have just gone by to no step."""
+        """Exclude the last `seconds` from the time of the step."""
         self._begun += seconds
 
     @property
@@ -40,9 +40,9 @@ class Recorder:
         figures: Mapping[str, float],
         seconds: float | None = None,
     ) -> None:
-        """A step: `values` has loss, grad_norm and learning_rate; `tokens` counts real, computed and labelled ones.
+        """Record a step: `values` has loss, grad_norm and learning_rate; `tokens` counts real, computed and labelled ones.
 
-        `seconds` is what the step took where this process's clock does not decide that.
+        `seconds` overrides this process's own timing of the step.
         """
         taken = self.elapsed
         self.start()

@@ -1,4 +1,4 @@
-"""Going on with an interrupted training: what must be as it was, when savepoints are written, what files are set back to."""
+"""Resuming an interrupted training: what must not change, when savepoints are written, what files are reset to."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tunesmith.stages.train.ranks import Ranks
 from tunesmith.stages.train.savepoints import Savepoint, Savepoints
 from tunesmith.stages.train.signals import StopSignals
 
-#: Keys that may change between two parts of a training: they decide nothing that is learnt.
+#: Keys that may change before a resume: they do not affect what is learned.
 FREE = ("train.save_steps",)
 
-_SECONDS = 600.0  # between two savepoints where the recipe leaves it open
-_SHARE = 0.02  # of the time that saving may then take
-#: Of the settled settings those that decide what is learnt.
+_SECONDS = 600.0  # between two savepoints if the recipe leaves it open
+_SHARE = 0.02  # share of the time that saving may then take
+#: The resolved settings that affect what is learned.
 _SETTLED = ("effective_batch_size", "max_steps", "learning_rate", "warmup_steps", "compute_dtype", "r", "lora_alpha")
 
 
 def made_of(recipe: Recipe, inputs: Mapping[str, str], settings: Settings) -> dict[str, Any]:
-    """All that decides what is learnt, by dotted keys: of the recipe, of the settled settings, and digests of what is read."""
+    """Everything that affects what is learned, by dotted keys: recipe, resolved settings, and digests of the inputs."""
     dumped = recipe.model_dump(mode="json")
     found = {name: value for section in recipe.stage_sections("train") for name, value in _dotted(section, dumped[section])}
     found |= {name: digest for name, digest in inputs.items() if name != "recipe"}
@@ -47,21 +47,21 @@ def _dotted(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def refuse_changed(saved: Savepoint, now: Mapping[str, Any], where: Path) -> None:
-    """Raise TrainError naming the keys that have changed since the savepoint, those in `FREE` apart."""
+    """Raise TrainError naming the keys that have changed since the savepoint, except those in `FREE`."""
     before = saved.state["made_of"]
     changed = sorted(key for key in before.keys() | now.keys() if key not in FREE and before.get(key) != now.get(key))
     if changed:
-        what = f"the training was interrupted after step {saved.step}, and since then has changed: {', '.join(changed)}"
-        why = "its second part would be another training than its first"
-        fix = "put that back, name another run folder, or begin again with `tunesmith train --restart`"
+        what = f"the training was interrupted after step {saved.step}; changed since then: {', '.join(changed)}"
+        why = "the resumed part would be a different training from the first"
+        fix = "restore them, name another run folder, or start over with `tunesmith train --restart`"
         raise TrainError(Problem("TS311", what, str(where), why, fix))
 
 
 class Earlier:
-    """What an earlier part of the training left in its folder; `saved` is the savepoint that this part goes on from, if any."""
+    """What an earlier part of the training left in its folder; `saved` is the savepoint to resume from, if any."""
 
     def __init__(self, run: Run, folder: Path, console: Console) -> None:
-        """`folder` is what this process fills, which is the run's only in the first one."""
+        """`folder` is where this process writes, which is the run's folder only in the first process."""
         self._run, self._folder, self._console = run, folder, console
         self._events = read_jsonl(folder / "events.jsonl", torn=True)
         (folder / "events.jsonl").unlink(missing_ok=True)
@@ -75,13 +75,13 @@ class Earlier:
         self.made: Mapping[str, Any] = {}
 
     def look(self, made: Mapping[str, Any]) -> None:
-        """Find the newest savepoint that is whole. Raises TrainError where one of `made_of` has changed since."""
+        """Find the newest intact savepoint. Raises TrainError if anything in `made_of` has changed since."""
         self.made, self.saved = made, self.savepoints.newest()
         if self.saved is not None:
             refuse_changed(self.saved, made, self._run.path)
 
     def begin(self) -> list[StepMetrics]:
-        """Set metrics.jsonl back to the savepoint's step, keep the events of the part before; gives the steps that are done."""
+        """Reset metrics.jsonl to the savepoint's step, keep the earlier events; returns the finished steps."""
         step = 0 if self.saved is None else self.saved.step
         written = read_jsonl(self._run.path / "train" / "metrics.jsonl", torn=True)
         lines = [line for line in written if line["step"] <= step]
@@ -89,21 +89,21 @@ class Earlier:
         if self.saved is not None:
             told = self._run.events("train")
             for event in self._events:
-                if event not in told and event.get("step", 0) <= step:  # later ones come again
+                if event not in told and event.get("step", 0) <= step:  # later ones will occur again
                     append_jsonl(self._folder / "events.jsonl", event)
-            self._run.event(self._folder, "resumed", f"goes on after step {step}", step=step)
-            self._console.print(f"train: goes on after step {step}")
+            self._run.event(self._folder, "resumed", f"resumed after step {step}", step=step)
+            self._console.print(f"train: resuming after step {step}")
         return [step_metrics(line) for line in lines]
 
     def of(self, key: str) -> Any:
-        """What the savepoint's state holds under a key; None where there is no savepoint."""
+        """The savepoint's state under a key; None if there is no savepoint."""
         return None if self.saved is None else self.saved.state[key]
 
 
 class Saver:
-    """Writes a savepoint where it is time to, and after the step in which a signal came; then training stops.
+    """Writes a savepoint when one is due, and after the step in which a signal came; then training stops.
 
-    `more` gives what belongs into it beside the engine's own state.
+    `more` returns what it holds besides the engine's own state.
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class Saver:
         self._last, self._took = time.perf_counter(), 0.0
 
     def after_step(self, engine: Engine, step: int, steps: int) -> None:
-        """Look, once a step's line of metrics is written."""
+        """Save if it is due, once a step's line of metrics is written."""
         if step == steps or engine.control.should_training_stop:
-            return  # it is the last one, and what was trained is saved anyway
+            return  # the last step: the trained weights are saved anyway
         signalled = [number for number in self.ranks.gathered(self.signals.asked) if number is not None]
         if signalled:
             self.signals.asked = signalled[0]
@@ -130,11 +130,11 @@ class Saver:
         engine.recorder.exclude_from_timing(self._took)
 
     def stopped(self, step: int, console: Console) -> StoppedError:
-        """The error of a training that a signal stopped after this step."""
+        """The error for a training that a signal stopped after this step."""
         if self.signals.asked is None:
             raise AssertionError("no signal came")
         name = self.signals.asked.name
-        console.print(f"train: stopped by {name} after step {step}, which is saved; run it again to go on")
+        console.print(f"train: stopped by {name} after step {step}, which is saved; run it again to resume")
         return StoppedError(128 + self.signals.asked)
 
     def _is_time(self, step: int) -> bool:

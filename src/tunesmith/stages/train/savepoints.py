@@ -1,8 +1,8 @@
-"""What an interrupted training goes on from: all state between two steps, in safetensors and JSON, checked before it is used.
+"""What an interrupted training resumes from: all state between two steps, in safetensors and JSON, verified before use.
 
-A savepoint is a folder `step-000200` with the trained weights as they are, the optimizer's state, the state of every random
-generator, the learning rate's schedule, `Trainer`'s own state and what the caller adds. It is committed with a manifest of
-each file's sha256 and size, which has one form only: a savepoint with any other byte, or file, is none.
+A savepoint is a folder `step-000200` with the current trained weights, the optimizer state, the state of every random
+generator, the learning rate schedule, `Trainer`'s own state and what the caller adds. It is committed with a manifest of each
+file's sha256 and size. The manifest has exactly one valid form: a savepoint with any other byte or file is invalid.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tunesmith.io.atomic import changes, commit_folder, read_json, remove_folder
 _KIND = "savepoint"
 _SUFFIXES = (".safetensors", ".json")  # of its files
 _STATE = "state.json"
-_MARGIN = 64 << 20  # bytes that are left free beside a savepoint
-KEPT = 2  # savepoints: where the newest is damaged there is one before it
+_MARGIN = 64 << 20  # bytes to leave free on top of a savepoint
+KEPT = 2  # savepoints: if the newest is damaged there is one before it
 
 
 @dataclass(frozen=True)
 class Savepoint:
-    """A savepoint whose files are as they were written."""
+    """A savepoint whose files are unchanged since they were written."""
 
     path: Path
     state: Mapping[str, Any]  # what `write` was given
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were done."""
+        """Number of finished optimizer steps."""
         return int(self.state["step"])
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -48,18 +48,18 @@ class Savepoint:
 
 
 class Savepoints:
-    """The folder of a training's savepoints; the last `KEPT` are kept, and the last at multiples of `every` steps.
+    """The folder of a training's savepoints; it keeps the last `KEPT`, and the last at multiples of `every` steps.
 
-    `tell` hears of damaged ones.
+    `tell` reports damaged ones.
     """
 
     def __init__(self, folder: Path, tell: Callable[[str, str], None], every: int = 1) -> None:
         self.folder, self.tell, self.every = folder, tell, every
 
     def write(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], documents: Mapping[str, str], state: Any) -> Path:
-        """Commit the tensors (a file for each key), texts (name to content) and `state`, which has a `step`.
+        """Commit the tensors (one file per key), texts (name to content) and `state`, which has a `step`.
 
-        Raises TrainError where the disk has no room for it, or refuses it; the savepoints before stay as they are.
+        Raises TrainError if the disk has no room for it or fails to write it; earlier savepoints stay unchanged.
         """
         needed = sum(each.numel() * each.element_size() for group in tensors.values() for each in group.values())
         path = self.folder / f"step-{state['step']:06d}"
@@ -88,9 +88,9 @@ class Savepoints:
         return path
 
     def newest(self, every: int = 1) -> Savepoint | None:
-        """The newest one that is whole, of those at multiples of `every` steps; an event for each newer one that is damaged.
+        """The newest intact savepoint at a multiple of `every` steps; an event for each newer one that is damaged.
 
-        None where there is none.
+        None if there is none.
         """
         for path in reversed(self._all()):
             if _step_of(path) % every:
@@ -101,7 +101,7 @@ class Savepoints:
         return None
 
     def clear(self) -> None:
-        """Remove all: the training has ended."""
+        """Remove all savepoints: the training has ended."""
         for path in self._all():
             remove_folder(path, _SUFFIXES)
         with contextlib.suppress(OSError):  # there is none, or something else is in it
@@ -116,19 +116,19 @@ def _step_of(path: Path) -> int:
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with a savepoint's files; None where each is as it was written."""
+    """What is wrong with a savepoint's files; None if all are as they were written."""
     return next(iter(changes(path, _KIND)), None)
 
 
 def _no_room(path: Path, needed: int, free: int, detail: str = "") -> TrainError:
     what = f"no room for a savepoint: {needed:,} bytes are needed, {free:,} are free{detail and f' ({detail})'}"
-    why = "the training could not go on from here if it were interrupted; the savepoint before is as it was"
-    fix = "free some space and run `train` again: it goes on from there"
+    why = "the training could not resume from here after an interruption; the previous savepoint is unchanged"
+    fix = "free some space and run `train` again: it resumes from the previous savepoint"
     return TrainError(Problem("TS310", what, str(path), why, fix))
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The state of Python's, NumPy's and torch's generators: tensors, and what is left as JSON."""
+    """The state of Python's, NumPy's and torch's generators: tensors, and the rest as JSON."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {
@@ -142,7 +142,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def set_random_state(tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> None:
-    """Put the generators where `random_state` found them."""
+    """Restore the generators to the state from `random_state`."""
     version, gauss = more["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     kind, position, has_gauss, cached = more["numpy"]

@@ -1,4 +1,4 @@
-"""How a recipe's settings become transformers' arguments and our optimizer."""
+"""Turns a recipe's settings into transformers' arguments and our optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tunesmith.methods.settings import Settings
 
 
 def common_arguments(settings: Settings, scratch: Path, *, cpu: bool) -> dict[str, Any]:
-    """What every `Trainer` is told of the settled settings, its batches apart; saving, logging and reporting are ours."""
+    """The arguments of every `Trainer` except for its batches; it leaves saving, logging and reporting to us."""
     return {
         "output_dir": str(scratch),
         "max_steps": settings.max_steps,
@@ -39,7 +39,7 @@ def training_arguments(settings: Settings, scratch: Path, *, cpu: bool) -> Train
     """The engine's arguments."""
     arguments = TrainingArguments(
         **common_arguments(settings, scratch, cpu=cpu),
-        # One batch of `Trainer` is all rows of an optimizer step; the collator makes micro-batches of them.
+        # A `Trainer` batch holds all rows of an optimizer step; the collator splits them into micro-batches.
         per_device_train_batch_size=settings.effective_batch_size,
         gradient_accumulation_steps=1,
         remove_unused_columns=False,
@@ -51,7 +51,7 @@ def training_arguments(settings: Settings, scratch: Path, *, cpu: bool) -> Train
 
 
 def make_adamw(trainer: Any, model: Any, settings: Settings) -> AdamW:
-    """The optimizer of a `Trainer`'s model in the format that the settings name; weight decay on matrices only."""
+    """The optimizer of a `Trainer`'s model in the format the settings name; weight decay on matrices only."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = set(trainer.get_decay_parameter_names(model)) & trained.keys()
     groups = [

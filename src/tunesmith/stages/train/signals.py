@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while training: the step is finished and saved first; a second signal leaves at once."""
+"""SIGINT and SIGTERM during training: the step is finished and saved first; a second signal exits at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tunesmith.io.signals import handling
 
 
 class StopSignals:
-    """In the block the first signal is only noted in `asked`; outside the main thread signals are left as they are."""
+    """Inside the block, the first signal is only recorded in `asked`; outside the main thread, signals are left alone."""
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None

@@ -1,4 +1,4 @@
-"""A loss far above those of the steps before: told with the step's rows, and undone where the recipe wants it."""
+"""Loss spikes: a loss far above the previous steps' is reported with the step's rows, and rolled back if the recipe says so."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tunesmith.stages.train.metrics import StepMetrics
 from tunesmith.stages.train.resume import Earlier
 from tunesmith.stages.train.summary import first_of
 
-WINDOW = 32  # steps that a loss is compared with
-_LEAST = 12  # of them, before anything is called a spike
-_DEVIATIONS = 6.0  # of the window's median absolute deviation, scaled to a normal distribution's
-_TIMES = 1.5  # the window's median
+WINDOW = 32  # previous steps that a loss is compared with
+_LEAST = 12  # of them needed before anything counts as a spike
+_DEVIATIONS = 6.0  # times the window's median absolute deviation, scaled to a normal distribution
+_TIMES = 1.5  # times the window's median
 _ROWS = 5  # named in the message, those with the highest loss first; the event has all
-_IN_A_ROW = 3  # times that training goes back without `WINDOW` quiet steps between
+_IN_A_ROW = 3  # rollbacks allowed without `WINDOW` quiet steps between
 
 
 def is_spike(loss: float, before: list[float]) -> bool:
-    """Whether a loss stands out from the last ones before it: by their spread, and by half at least."""
+    """Whether a loss stands out from the previous ones: relative to their spread, and more than half above their median."""
     window = before[-WINDOW:]
     if len(window) < _LEAST:
         return False
@@ -33,23 +33,23 @@ def is_spike(loss: float, before: list[float]) -> bool:
 
 
 class SpikeDetector:
-    """Looks at each step's loss, once its line of metrics is written."""
+    """Checks each step's loss, once its line of metrics is written."""
 
     def __init__(self, settings: Settings, earlier: Earlier, tell: Any) -> None:
         """`tell` writes an event: code, message and facts."""
         self.settings, self.earlier, self.tell = settings, earlier, tell
-        self.undone: list[int] = []  # steps at which training went back
+        self.undone: list[int] = []  # steps at which training rolled back
 
     def as_dict(self) -> dict[str, Any]:
-        """What a savepoint keeps of it."""
+        """Its state in a savepoint."""
         return {"undone": self.undone}
 
     def go_on(self, seen: Mapping[str, Any] | None) -> None:
-        """Take up what `as_dict` gave."""
+        """Restore the state from `as_dict`."""
         self.undone = list(seen["undone"]) if seen else []
 
     def after_step(self, engine: Engine, step: StepMetrics) -> None:
-        """Raises TrainError where going back has not helped three times in a row."""
+        """Raises TrainError if three rollbacks in a row have not helped."""
         before = [each.loss for each in engine.recorder.history[:-1]]
         if not is_spike(step.loss, before):
             return
@@ -62,7 +62,7 @@ class SpikeDetector:
             self._roll_back(engine, step.step)
 
     def _rows(self, engine: Engine) -> list[str]:
-        """Where the step's rows stand, by their loss on their own."""
+        """The locations of the step's rows, ordered by the loss of each row on its own."""
         own = {str(row["where"]): mean_loss(engine.loss, engine.model, [row], engine.batches) for row in engine.step_rows}
         losses = {where: loss for each in engine.ranks.gathered(own) for where, loss in each.items()}
         return sorted(losses, key=lambda where: -losses[where])
@@ -75,11 +75,9 @@ class SpikeDetector:
             return
         self.undone = [*(each for each in self.undone if each > step - WINDOW), step]
         if len(self.undone) > _IN_A_ROW:
-            what = f"the loss has spiked at step {step} after going back at steps {', '.join(map(str, self.undone[:-1]))}"
+            what = f"the loss has spiked at step {step} after rollbacks at steps {', '.join(map(str, self.undone[:-1]))}"
             fix = "lower train.learning_rate, or look at the rows that events.jsonl names"
-            raise TrainError(Problem("TS313", what, "train", "leaving rows out does not help here", fix))
+            raise TrainError(Problem("TS313", what, "train", "skipping rows does not help here", fix))
         engine.roll_back(saved)
-        text = (
-            f"weights and optimizer are those after step {saved.step}: what steps {saved.step + 1} to {step} taught is undone"
-        )
+        text = f"weights and optimizer are back at step {saved.step}: updates of steps {saved.step + 1} to {step} are undone"
         self.tell("rolled-back", text, step=step, to=saved.step)

@@ -1,4 +1,4 @@
-"""The train stage: the same steps for every objective and method; the loop between them is the objective's."""
+"""The train stage: the same steps for every objective and method; the loop between them depends on the objective."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from tunesmith.stages.train.summary import figures_of, tell_settings, total_para
 def train(run: Run, console: Console | None = None, *, restart: bool = False) -> dict[str, Any]:
     """Train as the recipe says and return `train/summary.json`; a no-op when data, model and settings are unchanged.
 
-    A training on the engine that was interrupted goes on from its newest savepoint that is whole, to the same bits; with
-    `restart` it begins again. Started by torchrun, all processes train the one run.
+    An interrupted training on the engine resumes bit-exactly from its newest intact savepoint; with `restart` it starts over.
+    Started by torchrun, all processes train the same run.
 
-    Raises TrainError when loss or gradients stop being finite (with a folder in `train/incidents`), one row does not fit in
-    memory, the loss spikes again and again, a reward or TRL cannot be used, or something has changed since an interrupted
-    training's savepoint; RunError when `prepare` has not run, another process works on the run, or the recipe wants its data
-    signed off and nobody has; StoppedError once SIGINT or SIGTERM has stopped it, with exit code 130 or 143.
+    Raises TrainError when loss or gradients become non-finite (with a folder in `train/incidents`), one row does not fit in
+    memory, the loss keeps spiking, a reward or TRL cannot be used, or something has changed since an interrupted training's
+    savepoint; RunError when `prepare` has not run, another process works on the run, or the recipe requires a sign-off of the
+    data that is missing; StoppedError once SIGINT or SIGTERM has stopped it, with exit code 130 or 143.
     """
     recipe = run.recipe
     if recipe.data.require_review:
@@ -61,7 +61,7 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
             try:
                 _train(run, model_folder, folder, console, inputs, ranks)
             except Exception as error:
-                if is_out_of_memory(error):  # beside a step, such as while the model is loaded
+                if is_out_of_memory(error):  # outside a step, such as while the model loads
                     raise out_of_memory(None, None, 0, str(error)) from error
                 raise
     summary: dict[str, Any] = read_json(run.path / "train" / "summary.json")
@@ -116,7 +116,7 @@ _COLUMNS: Mapping[str, RowKind] = {"rejected_input_ids": "pair", "label": "judge
 
 
 def _rows(run: Run, objective: Objective) -> Any:
-    """The rows to train on. Raises DataError where there are none, or they were prepared for another objective."""
+    """The rows to train on. Raises DataError if there are none, or they were prepared for another objective."""
     rows = prepared_rows(run, "train")
     found = next((kind for column, kind in _COLUMNS.items() if column in rows.column_names), None)
     if found != (objective.rows if objective.rows in _COLUMNS.values() else None):
@@ -124,13 +124,13 @@ def _rows(run: Run, objective: Objective) -> Any:
         what = f"the rows were not prepared for objective: {objective.name}"
         raise DataError(Problem("TS113", what, "data/train.arrow", why, "run `tunesmith prepare` again"))
     if len(rows) == 0:
-        why = "training over nothing changes nothing"
+        why = "there is nothing to train on"
         raise DataError(Problem("TS109", "no train rows", str(run.path / "data"), why, "lower data.heldout"))
     return rows
 
 
 def _tokenizer(run: Run, model_folder: Path) -> Any:
-    """The model's tokenizer, with the template that the rows were written in; raw text has none."""
+    """The model's tokenizer, with the template that rendered the rows; raw text has none."""
     tokenizer = load_tokenizer(model_folder)
     template = run.path / "data" / "chat_template.jinja"
     if template.is_file():

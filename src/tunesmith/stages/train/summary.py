@@ -1,4 +1,4 @@
-"""What `train` writes down of a training, whatever its objective: its settings before, its figures after."""
+"""What `train` writes for every objective: the settings before training, the figures after."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunesmith.stages.train.metrics import StepMetrics
 
 
 def tell_settings(run: Run, settings: Settings, hardware: Hardware, folder: Path) -> None:
-    """Write settings.json, with an event for each value that the recipe left open."""
+    """Write settings.json, and an event for each value that the recipe left open."""
     write_json(folder / "settings.json", {**settings.as_dict(), "hardware": hardware.as_dict()})
     for name, reason in settings.reasons.items():
         if reason != "recipe":
@@ -26,9 +26,9 @@ def tell_settings(run: Run, settings: Settings, hardware: Hardware, folder: Path
 
 
 def figures_of(history: Sequence[StepMetrics], seconds_before: float) -> dict[str, Any]:
-    """Speed and loss over all steps; the first step also allocates, so the median leaves it out.
+    """Speed and loss over all steps; the first step also allocates, so the median excludes it.
 
-    `seconds` is the whole training, with what the objective took before the first step.
+    `seconds` is the whole training, including the objective's time before the first step.
     """
     seconds = [step.seconds for step in history]
     return {
@@ -49,7 +49,7 @@ def first_of(names: Sequence[str], most: int) -> str:
 
 
 def total_parameters(model: Any) -> int:
-    """All parameters of the model; a 4-bit weight counts the parameters that it stands for."""
+    """All parameters of the model; a 4-bit weight counts the parameters it represents."""
     total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -1,4 +1,4 @@
-"""The engine's loop: SFT, continued pre-training and DPO on prefix trees, going on where it was interrupted."""
+"""The engine's loop: SFT, continued pre-training and DPO on prefix trees, resumable after an interruption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tunesmith.stages.train.spikes import SpikeDetector
 
 
 class EngineLoop(Loop):
-    """A loss of ours over rows that share what they begin with."""
+    """Our own losses over rows that share prefixes."""
 
     batches: StepBatches
     checkpoints: Checkpoints
@@ -35,7 +35,7 @@ class EngineLoop(Loop):
         self.heldout = prepared_rows(run, "heldout")
         if run.recipe.train.eval_steps is not None and len(self.heldout) == 0:
             what, fix = "eval_steps, but no rows are held out", "raise data.heldout"
-            raise RecipeError(Problem("TS008", what, "train", "there would be no held-out loss to go by", fix))
+            raise RecipeError(Problem("TS008", what, "train", "there would be no held-out loss to compute", fix))
 
     def before(self, work: Work) -> float:
         longest = max(self.loss.lengths(self.rows))
@@ -50,7 +50,7 @@ class EngineLoop(Loop):
         return super().before(work) + seconds
 
     def train(self, recorder: Recorder) -> None:
-        """Raises StoppedError once a signal has stopped it."""
+        """Raises StoppedError if a signal stops it."""
         work, settings, earlier = self.work, self.work.settings, self.work.earlier
         with StopSignals() as signals:
             engine = Engine(
@@ -89,7 +89,7 @@ class EngineLoop(Loop):
         return self.checkpoints.kept()
 
     def facts(self) -> dict[str, Any]:
-        """What is known of the held-out loss; nothing where nobody looked."""
+        """The figures about the held-out loss; empty if there was no evaluation."""
         if self.evaluation is None or self.evaluation.best is None:
             return {}
         return {
@@ -101,14 +101,14 @@ class EngineLoop(Loop):
         }
 
     def _state(self, spikes: SpikeDetector) -> dict[str, Any]:
-        """What a savepoint holds beside the engine's own state."""
+        """What a savepoint holds besides the engine's own state."""
         seen = self.evaluation and self.evaluation.as_dict()
         return {"checkpoint": self.checkpoints.name, "evaluation": seen, "spikes": spikes.as_dict()}
 
     def _evaluation(self, work: Work, engine: Engine, seen: Mapping[str, Any] | None) -> EvaluationCallback | None:
-        """Looks at the held-out rows every so many steps, where that is asked for; their time counts to no step.
+        """Evaluates the held-out rows every `eval_steps` steps, if set; this is excluded from the step timing.
 
-        `seen` is what an earlier part of the training saw.
+        `seen` is the state from an earlier part of the training.
         """
         if work.settings.eval_steps is None:
             return None
@@ -140,7 +140,7 @@ class EngineLoop(Loop):
 
 
 def incident_of(engine: Engine, error: NotFiniteError, folder: Path) -> NotFiniteError:
-    """The error with what is known of it in an incident folder: which rows of the step give no finite loss on their own."""
+    """The error with an incident folder, which has the rows of the step that give a non-finite loss on their own."""
     own = [
         (row["where"], len(row["input_ids"]), mean_loss(engine.loss, engine.model, [row], engine.batches))
         for row in engine.step_rows

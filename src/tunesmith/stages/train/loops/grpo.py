@@ -1,4 +1,4 @@
-"""GRPO by TRL's trainer."""
+"""GRPO with TRL's trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tunesmith.stages.train.loops.sampling import SamplingLoop
 
 
 class Grpo(SamplingLoop):
-    """Answers of a group against each other."""
+    """Compares the answers of a group with each other."""
 
     config_type: ClassVar[Any] = GRPOConfig
     trainer_type: ClassVar[Any] = GRPOTrainer

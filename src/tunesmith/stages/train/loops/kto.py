@@ -1,4 +1,4 @@
-"""KTO by TRL's trainer."""
+"""KTO with TRL's trainer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tunesmith.stages.train.loops.trl import TrlLoop, Watched, labelled_span
 
 class _Kto(Watched, KTOTrainer):  # type: ignore[misc] # TRL is untyped here
     def _prepare_dataset(self, dataset: Any, _processing_class: Any, args: Any, *_: Any) -> Any:
-        """The rows as they are, each with the answer of its neighbour in the micro-batch, as TRL pairs them for the KL term."""
+        """The unchanged rows, each with its neighbour's answer in the micro-batch, as TRL pairs them for the KL term."""
 
         def paired(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
             answers = rows["completion_ids"]
@@ -23,7 +23,7 @@ class _Kto(Watched, KTOTrainer):  # type: ignore[misc] # TRL is untyped here
 
 
 class Kto(TrlLoop):
-    """Answers that were judged one by one."""
+    """Answers judged one by one."""
 
     def trainer(self, arguments: Mapping[str, Any], **more: Any) -> Any:
         asked = self.run.recipe.own(KtoSection)
@@ -34,7 +34,7 @@ class Kto(TrlLoop):
 
 
 def judged_rows(rows: Any, seed: int) -> Any:
-    """Prompt and completion ids with labels, in a seeded order: KTO's trainer takes rows in the order that they are in."""
+    """Prompt and completion ids with labels, in a seeded order: KTO's trainer takes rows in the order given."""
 
     def split(row: Mapping[str, Any]) -> dict[str, Any]:
         first, end = labelled_span(row["loss_mask"])

@@ -1,4 +1,4 @@
-"""ORPO by TRL's trainer."""
+"""ORPO with TRL's trainer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from tunesmith.recipe import OrpoSection
 from tunesmith.stages.train.loops.trl import TrlLoop, Watched, labelled_span
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it lives in trl.experimental; the page on objectives says so
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it is in trl.experimental; the page on objectives says so
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 
 class _Orpo(Watched, ORPOTrainer):  # type: ignore[misc] # TRL is untyped here
     def tokenize_row(self, feature: Mapping[str, Any], *_: Any) -> dict[str, Any]:
-        """The row as it is: it holds token ids."""
+        """The unchanged row: it already holds token ids."""
         return dict(feature)
 
 
@@ -30,7 +30,7 @@ class Orpo(TrlLoop):
 
 
 def orpo_rows(rows: Any) -> Any:
-    """The columns that TRL's collator of pairs pads: ids, masks and labels of both sides."""
+    """The columns that TRL's pair collator pads: ids, masks and labels of both sides."""
 
     def made(row: Mapping[str, Any]) -> dict[str, Any]:
         first = labelled_span(row["loss_mask"])[0]

@@ -1,4 +1,4 @@
-"""What the loops share that do not run on the engine's prefix trees: rows are padded, and a batch counts answers."""
+"""What the loops without the engine's prefix trees share: rows are padded, and a batch counts answers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tunesmith.stages.train.loops.base import CHECKPOINT, Loop, Work
 from tunesmith.stages.train.loops.rewards import Reward, check_references, make_rewards
 from tunesmith.stages.train.recorder import Recorder
 
-#: Rows, or answers, that are padded together where the recipe leaves it open.
+#: Rows, or answers, that are padded together if the recipe leaves it open.
 ROWS_AT_ONCE = 8
 
 
 class PaddedLoop(Loop):
-    """A loop of padded rows. `rewards` and `weights` are those of the recipe, where answers are sampled."""
+    """A loop over padded rows. `rewards` and `weights` come from the recipe if answers are sampled."""
 
     rewards: Sequence[Reward] = ()
     weights: Sequence[float] = ()
@@ -54,7 +54,7 @@ class PaddedLoop(Loop):
 
     @abstractmethod
     def steps(self, recorder: Recorder) -> AbstractContextManager[None]:
-        """All steps; then a context in which the model has the weights as they were trained, in float32, for saving."""
+        """Run all steps; returns a context in which the model has its trained weights in float32, for saving."""
 
     def save(self) -> Path:
         checkpoint = self.work.folder / "checkpoints" / f"step-{self._last_step:06d}"
@@ -64,9 +64,9 @@ class PaddedLoop(Loop):
 
 
 def settle_padded(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
-    """The settings of a run over `rows` rows; a batch counts answers where several are sampled for each prompt.
+    """The settings of a run over `rows` rows; a batch counts answers if several are sampled for each prompt.
 
-    Raises RecipeError where there are more prompts a step than rows, or for KTO less than two rows at once.
+    Raises RecipeError if there are more prompts per step than rows, or for KTO less than two rows per micro-batch.
     """
     asked, group = recipe.train, group_of(recipe)
     changes: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def settle_padded(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
         else f"at most {ROWS_AT_ONCE} sequences are padded together"
         for name in changes
     }
-    reasons.pop("per_device_max_tokens", None)  # micro-batches go by rows
+    reasons.pop("per_device_max_tokens", None)  # micro-batches are limited by rows
     settings = replace(settings, reasons=reasons, per_device_max_tokens=None, micro_batch_start=None)
     if recipe.lora.r == "auto":
         rank = auto_rank(rows)
@@ -99,10 +99,10 @@ def settle_padded(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
 def _check_batch(recipe: Recipe, settings: Settings, rows: int, group: int) -> None:
     objective, batch = OBJECTIVES[recipe.objective], settings.effective_batch_size
     if objective.sampled and batch // group > rows:
-        what, fix = f"{batch // group} prompts a step, but there are {rows}", f"set it to at most {rows * group}"
+        what, fix = f"{batch // group} prompts per step, but there are {rows}", f"set it to at most {rows * group}"
         why = "a step is filled with different prompts"
         raise RecipeError(Problem("TS008", what, "train.effective_batch_size", why, fix))
     if objective.rows == "judged" and settings.per_device_train_batch_size < 2:
-        why = "KTO takes the divergence from answers to other prompts of the same micro-batch"
-        what = f"one row at a time with objective: {objective.name}"
+        why = "KTO estimates the KL divergence from answers to other prompts of the same micro-batch"
+        what = f"one row per micro-batch with objective: {objective.name}"
         raise RecipeError(Problem("TS008", what, "train.per_device_train_batch_size", why, "set it to at least 2"))

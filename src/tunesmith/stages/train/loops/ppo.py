@@ -1,7 +1,7 @@
-"""Proximal policy optimization: sample answers, score them, estimate advantages with a value head, take clipped updates.
+"""Proximal policy optimization: sample answers, score them, estimate advantages with a value head, apply clipped updates.
 
 A step samples `effective_batch_size` answers and makes `ppo.num_ppo_epochs` updates on them. The value head reads the policy's
-own last hidden states and is needed in training alone, so it is not saved. The reference is the untrained model: the base below
+own last hidden states and is only needed in training, so it is not saved. The reference is the untrained model: the base under
 the adapter, or with full fine-tuning a second copy.
 
 Shapes: B answers, T tokens of the longest answer, L tokens of the longest prompt with its answer, H hidden size, V vocabulary.
@@ -33,7 +33,7 @@ from tunesmith.stages.train.recorder import Recorder
 
 @dataclass
 class Answers:
-    """Answers on the CPU and what is known of each token: log-probabilities and values before the update, all (B, T)."""
+    """Answers on the CPU, and for each token the log-probabilities and values before the update, all (B, T)."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
@@ -58,7 +58,7 @@ class Policy(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and values (B, width) of the answers' tokens; 0 beyond them.
 
-        A token's value is that of the text before it.
+        A token's value is the value of the text before it.
         """
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
         longest = max(map(len, rows))
@@ -72,7 +72,7 @@ class Policy(torch.nn.Module):
         )
         logprobs, values = [], []
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            places = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)  # what predicts the answer's tokens
+            places = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)  # positions that predict the answer's tokens
             logits = output.logits[number, places].float() / self.temperature
             chosen = torch.tensor(answer, device=device)[:, None]
             rest = (0, width - len(answer))
@@ -83,7 +83,7 @@ class Policy(torch.nn.Module):
 
 
 class Ppo:
-    """One run: what is sampled from, what is updated, and what rewards."""
+    """One run: the policy to sample from and update, and the rewards."""
 
     def __init__(
         self, work: Work, asked: PpoSection, tokenizer: Any, rewards: Sequence[Reward], weights: Sequence[float]
@@ -109,14 +109,14 @@ class Ppo:
         self.scheduler = get_scheduler(settings.lr_scheduler_type, self.adamw, settings.warmup_steps, settings.max_steps)
 
     def steps(self, rows: Any, recorder: Recorder) -> None:
-        """All steps; raises TrainError where a loss or gradient is no number."""
+        """Run all steps. Raises TrainError if a loss or gradient is NaN or Inf."""
         settings, order = self.work.settings, _order(len(rows), self.work.settings.seed)
         for number in range(1, settings.max_steps + 1):
             drawn = [rows[next(order)] for _ in range(settings.effective_batch_size)]
             recorder.record(*self._step(number, drawn))
 
     def _step(self, number: int, rows: Sequence[Any]) -> tuple[dict[str, float], tuple[int, int, int], dict[str, float]]:
-        """One step; what is recorded of it."""
+        """Run one step; returns what to record."""
         answers, cut = self._sample([row["prompt_ids"] for row in rows])
         scores = self._scores(rows, answers)
         known = self._known([row["prompt_ids"] for row in rows], answers)
@@ -144,7 +144,7 @@ class Ppo:
             yield slice(start, min(start + size, count))
 
     def _sample(self, prompts: Sequence[list[int]]) -> tuple[list[list[int]], int]:
-        """Sampled answers, each with the stop that ended it, and how many were cut at the longest."""
+        """Sampled answers, each with the stop token that ended it, and how many were cut at the maximum length."""
         answers = generate(
             self.work.model,
             prompts,
@@ -166,7 +166,7 @@ class Ppo:
 
     @torch.no_grad()
     def _known(self, prompts: list[list[int]], answers: list[list[int]]) -> Answers:
-        """What the model of before the update, and the reference, say of the answers."""
+        """What the model before the update, and the reference, predict for the answers."""
         width = max(map(len, answers))
         made: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for part in self._micro(len(answers)):
@@ -190,7 +190,7 @@ class Ppo:
     def _update(
         self, number: int, known: Answers, advantages: torch.Tensor, returns: torch.Tensor
     ) -> tuple[float, float, float]:
-        """One update on all answers; the loss, the gradient norm before clipping, and the share of clipped tokens."""
+        """Run one update on all answers; returns the loss, the gradient norm before clipping, the share of clipped tokens."""
         asked, count, device = self.asked, known.mask.sum(), self.work.model.device
         self.work.model.train()
         total = clipped = 0.0
@@ -212,14 +212,14 @@ class Ppo:
 
 
 def _order(count: int, seed: int) -> Iterator[int]:
-    """Row numbers without end: all of them in a seeded order, then all in another one."""
+    """Endless row indices: all of them in a seeded order, then all in another one."""
     generator = random.Random(seed)
     while True:
         yield from generator.sample(range(count), count)
 
 
 class PpoLoop(PaddedLoop):
-    """Sampled answers, a value head, and updates that are clipped."""
+    """Sampled answers, a value head, and clipped updates."""
 
     def steps(self, recorder: Recorder) -> AbstractContextManager[None]:
         ppo = Ppo(self.work, self.run.recipe.own(PpoSection), self.tokenizer, self.rewards, self.weights)

@@ -1,6 +1,6 @@
-"""The arithmetic of proximal policy optimization. Shapes: B answers, T tokens of the longest; `mask` (B, T) is 1 on answers.
+"""The math of proximal policy optimization. Shapes: B answers, T tokens of the longest; `mask` (B, T) is 1 on answers.
 
-Answers stand at the left, what pads them at the right.
+Answers are padded on the right.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 def token_rewards(
     scores: torch.Tensor, logprobs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, kl_coef: float
 ) -> torch.Tensor:
-    """(B, T): minus kl_coef x the log-ratio to the reference at each token, and the answer's score (B,) on its last one.
+    """(B, T): minus kl_coef x the log-ratio to the reference at each token, plus the answer's score (B,) on its last one.
 
     Ziegler et al. 2019, arXiv 1909.08593, eq. 2.
     """
@@ -40,7 +40,7 @@ def advantages_of(
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The values with mean 0 and variance 1 over the masked places; 0 elsewhere."""
+    """The values with mean 0 and variance 1 over the masked positions; 0 elsewhere."""
     count = mask.sum()
     mean = (values * mask).sum() / count
     variance = ((values - mean).square() * mask).sum() / count
@@ -50,7 +50,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def policy_loss(
     logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, cliprange: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed clipped loss (arXiv 1707.06347, eq. 7, negated), and at how many places the clipping decided."""
+    """The summed clipped loss (arXiv 1707.06347, eq. 7, negated), and the number of positions where clipping applied."""
     ratio = torch.exp((logprobs - old) * mask)
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return (torch.maximum(plain, clipped) * mask).sum(), ((clipped > plain) * mask).sum()
@@ -59,6 +59,6 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, cliprange_value: float
 ) -> torch.Tensor:
-    """The summed half squared error of the values, the larger of it and that of values that moved at most the clip range."""
+    """The summed half squared error of the values; per token the larger of it and that of values clipped around `old`."""
     moved = old + (values - old).clamp(-cliprange_value, cliprange_value)
     return 0.5 * (torch.maximum((values - returns).square(), (moved - returns).square()) * mask).sum()

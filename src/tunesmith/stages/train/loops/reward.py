@@ -1,4 +1,4 @@
-"""Reward models by TRL's trainer."""
+"""Reward models with TRL's trainer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = {"input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
 
 
 class Reward(TrlLoop):
-    """Pairs of answers, scored by one number each."""
+    """Pairs of answers, each scored with one number."""
 
     def build(self, method: Method) -> Any:
         return build_reward_model(method, self.tokenizer.pad_token_id)

@@ -1,7 +1,7 @@
-"""Rewards of sampled answers: named ones, functions out of the user's own file, and reward models. Text in, numbers out.
+"""Rewards for sampled answers: named ones, functions from the user's own file, and reward models. Text in, numbers out.
 
-A reward is called with a batch: the prompts as messages, the answers as text, the rows' references (None where a row has none).
-It gives one finite number for each answer.
+A reward is called with a batch: the prompts as messages, the answers as text, the rows' references (None if a row has none).
+It returns one finite number per answer.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Prompts = Sequence[list[Message]]
 References = Sequence[str | None]
 Reward = Callable[[Prompts, Sequence[str], References], Sequence[float]]
 
-_WHY = "training would follow another reward than the one that was meant"
+_WHY = "training would optimize a different reward than intended"
 
 
 def json_fields(_prompts: Prompts, answers: Sequence[str], references: References) -> list[float]:
-    """The share of the reference's fields that the answer has with the same value: the score of `evaluate.task: json`."""
+    """The share of the reference's fields that have the same value in the answer: the score of `evaluate.task: json`."""
     rewards = []
     for answer, reference in zip(answers, references, strict=True):
         wanted = {} if reference is None else parse_json(reference)[1]
@@ -46,7 +46,7 @@ def valid_json(_prompts: Prompts, answers: Sequence[str], _references: Reference
 
 
 def length_window(low: int, high: int) -> Reward:
-    """A reward of 1 for an answer of `low` to `high` characters; outside it falls by the share that is too few or too many."""
+    """A reward of 1 for an answer of `low` to `high` characters; outside, it falls with the missing or surplus share."""
 
     def reward(_prompts: Prompts, answers: Sequence[str], _references: References) -> list[float]:
         return [_inside(len(answer), low, high) for answer in answers]
@@ -61,15 +61,15 @@ def _inside(size: int, low: int, high: int) -> float:
 
 
 def model_reward(folder: Path) -> Reward:
-    """The reward that a model exported by `objective: reward` gives a conversation; computed in float32.
+    """The reward that a model exported with `objective: reward` gives a conversation; computed in float32.
 
-    Raises TrainError where the folder holds no reward model.
+    Raises TrainError if the folder holds no reward model.
     """
     from tunesmith.inference.rewards import rewards_of
     from tunesmith.models.load import load_reward_model, load_tokenizer
 
     if not (folder / "reward.json").is_file():
-        fix = "give the folder that `tunesmith export` made of a run with objective: reward"
+        fix = "give the folder that `tunesmith export` wrote for a run with objective: reward"
         raise TrainError(Problem("TS303", "not the folder of an exported reward model", str(folder), _WHY, fix))
     model, template = load_reward_model(folder, dtype="float32"), ChatTemplate(load_tokenizer(folder))
 
@@ -85,12 +85,12 @@ def model_reward(folder: Path) -> Reward:
 
 
 def user_reward(path: Path, function: str) -> Reward:
-    """A function of the user's file: `f(prompts, completions, references) -> list of numbers`. Running it runs the file.
+    """A function of the user's file: `f(prompts, completions, references) -> list of numbers`. Loading it runs the file.
 
-    Raises TrainError where there is no such file or function, or the user's code raises.
+    Raises TrainError if there is no such file or function, or the user's code raises.
     """
     if not path.is_file():
-        raise TrainError(Problem("TS303", "the file of a reward function does not exist", str(path), _WHY, "check the path"))
+        raise TrainError(Problem("TS303", "the file of the reward function does not exist", str(path), _WHY, "check the path"))
     if path.suffix != ".py":
         raise TrainError(Problem("TS303", "not a Python file", str(path), _WHY, "name a .py file"))
     module = ModuleType(f"tunesmith_reward_{path.stem}")
@@ -98,7 +98,7 @@ def user_reward(path: Path, function: str) -> Reward:
     try:
         _FileAlone(module.__name__, str(path)).exec_module(module)
     except (Exception, SystemExit) as error:
-        raise _failure(path, error, "the file of a reward function cannot be run") from error
+        raise _failure(path, error, "the file of the reward function cannot be run") from error
     found = getattr(module, function, None)
     if not callable(found):
         raise TrainError(Problem("TS303", f"no function {function!r}", str(path), _WHY, "check the name after the colon"))
@@ -114,14 +114,14 @@ def user_reward(path: Path, function: str) -> Reward:
 
 
 class _FileAlone(SourceFileLoader):
-    """Runs the text of a file, not what a folder of byte code beside it says that it compiles to, and writes none there."""
+    """Runs a file's source; never reads or writes the byte code cached next to it."""
 
     def path_stats(self, path: str) -> NoReturn:
-        raise OSError(f"the byte code of {path} is not looked for")
+        raise OSError(f"the byte code of {path} is not used")
 
 
 def _failure(path: Path, error: BaseException, what: str) -> TrainError:
-    """The error of the user's code, at its last line in the file."""
+    """The error for a failure of the user's code, located at its last line in the file."""
     places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else places[-1] if places else None
     where = str(path) if line is None else f"{path}:{line}"
@@ -129,13 +129,13 @@ def _failure(path: Path, error: BaseException, what: str) -> TrainError:
 
 
 def make_reward(name: str) -> Reward:
-    """The reward of one entry of `reward_funcs`. Raises TrainError for one that is none."""
+    """The reward of one entry of `reward_funcs`. Raises TrainError if the entry is invalid."""
     if name in NAMED_REWARDS:
         return json_fields if name == "json-fields" else valid_json
     if name.startswith("length:"):
         match = re.fullmatch(r"length:(\d+)-(\d+)", name)
         if match is None or int(match[1]) > int(match[2]):
-            raise TrainError(Problem("TS303", f"{name!r} is no window of lengths", "reward_funcs", _WHY, "write length:10-200"))
+            raise TrainError(Problem("TS303", f"{name!r} is not a length window", "reward_funcs", _WHY, "write length:10-200"))
         return length_window(int(match[1]), int(match[2]))
     path, colon, function = name.rpartition(":")
     return user_reward(Path(path), function) if colon else model_reward(Path(name))
@@ -161,20 +161,20 @@ def reward_digests(recipe: Recipe) -> dict[str, str]:
 
 
 def checked(name: str, reward: Reward) -> Reward:
-    """The same reward; raises TrainError where it does not give one finite number for each answer."""
+    """The same reward; raises TrainError if it does not return one finite number per answer."""
 
     def call(prompts: Prompts, answers: Sequence[str], references: References) -> list[float]:
         made = [float(value) for value in reward(prompts, answers, references)]
         if len(made) != len(answers) or not all(map(math.isfinite, made)):
             what = f"{len(made)} rewards for {len(answers)} answers" if len(made) != len(answers) else "a reward is not finite"
-            raise TrainError(Problem("TS303", what, name, _WHY, "give one finite number for each answer"))
+            raise TrainError(Problem("TS303", what, name, _WHY, "return one finite number per answer"))
         return made
 
     return call
 
 
 def check_references(asked: SamplingSection, rows: Any) -> None:
-    """Raise TrainError where `json-fields` is asked for and a row has no JSON object to compare with."""
+    """Raise TrainError if `json-fields` is requested and a row has no JSON object to compare with."""
     if "json-fields" not in asked.reward_funcs:
         return
     for where, reference in zip(rows["where"], rows["reference"], strict=True):

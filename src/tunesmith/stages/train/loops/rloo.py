@@ -1,4 +1,4 @@
-"""RLOO by TRL's trainer."""
+"""RLOO with TRL's trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tunesmith.stages.train.loops.sampling import SamplingLoop
 
 
 class Rloo(SamplingLoop):
-    """Answers of a group against the mean of the others."""
+    """Compares each answer of a group with the mean of the others."""
 
     config_type: ClassVar[Any] = RLOOConfig
     trainer_type: ClassVar[Any] = RLOOTrainer

@@ -16,7 +16,7 @@ _KEYS = ("num_generations", "num_iterations", "beta", "epsilon", "max_completion
 
 
 class _OwnPrompts:
-    """A mixin for trainers that sample: prompts are asked with the ids that `prepare` made."""
+    """A mixin for trainers that sample: prompts use the ids that `prepare` made."""
 
     prompts_ids: Mapping[tuple[tuple[str, str], ...], list[int]]
 
@@ -29,7 +29,7 @@ def _key(messages: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
 
 
 class SamplingLoop(TrlLoop):
-    """A trainer that samples: its config and its class, as TRL has them."""
+    """A trainer that samples, with TRL's config and trainer class."""
 
     config_type: ClassVar[Any]
     trainer_type: ClassVar[Any]
@@ -46,7 +46,7 @@ class SamplingLoop(TrlLoop):
 
 
 def prompt_rows(rows: Any) -> tuple[Any, dict[tuple[tuple[str, str], ...], list[int]]]:
-    """The prompts as messages with their references, and the ids that each is asked with."""
+    """The prompts as messages with their references, and the token ids of each prompt."""
     prompts = [json.loads(text) for text in rows["prompt"]]
     ids = {_key(prompt): list(found) for prompt, found in zip(prompts, rows["prompt_ids"], strict=True)}
     return Dataset.from_dict({"prompt": prompts, "reference": list(rows["reference"])}), ids

@@ -1,7 +1,7 @@
-"""What TRL's trainers share here: they are fed with the token ids that `prepare` made.
+"""What the TRL loops share: TRL's trainers get the token ids that `prepare` made.
 
-TRL's losses, samplers and batches are taken as they are. Ours are the ids (its own tokenizing is passed over), the optimizer,
-the metrics of each step, and that a loss that is no number stops the run. Each objective has a module beside this one.
+TRL's losses, samplers and batches are used unchanged. We supply the ids (TRL's own tokenization is bypassed), the optimizer,
+the metrics of each step, and the stop on a non-finite loss. Each objective has its own module next to this one.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _BASE = {"loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens"}
 
 
 class Watched(Trainer):  # type: ignore[misc] # transformers is untyped here
-    """A mixin for TRL's trainers: our optimizer, counted tokens, and no step on what is not finite."""
+    """A mixin for TRL's trainers: our optimizer, token counts, and no optimizer step on NaN or Inf."""
 
     settings: Settings
     adamw: AdamW | None = None
     counted: tuple[int, int, int] = (0, 0, 0)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW in the format that the recipe names."""
+        """AdamW in the format the recipe names."""
         made = make_adamw(self, model or self.model, self.settings)
         self.adamw = self.optimizer = made
         return made
 
     def compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss; the batch's tokens are counted on the way."""
+        """TRL's loss; also counts the batch's tokens."""
         before, (real, computed, labelled) = self.counted, _tokens(inputs)
         self.counted = (before[0] + real, before[1] + computed, before[2] + labelled)
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -53,12 +53,12 @@ class Watched(Trainer):  # type: ignore[misc] # transformers is untyped here
 
 
 def watched(trainer_type: Any, *mixins: type) -> Any:
-    """A trainer class of TRL's that is `Watched`, with further mixins before that."""
+    """A TRL trainer class with `Watched`, and further mixins before it."""
     return type(trainer_type.__name__, (*mixins, Watched, trainer_type), {})
 
 
 def _tokens(inputs: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Real, computed and labelled tokens of a batch, by its masks."""
+    """Real, computed and labelled tokens of a batch, from its masks."""
     masks = [inputs[name] for name in _MASKS if name in inputs]
     labelled = [inputs["completion_mask"]] if "completion_mask" in inputs else []
     if "prompt_mask" in inputs:
@@ -68,18 +68,18 @@ def _tokens(inputs: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
-    """Hands each step's figures to the recorder."""
+    """Passes each step's figures to the recorder."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.trainer: Any = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start the clock."""
+        """Start the timer."""
         self.recorder.start()
 
     def on_log(self, _arguments: Any, _state: Any, _control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Record a step; the summary at the end has no gradient norm and is passed over."""
+        """Record a step; the final summary has no gradient norm and is skipped."""
         if logs is None or "grad_norm" not in logs:
             return
         figures = {name: float(value) for name, value in logs.items() if name not in _BASE and isinstance(value, int | float)}
@@ -88,11 +88,11 @@ class _Steps(TrainerCallback):  # type: ignore[misc] # transformers is untyped h
 
 
 class TrlLoop(PaddedLoop):
-    """A loop of one of TRL's trainers."""
+    """A loop over one of TRL's trainers."""
 
     @abstractmethod
     def trainer(self, arguments: Mapping[str, Any], **more: Any) -> Any:
-        """The trainer: a `Watched` one, whose config gets `arguments`, and which itself gets `more`."""
+        """The trainer: a `Watched` one whose config gets `arguments` and which itself gets `more`."""
 
     def steps(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Run the trainer. Raises TrainError where TRL refuses the settings."""
@@ -102,33 +102,33 @@ class TrlLoop(PaddedLoop):
             more = {"model": work.model, "processing_class": self.tokenizer, "callbacks": [watch]}
             trainer = self.trainer(arguments, **more)
         except ValueError as error:
-            why, fix = "TRL would train something else than was asked for", "change the key that it names"
+            why, fix = "TRL would train something other than requested", "change the key that it names"
             raise TrainError(Problem("TS304", f"TRL refuses the settings: {error}", "train", why, fix)) from error
         trainer.remove_callback(PrinterCallback)
         watch.trainer, trainer.settings = trainer, settings
         dtype = getattr(torch, work.method.compute_dtype)
         for name, parameter in work.model.named_parameters():
             if parameter.requires_grad and work.method.name != "full":
-                # TRL puts what is trained on a 4-bit base into bfloat16; adapters stay in float32, a head in the compute dtype.
+                # TRL casts what is trained on a 4-bit base to bfloat16; here adapters are float32, a head the compute dtype.
                 parameter.data = parameter.data.to(torch.float32 if "lora_" in name else dtype)
         trainer.train()
         return _as_trained(trainer, work.model)
 
 
 def trl_arguments(settings: Settings, scratch: Path, *, cpu: bool) -> dict[str, Any]:
-    """What all of TRL's configs get."""
+    """The arguments of all of TRL's configs."""
     return {
         **common_arguments(settings, scratch, cpu=cpu),
         "per_device_train_batch_size": settings.per_device_train_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "bf16": False,  # the method has put the model into its compute dtype
-        "gradient_checkpointing": False,  # the method has switched it on where it was asked for
+        "gradient_checkpointing": False,  # the method has enabled it if requested
     }
 
 
 @contextmanager
 def _as_trained(trainer: Any, model: Any) -> Iterator[None]:
-    """In the block the weights are as they were trained, and TRL's copy of the adapter, its reference, is gone."""
+    """A context with the trained weights, from which TRL's copy of the adapter, its reference, is removed."""
     if trainer.adamw is None:
         raise AssertionError("there is nothing to save before training")
     if "ref" in getattr(model, "peft_config", {}):
@@ -138,6 +138,6 @@ def _as_trained(trainer: Any, model: Any) -> Iterator[None]:
 
 
 def labelled_span(loss_mask: Sequence[bool]) -> tuple[int, int]:
-    """Where the labelled span begins, and the place after its end; what a template puts after the answer is left out."""
+    """The start of the labelled span, and the position after its end; excludes what a template puts after the answer."""
     first = loss_mask.index(True)
     return first, len(loss_mask) - list(reversed(loss_mask)).index(True)
