@@ -27,12 +27,13 @@ BLOCKS = """
 import copy
 from transformers import AutoModelForCausalLM
 from tests.invariant.test_packing import CONFIGS
-from tunesmith import gpu
+from tunesmith.kernels import triton
 from tunesmith.kernels.triton import blocks, cross_entropy, trial
 from tunesmith.engine.modeling.blocks import fuse_blocks
 from tunesmith.kernels.dispatch import EAGER, OWN
 from tunesmith.engine.packing.batch import collate_tree
-from tunesmith.engine.modeling.loss import summed_loss, use_tree_attention
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling.loss import summed_loss
 
 found = {"trial": trial.wrong(torch.device("cpu"))}
 for dtype in (torch.float32, torch.bfloat16):
@@ -94,7 +95,7 @@ UPDATES = """
 from dataclasses import replace
 
 from tunesmith.kernels.triton.adamw import STATE_BLOCK, Moment, Step, update
-from tunesmith.methods import sizes
+from tunesmith.engine.optim import sizes
 from tunesmith.engine.optim.adamw import _VALUES, AdamW
 from tunesmith.engine.optim.rounding import join_halves
 
