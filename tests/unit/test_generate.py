@@ -122,5 +122,5 @@ def test_what_would_not_be_greedy_alone_goes_through_transformers(tiny_model: Pa
     model.generation_config.repetition_penalty = 1.8
     assert "repetition_penalty" in str(sharing_unsupported_reason(model, 100))
     assert generate(model, prompts, stop_ids=[2], max_new_tokens=8, batch_size=2) != plain
-    with pytest.raises(ValueError, match="its places"):
+    with pytest.raises(ValueError, match="decode_places"):
         decode_attention(None, *(torch.ones(1, 1, 1, 2) for _ in range(3)), None)

@@ -108,7 +108,7 @@ def test_malformed_files(mmlu: Path, text: str, what: str) -> None:
 
 def test_too_few_examples_are_told(mmlu: Path) -> None:
     (first, second) = problems(mmlu, mmlu_shots=3)
-    assert first[:2] == ("TS513", "2 examples, 3 are asked for")
+    assert first[:2] == ("TS513", "2 examples, but 3 were requested")
     assert "us_law_dev.csv" in second[2]
 
 
