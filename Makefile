@@ -25,16 +25,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	@$(BIN)/tunesmith demo
 
-# The first tier: what every change is held to.
 test: check
-	@$(PYTEST) -n $(WORKERS) -m "not slow and not serial"
-	@$(PYTEST) -m "serial and not slow"
+	@$(PYTEST) -n $(WORKERS)
 
-# Both tiers, and the contracts with the newest transformers, PEFT and TRL: before a change of the engine lands.
-test-all: check
-	@$(PYTEST) -n $(WORKERS) -m "not serial"
-	@$(PYTEST) -m serial
-	@$(MAKE) newest
+# Also the contracts with the newest transformers, PEFT and TRL: before a change of the engine lands.
+test-all: test newest
 
 # An environment of its own, because the newest versions may be ahead of constraints.txt.
 newest:

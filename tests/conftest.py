@@ -1,4 +1,4 @@
-"""Shared fixtures: the built-in tokenizer, a tiny random model with it, small data, and the real data next to the project."""
+"""Shared fixtures: the built-in tokenizer, a tiny random model with it, small data, and the real data beside the project."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,73 +27,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--promises", metavar="FILE", help="run the long versions of tests/promises, and write their figures here")
 
 
-#: CPU seconds that a first-tier test may take on the machine that the reference below was measured on.
-FIRST_TIER_SECONDS = 15.0
-_REFERENCE_SECONDS = 0.25
-
-
-def _cpu_seconds() -> float:
-    """CPU time of this process and its finished children. Unlike wall time, it does not grow on a busy machine."""
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
-
-
-def _slowness() -> float:
-    """How many times slower this machine is than the reference machine; at least 1."""
-    begun = time.process_time()
-    total = 0
-    for number in range(4_000_000):
-        total += number & 7
-    return max(1.0, (time.process_time() - begun) / _REFERENCE_SECONDS)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_LIMIT] = FIRST_TIER_SECONDS * _slowness()
-
-
-_LIMIT = pytest.StashKey[float]()
-_USED = pytest.StashKey[float]()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    begun = _cpu_seconds()
-    try:
-        return (yield)
-    finally:
-        item.stash[_USED] = _cpu_seconds() - begun
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Fail a first-tier test that takes too long, by name: it slows down every change."""
-    report = yield
-    used, limit = item.stash.get(_USED, 0.0), item.config.stash[_LIMIT]
-    if call.when == "call" and report.passed and used > limit and item.get_closest_marker("slow") is None:
-        report.outcome = "failed"
-        fix = "make it cheaper, or mark it slow"
-        report.longrepr = f"{item.nodeid} took {used:.1f} s of CPU time, a first-tier test may take {limit:.1f}: {fix}"
-    return report
-
-
 @pytest.fixture(scope="session", autouse=True)
 def own_calibration(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep the tests' measurements out of the user's calibration file."""
+    """Measurements of tests stay out of the user's own."""
     os.environ["TUNESMITH_CALIBRATION"] = str(tmp_path_factory.mktemp("calibration") / "calibration.json")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data sets that are not part of the project."""
+    """Real data sets that are no part of the project."""
     if not SHARED_DATA.is_dir():
         pytest.skip("the folder ../shared/data with real data is not beside this checkout")
     return SHARED_DATA
 
 
 def script_of(path: Path, *beside: Path) -> ModuleType:
-    """A script of the project as a module; the folders `beside` are on its import path."""
+    """A script of the project as a module; it finds what it imports from the folders `beside`."""
     sys.path[:0] = map(str, beside)
     try:
         spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -126,7 +74,7 @@ def tokenizer(real_model: Path) -> Any:
 
 
 def random_llama(folder: Path, tokenizer: Any, **config: int) -> Path:
-    """A random bf16 Llama with the tokenizer, saved in a folder; the seed is fixed."""
+    """A random bf16 Llama with the tokenizer, in a folder; the seed is fixed."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **heads, **config))
@@ -137,7 +85,7 @@ def random_llama(folder: Path, tokenizer: Any, **config: int) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A random 2-layer Llama with the built-in tokenizer: every stage runs on it in seconds."""
+    """A random 2-layer Llama with the built-in tokenizer: every stage runs on it within seconds."""
     return random_llama(
         tmp_path_factory.mktemp("models") / "tiny-llama",
         tokenizer,
