@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from tunesmith.chat.formats import Message
@@ -55,6 +55,19 @@ class Encoded:
     input_ids: list[int]
     loss_mask: list[bool]
     notes: tuple[str, ...] = ()
+
+    def spans(self, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+        """The row as text, split where labelled spans begin and end: (text, labelled)."""
+        for labelled, group in groupby(zip(self.input_ids, self.loss_mask, strict=True), key=lambda pair: pair[1]):
+            yield tokenizer.decode([token for token, _ in group], skip_special_tokens=False), labelled
+
+
+def sides_of(row: Mapping[str, Any]) -> list[Encoded]:
+    """The sides of a prepared row: the chosen and the rejected one of a pair, else one."""
+    sides = [Encoded(row["input_ids"], row["loss_mask"])]
+    if "rejected_input_ids" in row:
+        sides.append(Encoded(row["rejected_input_ids"], row["rejected_loss_mask"]))
+    return sides
 
 
 class _RefusedError(Exception):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from tunesmith.chat.judged import Asked, Judged
-from tunesmith.chat.template import Encoded
+from tunesmith.chat.template import Encoded, sides_of
 from tunesmith.recipe import RowKind
 
 SCHEMA = pa.schema(
@@ -141,10 +140,7 @@ class ArrowWriter:
 def shown_rows(batch: pa.RecordBatch, count: int) -> Iterator[ShownRow]:
     """The first rows of a batch, for a person to look at."""
     for row in batch.slice(0, count).to_pylist():
-        sides = [Encoded(row["input_ids"], row["loss_mask"])]
-        if "rejected_input_ids" in row:
-            sides.append(Encoded(row["rejected_input_ids"], row["rejected_loss_mask"]))
-        yield ShownRow(row["where"], sides)
+        yield ShownRow(row["where"], sides_of(row))
 
 
 def marked_sample(row: EncodedRow, tokenizer: Any) -> str:
@@ -158,13 +154,7 @@ def marked_sample(row: EncodedRow, tokenizer: Any) -> str:
 
 def _marked(where: str, encoded: Encoded, tokenizer: Any) -> str:
     parts = []
-    for text, labelled in spans(encoded, tokenizer):
+    for text, labelled in encoded.spans(tokenizer):
         parts.append(f"\u27e6{text}\u27e7" if labelled else text)
     count = f"{sum(encoded.loss_mask)} of {len(encoded.loss_mask)} tokens labelled"
     return f"=== {where} ({count}) ===\n{''.join(parts)}\n"
-
-
-def spans(encoded: Encoded, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The row as text, split where labelled spans begin and end."""
-    for labelled, group in groupby(zip(encoded.input_ids, encoded.loss_mask, strict=True), key=lambda pair: pair[1]):
-        yield tokenizer.decode([token for token, _ in group], skip_special_tokens=False), labelled

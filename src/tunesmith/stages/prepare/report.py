@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tunesmith.recipe import Recipe
-from tunesmith.stages.prepare.files import ShownRow, spans
+from tunesmith.stages.prepare.files import ShownRow
 
 _ROWS = 5  # shown with their labelled spans
 _CHARACTERS = 4000  # shown per side
@@ -50,7 +50,7 @@ def _shown(row: ShownRow, tokenizer: Any) -> dict[str, Any]:
     sides = []
     for name, side in zip(names, row.sides, strict=True):
         parts, left = [], _CHARACTERS
-        for text, labelled in spans(side, tokenizer):
+        for text, labelled in side.spans(tokenizer):
             parts.append((text[:left], labelled))
             left -= len(text)
             if left <= 0:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from tunesmith.chat.template import sides_of
 from tunesmith.errors import Problem, RunError
 from tunesmith.io.atomic import read_json, sha256_file, write_json
 from tunesmith.io.documents import folder_digest, reader_of
@@ -119,13 +119,8 @@ class Review:
     def show(self, where: str) -> Shown:
         """A row with its labelled spans."""
         row = self._rows[self._numbers[where]]
-        names = [("input_ids", "loss_mask"), ("rejected_input_ids", "rejected_loss_mask")]
-        sides = tuple(tuple(self._spans(row[ids], row[mask])) for ids, mask in names if ids in row)
+        sides = tuple(tuple(side.spans(self._tokenizer)) for side in sides_of(row))
         return Shown(where, self._values[where], tuple(text for _, text in self._found(where)), sides)
-
-    def _spans(self, ids: list[int], loss_mask: list[bool]) -> Iterator[tuple[str, bool]]:
-        for is_labelled, group in groupby(zip(ids, loss_mask, strict=True), key=lambda pair: pair[1]):
-            yield self._tokenizer.decode([token for token, _ in group], skip_special_tokens=False), is_labelled
 
     def decide(self, where: str, verdict: str, by: str, value: Mapping[str, Any] | None = None) -> None:
         """Record a verdict (accept, reject or edit; an edit has the new row as `value`) before anything else happens."""
