@@ -20,16 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from tunesmith.stages.train.engine import Engine
 from tunesmith.stages.train.loops.trl import Watched
 
-#: Methods that Engine or Watched adds: everything else of theirs that begins with an underscore overrides the library's.
-OWN = {
-    "_collated",
-    "_start_counting",
-    "_put_weights",
-    "_savepoint",
-    "_try_longest",
-    "_within_memory",
-    "_accumulated",
-}
+#: Methods of Trainer that Engine and Watched override.
 HOOKS = {
     "_clip_grad_norm",
     "_get_grad_norm",
@@ -105,7 +96,6 @@ def test_the_list_of_hooks_is_complete() -> None:
     private = {name for each in (Engine, Watched) for name in vars(each) if name.startswith("_") and not name.startswith("__")}
     methods = {name for name in private if callable(getattr(Engine, name, None) or getattr(Watched, name, None))}
     assert {name for name in methods if hasattr(Trainer, name)} == HOOKS
-    assert not {name for name in methods - HOOKS - OWN if hasattr(Trainer, name)}
 
 
 def test_hooks_are_called_in_the_order_that_the_engine_relies_on(tmp_path: Path) -> None:
@@ -139,7 +129,7 @@ def test_a_resumed_training_loads_through_the_hooks(tmp_path: Path) -> None:
         ("_load_optimizer_and_scheduler", path),
         ("_load_scaler", path),
         ("_load_rng_state", path),
-    ] or sorted(loads) == sorted((name, path) for name in HOOKS if name.startswith("_load"))
+    ]
     assert trainer.state.global_step == 2
 
 

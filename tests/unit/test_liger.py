@@ -28,7 +28,8 @@ from tunesmith.engine.modeling.blocks import fuse_blocks
 from tunesmith.kernels.dispatch import EAGER
 from tunesmith.kernels.liger import liger
 from tunesmith.engine.packing.batch import collate_tree
-from tunesmith.engine.modeling.loss import summed_loss, use_tree_attention
+from tunesmith.engine.attention.backends import use_tree_attention
+from tunesmith.engine.modeling.loss import summed_loss
 
 before = interpreter._implicit_cvt
 def with_floats(value):  # a compiled kernel gets them as float32 scalars, an interpreted one as they are

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from tunesmith.errors import RecipeError, RunError
+from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.io.atomic import append_jsonl
-from tunesmith.runs import create_run, open_run, read_jsonl
+from tunesmith.planner.datafacts import prepared_facts
+from tunesmith.runs import create_run, open_run, prepared_rows, read_jsonl
 
 
 def test_lines_with_unusual_separators_are_read_back(tmp_path: Path) -> None:
@@ -68,3 +70,17 @@ def test_the_recipe_of_a_run_that_is_worked_on_stays(make_recipe: Any, tmp_path:
         assert (run.path / "recipe.yaml").read_bytes() == before
     create_run(make_recipe(seed=7), run.path)
     assert (run.path / "recipe.yaml").read_bytes() != before
+
+
+def test_rows_of_an_earlier_version_are_refused(make_recipe: Any, tmp_path: Path) -> None:
+    """Their loss mask has another name: every reader says so."""
+    run = create_run(make_recipe(), tmp_path / "run")
+    data = run.path / "data"
+    data.mkdir()
+    table = pa.table({"input_ids": [[1, 2]], "trained": [[False, True]]})
+    with pa.OSFile(str(data / "train.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    for read in (lambda: prepared_rows(run, "train"), lambda: prepared_facts(data)):
+        with pytest.raises(DataError, match="now called 'loss_mask'") as caught:
+            read()
+        assert caught.value.problems[0].code == "TS113"
