@@ -87,7 +87,7 @@ def test_what_has_changed_is_refused_by_its_key(make_run: Callable[..., Run]) ->
         train(make_run("run", case, "save_steps: 3, learning_rate: 0.001"))
     (problem,) = caught.value.problems
     assert problem.code == "TS311"
-    assert problem.what.endswith("has changed: settings.learning_rate, train.learning_rate")
+    assert problem.what.endswith("; changed since then: settings.learning_rate, train.learning_rate")
     assert sorted((run.path / "train" / "savepoints").rglob("*")) == before
     assert train(make_run("run", case, "save_steps: 5"))["steps"] == STEPS  # save_steps may change
     events = run.events("train")
