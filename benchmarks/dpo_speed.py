@@ -3,16 +3,19 @@
     python benchmarks/dpo_speed.py --json benchmarks/results/dpo_speed.json      # an hour on two cores
 
 SmolLM2-135M, LoRA, pairs of hh-rlhf (helpful and harmless conversations). TRL's settings are searched: (adapter off in each
-step, precompute_ref_log_probs) x (bfloat16, float32) x (micro-batches of 1, 2, 4, 8 pairs, the pairs of a step sorted by
-length), one step of each. Then, in each turn, every side trains from the initial weights on the turn's pairs, including its
-reference. The result is the median over the turns of the ratio of their times: each side in its fastest dtype, and both in
-float32. Losses and margins are compared too, and the seconds of every turn are kept.
+step, precompute_ref_log_probs) x (bfloat16, float32) x (micro-batches of 1, 2, 4, 8 pairs, up to the first size that is 1.25
+times as slow as the fastest; the pairs of a step sorted by length), one step of each. Then, in each turn, every side trains
+from the initial weights on the turn's pairs, including its reference. The result is the median over the turns of the ratio of
+their times: each side in its fastest dtype, and both in float32. Losses and margins are compared too, and the seconds of every
+turn are kept.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
+import operator
 import random
 import statistics
 import tempfile
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import claim, parser, report
-from sides import Side
+from sides import Side, until_slower
 
 from tunesmith.chat.preference import to_pair
 from tunesmith.errors import Problem
@@ -98,15 +101,23 @@ class Sides:
         self._processes.pop(setting).end()
 
 
-def screened(sides: Sides, runs: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Seconds of one step for each of TRL's settings, fastest first."""
-    found = []
-    for side, dtype, micro in itertools.product(TRL, DTYPES, SIZES):
-        setting = Setting(side, dtype, micro)
-        found.append({**asdict(setting), "seconds": sides.ask(setting, runs)["seconds"]})
+def one_step(sides: Sides, setting: Setting, runs: Mapping[str, Path]) -> dict[str, Any]:
+    """The setting with the seconds of its first step; infinite, with the reason, if its process ends (out of memory)."""
+    try:
+        return {**asdict(setting), "seconds": sides.ask(setting, runs)["seconds"]}
+    except RuntimeError as error:
+        return {**asdict(setting), "seconds": math.inf, "failed": str(error)}
+    finally:
         sides.end(setting)
-        print(found[-1], flush=True)
-    return sorted(found, key=lambda each: each["seconds"])
+
+
+def screened(sides: Sides, runs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Seconds of one step of TRL's settings, fastest first."""
+    found = list[dict[str, Any]]()
+    for side, dtype in itertools.product(TRL, DTYPES):
+        tried = (one_step(sides, Setting(side, dtype, micro), runs) for micro in SIZES)
+        found += until_slower(tried, operator.itemgetter("seconds"))
+    return sorted((each for each in found if each["seconds"] < math.inf), key=operator.itemgetter("seconds"))
 
 
 def settings_of(found: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Setting, Setting]]:

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.invariant.test_packing import (
+from tests.support.models import (
     CONFIGS,
     VOCABULARY,
     exact_model,

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+SLOWER = 1.25  # ends the search over sizes
+
+
+def until_slower(tried: Iterable[T], seconds: Callable[[T], float]) -> Iterator[T]:
+    """The settings tried, by size, up to the first that is clearly slower than the fastest so far."""
+    fastest = math.inf
+    for each in tried:
+        print(each, flush=True)
+        yield each
+        if seconds(each) > SLOWER * fastest:
+            return
+        fastest = min(fastest, seconds(each))
 
 
 class Side:

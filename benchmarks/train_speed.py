@@ -18,10 +18,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import claim, merged, parser, report
-from sides import Side
+from sides import Side, until_slower
 
 import tunesmith
 from tunesmith.demo import write_input
@@ -48,7 +49,6 @@ ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_demo"
 ROWS = 16  # per optimizer step
 MICRO = 8  # rows per micro-batch of TRL with its defaults
 SIZES = (1, 2, 4, 8, 16)  # rows per micro-batch to try
-SLOWER = 1.25  # ends the search over sizes
 DTYPES = ("bfloat16", "float32")
 FINALISTS = 2  # per dtype, measured in turns with ours
 TURNS = 3
@@ -122,6 +122,9 @@ class Peer:
     seconds: float
 
 
+seconds_of = operator.attrgetter("seconds")
+
+
 def screened(data: Path, name: str, method: str) -> tuple[list[Peer], Row]:
     """Settings of the peers, fastest first, by one step each. Settings that a peer refuses are skipped and recorded."""
     found, failed = list[Peer](), list[str]()
@@ -131,24 +134,14 @@ def screened(data: Path, name: str, method: str) -> tuple[list[Peer], Row]:
         process = Side(side, "train_side.py", arguments)
         try:
             process.read()
-            found += until_slower(Peer(side, dtype, made["micro"], made["seconds"]) for made in (process.read() for _ in SIZES))
+            answers = (process.read() for _ in SIZES)
+            found += until_slower((Peer(side, dtype, made["micro"], made["seconds"]) for made in answers), seconds_of)
         except RuntimeError as error:
             failed.append(f"{side} in {dtype}: {error}")
         finally:
             process.end()
     found.sort(key=lambda each: each.seconds)
     return found, {"part": f"{name}-{method}-screened", "settings": [asdict(each) for each in found], "failed": failed}
-
-
-def until_slower(tried: Iterable[Peer]) -> Iterator[Peer]:
-    """The settings tried, by size, up to the first that is clearly slower than the fastest so far."""
-    fastest = math.inf
-    for peer in tried:
-        print(peer.side, peer.dtype, peer.micro, f"{peer.seconds:.1f} s", flush=True)
-        yield peer
-        if peer.seconds > SLOWER * fastest:
-            return
-        fastest = min(fastest, peer.seconds)
 
 
 def one_step(data: Path, peer: Peer) -> Peer:
@@ -229,7 +222,8 @@ def llamafactory(folder: Path) -> tuple[Claims, list[Row]]:
         data = prepared(name, folder)
         found = list[Peer]()
         for dtype in DTYPES:
-            found += until_slower(one_step(data, Peer("llamafactory", dtype, micro, math.inf)) for micro in SIZES)
+            tried = (one_step(data, Peer("llamafactory", dtype, micro, math.inf)) for micro in SIZES)
+            found += until_slower(tried, seconds_of)
         found = sorted((peer for peer in found if peer.seconds < math.inf), key=lambda peer: peer.seconds)
         made = [compared(data, name, "lora", peer, detect().compute_dtype) for peer in found[:FINALISTS]]
         best = min(made, key=lambda each: each["time_ratio"])

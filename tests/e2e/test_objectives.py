@@ -13,8 +13,8 @@ from datasets import Dataset
 from rich.console import Console
 
 from tests.conftest import chat_row
-from tests.pairs import PAIRS
-from tests.policy import REWARD, share_towards_reward
+from tests.support.pairs import PAIRS
+from tests.support.policy import REWARD, share_towards_reward
 from tunesmith.chat.template import ChatTemplate
 from tunesmith.errors import DataError, EvaluateError, ExportError, PlanError, RunError, TunesmithError
 from tunesmith.inference.rewards import rewards_of

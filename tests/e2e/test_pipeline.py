@@ -6,43 +6,15 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import chat_row
-from tunesmith.cli.main import main
+from tests.support.commands import Inside, check_readable, tunesmith, write
 from tunesmith.hardware import detect
 
 REPO = Path(__file__).resolve().parents[2]
-
-
-def tunesmith(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tunesmith", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=600)
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def task(tmp_path: Path, tiny_model: Path, colour_rows: list[dict[str, Any]]) -> Path:
-    """A folder with rows, test rows, schema and a recipe."""
-    lines = [json.dumps(row) + "\n" for row in colour_rows]
-    write(tmp_path / "train.jsonl", "".join([*lines[:32], lines[0]]))  # the last row is a copy
-    write(tmp_path / "test.jsonl", "".join(lines[32:]))
-    write(tmp_path / "schema.json", json.dumps({"type": "object", "required": ["colour"]}))
-    recipe = f"""\
-model: {tiny_model}
-data: {{train: train.jsonl, test: test.jsonl, heldout: 0.1}}
-train: {{max_steps: 3, effective_batch_size: 8}}
-evaluate: {{json_schema: schema.json, label: colour, max_new_tokens: 8}}
-"""
-    return write(tmp_path / "recipe.yaml", recipe)
 
 
 def test_three_methods_and_their_comparison(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +66,7 @@ def test_three_methods_and_their_comparison(task: Path, monkeypatch: pytest.Monk
     assert "calibrate" not in again.stderr
 
 
-def test_stages_one_by_one(task: Path) -> None:
+def test_stages_one_by_one(task: Path, inside: Inside) -> None:
     folder = task.parent
     done = tunesmith("prepare", task, "--run", "out", "--set", "method=lora", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -102,7 +74,7 @@ def test_stages_one_by_one(task: Path) -> None:
     assert "33 rows in = 29 train + 3 held out + 1 rejected (1 duplicate)" in done.stderr.replace("\n", " ")
     samples = (folder / run / "data" / "samples.txt").read_text(encoding="utf-8")
     assert '⟦{"colour": "' in samples
-    early = tunesmith("evaluate", run, cwd=folder)
+    early = inside("evaluate", run, cwd=folder)
     assert early.returncode == 2
     assert "TS011" in early.stderr
     for stage in (
@@ -112,7 +84,7 @@ def test_stages_one_by_one(task: Path) -> None:
         ("evaluate", run, "--base"),
         ("compare", run, "--out", "c"),
     ):
-        done = tunesmith(*stage, cwd=folder)
+        done = inside(*stage, cwd=folder)
         assert done.returncode == 0, done.stderr
     assert (folder / "c" / "report.html").is_file()
 
@@ -137,36 +109,6 @@ BAD_DATA = {
     "a missing file": ("other.jsonl", GOOD, "TS101", "d.jsonl"),
     "an unknown kind": ("d.txt", GOOD, "TS101", "d.txt"),
 }
-
-
-Inside = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inside:
-    """The command line in this process, with the libraries already loaded; returns its output as `tunesmith` prints it."""
-
-    def run_it(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["tunesmith", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        code = left.value.code
-        out = capsys.readouterr()
-        return subprocess.CompletedProcess(sys.argv, code if isinstance(code, int) else 1, out.out, out.err)
-
-    return run_it
-
-
-def check_readable(done: subprocess.CompletedProcess[str], code: str, where: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert code in done.stderr
-    assert where in done.stderr
-    assert "why" in done.stderr
-    assert "fix" in done.stderr
-    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("name", BAD_DATA)

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_pipeline import task, tunesmith
-
-__all__ = ["task"]  # a fixture
+from tests.support.commands import Inside
 
 
-def test_plan_of_a_catalogued_model(tmp_path: Path) -> None:
-    done = tunesmith("plan", "Qwen/Qwen2-7B", "--gpu", "24GB", "--rows", "20000", "--out", "plan", cwd=tmp_path)
+def test_plan_of_a_catalogued_model(tmp_path: Path, inside: Inside) -> None:
+    done = inside("plan", "Qwen/Qwen2-7B", "--gpu", "24GB", "--rows", "20000", "--out", "plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "recommended: lora" in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
@@ -26,12 +24,12 @@ def test_plan_of_a_catalogued_model(tmp_path: Path) -> None:
     assert "method: lora  # plan" in (folder / "recipe.yaml").read_text(encoding="utf-8")
     # The written recipe can be planned again once there are rows.
     (folder / "train.jsonl").write_text(json.dumps({"instruction": "Say yes.", "output": "yes"}) + "\n", encoding="utf-8")
-    again = tunesmith("plan", folder / "recipe.yaml", "--gpu", "24GB", "--data", folder / "train.jsonl", cwd=tmp_path)
+    again = inside("plan", folder / "recipe.yaml", "--gpu", "24GB", "--data", folder / "train.jsonl", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 
 
-def test_json_is_all_that_is_printed(tmp_path: Path) -> None:
-    done = tunesmith("plan", "qwen2-7b", "--gpu", "H100", "--json", "--out", "here", cwd=tmp_path)
+def test_json_is_all_that_is_printed(tmp_path: Path, inside: Inside) -> None:
+    done = inside("plan", "qwen2-7b", "--gpu", "H100", "--json", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "here" / "plan.json").read_text(encoding="utf-8"))
 
@@ -70,8 +68,8 @@ def test_no_torch_and_not_long_for_405_b(tmp_path: Path) -> None:
         (("Qwen/Qwen2-7B", "--gpu", "24GB", "--calibrate"), "TS703"),
     ],
 )
-def test_bad_input_is_one_readable_error(tmp_path: Path, arguments: tuple[str, ...], code: str) -> None:
-    done = tunesmith("plan", *arguments, cwd=tmp_path)
+def test_bad_input_is_one_readable_error(tmp_path: Path, arguments: tuple[str, ...], code: str, inside: Inside) -> None:
+    done = inside("plan", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert f"error {code}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -79,8 +77,8 @@ def test_bad_input_is_one_readable_error(tmp_path: Path, arguments: tuple[str, .
     assert list(tmp_path.iterdir()) == []
 
 
-def test_trace_agrees_with_the_closed_form(tmp_path: Path, tiny_model: Path) -> None:
-    done = tunesmith("plan", tiny_model, "--gpu", "24GB", "--length", "256", "--trace", cwd=tmp_path)
+def test_trace_agrees_with_the_closed_form(tmp_path: Path, tiny_model: Path, inside: Inside) -> None:
+    done = inside("plan", tiny_model, "--gpu", "24GB", "--length", "256", "--trace", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "closed form" in line)
     error = float(line.rpartition("(")[2].rpartition(" %")[0])
@@ -88,16 +86,16 @@ def test_trace_agrees_with_the_closed_form(tmp_path: Path, tiny_model: Path) -> 
     assert "TFLOP per step: mm" in done.stdout
 
 
-def test_auto_takes_what_the_plan_recommends_and_calibration_is_used(task: Path) -> None:
+def test_auto_takes_what_the_plan_recommends_and_calibration_is_used(task: Path, inside: Inside) -> None:
     folder = task.parent
     text = task.read_text(encoding="utf-8")
     task.write_text(text.replace("data: {", "method: auto\ndata: {"), encoding="utf-8")
-    done = tunesmith("plan", task, "--calibrate", "--json", cwd=folder)
+    done = inside("plan", task, "--calibrate", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     planned: dict[str, Any] = json.loads(done.stdout)
     assert [entry["time_measurements"] > 0 for entry in planned["methods"]] == [True] * 3
     assert planned["recommended"] == "lora"
-    done = tunesmith("run", task, "--run", "out", cwd=folder)
+    done = inside("run", task, "--run", "out", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "method lora: LoRA is expected to reach" in done.stderr
     recipe = (folder / "out" / "recipe.yaml").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.pairs import PAIRS
-from tests.policy import REWARD, share_towards_reward
+from tests.support.pairs import PAIRS
+from tests.support.policy import REWARD, share_towards_reward
 from tunesmith.errors import TrainError
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.pipeline import train_apart

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from tests.conftest import chat_row
-from tests.e2e.test_pipeline import check_readable, tunesmith, write
-from tests.pairs import PAIRS
+from tests.support.commands import Inside, check_readable, write
+from tests.support.pairs import PAIRS
 from tunesmith.runs import read_jsonl
 
 BAD = {
@@ -42,12 +42,12 @@ evaluate: {{task: text, max_new_tokens: 4}}
 """
 
 
-def test_every_stage_runs(tmp_path: Path, tiny_model: Path) -> None:
+def test_every_stage_runs(tmp_path: Path, tiny_model: Path, inside: Inside) -> None:
     lines = [json.dumps(row) + "\n" for row in PAIRS]
     (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress("".join(lines[:36]).encode()))
     write(tmp_path / "test.jsonl", "".join([*lines[36:], json.dumps(chat_row("plain?", "yes")) + "\n"]))
     recipe = write(tmp_path / "r.yaml", recipe_text(tiny_model, "pairs.jsonl.gz", ", test: test.jsonl"))
-    done = tunesmith("run", recipe, "--run", "out", cwd=tmp_path)
+    done = inside("run", recipe, "--run", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "out"
     status = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -68,10 +68,10 @@ def test_every_stage_runs(tmp_path: Path, tiny_model: Path) -> None:
     assert references == [row["chosen"] for row in PAIRS[36:]] + ["yes"]
 
 
-def test_what_is_written_of_a_pair(tmp_path: Path, tiny_model: Path, tokenizer: Any) -> None:
+def test_what_is_written_of_a_pair(tmp_path: Path, tiny_model: Path, tokenizer: Any, inside: Inside) -> None:
     write(tmp_path / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in PAIRS))
     recipe = write(tmp_path / "r.yaml", recipe_text(tiny_model, "pairs.jsonl"))
-    assert tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path).returncode == 0
+    assert inside("prepare", recipe, "--run", "out", cwd=tmp_path).returncode == 0
     train, heldout = (read_arrow(tmp_path / "out" / "data" / f"{name}.arrow") for name in ("train", "heldout"))
     assert (len(train), len(heldout)) == (36, 4)
     for row in [*train, *heldout]:
@@ -88,11 +88,11 @@ def test_what_is_written_of_a_pair(tmp_path: Path, tiny_model: Path, tokenizer: 
     assert "pairs.jsonl:1 rejected" in (tmp_path / "out" / "data" / "samples.txt").read_text(encoding="utf-8")
 
 
-def test_bad_pairs_are_counted(tmp_path: Path, tiny_model: Path) -> None:
+def test_bad_pairs_are_counted(tmp_path: Path, tiny_model: Path, inside: Inside) -> None:
     rows = [*PAIRS[:10], *BAD.values()]
     write(tmp_path / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     recipe = write(tmp_path / "r.yaml", recipe_text(tiny_model, "pairs.jsonl", ", on_bad_row: reject"))
-    done = tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path)
+    done = inside("prepare", recipe, "--run", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ledger = json.loads((tmp_path / "out" / "data" / "ledger.json").read_text(encoding="utf-8"))
     assert (ledger["rows_in"], ledger["rows_train"], ledger["rows_heldout"], ledger["rows_rejected"]) == (17, 9, 1, 7)
@@ -107,31 +107,31 @@ def test_bad_pairs_are_counted(tmp_path: Path, tiny_model: Path) -> None:
     }
 
 
-def test_answers_that_the_template_makes_equal_are_no_pair(tmp_path: Path, tiny_model: Path) -> None:
+def test_answers_that_the_template_makes_equal_are_no_pair(tmp_path: Path, tiny_model: Path, inside: Inside) -> None:
     write(tmp_path / "t.jinja", "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content | trim }}<|im_end|>{% endfor %}")
     write(tmp_path / "pairs.jsonl", json.dumps({"prompt": "b?", "chosen": "x", "rejected": "x\n"}) + "\n")
     recipe = write(tmp_path / "r.yaml", recipe_text(tiny_model, "pairs.jsonl", ", chat_template: t.jinja"))
-    check_readable(tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path), "TS111", "pairs.jsonl:1")
+    check_readable(inside("prepare", recipe, "--run", "out", cwd=tmp_path), "TS111", "pairs.jsonl:1")
 
 
-def test_all_bad_pairs_are_told_at_once(tmp_path: Path, tiny_model: Path) -> None:
+def test_all_bad_pairs_are_told_at_once(tmp_path: Path, tiny_model: Path, inside: Inside) -> None:
     write(tmp_path / "pairs.jsonl", "".join(json.dumps(BAD[name]) + "\n" for name in ("same", "one side", "none")))
     recipe = write(tmp_path / "r.yaml", recipe_text(tiny_model, "pairs.jsonl"))
-    done = tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path)
+    done = inside("prepare", recipe, "--run", "out", cwd=tmp_path)
     for code, line in (("TS111", 1), ("TS110", 2), ("TS113", 3)):
         check_readable(done, code, f"pairs.jsonl:{line}")
 
 
-def test_preference_rows_under_sft_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+def test_preference_rows_under_sft_are_refused(tmp_path: Path, tiny_model: Path, inside: Inside) -> None:
     write(tmp_path / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in PAIRS))
     recipe = write(tmp_path / "r.yaml", f"model: {tiny_model}\ndata: {{train: pairs.jsonl}}\n")
-    check_readable(tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path), "TS113", "pairs.jsonl:1 and 39 more rows")
+    check_readable(inside("prepare", recipe, "--run", "out", cwd=tmp_path), "TS113", "pairs.jsonl:1 and 39 more rows")
 
 
 @pytest.mark.parametrize(("file", "rows"), [("alpaca_demo/dpo_en_demo.json", 300), ("hh_rlhf/test.jsonl.gz", 2312)])
-def test_real_rows_add_up(tmp_path: Path, tiny_model: Path, shared_data: Path, file: str, rows: int) -> None:
+def test_real_rows_add_up(tmp_path: Path, tiny_model: Path, shared_data: Path, file: str, rows: int, inside: Inside) -> None:
     recipe = write(tmp_path / "r.yaml", recipe_text(tiny_model, str(shared_data / file), ", on_bad_row: reject"))
-    done = tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path)
+    done = inside("prepare", recipe, "--run", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ledger = json.loads((tmp_path / "out" / "data" / "ledger.json").read_text(encoding="utf-8"))
     assert (

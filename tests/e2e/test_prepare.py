@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import COLOURS, chat_row
-from tests.hostile import HOSTILE, forged_turns
+from tests.support.hostile import HOSTILE, forged_turns
+from tests.support.prepared import WORDS, balanced, question, read_arrow, rows_of
 from tunesmith.chat.named import named_template
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.io.rows import Row
@@ -25,22 +25,6 @@ from tunesmith.stages.prepare import prepare
 from tunesmith.stages.prepare.mixture import shares, targets
 from tunesmith.stages.prepare.work import Settings, Worker
 
-WORDS = ("amber", "birch", "cobalt", "dune", "ember", "fjord", "grove", "harbour", "iris", "juniper", "kelp", "lagoon")
-
-
-def question(number: int) -> str:
-    return f"Tell me of {' '.join(WORDS[(number * step + number // 12) % 12] for step in (1, 5, 7, 11))} {number}?"
-
-
-def rows_of(count: int, begin: int = 0) -> list[dict[str, Any]]:
-    return [chat_row(question(i), f"{COLOURS[i % 8]} {WORDS[i * 5 % 12]} {i}") for i in range(begin, begin + count)]
-
-
-def read_arrow(path: Path) -> list[dict[str, Any]]:
-    with pa.memory_map(str(path)) as source:
-        found: list[dict[str, Any]] = pa.ipc.open_stream(source).read_all().to_pylist()
-    return found
-
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Path) -> Callable[[str], ResolvedRecipe]:
@@ -49,11 +33,6 @@ def recipe(tmp_path: Path, tiny_model: Path) -> Callable[[str], ResolvedRecipe]:
         return parse_recipe(f"model: {tiny_model}\ndata: {{{own}{data}}}\n", "recipe.yaml", tmp_path)
 
     return make
-
-
-def balanced(ledger: dict[str, Any]) -> bool:
-    out: int = ledger["rows_train"] + ledger["rows_heldout"] + ledger["rows_unused"] + ledger["rows_rejected"]
-    return ledger["rows_in"] + ledger["rows_added"] == out
 
 
 def test_the_same_bytes_whatever_the_number_of_workers(tmp_path: Path, recipe: Any, write_rows: Any) -> None:

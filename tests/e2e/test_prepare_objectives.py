@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import chat_row
-from tests.e2e.test_prepare import WORDS, balanced, question, read_arrow, rows_of
+from tests.support.prepared import WORDS, balanced, question, read_arrow, rows_of
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import OBJECTIVES, ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl

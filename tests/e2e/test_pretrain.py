@@ -12,8 +12,8 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.conftest import chat_row
-from tests.e2e.test_pipeline import check_readable, tunesmith, write
-from tests.e2e.test_preference import read_arrow
+from tests.support.commands import Inside, check_readable, write
+from tests.support.prepared import read_arrow
 from tunesmith.engine.attention.backends import use_tree_attention
 from tunesmith.engine.modeling.loss import summed_loss
 from tunesmith.engine.packing.batch import PaddedCollator, StepCollator, collate_tree
@@ -43,10 +43,10 @@ train: {{max_steps: 3, effective_batch_size: 8, compute_dtype: float32, learning
 {more}"""
 
 
-def test_pretrain_then_sft(tmp_path: Path, base: Path) -> None:
+def test_pretrain_then_sft(tmp_path: Path, base: Path, inside: Inside) -> None:
     write(tmp_path / "texts.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     recipe = write(tmp_path / "r.yaml", recipe_text(base, "train: texts.jsonl"))
-    done = tunesmith("run", recipe, "--run", "out", cwd=tmp_path)
+    done = inside("run", recipe, "--run", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "out"
     ledger = json.loads((run / "data" / "ledger.json").read_text(encoding="utf-8"))
@@ -69,15 +69,15 @@ def test_pretrain_then_sft(tmp_path: Path, base: Path) -> None:
     second = f"model: {run}/export/merged\ndata: {{train: chat.jsonl, chat_template: t.jinja}}\ntrain: {{max_steps: 1}}\n"
     sft = write(tmp_path / "sft.yaml", second)
     for arguments in (("prepare", sft, "--run", "sft"), ("train", "sft")):
-        done = tunesmith(*arguments, cwd=tmp_path)
+        done = inside(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
 
-def test_keys_of_conversations_are_refused(tmp_path: Path, base: Path) -> None:
+def test_keys_of_conversations_are_refused(tmp_path: Path, base: Path, inside: Inside) -> None:
     (tmp_path / "texts").mkdir()
     write(tmp_path / "texts" / "a.txt", "one two")
     recipe = write(tmp_path / "r.yaml", recipe_text(base, "train: texts, system: Hi", "evaluate: {label: x}\n"))
-    done = tunesmith("prepare", recipe, "--run", "out", cwd=tmp_path)
+    done = inside("prepare", recipe, "--run", "out", cwd=tmp_path)
     check_readable(done, "TS005", "data.system")
     check_readable(done, "TS005", "evaluate.label")
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import feather
 
-from tests.hub import COMMIT, serving
+from tests.support.hub import COMMIT, serving
 
 Write = Callable[[Path, list[dict[str, Any]]], object]
 

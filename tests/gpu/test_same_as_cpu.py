@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import AutoModelForCausalLM
 
-from tests.invariant.test_packing import CONFIGS, VOCABULARY, loss_and_gradients
+from tests.support.models import CONFIGS, VOCABULARY, loss_and_gradients
 from tunesmith.engine.attention import flex
 from tunesmith.engine.attention.tree import masked_attention, tree_attention
 from tunesmith.engine.modeling.blocks import fuse_blocks

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, OlmoConfig
 
-from tests.invariant.test_packing import CONFIGS, exact_model
-from tests.shapes import SHAPE
+from tests.support.models import CONFIGS, ROWS, assert_equal, exact_model, results
+from tests.support.shapes import SHAPE
 from tunesmith.engine.modeling.adapter import fuse_adapters
 from tunesmith.engine.modeling.blocks import fuse_blocks, fusible
 from tunesmith.kernels.dispatch import EAGER, OWN, Kernels, compiled
-
-ROWS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 1], [3, 4, 9, 9, 2, 1, 1, 5]])
-
-
-def results(model: Any) -> dict[str, torch.Tensor]:
-    """Logits and every gradient, by name."""
-    model.zero_grad()
-    logits = model(input_ids=ROWS, use_cache=False).logits
-    logits.square().mean().backward()
-    return {"logits": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

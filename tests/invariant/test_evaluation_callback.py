@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.invariant.test_training import MakeRecipe, metrics, trained, weights
+from tests.support.training import MakeRecipe, metrics, trained, weights
 from tunesmith.errors import RecipeError
 from tunesmith.io.atomic import read_json
 from tunesmith.runs import Run, read_jsonl

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from tests.invariant.test_packing import CONFIGS, SMALL, VOCABULARY, exact_model, ids
-from tests.invariant.test_training import METHODS, QUIET, metrics, weights
-from tests.pairs import PAIRS, sides
+from tests.support.models import CONFIGS, SMALL, VOCABULARY, exact_model, ids
+from tests.support.pairs import PAIRS, sides
+from tests.support.training import METHODS, QUIET, metrics, weights
 from tunesmith.engine.attention.backends import use_tree_attention
 from tunesmith.engine.modeling import chunks
 from tunesmith.engine.modeling.dpo_loss import PairCollator, PreferenceModel, label_logprobs, reference_logprobs, row_logprobs

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import chat_row
-from tests.invariant.test_blocks import assert_equal, results
+from tests.support.models import assert_equal, results
 from tunesmith.engine.modeling.blocks import fuse_blocks
 from tunesmith.models.load import load_model
 from tunesmith.recipe import RopeScalingSection

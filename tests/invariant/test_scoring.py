@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig
 
-from tests.invariant.test_packing import CONFIGS, SMALL, VOCABULARY, exact_model, ids
+from tests.support.models import CONFIGS, SMALL, VOCABULARY, exact_model, ids
 from tunesmith.engine.attention.backends import use_tree_attention
 from tunesmith.engine.modeling import loss
 from tunesmith.engine.packing.tree import build_tree

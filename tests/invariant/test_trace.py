@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tests.invariant.test_packing import CONFIGS
+from tests.support.models import CONFIGS
 from tunesmith.kernels import cpu
 from tunesmith.models.families import read_architecture
 from tunesmith.planner.bytes.step import estimate, sharded_bytes

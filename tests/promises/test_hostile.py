@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import chat_row
 from tests.promises.training import Promises
-from tests.unit.folders import HOSTILE
+from tests.support.folders import HOSTILE
 from tunesmith.cli.main import main
 
 Make = Callable[[Path], str]  # writes the hostile input to a folder with `model` and `train.jsonl`, and returns a recipe

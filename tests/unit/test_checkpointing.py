@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from tests.invariant.test_packing import CONFIGS
-from tests.unit.test_recipe import GOOD, problems
+from tests.support.models import CONFIGS
+from tests.support.recipes import GOOD, problems
 from tunesmith.engine.attention import flex, tree
 from tunesmith.engine.attention.backends import use_tree_attention
 from tunesmith.engine.modeling.blocks import fuse_blocks

@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.shapes import SHAPE
+from tests.support.shapes import SHAPE
 from tunesmith.engine.attention.backends import use_tree_attention
 from tunesmith.engine.attention.tree_torch import blocks_backward, blocks_forward
 from tunesmith.engine.modeling.blocks import fuse_blocks

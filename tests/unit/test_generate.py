@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.invariant.test_packing import CONFIGS
+from tests.support.models import CONFIGS
 from tunesmith.inference.decode import decode, decode_attention, sampled, sharing_unsupported_reason
 from tunesmith.inference.generate import generate, without_stop
 

@@ -26,7 +26,7 @@ def apart(pairs):
 BLOCKS = """
 import copy
 from transformers import AutoModelForCausalLM
-from tests.invariant.test_packing import CONFIGS
+from tests.support.models import CONFIGS
 from tunesmith.kernels import triton
 from tunesmith.kernels.triton import blocks, cross_entropy, trial
 from tunesmith.engine.modeling.blocks import fuse_blocks

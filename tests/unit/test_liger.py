@@ -11,8 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.unit.test_recipe import GOOD, problems
-from tests.unit.test_settings import CPU, recipe
+from tests.support.recipes import CPU, GOOD, problems, recipe
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.liger import liger
 from tunesmith.methods.settings import settle
@@ -23,7 +22,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import liger_kernel.ops.geglu as geglu, liger_kernel.ops.rms_norm as rms_norm
 import numpy as np, torch, triton.language as tl, triton.runtime.interpreter as interpreter
 from transformers import AutoModelForCausalLM
-from tests.invariant.test_packing import CONFIGS
+from tests.support.models import CONFIGS
 from tunesmith.engine.modeling.blocks import fuse_blocks
 from tunesmith.kernels.dispatch import EAGER
 from tunesmith.kernels.liger import liger

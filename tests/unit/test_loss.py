@@ -18,8 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from tests.invariant.test_packing import with_labels
-from tests.shapes import SHAPE
+from tests.support.models import with_labels
+from tests.support.shapes import SHAPE
 from tunesmith.engine.modeling import chunks, loss
 from tunesmith.engine.modeling.loss import summed_loss
 from tunesmith.engine.packing.batch import PaddedCollator, collate_tree

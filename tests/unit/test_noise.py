@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.invariant.test_packing import CONFIGS
+from tests.support.models import CONFIGS
 from tunesmith.engine.attention.backends import use_tree_attention
 from tunesmith.engine.modeling.loss import summed_loss
 from tunesmith.engine.modeling.noise import EmbeddingNoise, row_lengths

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.invariant.test_packing import CONFIGS
-from tests.unit.test_settings import CPU, recipe
+from tests.support.models import CONFIGS
+from tests.support.recipes import CPU, recipe
 from tunesmith.engine.attention.backends import use_tree_attention
 from tunesmith.engine.modeling.blocks import fuse_blocks
 from tunesmith.engine.modeling.checkpointing import enable_checkpointing

@@ -7,16 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from tests.support.recipes import GOOD, problems
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Recipe, decided, dump_recipe, load_recipe, parse_dumped_recipe, parse_recipe
-
-GOOD = "model: smollm2-135m-instruct\ndata:\n  train: rows.jsonl\n"
-
-
-def problems(text: str, *overrides: str) -> dict[str, str]:
-    with pytest.raises(RecipeError) as caught:
-        parse_recipe(text, "recipe.yaml", Path("/base"), overrides)
-    return {p.what: p.fix for p in caught.value.problems}
 
 
 def test_unknown_key_names_the_nearest() -> None:

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import chat_row, random_llama
+from tests.support.tokenizers import VOCABULARY, small_tokenizer
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.quality import Label, RowFacts, balance
 from tunesmith.recipe import BalanceSection, DataSection, parse_recipe
@@ -34,7 +33,6 @@ from tunesmith.stages.prepare.work import Made, Rejection
 Row = dict[str, Any]
 Words = list[str]
 
-VOCABULARY = [f"{a}{b}" for a in "bcdfghklmnprstvw" for b in ("ala", "eno", "iru", "oso", "uta", "aki", "ewi", "ofu")]
 THRESHOLD = 0.8  # the default of `data.duplicates.threshold`
 BELOW, ABOVE = 0.78, 0.85  # no texts in between: MinHash may miss one pair in fifty right at the threshold
 
@@ -71,24 +69,6 @@ def read_arrow(path: Path) -> list[Row]:
     with path.open("rb") as source:
         rows: list[Row] = pa.ipc.open_stream(source).read_all().to_pylist()
     return rows
-
-
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + (
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def small_tokenizer() -> Any:
-    """Byte-level BPE trained on the words of these tests: it loads fast, and every stage loads it."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    control = ["<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=control, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    made.train_from_iterator([" ".join(VOCABULARY), "system user assistant answer question", '{"a":1}'] * 3, trainer)
-    names = dict(zip(("bos_token", "eos_token"), control, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token=control[1], chat_template=CHATML, **names)
 
 
 @pytest.fixture(scope="module")

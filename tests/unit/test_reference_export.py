@@ -18,18 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.unit.test_reference_training import (
-    Bench,
-    Rows,
-    Weights,
-    byte_model,
-    chat,
-    checkpoint,
-    little_work,
-    mean_loss,
-    seven_rows,
-    stored,
-)
+from tests.support.bench import Bench, Rows, Weights, byte_model, chat, checkpoint, little_work, mean_loss, seven_rows, stored
 from tunesmith.errors import ExportError
 from tunesmith.io.atomic import read_json
 from tunesmith.methods.lora import Lora

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.unit.test_reference_training import Bench, byte_model, little_work, many_rows, stored
+from tests.support.bench import Bench, byte_model, little_work, many_rows, stored
 from tunesmith.hardware.calibration import ROOFLINE, Entry, read_entries
 from tunesmith.hardware.catalogue import Device, read_gpus
 from tunesmith.io.atomic import write_json

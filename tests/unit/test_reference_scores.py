@@ -22,7 +22,7 @@ from sklearn.metrics import f1_score
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import chat_row, random_llama
-from tests.unit.test_reference_data import small_tokenizer
+from tests.support.tokenizers import small_tokenizer
 from tunesmith.chat.fields import canonical
 from tunesmith.engine.attention.backends import use_tree_attention
 from tunesmith.engine.modeling.loss import LossModel

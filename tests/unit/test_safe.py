@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import OPTConfig, OPTForCausalLM
 
-from tests.unit.folders import HOSTILE, edit_json
+from tests.support.folders import HOSTILE, edit_json
 from tunesmith.errors import ModelError
 from tunesmith.models.load import load_model, load_tokenizer, locate, model_digest
 

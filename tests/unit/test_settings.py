@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.hardware import Hardware, cpu_compute_dtype
+from tests.support.recipes import CPU, recipe
+from tunesmith.hardware import cpu_compute_dtype
 from tunesmith.methods.settings import auto_batch, auto_rank, settle
-from tunesmith.recipe import Recipe, parse_recipe
-
-CPU = Hardware("cpu", "a cpu", 2, 2**33, 0, None, "float32", "no bfloat16")
-
-
-def recipe(**train: Any) -> Recipe:
-    lines = [f"train.{key}={value}" for key, value in train.items()]
-    return parse_recipe("model: m\ndata:\n  train: x.jsonl\n", "r", Path("/"), lines).recipe
 
 
 def test_rank_by_rows() -> None:

@@ -1,0 +1,1 @@
+"""What tests share: models, recipes, runs, commands, hostile inputs."""
