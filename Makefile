@@ -25,11 +25,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	@$(BIN)/tunesmith demo
 
+# The first tier, which every change has to pass.
 test: check
-	@$(PYTEST) -n $(WORKERS)
+	@$(PYTEST) -n $(WORKERS) -m "not slow"
 
-# Also the contracts with the newest transformers, PEFT and TRL: before a change of the engine lands.
-test-all: test newest
+# Both tiers, and the contracts with the newest transformers, PEFT and TRL: before a change of the engine lands.
+test-all: check
+	@$(PYTEST) -n $(WORKERS)
+	@$(MAKE) newest
 
 # An environment of its own, because the newest versions may be ahead of constraints.txt.
 newest:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.support.commands import Inside, write
+from tests.support.forked import Forked
+from tunesmith import pipeline
 from tunesmith.cli.main import main
 
 
@@ -33,6 +37,13 @@ evaluate: {{json_schema: schema.json, label: colour, max_new_tokens: 8}}
 @pytest.fixture
 def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inside:
     """The command line in this process, with the libraries already loaded; returns its output as `tunesmith` prints it."""
+
+    def popen(command: list[str], *, env: Mapping[str, str], **_: Any) -> Forked:
+        """A training of `run`, whose start is tested with all its details elsewhere."""
+        assert command[1:4] == ["-P", "-m", "tunesmith"]
+        return Forked("tunesmith", command[4:], cwd=Path.cwd(), **env)
+
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
 
     def run_it(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(cwd)

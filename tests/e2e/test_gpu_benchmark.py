@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, script_of
+from tests.support.forked import ran
 
 GPU = ROOT / "benchmarks" / "gpu"
 GIB = 2**30
@@ -31,6 +32,29 @@ def run(*arguments: str, result: Path) -> tuple[subprocess.CompletedProcess[str]
     return done, json.loads(result.read_text(encoding="utf-8"))
 
 
+def cell(case: str, *more: str) -> dict[str, Any]:
+    """The answer of cell.py, with which run.py measures each case."""
+    done = ran("cell", [case, "--dry-run", *more], path=[GPU, GPU.parent], TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("case", ["sharing_7b", "stock_lora_7b"])
+def test_a_case_is_measured_and_planned(case: str) -> None:
+    found = cell(case)
+    assert found["part"] == case
+    assert found["peak_memory_bytes"] > 0
+    assert found["planned_bytes"] > 0
+    assert found["losses"][0] == pytest.approx(6.24, abs=0.1)  # log 512: nothing has been learnt yet
+
+
+def test_a_case_calibrates_the_plan() -> None:
+    (entry, *_) = cell("lora_7b", "--calibrate")["calibration"]
+    assert entry["method"] == "lora"
+
+
+@pytest.mark.slow
 def test_a_dry_run_measures_and_plans(tmp_path: Path, generator: ModuleType) -> None:
     """The engine on rows with a shared prefix, and stock LoRA: the same first loss, prefix computed once, a plan for each."""
     only = ("--only", "sharing_7b", "--only", "stock_lora_7b")

@@ -83,11 +83,14 @@ def test_trace_agrees_with_the_closed_form(tmp_path: Path, tiny_model: Path, ins
     line = next(line for line in done.stdout.splitlines() if "closed form" in line)
     error = float(line.rpartition("(")[2].rpartition(" %")[0])
     assert 0 <= error < 3  # rounding to blocks is visible for a 1 MB model
-    assert "TFLOP per step: mm" in done.stdout
+    assert "TFLOP per step: " in done.stdout
 
 
-def test_auto_takes_what_the_plan_recommends_and_calibration_is_used(task: Path, inside: Inside) -> None:
+def test_auto_takes_what_the_plan_recommends_and_calibration_is_used(
+    task: Path, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = task.parent
+    monkeypatch.setenv("TUNESMITH_CALIBRATION", str(folder / "calibration.json"))
     text = task.read_text(encoding="utf-8")
     task.write_text(text.replace("data: {", "method: auto\ndata: {"), encoding="utf-8")
     done = inside("plan", task, "--calibrate", "--json", cwd=folder)
@@ -100,5 +103,5 @@ def test_auto_takes_what_the_plan_recommends_and_calibration_is_used(task: Path,
     assert "method lora: LoRA is expected to reach" in done.stderr
     recipe = (folder / "out" / "recipe.yaml").read_text(encoding="utf-8")
     assert "method: lora  # plan" in recipe
-    assert "the plan was off by" in done.stderr
+    assert "the plan was off by" in " ".join(done.stderr.split())
     assert (folder / "out" / "score" / "score.json").is_file()

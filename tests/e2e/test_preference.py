@@ -128,7 +128,10 @@ def test_preference_rows_under_sft_are_refused(tmp_path: Path, tiny_model: Path,
     check_readable(inside("prepare", recipe, "--run", "out", cwd=tmp_path), "TS113", "pairs.jsonl:1 and 39 more rows")
 
 
-@pytest.mark.parametrize(("file", "rows"), [("alpaca_demo/dpo_en_demo.json", 300), ("hh_rlhf/test.jsonl.gz", 2312)])
+@pytest.mark.parametrize(
+    ("file", "rows"),
+    [("alpaca_demo/dpo_en_demo.json", 300), pytest.param("hh_rlhf/test.jsonl.gz", 2312, marks=pytest.mark.slow)],
+)
 def test_real_rows_add_up(tmp_path: Path, tiny_model: Path, shared_data: Path, file: str, rows: int, inside: Inside) -> None:
     recipe = write(tmp_path / "r.yaml", recipe_text(tiny_model, str(shared_data / file), ", on_bad_row: reject"))
     done = inside("prepare", recipe, "--run", "out", cwd=tmp_path)

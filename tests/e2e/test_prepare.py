@@ -239,7 +239,7 @@ def test_real_tool_calls_are_trained(tmp_path: Path, recipe: Any, shared_data: P
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("gsm8k/train.jsonl", "columns: {prompt: question, completion: answer}"),
+        ("gsm8k/test.jsonl", "columns: {prompt: question, completion: answer}"),
         ("alpaca_demo/alpaca_zh_demo.json", "on_bad_row: reject"),
         ("alpaca_demo/identity.json", "on_bad_row: reject"),
     ],

@@ -8,6 +8,8 @@ import pytest
 from rich.console import Console
 
 from tunesmith import demo
+from tunesmith.inference.generate import generate
+from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.recipe import load_recipe
 from tunesmith.runs import create_run
 from tunesmith.stages.evaluate import evaluate
@@ -19,6 +21,15 @@ from tunesmith.stages.train import train
 QUIET = Console(quiet=True)
 
 
+@pytest.mark.real_model
+def test_the_built_in_model_knows_a_capital(real_model: Path) -> None:
+    tokenizer, model = load_tokenizer(real_model), load_model(real_model, dtype="float32")
+    prompt = tokenizer("The capital of France is")["input_ids"]
+    (answer,) = generate(model, [prompt], stop_ids=[tokenizer.eos_token_id], max_new_tokens=2, batch_size=1)
+    assert "Paris" in tokenizer.decode(answer)
+
+
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_lora_learns_the_demo_task(tmp_path: Path, real_model: Path) -> None:
     recipe = demo.write_input(tmp_path / "input", train_rows=120, test_rows=8, max_rows=80)

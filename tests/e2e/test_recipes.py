@@ -62,7 +62,13 @@ def test_each_set_has_its_recipe() -> None:
     assert [path.stem for path in RECIPES] == sorted(ROWS)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+#: Sets of thousands of rows; smaller ones of the same kinds are in the first tier.
+LARGE = ("clinc150", "gsm8k", "hh_rlhf")
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LARGE)) for path in RECIPES]
+)
 def test_the_set_loads_whole(shared_data: Path, tmp_path: Path, recipe: Path) -> None:
     copy = tmp_path / recipe.name
     copy.write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")

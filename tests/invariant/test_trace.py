@@ -156,15 +156,15 @@ def test_no_process_group_is_left_behind() -> None:
     assert not StorageMeter.paused
 
 
-def test_few_blocks_multiplied_are_all_of_them() -> None:
-    for method in ("full", "lora"):
-        scenario = replace(FULL, method=method, dtype="bfloat16", gradient_checkpointing=True)
-        sizes = {**CONFIGS["llama"].to_dict(), "layer_types": None}
-        few = [trace(LlamaConfig(**{**sizes, "num_hidden_layers": depth}), scenario) for depth in (8, 9, 10)]
-        whole = trace(LlamaConfig(**{**sizes, "num_hidden_layers": 13}), scenario)
-        made = multiplied(few, 13)
-        assert made is not None
-        assert (made.total_bytes, made.resident_bytes) == (whole.total_bytes, whole.resident_bytes)
-        assert made.flops == whole.flops
-        other = replace(few[0], total_bytes=few[0].total_bytes + 512)
-        assert multiplied([other, *few[1:]], 13) is None
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_few_blocks_multiplied_are_all_of_them(method: Any) -> None:
+    scenario = replace(FULL, method=method, dtype="bfloat16", gradient_checkpointing=True)
+    sizes = {**CONFIGS["llama"].to_dict(), "layer_types": None}
+    few = [trace(LlamaConfig(**{**sizes, "num_hidden_layers": depth}), scenario) for depth in (8, 9, 10)]
+    whole = trace(LlamaConfig(**{**sizes, "num_hidden_layers": 13}), scenario)
+    made = multiplied(few, 13)
+    assert made is not None
+    assert (made.total_bytes, made.resident_bytes) == (whole.total_bytes, whole.resident_bytes)
+    assert made.flops == whole.flops
+    other = replace(few[0], total_bytes=few[0].total_bytes + 512)
+    assert multiplied([other, *few[1:]], 13) is None

@@ -18,7 +18,7 @@ from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
 
-STEPS = 3
+STEPS = 2
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or shutil.which("cc") is None,
     reason="the allocator with a limit is built with cc, for glibc",
@@ -37,17 +37,17 @@ def allocator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deep_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A random Llama whose activations dominate its memory."""
     folder = tmp_path_factory.mktemp("models") / "deep-llama"
-    return random_llama(folder, tokenizer, hidden_size=96, intermediate_size=512, num_hidden_layers=10)
+    return random_llama(folder, tokenizer, hidden_size=96, intermediate_size=512, num_hidden_layers=6)
 
 
 @pytest.fixture
 def make_run(tmp_path: Path, deep_model: Path, write_rows: Any) -> Callable[..., Run]:
-    """Rows of 25 to 300 tokens, 32 per micro-batch if memory allows it."""
+    """Rows of 25 to 250 tokens, 16 per micro-batch if memory allows it."""
     draw = random.Random(42)
-    numbers = [" ".join(str(draw.randint(0, 9)) for _ in range(number % 8 * 15 + 5)) for number in range(64)]
+    numbers = [" ".join(str(draw.randint(0, 9)) for _ in range(number % 8 * 8 + 5)) for number in range(64)]
     write_rows([chat_row(f"Repeat {each}", each) for each in numbers])
 
-    def make(name: str, more: str = "effective_batch_size: 32, per_device_train_batch_size: 32", method: str = "full") -> Run:
+    def make(name: str, more: str = "effective_batch_size: 16, per_device_train_batch_size: 16", method: str = "full") -> Run:
         text = f"model: {deep_model}\nmethod: {method}\n"
         text += "data: {train: train.jsonl, heldout: 0, duplicates: {threshold: null}}\n"
         text += f"train: {{max_steps: {STEPS}, compute_dtype: float32, {more}}}\n"
@@ -59,12 +59,11 @@ def make_run(tmp_path: Path, deep_model: Path, write_rows: Any) -> Callable[...,
 
 
 @pytest.fixture
-def finished(allocator: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Run, str], tuple[int, str, str]]:
+def finished(allocator: Path) -> Callable[[Run, str], tuple[int, str, str]]:
     """Exit code, output and error of a training run that may take `limit` bytes more than at its start."""
-    monkeypatch.setenv("LD_PRELOAD", str(allocator))
 
     def run_it(run: Run, limit: str) -> tuple[int, str, str]:
-        with started(run, "limited", limit) as process:
+        with started(run, "limited", limit, LD_PRELOAD=str(allocator)) as process:
             out, error = process.communicate()
         return process.returncode, out, " ".join(error.split())[-1500:]
 
@@ -93,7 +92,7 @@ def test_a_step_that_does_not_fit_is_computed_in_parts(make_run: Any, finished: 
 
 def test_a_row_that_does_not_fit_alone_is_told_before_any_step(make_run: Any, finished: Any) -> None:
     run = make_run("run", method="lora")
-    code, _, error = finished(run, str(30 << 20))
+    code, _, error = finished(run, str(4 << 20))
     assert code == 2, error
     assert "TS312" in error
     assert "out of memory with one row of" in error

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.promises.training import CASES, STEPS, Promises, lines, same, steps_of, wait_for_steps
+from tests.support.forked import Forked
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import parse_recipe
 from tunesmith.runs import Run, read_jsonl
@@ -24,11 +26,25 @@ from tunesmith.stages.train.ranks import join
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def two(run: Run) -> subprocess.Popen[str]:
-    """`tunesmith train` in two processes, in their own process group."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+        return port
+
+
+@contextmanager
+def forked(run: Run) -> Iterator[list[Forked]]:
+    """`tunesmith train` in two processes with the environment that torchrun gives them."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ExitStack() as stack:
+        begin = (Forked("tunesmith", ["train", str(run.path)], RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01")
+        yield [stack.enter_context(each) for each in begin]
+
+
+def launched(run: Run) -> subprocess.Popen[str]:
+    """`torchrun -m tunesmith train` with two processes, in their own process group."""
+    port = free_port()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     return subprocess.Popen(
         [*launcher, "-m", "tunesmith", "train", str(run.path)],
@@ -42,9 +58,10 @@ def two(run: Run) -> subprocess.Popen[str]:
 
 
 def finished(run: Run) -> None:
-    with two(run) as process:
-        error = process.communicate()[1]
-    assert process.returncode == 0, error[-3000:]
+    with forked(run) as processes:
+        for process in processes:
+            error = process.communicate()[1]
+            assert process.returncode == 0, error[-3000:]
 
 
 def test_two_processes_train_what_one_does(make_run: Callable[..., Run], promises: Promises) -> None:
@@ -72,17 +89,33 @@ def test_two_processes_are_killed_and_go_on(make_run: Callable[..., Run], promis
     draw = random.Random(42)
     killed = 0
     for _ in range(moments):
-        with two(parts) as process:
-            wait_for_steps(parts, process, draw.randint(2, 4))
+        with forked(parts) as processes:
+            wait_for_steps(parts, processes[0], draw.randint(2, 4))
             time.sleep(draw.uniform(0.0, 0.1))
-            os.killpg(process.pid, signal.SIGKILL)
-        killed += process.returncode == -signal.SIGKILL
+            for process in processes:
+                process.kill()
+        killed += all(process.returncode == -signal.SIGKILL for process in processes)
     assert killed == moments
     finished(parts)
     assert steps_of(parts) == list(range(1, steps + 1))
     same(whole, parts)
     assert any(event["code"] == "resumed" for event in parts.events("train"))
     promises.state("two processes", "count", two_process_moments=moments, two_process_survived=killed)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_them_and_they_resume_after_a_kill(make_run: Callable[..., Run]) -> None:
+    steps = STEPS + 3
+    whole, parts = (make_run(name, CASES["lora, dropout, evaluation"], "save_steps: 2", steps) for name in ("whole", "parts"))
+    finished(whole)
+    with launched(parts) as process:
+        wait_for_steps(parts, process, 3)
+        os.killpg(process.pid, signal.SIGKILL)
+    with launched(parts) as process:
+        error = process.communicate()[1]
+    assert process.returncode == 0, error[-3000:]
+    same(whole, parts)
+    assert any(event["code"] == "resumed" for event in parts.events("train"))
 
 
 def test_what_several_processes_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

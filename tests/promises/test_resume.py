@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tests.promises.training import (
     steps_of,
     wait_for_steps,
 )
+from tests.support.forked import Forked
 from tunesmith.errors import RunError, StoppedError, TrainError
 from tunesmith.runs import Run, read_jsonl
 from tunesmith.stages.train import train
@@ -122,8 +124,7 @@ def test_a_signal_to_run_reaches_the_training(make_run: Callable[..., Run]) -> N
     prepared = make_run("run", CASES["lora, dropout, evaluation"])
     recipe = prepared.path.parent / "recipe.yaml"
     recipe.write_text((prepared.path / "recipe.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    command = [sys.executable, "-m", "tunesmith", "run", str(recipe), "--run", str(prepared.path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with Forked("tunesmith", ["run", str(recipe), "--run", str(prepared.path)]) as process:
         wait_for_steps(prepared, process, 5)
         process.terminate()
         error = process.communicate()[1]
@@ -137,8 +138,8 @@ def test_a_second_signal_leaves_at_once(make_run: Callable[..., Run]) -> None:
     run = make_run("run", CASES["full, accumulation"], "save_steps: null", steps=400)
     with started(run) as process:
         wait_for_steps(run, process, 3)
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT):  # within a step
+            os.kill(process.pid, number)
         process.communicate()
     assert process.returncode in {-signal.SIGINT, -signal.SIGTERM}  # whichever signal was seen second
     assert not (run.path / "train" / "savepoints").exists()  # it did not wait for the step to be saved

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +18,11 @@ from typing import Any
 import numpy as np
 from benchmarks.common import claim, merged, report
 
+from tests.support.forked import Forked
 from tunesmith.runs import Run, read_jsonl
 from tunesmith.stages.train import train
+
+Process = subprocess.Popen[str] | Forked
 
 STEPS = 36
 LAST_SAVED = 33  # with `save_steps: 3`
@@ -151,15 +153,13 @@ def signalled(run: Run, number: signal.Signals, after: int) -> None:
         train(run)
 
 
-def started(run: Run, *under: str) -> subprocess.Popen[str]:
+def started(run: Run, *under: str, **environment: str) -> Forked:
     """`tunesmith train` of a run in a separate process, under a module of this folder if one is named."""
-    begin = ["-m", f"tests.promises.{under[0]}", *under[1:], "--"] if under else ["-m", "tunesmith"]
-    command = [sys.executable, *begin, "train", str(run.path)]
-    root = Path(__file__).resolve().parents[2]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+    module = f"tests.promises.{under[0]}" if under else "tunesmith"
+    return Forked(module, [*under[1:], *(["--"] if under else []), "train", str(run.path)], **environment)
 
 
-def wait_for_steps(run: Run, process: subprocess.Popen[str], more: int) -> None:
+def wait_for_steps(run: Run, process: Process, more: int) -> None:
     """Wait until metrics.jsonl has `more` more steps than now, or the process has ended."""
     wanted = steps_written(run) + more
     while process.poll() is None and steps_written(run) < wanted:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import chat_row
+from tests.support.forked import ran
 
 COMMAND = Path(sys.executable).with_name("tunesmith")
 RECIPE = """
@@ -93,7 +94,7 @@ def _turns(times: int) -> list[list[dict[str, str]]]:
     ]
 
 
-@pytest.mark.parametrize("by_module", [False, True])
+@pytest.mark.parametrize("by_module", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_all_stages_in_a_hostile_folder(
     by_module: bool, hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
 ) -> None:
@@ -104,13 +105,33 @@ def test_all_stages_in_a_hostile_folder(
     done = _called(folder, [*command, "run", "recipe.yaml", "--run", "out"], PATH=f":.:{os.environ['PATH']}")
     _untouched(folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    # matplotlib's settings there do not change any figure, and are not even read.
-    done = _called(folder, [*command, "compare", "out", "--out", "report"])
+
+
+def test_a_comparison_in_a_hostile_folder(
+    hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
+) -> None:
+    """matplotlib's settings there do not change any figure, and are not even read."""
+    folder = hostile(False)
+    _with_rows(folder, RECIPE, tiny_model, colour_rows)
+    recipe, out = str(folder / "recipe.yaml"), str(folder / "out")
+    for arguments in (["prepare", recipe, "--run", out], ["train", out], ["export", out], ["evaluate", out]):
+        done = ran("tunesmith", arguments)
+        assert done.returncode == 0, done.stderr
+    done = _called(folder, [COMMAND, "compare", "out", "--out", "report"])
     _untouched(folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "matplotlib" not in done.stderr
 
 
+def test_torchrun_in_a_hostile_folder(hostile: Callable[[bool], Path]) -> None:
+    folder = hostile(True)
+    launcher = [COMMAND.with_name("torchrun"), "--standalone", "--nproc-per-node", "1"]
+    done = _called(folder, [*launcher, "-m", "tunesmith", "train", "nowhere"])
+    _untouched(folder)
+    assert "TS010" in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_processes_of_torchrun_in_a_hostile_folder(
     hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
 ) -> None:

@@ -14,6 +14,11 @@ from tunesmith.io.safe import check_model_folder
 from tunesmith.models import builtin
 
 
+@pytest.fixture(scope="module")
+def tokenizer(real_tokenizer: Any) -> Any:
+    return real_tokenizer
+
+
 def test_control_tokens(tokenizer: Any) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (1, 2, 2, 0)
     assert tokenizer.eos_token == "<|im_end|>"

@@ -64,6 +64,11 @@ def trained_texts(tokenizer: Any, row: Encoded | Problem) -> list[str]:
     return [tokenizer.decode([token for token, _ in run]) for trained, run in runs if trained]
 
 
+@pytest.fixture(scope="module")
+def tokenizer(real_tokenizer: Any) -> Any:
+    return real_tokenizer
+
+
 def test_builtin_template(tokenizer: Any) -> None:
     template = ChatTemplate(tokenizer)
     (row,) = template.encode([WITH_SYSTEM])
