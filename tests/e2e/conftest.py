@@ -34,6 +34,16 @@ evaluate: {{json_schema: schema.json, label: colour, max_new_tokens: 8}}
     return write(tmp_path / "recipe.yaml", recipe)
 
 
+class Training(Forked):
+    """Prints its messages where this process prints its own."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once it has ended."""
+        code = super().wait(timeout)
+        print(self.communicated()[1], end="", file=sys.stderr)
+        return code
+
+
 @pytest.fixture
 def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inside:
     """The command line in this process, with the libraries already loaded; returns its output as `tunesmith` prints it."""
@@ -41,7 +51,7 @@ def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def popen(command: list[str], *, env: Mapping[str, str], **_: Any) -> Forked:
         """A training of `run`, whose start is tested with all its details elsewhere."""
         assert command[1:4] == ["-P", "-m", "tunesmith"]
-        return Forked("tunesmith", command[4:], cwd=Path.cwd(), **env)
+        return Training("tunesmith", command[4:], cwd=Path.cwd(), **env)
 
     monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
 

@@ -133,8 +133,12 @@ def test_one_source_alone(source: str, tmp_path: Path, tiny_model: Path) -> None
         missing = prepared(
             tmp_path, "data: {train: 'hub:nobody/none'}", tiny_model, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache")
         )
-    assert missing.returncode == 2
-    assert "TS101" in missing.stderr
+    unreached = prepared(
+        tmp_path, "data: {train: 'hub:owner/other'}", tiny_model, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache")
+    )
+    for done in (missing, unreached):
+        assert done.returncode == 2
+        assert "TS101" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["a.txt", "b.md", "folder", "c.jsonl"])

@@ -67,7 +67,7 @@ def compared(name: str, **more: Any) -> tuple[float, Estimate]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "lora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_closed_form_equals_trace(name: str, method: str) -> None:
     """One length per checkpointing; benchmarks/plan_accuracy.py has all combinations, on models of 7 to 9 B parameters."""
     for checkpointing, length in ((False, 384), (True, 192)):

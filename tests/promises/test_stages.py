@@ -134,6 +134,20 @@ def cut(tmp_path: Path, real_model: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": search, "TUNESMITH_ATTEMPTS": str(tmp_path / "attempts")}
 
 
+def test_no_stage_needs_a_network(make_recipe_file: Any, tmp_path: Path, cut: dict[str, str]) -> None:
+    """Each stage, with every connection refused and recorded."""
+    recipe, run = make_recipe_file("recipe"), tmp_path / "run"
+    for stage in STAGES:
+        ended = ran("tests.promises.cut", command(stage, recipe, run), **cut)
+        assert ended.returncode == 0, ended.stderr
+    assert not (tmp_path / "attempts").exists()
+    hub = ["prepare", str(recipe), "--set", "data.train=hub:some/set", "--run", str(tmp_path / "other")]
+    ended = ran("tests.promises.cut", hub, **cut)
+    assert ended.returncode == 2
+    assert (tmp_path / "attempts").exists()
+
+
+@pytest.mark.slow
 def test_nothing_needs_a_network(make_recipe_file: Any, tmp_path: Path, cut: dict[str, str], promises: Promises) -> None:
     """All stages of a run, and in the long version the whole demo, with every connection refused and recorded."""
     commands = [["run", str(make_recipe_file("recipe")), "--run", str(tmp_path / "run")]]

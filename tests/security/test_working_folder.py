@@ -99,10 +99,20 @@ def test_all_stages_in_a_hostile_folder(
     by_module: bool, hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
 ) -> None:
     folder = hostile(by_module)
-    _with_rows(folder, RECIPE, tiny_model, colour_rows, 2 if by_module else 30)
+    _with_rows(folder, RECIPE, tiny_model, colour_rows, 2)
     command = [sys.executable, "-m", "tunesmith"] if by_module else [COMMAND]
     # An empty path entry means the working folder.
     done = _called(folder, [*command, "run", "recipe.yaml", "--run", "out"], PATH=f":.:{os.environ['PATH']}")
+    _untouched(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_workers_in_a_hostile_folder(
+    hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
+) -> None:
+    folder = hostile(False)
+    _with_rows(folder, RECIPE, tiny_model, colour_rows, 30)
+    done = _called(folder, [COMMAND, "prepare", "recipe.yaml", "--run", "out"])
     _untouched(folder)
     assert done.returncode == 0, done.stderr[-3000:]
 

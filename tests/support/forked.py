@@ -92,6 +92,10 @@ class Forked:
     def communicate(self) -> tuple[str, str]:
         """What it has printed to stdout and stderr, once it has ended."""
         self.wait()
+        return self.communicated()
+
+    def communicated(self) -> tuple[str, str]:
+        """What it has printed to stdout and stderr until now."""
         out, error = (printed.decode("utf-8", errors="replace") for printed in self._printed)
         return out, error
 

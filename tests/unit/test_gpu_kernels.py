@@ -141,7 +141,7 @@ for bits, compensated in ((8, False), (16, False), (16, True)):
     (one, first), (two, second) = (trained(bits, torch.bfloat16, parts, compensated) for parts in (1, 3))
     assert torch.equal(one, two), "slices"
     assert all(torch.equal(a.values, b.values) for a, b in zip(moments(first), moments(second)))
-many = torch.stack([trained(16, torch.bfloat16, 1, seed=seed)[0].float() for seed in range(40)])
+many = torch.stack([trained(16, torch.bfloat16, 1, seed=seed)[0].float() for seed in range(16)])
 found["differ"] = float((many[0] != many[1]).float().mean())
 found["bias"] = float((many.abs().mean(0) - whole.abs()).mean().abs())
 # Shares of every decade, at values of bytes, and beside the middles between two; each block has a one.
@@ -191,7 +191,7 @@ def test_updates_are_those_of_the_optimizer() -> None:
     assert found["compensated"] < 1e-3
     assert found["halves"] < 0.1  # weights that are not the nearest bf16 value: states are rounded stochastically
     assert 0.1 < found["differ"] < 0.9
-    assert found["bias"] < 2e-4
+    assert found["bias"] < 3e-4
     assert found["not nearest"] == 0
     assert found["bytes"] == [256, 256]
 

@@ -60,7 +60,7 @@ def test_trained_saved_loaded_and_merged(base: Path, tmp_path: Path, name: str) 
         "norm",
     }
     batch = collate_tree(ROWS)
-    optimizer = torch.optim.SGD(trained.values(), lr=0.05)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.02)
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     for _ in range(2):
         optimizer.zero_grad()

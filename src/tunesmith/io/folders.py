@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import DataError, Problem, first_line
+from tunesmith.io.hub import hub_errors
 
 HUB = "hub:"  # hub:owner/name or hub:owner/name@revision
 
@@ -81,21 +82,19 @@ def hub_files(path: str, split: str | None, is_rows: Kind) -> Iterator[Path]:
 
 def _info(path: str, name: str, revision: str | None) -> Any:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return HfApi().dataset_info(name, revision=revision)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except hub_errors() as error:
         raise _unreachable(path, error) from error
 
 
 def _fetched(path: str, name: str, file: str, commit: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, file, repo_type="dataset", revision=commit))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except hub_errors() as error:
         raise _unreachable(f"{path}/{file}", error) from error
 
 

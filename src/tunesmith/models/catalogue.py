@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from tunesmith.errors import ModelError, Problem, first_line
 from tunesmith.io import safe
+from tunesmith.io.hub import hub_errors
 from tunesmith.models import builtin
 
 _CATALOGUE_NAME_OF_BUILTIN = "HuggingFaceTB/SmolLM2-135M"
@@ -93,12 +94,11 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
 def _from_hub(name: str, revision: str | None, fix: str) -> dict[str, Any]:
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         offline = not _reachable(constants.ENDPOINT)  # otherwise the library retries for half a minute
         path = hf_hub_download(name, "config.json", revision=revision, local_files_only=offline)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except hub_errors() as error:
         detail = first_line(error)[:200]
         why = "it is not in the catalogue, and its config.json could not be fetched"
         raise ModelError(Problem("TS206", f"cannot get {name!r}: {detail}", name, why, fix)) from error

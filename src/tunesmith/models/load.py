@@ -12,6 +12,7 @@ from tunesmith.errors import ModelError, Problem, TunesmithError, first_line
 from tunesmith.io import safe
 from tunesmith.io.atomic import sha256_file, sha256_json, write_json
 from tunesmith.io.cache import cache_folder
+from tunesmith.io.hub import hub_errors
 from tunesmith.models import builtin
 from tunesmith.models.fits import check_names, check_shapes, check_size
 from tunesmith.models.rope import scale
@@ -40,11 +41,10 @@ def locate(name: str, revision: str | None = None) -> Path:
 
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except hub_errors() as error:
         detail = first_line(error)
         why = "neither a local folder nor a hub model of that name could be opened"
         fix = f"check the spelling and the network, or use {builtin.NAME!r} or a local folder"
