@@ -27,11 +27,11 @@ demo: install
 
 # The first tier, which every change has to pass.
 test: check
-	@$(PYTEST) -n $(WORKERS) -m "not slow"
+	@$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow"
 
 # Both tiers, and the contracts with the newest transformers, PEFT and TRL: before a change of the engine lands.
 test-all: check
-	@$(PYTEST) -n $(WORKERS)
+	@$(PYTEST) -n $(WORKERS) --dist worksteal
 	@$(MAKE) newest
 
 # An environment of its own, because the newest versions may be ahead of constraints.txt.

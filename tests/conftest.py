@@ -8,7 +8,8 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -17,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from tests.support import forked
 from tunesmith.hardware.calibration import ROOFLINE, Bound, Entry, add_entries
 from tunesmith.hardware.catalogue import read_gpus, this_device
 from tunesmith.models import builtin
@@ -31,6 +33,57 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--promises", metavar="FILE", help="run the long versions of tests/promises, and write their figures here")
+
+
+#: CPU seconds that a first-tier test may take on the machine that the reference below was measured on.
+FIRST_TIER_SECONDS = 15.0
+_REFERENCE_SECONDS = 0.25
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of the processes that it started. Unlike wall time, it does not grow on a busy machine."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system + sum(forked.CPU_SECONDS)
+
+
+def _slowness() -> float:
+    """How many times slower this machine is than the reference machine; at least 1."""
+    begun = time.process_time()
+    total = 0
+    for number in range(4_000_000):
+        total += number & 7
+    return max(1.0, (time.process_time() - begun) / _REFERENCE_SECONDS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LIMIT] = FIRST_TIER_SECONDS * _slowness()
+
+
+_LIMIT = pytest.StashKey[float]()
+_USED = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    begun = _cpu_seconds()
+    try:
+        return (yield)
+    finally:
+        item.stash[_USED] = _cpu_seconds() - begun
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a first-tier test that takes too long, by name: it slows down every change."""
+    report = yield
+    used, limit = item.stash.get(_USED, 0.0), item.config.stash[_LIMIT]
+    if call.when == "call" and report.passed and used > limit and item.get_closest_marker("slow") is None:
+        report.outcome = "failed"
+        fix = "make it cheaper, or mark it slow"
+        report.longrepr = f"{item.nodeid} took {used:.1f} s of CPU time, a first-tier test may take {limit:.1f}: {fix}"
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -113,7 +113,7 @@ def test_closed_form_equals_trace_of_other_ways(more: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_other_architectures_are_within_three_percent(name: str, method: str) -> None:
     for checkpointing in (False, True):
         error, _ = compared(name, method=method, gradient_checkpointing=checkpointing)

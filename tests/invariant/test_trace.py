@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -31,11 +32,14 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 FULL = Scenario("full", rows=3, length=48, labelled=60, dtype="float32", r=4)
+#: Every family with LoRA, two of them with every method; the others are in the second tier.
+GRID = [
+    pytest.param(name, checkpointing, method, marks=[pytest.mark.slow] * (name not in {"llama", "gemma"} and method != "lora"))
+    for name, checkpointing, method in product(CONFIGS, (False, True), ("full", "lora", "qlora"))
+]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(("name", "checkpointing", "method"), GRID)
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_trace_equals_real_allocation(name: str, checkpointing: bool, method: Any) -> None:
     dtype = "float32" if method == "full" else "bfloat16"
@@ -70,9 +74,7 @@ def test_trace_equals_real_allocation_of_other_ways(more: dict[str, Any]) -> Non
     assert traced.flops == real.flops
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(("name", "checkpointing", "method"), GRID)
 def test_kernels_of_ours_take_no_more(name: str, checkpointing: bool, method: Any) -> None:
     """As trained on a CPU: the traced bytes exactly, or fewer if the peak is in a norm's gradient or a bf16 block."""
     cpu.unsupported_reason()  # the first call's test must not count as the model's
@@ -156,7 +158,7 @@ def test_no_process_group_is_left_behind() -> None:
     assert not StorageMeter.paused
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_few_blocks_multiplied_are_all_of_them(method: Any) -> None:
     scenario = replace(FULL, method=method, dtype="bfloat16", gradient_checkpointing=True)
     sizes = {**CONFIGS["llama"].to_dict(), "layer_types": None}

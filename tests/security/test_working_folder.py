@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import chat_row
+from tests.support import forked
 from tests.support.forked import ran
 
 COMMAND = Path(sys.executable).with_name("tunesmith")
@@ -94,7 +95,20 @@ def _turns(times: int) -> list[list[dict[str, str]]]:
     ]
 
 
-@pytest.mark.parametrize("by_module", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_training_of_run_in_a_hostile_folder(
+    hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
+) -> None:
+    """`run` starts a process for it."""
+    folder = hostile(False)
+    _with_rows(folder, RECIPE, tiny_model, colour_rows)
+    with forked.Forked("tunesmith", ["run", "recipe.yaml", "--run", "out"], cwd=folder) as process:
+        error = process.communicate()[1]
+    _untouched(folder)
+    assert process.returncode == 0, error[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_module", [False, True])
 def test_all_stages_in_a_hostile_folder(
     by_module: bool, hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
 ) -> None:
@@ -133,11 +147,12 @@ def test_a_comparison_in_a_hostile_folder(
     assert "matplotlib" not in done.stderr
 
 
-def test_torchrun_in_a_hostile_folder(hostile: Callable[[bool], Path]) -> None:
+def test_the_module_in_a_hostile_folder(hostile: Callable[[bool], Path]) -> None:
+    """As torchrun starts it."""
     folder = hostile(True)
-    launcher = [COMMAND.with_name("torchrun"), "--standalone", "--nproc-per-node", "1"]
-    done = _called(folder, [*launcher, "-m", "tunesmith", "train", "nowhere"])
+    done = _called(folder, [sys.executable, "-u", "-m", "tunesmith", "train", "nowhere"])
     _untouched(folder)
+    assert done.returncode == 2
     assert "TS010" in done.stderr, done.stderr[-3000:]
 
 
@@ -164,10 +179,11 @@ def test_a_reward_is_its_file_alone(
     reward.write_text("import json, socket, fractions\ndef f(p, answers, r): return [len(each) for each in answers]\n", "utf-8")
     forged = f"open({str(folder.parent / 'canary')!r}, 'a').write('byte code')\n{reward.read_text(encoding='utf-8')}"
     _write_byte_code(reward, forged)
-    for command in ("prepare", "train"):
-        done = _called(folder, [COMMAND, command, *(["recipe.yaml", "--run", "out"] if command == "prepare" else ["out"])])
-        _untouched(folder)
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = ran("tunesmith", ["prepare", str(folder / "recipe.yaml"), "--run", str(folder / "out")])
+    assert done.returncode == 0, done.stderr
+    done = _called(folder, [COMMAND, "train", "out"])
+    _untouched(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def _write_byte_code(path: Path, text: str) -> None:

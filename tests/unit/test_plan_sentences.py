@@ -251,7 +251,11 @@ PATTERNS: list[tuple[str, Callable[..., object]]] = [
 ]
 
 
-@pytest.mark.parametrize(("model", "card", "asks", "rows"), PAIRS, ids=lambda each: str(each).replace("/", "-")[:40])
+@pytest.mark.parametrize(
+    ("model", "card", "asks", "rows"),
+    [pytest.param(*pair, marks=[pytest.mark.slow] * (number % 2)) for number, pair in enumerate(PAIRS)],
+    ids=lambda each: str(each).replace("/", "-")[:40],
+)
 def test_every_sentence_is_true(model: str, card: str, asks: Asks, rows: int) -> None:
     checks = Checks(model, card, asks, rows)
     plan, told = checks.plan, checks.told
