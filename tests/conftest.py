@@ -35,9 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--promises", metavar="FILE", help="run the long versions of tests/promises, and write their figures here")
 
 
-#: CPU seconds that a first-tier test may take on the machine that the reference below was measured on.
+#: CPU seconds that a first-tier test may take on a machine that needs so many for the loop of `_slowness`.
 FIRST_TIER_SECONDS = 15.0
-_REFERENCE_SECONDS = 0.25
+_REFERENCE_SECONDS = 0.2
 
 
 def _cpu_seconds() -> float:
@@ -55,11 +55,6 @@ def _slowness() -> float:
     return max(1.0, (time.process_time() - begun) / _REFERENCE_SECONDS)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_LIMIT] = FIRST_TIER_SECONDS * _slowness()
-
-
-_LIMIT = pytest.StashKey[float]()
 _USED = pytest.StashKey[float]()
 
 
@@ -78,8 +73,11 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Fail a first-tier test that takes too long, by name: it slows down every change."""
     report = yield
-    used, limit = item.stash.get(_USED, 0.0), item.config.stash[_LIMIT]
-    if call.when == "call" and report.passed and used > limit and item.get_closest_marker("slow") is None:
+    used = item.stash.get(_USED, 0.0)
+    if call.when != "call" or not report.passed or used < FIRST_TIER_SECONDS or item.get_closest_marker("slow") is not None:
+        return report
+    limit = FIRST_TIER_SECONDS * _slowness()  # now, since other processes slow it down too
+    if used > limit:
         report.outcome = "failed"
         fix = "make it cheaper, or mark it slow"
         report.longrepr = f"{item.nodeid} took {used:.1f} s of CPU time, a first-tier test may take {limit:.1f}: {fix}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import chat_row
+from tests.support.forked import ran
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.plotting import figure, svg
 from tunesmith.recipe import load_recipe, parse_recipe
@@ -72,9 +73,10 @@ def test_a_path_with_letters_that_the_terminal_lacks(folder: Path, encoding: str
 def test_a_home_that_cannot_be_written(folder: Path) -> None:
     """Commands work without caches; the built-in model, which needs a cache, gives a readable error."""
     home = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "", "TUNESMITH_CALIBRATION": "", "TUNESMITH_CACHE": ""}
-    for command in (["prepare", "recipe.yaml", "--run", "run"], ["train", "run"]):
-        code, _, error = called(folder, *command, **home)
-        assert code == 0, error
+    prepared = ran("tunesmith", ["prepare", str(folder / "recipe.yaml"), "--run", str(folder / "run")])
+    assert prepared.returncode == 0, prepared.stderr
+    code, _, error = called(folder, "train", "run", **home)
+    assert code == 0, error
     (folder / "builtin.yaml").write_text("model: smollm2-135m-instruct\ndata: {train: train.jsonl}\n", encoding="utf-8")
     code, _, error = called(folder, "prepare", "builtin.yaml", "--run", "other", **home)
     assert code == 2

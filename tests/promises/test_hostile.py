@@ -177,7 +177,8 @@ def told(promises: Promises) -> Iterator[dict[str, str]]:
     promises.state("hostile inputs", "count", hostile_inputs_tried=len(found), hostile_inputs_refused=refusals)
 
 
-@pytest.mark.parametrize("name", ALL)
+# Each hostile model is also tried by tests/unit/test_safe.py, without the command line.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("model: ")) for name in ALL])
 def test_it_is_refused_and_does_not_what_it_wants(
     name: str, place: Callable[[str], Path], told: dict[str, str], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,8 @@ import signal
 import time
 from collections.abc import Callable
 
+import pytest
+
 from tests.promises.training import CASES, STEPS, Promises, same, started, steps_of, wait_for_steps
 from tunesmith.runs import Run
 from tunesmith.stages.train import train
@@ -36,6 +38,7 @@ def calls_of_a_save(make_run: Callable[..., Run]) -> list[str]:
     return calls
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments(make_run: Callable[..., Run], promises: Promises) -> None:
     """One training run, killed repeatedly: while it starts, in a step, in a save."""
     moments = 20 if promises.long else 2

@@ -33,7 +33,7 @@ IN_SHORT = ("full, 8 bit, in backward", "lora, dropout, evaluation", "qlora, dro
 FILES = ("metrics.jsonl", "evals.jsonl")
 
 
-@pytest.mark.parametrize("short", IN_SHORT)
+@pytest.mark.parametrize("short", [*IN_SHORT[:2], pytest.param(IN_SHORT[2], marks=pytest.mark.slow)])
 def test_the_same_bits_as_without_interruption(short: str, make_run: Callable[..., Run], promises: Promises) -> None:
     """Weights, optimizer, generators and schedule three steps before the end, the weights at the end, and every metric."""
     if promises.long and short != IN_SHORT[0]:

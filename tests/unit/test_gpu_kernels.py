@@ -171,6 +171,14 @@ def interpreted(script: str) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_trial_of_all_kernels_finds_nothing_wrong() -> None:
+    """The trial compares each kernel with its formula before a training uses it; here in the interpreter."""
+    script = "from tunesmith.kernels.triton import trial\nprint(json.dumps({'wrong': trial.wrong(torch.device('cpu'))}))"
+    assert interpreted(script) == {"wrong": None}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_block_kernels_are_the_formulas() -> None:
     found = interpreted(BLOCKS)
     assert found["trial"] is None
@@ -180,6 +188,7 @@ def test_block_kernels_are_the_formulas() -> None:
     assert found["gemma"] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_updates_are_those_of_the_optimizer() -> None:
     """Equal up to rounding; stochastic rounding keeps the mean; slices and the whole give the same bits."""
