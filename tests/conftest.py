@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import itertools
 import json
 import os
 import sys
@@ -12,18 +11,16 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.support import forked
-from tunesmith.hardware.calibration import ROOFLINE, Bound, Entry, add_entries
-from tunesmith.hardware.catalogue import read_gpus, this_device
+from tests.support.calibration import calibrated
 from tunesmith.models import builtin
 from tunesmith.models.load import load_tokenizer
-from tunesmith.planner.plan import METHODS
 from tunesmith.recipe import ResolvedRecipe, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,15 +91,7 @@ def frozen_modules() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def own_calibration(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Measurements of tests stay out of the user's own; a machine that is calibrated, so that no run has to do it first."""
-    file = tmp_path_factory.mktemp("calibration") / "calibration.json"
-    device = this_device(read_gpus())
-    seen = {"device": device.name, "torch": torch.__version__, "date": "2026-01-01", "source": "probe", "roofline": ROOFLINE}
-    entries = [
-        Entry(**seen, method=method, dtype=device.compute_dtype, hidden_size=64, time=2.0, bound=bound)
-        for method, bound in itertools.product(METHODS, get_args(Bound))
-    ]
-    assert add_entries(file, entries)
-    os.environ["TUNESMITH_CALIBRATION"] = str(file)
+    os.environ["TUNESMITH_CALIBRATION"] = str(calibrated(tmp_path_factory.mktemp("calibration") / "calibration.json"))
 
 
 @pytest.fixture(scope="session")

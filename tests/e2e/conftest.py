@@ -41,6 +41,7 @@ class Training(Forked):
         """The exit code, once it has ended."""
         code = super().wait(timeout)
         print(self.communicated()[1], end="", file=sys.stderr)
+        self.close()
         return code
 
 

@@ -73,7 +73,7 @@ def test_a_path_with_letters_that_the_terminal_lacks(folder: Path, encoding: str
 def test_a_home_that_cannot_be_written(folder: Path) -> None:
     """Commands work without caches; the built-in model, which needs a cache, gives a readable error."""
     home = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "", "TUNESMITH_CALIBRATION": "", "TUNESMITH_CACHE": ""}
-    prepared = ran("tunesmith", ["prepare", str(folder / "recipe.yaml"), "--run", str(folder / "run")])
+    prepared = ran("tunesmith", ["prepare", "recipe.yaml", "--run", "run"], cwd=folder, **home)
     assert prepared.returncode == 0, prepared.stderr
     code, _, error = called(folder, "train", "run", **home)
     assert code == 0, error

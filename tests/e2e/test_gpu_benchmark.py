@@ -74,13 +74,17 @@ def test_a_dry_run_measures_and_plans(tmp_path: Path, generator: ModuleType) -> 
 
 
 def test_what_fails_is_named(tmp_path: Path) -> None:
-    """Too little time for any case, and an unknown card."""
+    """Too little time for any case."""
     done, result = run("--dry-run", "--only", "lora_7b", "--minutes", "0.05", result=tmp_path / "late.json")
     assert done.returncode == 1
     assert result["rows"] == []
     assert result["left_out"] == [{"part": "lora_7b", "reason": "no time was left"}]
-    done = ran("cell", ["lora_7b", "--trace", "H1000000"], path=[GPU, GPU.parent])
-    assert done.returncode != 0
+
+
+def test_an_unknown_card_is_named(tmp_path: Path) -> None:
+    done, result = run("--trace", "H1000000", "--only", "lora_7b", result=tmp_path / "unknown.json")
+    assert done.returncode == 1
+    assert result["left_out"][0]["part"] == "lora_7b"
     assert "unknown GPU" in done.stderr
 
 

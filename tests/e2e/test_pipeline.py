@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import chat_row
+from tests.support.calibration import calibrated
 from tests.support.commands import Inside, check_readable, tunesmith, write
+from tests.support.training import METHODS
 from tunesmith.hardware import detect
 
-METHODS = ("full", "lora", "qlora")
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -25,8 +26,10 @@ def test_methods_and_their_comparison(
 ) -> None:
     """Two in the tests' process, and all three in processes of their own."""
     folder, called = task.parent, tunesmith if methods == METHODS else inside
-    if methods == METHODS:
-        monkeypatch.setenv("TUNESMITH_CALIBRATION", str(folder / "calibration.json"))  # a machine without calibration
+    calibration = folder / "calibration.json"  # of all three: of a machine that is not calibrated yet
+    if methods != METHODS:
+        calibrated(calibration)
+    monkeypatch.setenv("TUNESMITH_CALIBRATION", str(calibration))
     done = called("run", task, "--run", "out", "--methods", ",".join(methods), cwd=folder)
     assert done.returncode == 0, done.stderr
     table = json.loads((folder / "out" / "compare" / "compare.json").read_text(encoding="utf-8"))
@@ -52,7 +55,7 @@ def test_methods_and_their_comparison(
         assert len((run / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
         promise = json.loads((run / "plan" / "plan.json").read_text(encoding="utf-8"))
         assert [entry["method"] for entry in promise["methods"]] == [method]
-        assert promise["methods"][0]["time_measurements"] > 0  # the machine was calibrated first
+        assert promise["methods"][0]["time_measurements"] == 1  # the machine was calibrated first
         score = json.loads((run / "score" / "score.json").read_text(encoding="utf-8"))
         summary = json.loads((run / "train" / "summary.json").read_text(encoding="utf-8"))
         for key in ("peak_memory_bytes", "seconds_per_step"):

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from tests.conftest import chat_row
 from tests.support.commands import Inside, check_readable, write
 from tests.support.pairs import PAIRS
+from tests.support.prepared import read_arrow
 from tunesmith.runs import read_jsonl
 
 BAD = {
@@ -24,12 +24,6 @@ BAD = {
     "long": {"prompt": "h?", "chosen": "x", "rejected": "far too much " * 200},
     "again": PAIRS[0],
 }
-
-
-def read_arrow(path: Path) -> list[dict[str, Any]]:
-    with pa.memory_map(str(path)) as source:
-        rows: list[dict[str, Any]] = pa.ipc.open_stream(source).read_all().to_pylist()
-    return rows
 
 
 def recipe_text(model: Path, rows: str, more: str = "") -> str:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from tests.conftest import chat_row
-from tests.support import forked
 from tests.support.forked import ran
 
 COMMAND = Path(sys.executable).with_name("tunesmith")
@@ -79,12 +78,20 @@ def _untouched(folder: Path) -> None:
     assert not canary.exists(), canary.read_text(encoding="utf-8")
 
 
-def _with_rows(folder: Path, recipe: str, tiny_model: Path, rows: list[dict[str, Any]], times: int = 1) -> None:
-    lines = [json.dumps({"messages": [*row["messages"], *turn]}) for turn in _turns(times) for row in rows]
-    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    test = [json.dumps(chat_row(question, "yes")) for question in ("Is the sea salty?", "Do whales breathe air?")]
-    (folder / "test.jsonl").write_text("\n".join(test), encoding="utf-8")
-    (folder / "recipe.yaml").write_text(recipe.format(model=tiny_model), encoding="utf-8")
+@pytest.fixture
+def with_rows(hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]) -> Callable[..., Path]:
+    """A hostile folder with a recipe and rows; each row comes so many times, with different further turns."""
+
+    def make(recipe: str = RECIPE, *, by_module: bool = False, times: int = 1) -> Path:
+        folder = hostile(by_module)
+        lines = [json.dumps({"messages": [*row["messages"], *turn]}) for turn in _turns(times) for row in colour_rows]
+        (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        test = [json.dumps(chat_row(question, "yes")) for question in ("Is the sea salty?", "Do whales breathe air?")]
+        (folder / "test.jsonl").write_text("\n".join(test), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(recipe.format(model=tiny_model), encoding="utf-8")
+        return folder
+
+    return make
 
 
 def _turns(times: int) -> list[list[dict[str, str]]]:
@@ -95,56 +102,47 @@ def _turns(times: int) -> list[list[dict[str, str]]]:
     ]
 
 
-def test_the_training_of_run_in_a_hostile_folder(
-    hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
-) -> None:
+def test_the_training_of_run_in_a_hostile_folder(with_rows: Callable[..., Path]) -> None:
     """`run` starts a process for it."""
-    folder = hostile(False)
-    _with_rows(folder, RECIPE, tiny_model, colour_rows)
-    with forked.Forked("tunesmith", ["run", "recipe.yaml", "--run", "out"], cwd=folder) as process:
-        error = process.communicate()[1]
+    folder = with_rows()
+    done = ran("tunesmith", ["run", "recipe.yaml", "--run", "out"], cwd=folder)
     _untouched(folder)
-    assert process.returncode == 0, error[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by_module", [False, True])
-def test_all_stages_in_a_hostile_folder(
-    by_module: bool, hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
-) -> None:
-    folder = hostile(by_module)
-    _with_rows(folder, RECIPE, tiny_model, colour_rows, 2)
+def test_all_stages_in_a_hostile_folder(by_module: bool, with_rows: Callable[..., Path]) -> None:
+    folder = with_rows(by_module=by_module, times=2 if by_module else 30)
     command = [sys.executable, "-m", "tunesmith"] if by_module else [COMMAND]
     # An empty path entry means the working folder.
     done = _called(folder, [*command, "run", "recipe.yaml", "--run", "out"], PATH=f":.:{os.environ['PATH']}")
     _untouched(folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    _compare(folder, command)
 
 
-def test_workers_in_a_hostile_folder(
-    hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
-) -> None:
-    folder = hostile(False)
-    _with_rows(folder, RECIPE, tiny_model, colour_rows, 30)
-    done = _called(folder, [COMMAND, "prepare", "recipe.yaml", "--run", "out"])
-    _untouched(folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_a_comparison_in_a_hostile_folder(
-    hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
-) -> None:
+def _compare(folder: Path, command: list[str | Path]) -> None:
     """matplotlib's settings there do not change any figure, and are not even read."""
-    folder = hostile(False)
-    _with_rows(folder, RECIPE, tiny_model, colour_rows)
-    recipe, out = str(folder / "recipe.yaml"), str(folder / "out")
-    for arguments in (["prepare", recipe, "--run", out], ["train", out], ["export", out], ["evaluate", out]):
-        done = ran("tunesmith", arguments)
-        assert done.returncode == 0, done.stderr
-    done = _called(folder, [COMMAND, "compare", "out", "--out", "report"])
+    done = _called(folder, [*command, "compare", "out", "--out", "report"])
     _untouched(folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "matplotlib" not in done.stderr
+
+
+def test_workers_in_a_hostile_folder(with_rows: Callable[..., Path]) -> None:
+    folder = with_rows(times=30)
+    done = _called(folder, [COMMAND, "prepare", "recipe.yaml", "--run", "out"], PATH=f":.:{os.environ['PATH']}")
+    _untouched(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_comparison_in_a_hostile_folder(with_rows: Callable[..., Path]) -> None:
+    folder = with_rows()
+    for arguments in (["prepare", "recipe.yaml", "--run", "out"], ["train", "out"], ["export", "out"], ["evaluate", "out"]):
+        done = ran("tunesmith", arguments, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    _compare(folder, [COMMAND])
 
 
 def test_the_module_in_a_hostile_folder(hostile: Callable[[bool], Path]) -> None:
@@ -157,11 +155,8 @@ def test_the_module_in_a_hostile_folder(hostile: Callable[[bool], Path]) -> None
 
 
 @pytest.mark.slow
-def test_processes_of_torchrun_in_a_hostile_folder(
-    hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
-) -> None:
-    folder = hostile(True)
-    _with_rows(folder, RECIPE, tiny_model, colour_rows)
+def test_processes_of_torchrun_in_a_hostile_folder(with_rows: Callable[..., Path]) -> None:
+    folder = with_rows(by_module=True)
     assert _called(folder, [COMMAND, "prepare", "recipe.yaml", "--run", "out"]).returncode == 0
     launcher = [COMMAND.with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
     done = _called(folder, [*launcher, "-m", "tunesmith", "train", "out"])
@@ -169,17 +164,15 @@ def test_processes_of_torchrun_in_a_hostile_folder(
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_reward_is_its_file_alone(
-    hostile: Callable[[bool], Path], tiny_model: Path, colour_rows: list[dict[str, Any]]
-) -> None:
+def test_a_reward_is_its_file_alone(with_rows: Callable[..., Path]) -> None:
     """A reward's imports do not find files next to it, and forged byte code for it is not used."""
-    folder = hostile(False)
-    _with_rows(folder, GRPO, tiny_model, colour_rows)
+    folder = with_rows(GRPO)
     reward = folder / "mine.py"
     reward.write_text("import json, socket, fractions\ndef f(p, answers, r): return [len(each) for each in answers]\n", "utf-8")
     forged = f"open({str(folder.parent / 'canary')!r}, 'a').write('byte code')\n{reward.read_text(encoding='utf-8')}"
     _write_byte_code(reward, forged)
-    done = ran("tunesmith", ["prepare", str(folder / "recipe.yaml"), "--run", str(folder / "out")])
+    done = ran("tunesmith", ["prepare", "recipe.yaml", "--run", "out"], cwd=folder)
+    _untouched(folder)
     assert done.returncode == 0, done.stderr
     done = _called(folder, [COMMAND, "train", "out"])
     _untouched(folder)

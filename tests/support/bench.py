@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import shutil
@@ -44,12 +43,10 @@ SEED = 5
 
 @contextmanager
 def little_work() -> Iterator[None]:
-    """One thread, since kernels this small are faster on it; frozen objects, or each run's GC would scan all modules."""
+    """One thread, since kernels this small are faster on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(before)
 
 

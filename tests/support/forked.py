@@ -57,6 +57,10 @@ class Forked:
         if kind is not None:
             self.kill()
         self.wait()
+        self.close()
+
+    def close(self) -> None:
+        """Give back its pipes and its folder, once it has ended."""
         for pipe in self._pipes:
             os.close(pipe)
         shutil.rmtree(self._scratch)
@@ -114,9 +118,9 @@ class Forked:
 
 
 def ran(
-    module: str, arguments: Sequence[str], *, path: Sequence[Path] = (), **environment: str
+    module: str, arguments: Sequence[str], *, cwd: Path = ROOT, path: Sequence[Path] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """A finished process and what it printed."""
-    with Forked(module, arguments, path=path, **environment) as process:
+    with Forked(module, arguments, cwd=cwd, path=path, **environment) as process:
         out, error = process.communicate()
     return subprocess.CompletedProcess([module, *arguments], process.returncode or 0, out, error)

@@ -14,23 +14,23 @@ from tunesmith.io.safe import check_model_folder
 from tunesmith.models import builtin
 
 
-@pytest.fixture(scope="module")
-def tokenizer(real_tokenizer: Any) -> Any:
-    return real_tokenizer
+def test_control_tokens(real_tokenizer: Any) -> None:
+    assert (
+        real_tokenizer.bos_token_id,
+        real_tokenizer.eos_token_id,
+        real_tokenizer.pad_token_id,
+        real_tokenizer.unk_token_id,
+    ) == (1, 2, 2, 0)
+    assert real_tokenizer.eos_token == "<|im_end|>"
 
 
-def test_control_tokens(tokenizer: Any) -> None:
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (1, 2, 2, 0)
-    assert tokenizer.eos_token == "<|im_end|>"
-
-
-def test_digits_are_split_one_by_one(tokenizer: Any) -> None:
-    assert tokenizer.tokenize("KX-48213") == ["K", "X", "-", "4", "8", "2", "1", "3"]
+def test_digits_are_split_one_by_one(real_tokenizer: Any) -> None:
+    assert real_tokenizer.tokenize("KX-48213") == ["K", "X", "-", "4", "8", "2", "1", "3"]
 
 
 @pytest.mark.parametrize("text", [" leading", "a , b .", "don 't", "tab\tand  two spaces\n", "naïve 東京 🙂", "▁ block"])
-def test_decoding_gives_the_text_back(tokenizer: Any, text: str) -> None:
-    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+def test_decoding_gives_the_text_back(real_tokenizer: Any, text: str) -> None:
+    assert real_tokenizer.decode(real_tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
 def test_folder_is_an_ordinary_model(real_model: Path) -> None:

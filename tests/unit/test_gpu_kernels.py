@@ -40,7 +40,7 @@ for dtype in (torch.float32, torch.bfloat16):
     torch.manual_seed(0)
     pairs = []
     for size in (48, 1500):
-        x, up, gradient = (torch.randn(2, 2, size).to(dtype) for _ in range(3))
+        x, up, gradient = (torch.randn(2, 5, size).to(dtype) for _ in range(3))
         weight = torch.randn(size).to(dtype)
         for offset in (0.0, 1.0):
             out, root = EAGER.norm(x, weight, 1e-5, offset)
@@ -53,8 +53,8 @@ for dtype in (torch.float32, torch.bfloat16):
         pairs.append((blocks.gated(x, up), EAGER.gated(x, up, "silu")))
         pairs += zip(blocks.gated_backward(gradient, x, up), EAGER.gated_backward(gradient, x, up, "silu"))
     for batch, turns in ((2, 2), (2, 1), (1, 1)):
-        heads = torch.randn(batch, 3, 3, 24).to(dtype).transpose(1, 2)  # (B, A, L, D) as projections leave it
-        cos, sin = (torch.randn(turns, 1, 3, 24).to(dtype) for _ in range(2))
+        heads = torch.randn(batch, 7, 3, 24).to(dtype).transpose(1, 2)  # (B, A, L, D) as projections leave it
+        cos, sin = (torch.randn(turns, 1, 7, 24).to(dtype) for _ in range(2))
         for backwards in (False, True):
             pairs.append((blocks.rotary(heads, cos, sin, backwards), EAGER.rotary(heads, cos, sin, backwards)))
             assert pairs[-1][0].stride() == heads.stride()
@@ -141,7 +141,7 @@ for bits, compensated in ((8, False), (16, False), (16, True)):
     (one, first), (two, second) = (trained(bits, torch.bfloat16, parts, compensated) for parts in (1, 3))
     assert torch.equal(one, two), "slices"
     assert all(torch.equal(a.values, b.values) for a, b in zip(moments(first), moments(second)))
-many = torch.stack([trained(16, torch.bfloat16, 1, seed=seed)[0].float() for seed in range(16)])
+many = torch.stack([trained(16, torch.bfloat16, 1, seed=seed)[0].float() for seed in range(40)])
 found["differ"] = float((many[0] != many[1]).float().mean())
 found["bias"] = float((many.abs().mean(0) - whole.abs()).mean().abs())
 # Shares of every decade, at values of bytes, and beside the middles between two; each block has a one.
@@ -200,7 +200,7 @@ def test_updates_are_those_of_the_optimizer() -> None:
     assert found["compensated"] < 1e-3
     assert found["halves"] < 0.1  # weights that are not the nearest bf16 value: states are rounded stochastically
     assert 0.1 < found["differ"] < 0.9
-    assert found["bias"] < 3e-4
+    assert found["bias"] < 2e-4
     assert found["not nearest"] == 0
     assert found["bytes"] == [256, 256]
 

@@ -41,11 +41,6 @@ REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% e
 RENDERED["qwen"] = RENDERED["chatml"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(real_tokenizer: Any) -> Any:
-    return real_tokenizer
-
-
 @pytest.mark.parametrize("name", NAMED_TEMPLATES)
 def test_rendering_and_mask(tokenizer: Any, name: str) -> None:
     template = ChatTemplate(tokenizer, named_template(name), name)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from tests.conftest import chat_row, random_llama
+from tests.support.prepared import read_arrow
 from tests.support.tokenizers import VOCABULARY, small_tokenizer
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.quality import Label, RowFacts, balance
@@ -63,12 +63,6 @@ def line_of(where: str) -> int:
     found = re.search(r":(\d+)(#\d+| \(piece \d+ of \d+\))?$", where)
     assert found is not None
     return int(found.group(1))
-
-
-def read_arrow(path: Path) -> list[Row]:
-    with path.open("rb") as source:
-        rows: list[Row] = pa.ipc.open_stream(source).read_all().to_pylist()
-    return rows
 
 
 @pytest.fixture(scope="module")
