@@ -23,7 +23,7 @@ from tunesmith.engine.attention.backends import use_tree_attention
 from tunesmith.engine.packing.batch import StepCollator, collate_tree
 from tunesmith.engine.packing.tree import Limits
 from tunesmith.hardware import detect
-from tunesmith.hardware.allocators import steady_memory
+from tunesmith.hardware.allocators import compact_loading, steady_memory
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.methods import make_method
 from tunesmith.methods.settings import settle
@@ -96,7 +96,8 @@ def peer_side(asked: argparse.Namespace) -> None:
     rows = in_order(rows, rows["length"], asked.rows, asked.seed).map(labelled).select_columns(["input_ids", "labels"])
     steady_memory()
     meter = PeakMemory()
-    model = plain_model(asked, "bfloat16" if asked.dtype == "bfloat16" and asked.method != "full" else "float32")
+    with compact_loading():
+        model = plain_model(asked, "bfloat16" if asked.dtype == "bfloat16" and asked.method != "full" else "float32")
     turns = Turns(meter)
     turns.answer(ready=True)
     if not asked.screen:
@@ -181,7 +182,8 @@ def our_side(asked: argparse.Namespace) -> None:
     meter = PeakMemory()
     settings = settle(recipe, len(rows), detect())
     method = make_method(recipe, builtin.ensure(), compute_dtype=asked.dtype, r=asked.r, lora_alpha=2 * asked.r)
-    model = method.build()
+    with compact_loading():
+        model = method.build()
     if asked.method != "full":
         set_peft_model_state_dict(model, load_file(start_folder(asked) / "adapter_model.safetensors"))
     use_tree_attention(model, on=True)

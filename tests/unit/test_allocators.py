@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -23,3 +24,33 @@ def test_segments_grow_unless_the_user_says_otherwise(monkeypatch: pytest.Monkey
     expected = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if told is None else {told: "max_split_size_mb:64"}
     assert {name: os.environ[name] for name in NAMES if name in os.environ} == expected
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+
+
+_LOADING = """
+import ctypes, sys
+import torch
+from tunesmith.hardware.allocators import compact_loading, keep_freed_memory, steady_memory
+
+class Info(ctypes.Structure):  # mallinfo2(3)
+    _fields_ = [(str(at), ctypes.c_size_t) for at in range(10)]
+
+library = ctypes.CDLL("libc.so.6")
+library.mallinfo2.restype = Info
+steady_memory()
+kept, begun = [], getattr(library.mallinfo2(), "8")
+with compact_loading():
+    for _ in range(64):
+        original = torch.zeros(2**19)
+        kept.append(original[: 2**16].clone())
+        del original
+in_gaps = getattr(library.mallinfo2(), "8") - begun
+large = torch.zeros(2**19)
+in_heap = getattr(library.mallinfo2(), "7") >= large.nbytes
+print(in_gaps // 2**20, in_heap)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_loading_leaves_no_gaps_and_freed_memory_is_kept_afterwards() -> None:
+    told = subprocess.run([sys.executable, "-c", _LOADING], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["0", "True"], told

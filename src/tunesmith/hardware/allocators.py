@@ -8,22 +8,44 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST = 2**31 - 1
+_APART = 2**17  # glibc's own initial threshold, which it raises to the size of any larger block that is freed
+
+
+def _thresholds(trim: int, mmap: int) -> bool:
+    """Set malloc's two thresholds, in bytes (glibc only: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_THRESHOLD)."""
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        return all(library.mallopt(*each) == 1 for each in ((_TRIM_THRESHOLD, trim), (_MMAP_THRESHOLD, mmap)))
+    except (OSError, AttributeError):
+        return False
 
 
 def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for later allocations instead of returning it; False if it cannot.
 
     A training step on a CPU frees and allocates gigabytes. The kernel zeroes and maps each returned page again, which takes
-    3 to 5 % of a step (glibc only: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_THRESHOLD).
+    3 to 5 % of a step.
     """
+    return _thresholds(_LARGEST, _LARGEST)
+
+
+@contextmanager
+def compact_loading() -> Iterator[None]:
+    """While a model loads, map each tensor apart and unmap it when it is freed; afterwards freed memory is kept as above.
+
+    Loading frees much between tensors that stay, such as the originals of quantised weights. In a heap that keeps freed
+    memory, these gaps fill with later, smaller tensors, and a long training's resident memory grows to the peak of the loading.
+    """
+    _thresholds(_APART, _APART)
     try:
-        library = ctypes.CDLL("libc.so.6")
-        return all(library.mallopt(option, _LARGEST) == 1 for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
-    except (OSError, AttributeError):
-        return False
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def give_back_freed_memory() -> bool:

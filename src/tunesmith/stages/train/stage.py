@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import set_seed
 
 from tunesmith.errors import DataError, Problem
 from tunesmith.hardware import detect
-from tunesmith.hardware.allocators import steady_memory
+from tunesmith.hardware.allocators import compact_loading, steady_memory
 from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import read_json, write_json
 from tunesmith.io.terminal import make_console
@@ -85,7 +86,8 @@ def _train(run: Run, model_folder: Path, folder: Path, console: Console, inputs:
     set_seed(settings.seed)
     dtype, rank, alpha = settings.compute_dtype, settings.r, settings.lora_alpha
     method = make_method(recipe, model_folder, compute_dtype=dtype, r=rank, lora_alpha=alpha)
-    model = loop.build(method)
+    with compact_loading() if hardware.device == "cpu" else nullcontext():
+        model = loop.build(method)
     compile_blocks(settings, model, tell)
     sizes = {"trainable_parameters": method.trainable_parameters(model), "total_parameters": total_parameters(model)}
     meter.reset()
