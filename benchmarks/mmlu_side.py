@@ -24,13 +24,13 @@ Turn = Callable[[int, int | None], list[float]]
 
 def own_side(subject: Subject) -> Turn:
     """Tokenisation and scoring as in `evaluate`."""
-    from tunesmith.engine.modeling.gemm import use_products
+    from tunesmith.engine.modeling.gemm import use_onednn
     from tunesmith.inference.scoring import log_likelihoods
     from tunesmith.models.load import load_model, load_tokenizer
 
     folder = builtin.ensure()
     model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)
-    use_products(model)
+    use_onednn(model)
 
     def turn(max_tokens: int, questions: int | None) -> list[float]:
         requests, _ = encode_choices(tokenizer, prompts(subject)[:questions], model.config.max_position_embeddings)

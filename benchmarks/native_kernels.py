@@ -2,8 +2,8 @@
 
     python benchmarks/native_kernels.py --json benchmarks/results/kernels.json      # a minute on two cores
 
-Tree attention against PyTorch's flash kernel, block by block; weight gradients g^T x against torch's operator and oneDNN;
-norms, SwiGLU and rotary embedding against torch's operators; the loss with a frozen head against torch's
+Tree attention against PyTorch's flash kernel, block by block; norms, SwiGLU and
+rotary embedding against torch's operators; the loss with a frozen head against torch's
 `linear_cross_entropy`, and the loss with stored logits against torch's operators. Shapes are those of the built-in model. The
 result is the median of the ratios of consecutive calls; above 1, the custom kernel is faster.
 """
@@ -25,7 +25,7 @@ from tunesmith.engine.modeling.gemm import linear
 from tunesmith.engine.packing.tree import Node, as_numbers
 from tunesmith.hardware.allocators import steady_memory
 from tunesmith.kernels import cpu
-from tunesmith.kernels.cpu import cross_entropy, products, tree_attention
+from tunesmith.kernels.cpu import cross_entropy, tree_attention
 from tunesmith.kernels.dispatch import EAGER, OWN
 
 HEADS, SHARED, SIZE, HIDDEN, WIDTH = 9, 3, 64, 576, 1536
@@ -94,17 +94,6 @@ def attention() -> list[dict[str, Any]]:
     return rows
 
 
-def weights() -> list[dict[str, Any]]:
-    """The weight gradient for each shape of a block."""
-    rows = []
-    for out, into in ((WIDTH, HIDDEN), (HIDDEN, WIDTH), (HIDDEN, HIDDEN), (192, HIDDEN)):
-        gradient, x = torch.randn(TOKENS, out), torch.randn(TOKENS, into)
-        own = partial(products.across_rows, gradient, x)
-        rows.append(row_of("weight's gradient", f"{out} x {into}", partial(torch.matmul, gradient.T, x), own))
-        rows.append(row_of("weight's gradient, oneDNN", f"{out} x {into}", partial(linear, gradient.T, x.T), own))
-    return rows
-
-
 def numbers() -> list[dict[str, Any]]:
     """The elementwise operators and norms of a block."""
     x, gradient, weight = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, HIDDEN), torch.randn(HIDDEN)
@@ -164,7 +153,7 @@ def main() -> None:
     steady_memory()
     torch.manual_seed(0)
     with torch.no_grad():
-        rows = [*attention(), *weights(), *numbers(), *losses()]
+        rows = [*attention(), *numbers(), *losses()]
 
     def median(*kernels: str) -> float:
         return statistics.median(row["time_ratio"] for row in rows if row["kernel"] in kernels)
@@ -172,8 +161,6 @@ def main() -> None:
     claims = [
         claim("attention_time_ratio", median("attention"), "x"),
         claim("attention_backward_time_ratio", median("attention backward"), "x"),
-        claim("weight_gradient_time_ratio", median("weight's gradient"), "x"),
-        claim("weight_gradient_time_ratio_to_onednn", median("weight's gradient, oneDNN"), "x"),
         claim("number_by_number_time_ratio", median("norm", "norm backward", "gated", "gated backward", "rotary"), "x"),
         claim("norm_with_weight_backward_time_ratio", median("norm backward with weight"), "x"),
         claim("frozen_head_loss_time_ratio", median("loss of a frozen head"), "x"),

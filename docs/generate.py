@@ -248,8 +248,6 @@ SPEED_PARTS = tuple(
         ),
         ("kernels", "tree attention against PyTorch's kernel, forward", "attention_time_ratio", _TIMES),
         ("kernels", "tree attention against PyTorch's kernel, backward", "attention_backward_time_ratio", _TIMES),
-        ("kernels", "weight gradient against torch's operator", "weight_gradient_time_ratio", _TIMES),
-        ("kernels", "weight gradient against oneDNN", "weight_gradient_time_ratio_to_onednn", _TIMES),
         ("kernels", "norms, SwiGLU and rotary embedding against torch's operators", "number_by_number_time_ratio", _TIMES),
         ("kernels", "loss with a frozen head against torch's linear_cross_entropy", "frozen_head_loss_time_ratio", _TIMES),
         ("kernels", "loss with stored logits against torch's operators", "kept_logits_loss_time_ratio", _TIMES),

@@ -91,7 +91,6 @@ def test_modules_trained_whole_are_counted_in_full(name: str, saved: tuple[str, 
     [
         {"method": "full", "dtype": "float32"},
         {"method": "lora", "dtype": "float32", "gradient_checkpointing": True},
-        {"method": "full", "optim": "adamw_bf16"},
         {"method": "full", "optim": "adamw_kahan"},
         {"method": "full", "optim": "adamw_8bit", "optimizer_in_backward": True, "gradient_checkpointing": True},
         {"method": "full", "accumulating": True},

@@ -55,7 +55,6 @@ def test_trace_equals_real_allocation(name: str, checkpointing: bool, method: An
     "more",
     [
         {"dtype": "bfloat16", "optim": "adamw_8bit", "optimizer_in_backward": True},
-        {"dtype": "bfloat16", "optim": "adamw_bf16"},
         {"dtype": "bfloat16", "optim": "adamw_kahan"},
         {"accumulating": True},
         {"attention": "tree", "rows": 1},

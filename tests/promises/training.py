@@ -34,7 +34,7 @@ CASES = {
     "full, kahan, bf16": "method: full\ntrain: {optim: adamw_kahan, compute_dtype: bfloat16, ",
     "lora, dropout, evaluation": "method: lora\nlora: {lora_dropout: 0.2}\ntrain: {eval_steps: 5, ",
     "lora, padded, noise": "method: lora\ntrain: {packing: false, neftune_noise_alpha: 5, ",
-    "qlora, dropout, 16 bit": "method: qlora\nlora: {lora_dropout: 0.1}\ntrain: {optim: adamw_bf16, ",
+    "qlora, dropout, 16 bit": "method: qlora\nlora: {lora_dropout: 0.1}\ntrain: {optim: adamw_kahan, ",
 }
 
 

@@ -23,7 +23,7 @@ from tunesmith.engine.modeling.loss import summed_loss
 from tunesmith.engine.packing.batch import collate_tree
 from tunesmith.engine.packing.tree import Node, as_numbers
 from tunesmith.kernels import cpu
-from tunesmith.kernels.cpu import adapters, blocks, cross_entropy, library, products, tree_attention
+from tunesmith.kernels.cpu import adapters, blocks, cross_entropy, library, tree_attention
 from tunesmith.kernels.dispatch import EAGER, OWN
 
 pytestmark = pytest.mark.skipif(
@@ -117,7 +117,7 @@ def test_a_reason_is_told_again_and_again(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("PATH", str(tmp_path))
     for _ in range(2):
         with pytest.raises(library.NoKernelError, match="no C\\+\\+ compiler"):
-            library.library("products")
+            library.library("blocks")
 
 
 @pytest.mark.parametrize("module", cpu.KERNELS, ids=lambda module: module.__name__.rpartition(".")[2])
@@ -241,41 +241,6 @@ def test_attention_does_not_hide_what_is_no_number(dtype: torch.dtype, what: flo
 
 
 # --- GEMMs ---
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 255, 600])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (6, 64), (97, 65), (200, 193)])
-def test_a_weights_gradient(threads: Callable[[int], None], tokens: int, rows: int, columns: int) -> None:
-    draw = torch.Generator().manual_seed(0)
-    gradient, x = (
-        torch.randn((tokens, rows + 3), generator=draw)[:, 1 : rows + 1],
-        torch.randn((tokens, columns), generator=draw),
-    )
-    made = []
-    for count in (1, 2, 3):
-        threads(count)
-        made.append(products.across_rows(gradient, x))
-        assert_close(made[-1].double(), gradient.T.double() @ x.double(), rtol=1e-5, atol=2e-4)
-    assert torch.equal(made[0], made[1])
-    assert torch.equal(made[0], made[2])
-    assert_close(products.across_rows(gradient.T.contiguous().T, x), made[0])
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 255, 600])
-@pytest.mark.parametrize(("rank", "columns"), [(1, 1), (6, 64), (16, 577), (48, 192), (50, 20)])
-def test_a_thin_weights_gradient(threads: Callable[[int], None], tokens: int, rank: int, columns: int) -> None:
-    draw = torch.Generator().manual_seed(0)
-    left, right = (
-        torch.randn((tokens, rank + 3), generator=draw)[:, 2 : rank + 2],
-        torch.randn((tokens, columns + 5), generator=draw)[:, 3 : columns + 3],
-    )
-    made = []
-    for count in (1, 2, 3):
-        threads(count)
-        made.append(products.thin_across_rows(left, right))
-        assert_close(made[-1].double(), left.T.double() @ right.double(), rtol=1e-5, atol=2e-4)
-    assert torch.equal(made[0], made[1])
-    assert torch.equal(made[0], made[2])
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 50, 203])

@@ -105,7 +105,7 @@ def test_the_shape_is_the_published_one(qwen: Architecture) -> None:
 
 
 #: Bytes per parameter of AdamW's states and masters, by format.
-STATES = {"adamw": 12, "adamw_kahan": 6, "adamw_bf16": 4, "adamw_8bit": 2 + 8 / 256}
+STATES = {"adamw": 12, "adamw_kahan": 6, "adamw_8bit": 2 + 8 / 256}
 
 
 @pytest.mark.parametrize("optim", STATES)

@@ -19,7 +19,7 @@ from typing import NoReturn
 from tunesmith.cli.commands import app
 from tunesmith.cli.render import show_problems, stderr
 from tunesmith.errors import ERRORS_TO, EndedError, Problem, TunesmithError, error_as_json
-from tunesmith.hardware.allocators import grow_segments, keep_few_products
+from tunesmith.hardware.allocators import grow_segments, keep_few_gemms
 
 
 def main() -> NoReturn:
@@ -27,7 +27,7 @@ def main() -> NoReturn:
     # Each time bitsandbytes loads without an optional package of faster CPU kernels, it logs a hint to install it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     grow_segments()
-    keep_few_products()
+    keep_few_gemms()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may have characters that the terminal's encoding lacks

@@ -56,7 +56,7 @@ def give_back_freed_memory() -> bool:
         return False
 
 
-def keep_few_products() -> None:
+def keep_few_gemms() -> None:
     """Limit the caches of compiled GEMMs in oneDNN and torch to 64 each instead of 1,024, unless the user has set a size.
 
     A GEMM is compiled for each number of rows, at 1 to 3 ms and 0.5 MB. Training with varying lengths would grow by gigabytes.
@@ -69,7 +69,7 @@ def keep_few_products() -> None:
 def steady_memory() -> None:
     """Configure the libraries for training on a CPU: freed memory is kept, compiled GEMMs do not accumulate."""
     keep_freed_memory()
-    keep_few_products()
+    keep_few_gemms()
 
 
 def grow_segments() -> None:

@@ -80,7 +80,6 @@ class Lever:
 
 _SMALL_STATES: tuple[tuple[Optim, bool], ...] = (
     ("adamw_kahan", False),
-    ("adamw_bf16", False),
     ("adamw_8bit", False),
     ("adamw_8bit", True),
 )

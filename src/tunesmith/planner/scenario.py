@@ -14,7 +14,7 @@ from tunesmith.recipe import Checkpointing, Method
 #: Bytes per element.
 BYTES = {"float32": 4, "bfloat16": 2}
 
-Optim = Literal["adamw", "adamw_kahan", "adamw_bf16", "adamw_8bit", "adamw_torch_fused", "adamw_torch_foreach"]
+Optim = Literal["adamw", "adamw_kahan", "adamw_8bit", "adamw_torch_fused", "adamw_torch_foreach"]
 
 Attention = Literal["sdpa", "flex", "tree", "eager"]
 

@@ -77,9 +77,9 @@ class TrainSection(Section):
     shifted_sparse_attention: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """LongLoRA's group size: in training, tokens attend within groups of this size, shifted by half a group for half of the
     heads. Rows are padded instead of packed; evaluation and the exported model use full attention."""
-    optim: Literal["adamw", "adamw_kahan", "adamw_bf16", "adamw_8bit"] = "adamw"
+    optim: Literal["adamw", "adamw_kahan", "adamw_8bit"] = "adamw"
     """AdamW with float32 master weights and states (12 bytes per bf16 weight); with bf16 states and Kahan compensation (6);
-    with bf16 (4) or 8-bit (2) states and stochastic rounding of the weights."""
+    with 8-bit states (2) and stochastic rounding of the weights."""
     optimizer_in_backward: bool = False
     """Update each weight as soon as its gradient is ready, then free it; one micro-batch per step, clipped per weight."""
     optimizer_offloading: bool = False

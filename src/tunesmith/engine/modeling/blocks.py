@@ -22,7 +22,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.engine.modeling.adapter import linears
-from tunesmith.engine.modeling.gemm import use_products
+from tunesmith.engine.modeling.gemm import use_onednn
 from tunesmith.engine.modeling.places import at_places, take_places
 from tunesmith.kernels.dispatch import ACTIVATIONS, OWN, Kernels
 from tunesmith.models.families import FAMILIES, runs_on_trees
@@ -159,7 +159,7 @@ def fuse_blocks(model: Any, kernels: Kernels = OWN) -> None:
     Adapters are looked up in each forward, so they may be added before or after. A second call replaces the `kernels` of the
     first.
     """
-    use_products(model)
+    use_onednn(model)
     if not fusible(model.config):
         return
     offset, activation = FAMILIES[model.config.model_type].norm_offset, model.config.hidden_act

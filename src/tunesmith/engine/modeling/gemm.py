@@ -1,7 +1,7 @@
-"""GEMMs of activations with weights: oneDNN or a custom kernel for float32 on a CPU, else torch's choice.
+"""GEMMs of activations with weights: oneDNN for float32 on a CPU, else torch's choice.
 
 Torch uses MKL for float32. In an interleaved measurement on an AMD processor, oneDNN was faster for each GEMM shape of a
-block (benchmarks/results/products.json). Shapes: T rows, I in_features, O out_features.
+block (benchmarks/results/gemm.json). Shapes: T rows, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tunesmith.kernels.cpu import products
 from tunesmith.kernels.cpu.library import plain
 
 #: Layers use oneDNN from this many rows on, and only if their weight has at most this many elements. Fewer rows, as in
@@ -20,16 +19,13 @@ from tunesmith.kernels.cpu.library import plain
 _ROWS = 256
 _NUMBERS = 2**23
 
-#: From this many rows on, both sides of a GEMM are copied into panels; below, one of them is read in place.
-_OWN_ROWS = 64
-
 
 @cache
 def _has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether oneDNN computes the GEMM. Not if the user has disabled it, or if autocast chooses the dtype.
 
     Nor for FakeTensors, which the plan uses for a GPU's tensors.
@@ -42,14 +38,14 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The GEMM x W^T + bias for x (..., I) and W (O, I); without autograd, for use inside autograd functions."""
-    if not _by_onednn(x, weight):
+    if not by_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _onednn(x, weight, bias)
 
 
 def add_linear(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Add x W^T to `total` in place; as above."""
-    if not _by_onednn(x, weight):
+    if not by_onednn(x, weight):
         return total.addmm_(x, weight.T)
     return total.add_(_onednn(x, weight, None))
 
@@ -57,21 +53,13 @@ def add_linear(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> to
 def across_rows(gradient: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The GEMM g^T x (O, I) for g (T, O) and x (T, I), a weight's gradient; as above, in `dtype` if given.
 
-    oneDNN would first copy g transposed, on one thread; the custom kernel reads it in place. A GPU rounds its float32
-    accumulator to `dtype` once.
+    A GPU rounds its float32 accumulator to `dtype` once.
     """
     if dtype is not None and dtype != x.dtype:
         if x.is_cuda and dtype == torch.float32:
             return torch.mm(gradient.T, x, out_dtype=dtype)
         return across_rows(gradient, x).to(dtype)
-    if has_own_kernel(gradient, x) and gradient.stride(1) == 1:
-        return (products.across_rows if gradient.shape[1] >= _OWN_ROWS else products.thin_across_rows)(gradient, x)
     return linear(gradient.T, x.T)
-
-
-def has_own_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `across_rows` has a custom kernel for these tensors."""
-    return _by_onednn(x, weight) and products.unsupported_reason() is None
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -107,14 +95,14 @@ class _Linear(torch.autograd.Function):
 
 def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     weight, bias = layer.weight, layer.bias
-    if x.numel() < _ROWS * x.shape[-1] or weight.numel() > _NUMBERS or not _by_onednn(x, weight):
+    if x.numel() < _ROWS * x.shape[-1] or weight.numel() > _NUMBERS or not by_onednn(x, weight):
         return F.linear(x, weight, bias)
     function: Any = _Linear  # torch leaves `apply` untyped
     result: torch.Tensor = function.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return result.view(*x.shape[:-1], -1)
 
 
-def use_products(model: torch.nn.Module) -> None:
+def use_onednn(model: torch.nn.Module) -> None:
     """Make a model's plain linear layers use these GEMMs; its parameters and their names stay."""
     linears: list[Any] = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
     for layer in linears:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.engine.modeling.chunks import HEAD_ROWS, IN_PLACE, chunk_rows
-from tunesmith.engine.modeling.gemm import across_rows, has_own_kernel, linear
+from tunesmith.engine.modeling.gemm import across_rows, by_onednn, linear
 from tunesmith.engine.modeling.places import hidden_at
 from tunesmith.kernels import triton
 from tunesmith.kernels.cpu import cross_entropy as kernel
@@ -65,10 +65,9 @@ def logits_in_chunks(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int
 def exact_logits(hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Logits (positions, V) of hidden states (positions, H), in float32 (float64 if they are); a new buffer, without autograd.
 
-    With custom kernels they are (V, positions) in memory: oneDNN reorders its weight argument, which then is the hidden states
-    and not the head.
+    oneDNN's are (V, positions) in memory: it reorders its weight argument, which then is the hidden states and not the head.
     """
-    if has_own_kernel(hidden, head):
+    if by_onednn(hidden, head):
         logits = linear(head, hidden).T
         return logits if bias is None else logits.add_(bias)
     return linear(hidden, head, bias).to(torch.promote_types(hidden.dtype, torch.float32))

@@ -4,10 +4,9 @@ Bytes per parameter of a bf16 model, in addition to the weight (2) and its gradi
 
     adamw        12      float32 master 4, states 4 + 4
     adamw_kahan   6      states 2 + 2, and the 16 bits that rounding the weight to bf16 cuts off, so nothing is lost
-    adamw_bf16    4      states 2 + 2, stochastic rounding of the weight instead of a master
-    adamw_8bit    2.03   states 1 + 1 in blocks of 256 with a float32 scale each, stochastic rounding of the weight
+    adamw_8bit    2.03   states 1 + 1 in blocks of 256 with a float32 scale each, the weight rounded stochastically
 
-A float32 parameter (an adapter, or a float32 model) is its own master in all four.
+A float32 parameter (an adapter, or a float32 model) is its own master in all three.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ OPTIMIZER_SLICE = 2**23
 STATE_BLOCK = 256
 
 #: Bits of each of AdamW's two states, by the recipe's `train.optim`.
-STATE_BITS = {"adamw": 32, "adamw_kahan": 16, "adamw_bf16": 16, "adamw_8bit": 8}
+STATE_BITS = {"adamw": 32, "adamw_kahan": 16, "adamw_8bit": 8}
 
 #: The optimizers that keep a Kahan compensation buffer: two more bytes for what rounding a bf16 weight cuts off.
 COMPENSATED = frozenset({"adamw_kahan"})

@@ -7,10 +7,10 @@ rounding, in more time. `unsupported_reason` gives the reason.
 
 from __future__ import annotations
 
-from tunesmith.kernels.cpu import adapters, blocks, cross_entropy, products, tree_attention
+from tunesmith.kernels.cpu import adapters, blocks, cross_entropy, tree_attention
 
 #: Each has its own `unsupported_reason`.
-KERNELS = (tree_attention, products, adapters, blocks, cross_entropy)
+KERNELS = (tree_attention, adapters, blocks, cross_entropy)
 
 
 def unsupported_reason() -> str | None:

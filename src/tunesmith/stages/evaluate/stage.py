@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tunesmith.chat.template import ChatTemplate
 from tunesmith.engine.attention.backends import use_tree_attention
-from tunesmith.engine.modeling.gemm import use_products
+from tunesmith.engine.modeling.gemm import use_onednn
 from tunesmith.engine.modeling.loss import summed_loss
 from tunesmith.engine.packing.batch import StepCollator, choose_collator, to_device
 from tunesmith.engine.packing.tree import Limits
@@ -162,7 +162,7 @@ def _loaded(model_folder: Path) -> tuple[Any, str]:
     """The model in the dtype that is fast on this hardware, and that dtype."""
     dtype = detect().compute_dtype
     model = load_model(model_folder, dtype=dtype)
-    use_products(model)
+    use_onednn(model)
     return model, dtype
 
 

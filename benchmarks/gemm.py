@@ -1,9 +1,9 @@
 """Float32 GEMMs of a block and of a head: by torch's library and by oneDNN, alternating call by call.
 
-    python benchmarks/products.py --json benchmarks/results/products.json      # half a minute on two cores
+    python benchmarks/gemm.py --json benchmarks/results/gemm.json      # half a minute on two cores
 
 The result is the median of the ratios of consecutive calls; above 1, oneDNN is faster. Shapes are those of the built-in
-model: forward (x W^T), input gradient (g W), and a head's logits. For weight gradients see native_kernels.py.
+model: forward (x W^T), input gradient (g W), and a head's logits.
 """
 
 from __future__ import annotations
