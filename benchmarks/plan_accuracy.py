@@ -236,7 +236,7 @@ def starts() -> tuple[list[dict[str, Any]], list[Row]]:
 
 
 def table() -> tuple[list[dict[str, Any]], list[Row]]:
-    """The article's row: Qwen2-7B, one row of 2,048 tokens, checkpointing; traced, with the engine's options."""
+    """The published row: Qwen2-7B, one row of 2,048 tokens, checkpointing; traced, with the engine's options."""
     base: dict[str, Any] = {"rows": 1, "length": 2048, "labelled": 2047, "gradient_checkpointing": True}
     wanted = {
         "qlora": {"method": "qlora"},

@@ -102,6 +102,16 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small sets of our own in the formats of the public ones."""
+    from tests.support.small_sets import write_small_sets  # which imports this module
+
+    folder = tmp_path_factory.mktemp("small-sets")
+    write_small_sets(folder)
+    return folder
+
+
 def script_of(path: Path, *beside: Path) -> ModuleType:
     """A script of the project as a module; it finds what it imports from the folders `beside`."""
     sys.path[:0] = map(str, beside)

@@ -28,7 +28,8 @@ TINY: dict[str, Any] = {
 class Case:
     """A model, a method and options; `rows` rows, each with `own` tokens after `shared` tokens that all rows have in common.
 
-    `train` has keys of the recipe's section of that name. The loss covers all of a row's own tokens.
+    `train` has keys of the recipe's section of that name. `triton` enables tunesmith's kernels for GPUs. The loss covers all
+    of a row's own tokens.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Case:
     steps: int = 4
     seconds: int = 20
     train: Mapping[str, Any] = field(default_factory=dict)
+    triton: bool = False
 
     @property
     def length(self) -> int:
@@ -59,6 +61,7 @@ FAST = {"gradient_checkpointing": False}
 COMPILED = {"gradient_checkpointing": False, "torch_compile": True}
 KEPT = {"gradient_checkpointing": "keep_attention"}
 LIGER = {"gradient_checkpointing": False, "use_liger_kernel": True}
+EAGER = {"gradient_checkpointing": False, "use_liger_kernel": False}
 QWEN, LLAMA = "Qwen/Qwen2-7B", "meta-llama/Llama-3.1-70B"
 SHARING: dict[str, Any] = {"tables": (4,), "rows": 32, "own": 128, "shared": 512, "train": FAST}
 
@@ -74,7 +77,7 @@ CASES = (
     # Rows with one long instruction.
     Case("sharing_7b", QWEN, "lora", **SHARING),
     Case("sharing_7b_trl_padded", QWEN, "lora", "trl_padded", seconds=30, **SHARING),
-    # As in the article: transformers' loss, PEFT's preparation, torch's fused AdamW.
+    # As guides do it: transformers' loss, PEFT's preparation, torch's fused AdamW.
     Case("stock_qlora_7b", QWEN, "qlora", "stock", (1, 3), train=CHECKPOINTED),
     Case("stock_lora_7b", QWEN, "lora", "stock", (1, 3), train=CHECKPOINTED),
     Case("stock_full_7b", QWEN, "full", "stock", (1, 3), train=CHECKPOINTED),
@@ -83,6 +86,8 @@ CASES = (
     Case("full_7b_offloaded", QWEN, "full", train={**LEAN, "optimizer_offloading": True}),
     Case("lora_7b_compiled", QWEN, "lora", rows=2, own=4096, seconds=30, train=COMPILED),
     Case("lora_7b_liger", QWEN, "lora", rows=2, own=4096, train=LIGER),
+    Case("lora_7b_triton", QWEN, "lora", rows=2, own=4096, train=EAGER, triton=True),
+    Case("lora_7b_eager", QWEN, "lora", rows=2, own=4096, train=EAGER),
     Case("qlora_32b", "Qwen/Qwen2.5-32B", "qlora", seconds=30, steps=3, train=CHECKPOINTED),
     Case("lora_14b", "Qwen/Qwen2.5-14B", "lora", train=CHECKPOINTED),
     Case("full_1.5b", "Qwen/Qwen2-1.5B", "full", rows=4, train=FAST),

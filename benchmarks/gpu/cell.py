@@ -33,6 +33,7 @@ from tunesmith.engine.packing.tree import Limits
 from tunesmith.hardware.calibration import read_entries, time_correction
 from tunesmith.hardware.catalogue import Device, find_device, read_gpus, this_device
 from tunesmith.hardware.memory import PeakMemory
+from tunesmith.kernels import triton
 from tunesmith.models import catalogue
 from tunesmith.models.head import causal_of
 from tunesmith.models.load import make_config, quiet
@@ -357,6 +358,8 @@ def main() -> None:
         line = {**described, **promise, "device": device.name, "traced_bytes": traced(case, plan, scenario, values)}
     else:
         torch.manual_seed(0)
+        if case.triton:
+            os.environ[triton.SWITCH] = "1"
         meter = Meter(case, asked.profile)
         if case.side == "tunesmith":
             measured = train_ours(case, scenario, values, rows, plan, meter)

@@ -10,6 +10,7 @@ each tensor read and written once.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -192,6 +193,7 @@ def main() -> None:
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     options.add_argument("--dry-run", action="store_true", help="tiny sizes: that the script works, not how fast anything is")
     asked = options.parse_args()
+    os.environ[triton.SWITCH] = "1"
     size, kind = sizes(dry=asked.dry_run), "dry run" if asked.dry_run else "measured"
     claims = []
     if DEVICE.type == "cuda":

@@ -1,4 +1,4 @@
-"""The article's table on a GPU, with its configurations and tunesmith's: trains the cases of cases.py one after the other.
+"""The published table of memory and speed on a GPU, in its configurations and in ours: trains the cases of cases.py in turn.
 
     benchmarks/gpu/run.sh --json benchmarks/results/gpu_NAME.json [--minutes 9]    # on a machine with a GPU
     benchmarks/gpu/run.sh --dry-run --json /tmp/dry.json                           # tiny models, on a CPU too

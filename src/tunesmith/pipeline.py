@@ -195,22 +195,12 @@ def train_apart(this: Run, console: Console) -> None:
     """Run `train` in its own process, so that all its memory is returned and its peak memory is measured separately.
 
     Its progress goes to this process's standard error; its results are printed here in one line. Raises the same errors as
-    `train`, and StageFailedError if the process died.
+    `train`, and StageFailedError if the process died. A training that is done starts no process.
     """
-    command = [sys.executable, "-P", "-m", "tunesmith", "train", str(this.path)]
-    with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "error.json"
-        # In its own session the child gets each signal once, from here; this process waits for how it handles it.
-        environment = {**os.environ, ERRORS_TO: str(told)}
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=environment)
-        with handling(lambda number, _: child.send_signal(number)):
-            code = child.wait()
-        if told.is_file():
-            raise error_of_json(read_json(told))
-    if code in STOPPED:
-        raise StoppedError(code)
-    if code != 0:
-        raise StageFailedError(code if code > 0 else 128 - code)
+    from tunesmith.stages.train import is_trained
+
+    if not is_trained(this):
+        _trained_apart(this)
     facts = read_json(this.path / "train" / "summary.json")
     _say(
         console,
@@ -218,6 +208,23 @@ def train_apart(this: Run, console: Console) -> None:
         f"{this.recipe.method}: {facts['steps']} steps of {facts['seconds_per_step']:.2f} s, loss {facts['first_loss']:.3f} to "
         f"{facts['last_loss']:.3f}, {facts['peak_memory_bytes'] / 2**30:.2f} GiB at peak",
     )
+
+
+def _trained_apart(this: Run) -> None:
+    command = [sys.executable, "-P", "-m", "tunesmith", "train", str(this.path)]
+    with tempfile.TemporaryDirectory() as folder:
+        error_file = Path(folder) / "error.json"
+        # In its own session the child gets each signal once, from here; this process waits for how it handles it.
+        environment = {**os.environ, ERRORS_TO: str(error_file)}
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=environment)
+        with handling(lambda number, _: child.send_signal(number)):
+            code = child.wait()
+        if error_file.is_file():
+            raise error_of_json(read_json(error_file))
+    if code in STOPPED:
+        raise StoppedError(code)
+    if code != 0:
+        raise StageFailedError(code if code > 0 else 128 - code)
 
 
 def _export(this: Run, console: Console) -> None:

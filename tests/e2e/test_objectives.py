@@ -146,9 +146,9 @@ def test_adapters_are_trained_without_trls_reference_copy(method: str, made: Cal
 def test_a_reward_model_ranks_pairs_and_serves_as_a_reward(method: str, dtype: str, made: Callable[..., Run]) -> None:
     rate = 3e-3 if method == "full" else 1e-2
     run = made("reward", PAIRS, train_more=f", learning_rate: {rate}", method=method)
-    run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 12)}))
+    run = Run(run.path, longer(run.recipe, 12))
     recipe = run.recipe.model_copy(update={"train": run.recipe.train.model_copy(update={"compute_dtype": dtype})})
-    run = Run(run.path, run.resolved.model_copy(update={"recipe": recipe}))
+    run = Run(run.path, recipe)
     train(run, QUIET)
     proof = export(run)
     assert proof["max_reward_difference"] < 1e-4
@@ -191,7 +191,7 @@ def test_a_step_goes_towards_what_was_rewarded(
     asked = "reward_funcs: ['mine.py:short'], num_generations: 8, max_completion_length: 1, beta: 0.0"
     more = f", learning_rate: {rate}, lr_scheduler_type: constant"
     run = made(objective, ASKED, f"{objective}: {{{asked}}}", more, method)
-    run = Run(run.path, run.resolved.model_copy(update={"recipe": longer(run.recipe, 1, 32)}))
+    run = Run(run.path, longer(run.recipe, 1, 32))
     train(run, QUIET)
     assert export(run)["mean_kl"] < 0.01
     assert share_towards_reward(run, tiny_model, tmp_path / "mine.py.jsonl", tokenizer, grouped=True) > 0.5
@@ -223,10 +223,7 @@ def test_the_ledger_of_judged_rows_and_prompts(made: Callable[..., Run]) -> None
 
 def test_prepared_rows_are_not_taken_for_another_objectives(made: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = made("kto", JUDGED)
-    others = [
-        Run(run.path, run.resolved.model_copy(update={"recipe": run.recipe.model_copy(update={"objective": objective})}))
-        for objective in ("sft", "orpo", "grpo")
-    ]
+    others = [Run(run.path, run.recipe.model_copy(update={"objective": objective})) for objective in ("sft", "orpo", "grpo")]
     for other in others:
         with pytest.raises(RunError, match="TS012"):
             train(other, QUIET)

@@ -18,7 +18,7 @@ from tests.support.prepared import WORDS, balanced, question, read_arrow, rows_o
 from tunesmith.chat.named import named_template
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.io.rows import Row
-from tunesmith.recipe import NAMED_TEMPLATES, DataSection, ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
+from tunesmith.recipe import NAMED_TEMPLATES, DataSection, ResolvedRecipe, dump_recipe, parse_recipe
 from tunesmith.runs import create_run, read_jsonl
 from tunesmith.runs.decisions import Decisions, row_digest
 from tunesmith.stages.prepare import prepare
@@ -220,7 +220,7 @@ def test_weights_for_some_sources_alone_are_refused(recipe: Any) -> None:
 
 def test_sources_survive_the_run_folder_and_know_their_keys(tmp_path: Path, recipe: Any) -> None:
     made = recipe("sources: [{path: a.csv, columns: {prompt: q, completion: a}}, {path: 'hub:owner/name', split: test}]")
-    assert parse_dumped_recipe(dump_recipe(made), "recipe.yaml").recipe == made.recipe
+    assert parse_recipe(dump_recipe(made), "recipe.yaml", Path("/")).recipe == made.recipe
     assert [part.path for part in made.recipe.data.parts] == [str(tmp_path / "a.csv"), "hub:owner/name"]
     with pytest.raises(RecipeError, match=r"TS002.*sources\.0\.wieght"):
         recipe("sources: [{path: a, wieght: 1}]")

@@ -14,7 +14,7 @@ from rich.console import Console
 from tests.conftest import chat_row
 from tests.support.prepared import WORDS, balanced, question, read_arrow, rows_of
 from tunesmith.errors import RecipeError
-from tunesmith.recipe import OBJECTIVES, ResolvedRecipe, dump_recipe, parse_dumped_recipe, parse_recipe
+from tunesmith.recipe import OBJECTIVES, ResolvedRecipe, dump_recipe, parse_recipe
 from tunesmith.runs import Run, create_run, read_jsonl
 from tunesmith.runs.decisions import row_digest
 from tunesmith.stages.prepare import prepare
@@ -124,7 +124,7 @@ def test_what_rows_of_an_objective_cannot_have_is_refused(recipe: Any, objective
 
 def test_what_concerns_texts_may_be_set_for_documents(recipe: Any) -> None:
     made = recipe("pretrain", "train: a.jsonl, quality: {near-duplicate: warn}, screening: {email: reject}, columns: {text: b}")
-    assert parse_dumped_recipe(dump_recipe(made), "recipe.yaml").recipe == made.recipe
+    assert parse_recipe(dump_recipe(made), "recipe.yaml", Path("/")).recipe == made.recipe
 
 
 def test_judged_answers_keep_their_labels_and_bad_ones_are_not_held_against_the_row(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import small_sets
 from tests.support.prepared import balanced
 from tunesmith.recipe import load_recipe, parse_recipe
 from tunesmith.runs import create_run, read_jsonl
@@ -26,6 +27,8 @@ ROWS = {
     "wnut17": 3394,
 }
 TEST_ROWS = {"clinc150": 4500, "gsm8k": 1319, "nlupp": 104, "wnut17": 1287}
+
+JSON = ("nlupp", "wnut17")  # whose answers are JSON
 
 #: Benchmarks must not be trained on; loading them shows what mappings can do.
 OTHERS = {
@@ -62,6 +65,34 @@ def test_each_set_has_its_recipe() -> None:
     assert [path.stem for path in RECIPES] == sorted(ROWS)
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_rows_of_the_set_s_format_load(small_data: Path, tmp_path: Path, recipe: Path) -> None:
+    """Needs no public data."""
+    copy = tmp_path / recipe.name
+    copy.write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
+    ledger, data = prepared(copy, tmp_path, small_data)
+    rows, test_rows = small_sets.ROWS[recipe.stem]
+    assert (ledger["rows_in"], ledger["test"].get("rows_test")) == (rows, test_rows)
+    assert whole(ledger)
+    assert ledger["rows_train"] > 0.55 * rows
+    answers = (
+        [json.loads(row["messages"][-1]["content"]) for row in read_jsonl(data / "test.jsonl")] if recipe.stem in JSON else []
+    )
+    if recipe.stem == "nlupp":
+        assert answers[1] == {"intents": ["ask", "birch"], "slots": {"stone": "birch"}}
+    if recipe.stem == "wnut17":
+        assert answers[0] == [{"type": "location", "text": "North Ember"}]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("mmlu", small_sets.EACH), ("humaneval", small_sets.EACH)])
+def test_rows_of_a_benchmark_s_format_load_by_a_mapping(small_data: Path, tmp_path: Path, name: str, rows: int) -> None:
+    source = tmp_path / "recipe.yaml"
+    source.write_text(f"model: smollm2-135m-instruct\ndata:{OTHERS[name][0]}  on_bad_row: reject\n", encoding="utf-8")
+    ledger, _ = prepared(source, tmp_path, small_data)
+    assert ledger["rows_in"] == rows
+    assert whole(ledger)
+
+
 #: Sets of thousands of rows; smaller ones of the same kinds are in the first tier.
 LARGE = ("clinc150", "gsm8k", "hh_rlhf")
 
@@ -81,7 +112,7 @@ def test_the_set_loads_whole(shared_data: Path, tmp_path: Path, recipe: Path) ->
         counts = ledger["balance"]
         assert len(counts) == 151
         assert max(count["after"] for count in counts.values()) <= 50 < max(count["before"] for count in counts.values())
-    if recipe.stem in ("nlupp", "wnut17"):
+    if recipe.stem in JSON:
         for row in read_jsonl(data / "test.jsonl"):
             json.loads(row["messages"][-1]["content"])
 

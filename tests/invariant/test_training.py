@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tests.support.training import METHODS, QUIET, MakeRecipe, metrics, trained, weights
 from tunesmith.errors import RecipeError, RunError, TrainError
 from tunesmith.kernels import cpu
+from tunesmith.pipeline import train_apart
 from tunesmith.runs import create_run, read_jsonl
 from tunesmith.stages.prepare import prepare
-from tunesmith.stages.train import kernels, train
+from tunesmith.stages.train import is_trained, kernels, train
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -241,15 +242,21 @@ def test_train_before_prepare_says_what_to_run(make_recipe: MakeRecipe, tmp_path
         train(run, QUIET)
 
 
-def test_second_run_does_nothing_and_a_change_redoes_its_stage(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_second_run_does_nothing_and_a_change_redoes_its_stage(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "run"
     run = trained(make_recipe, path)
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file() and "stage" not in p.name}
     prepare(run)
     train(run, QUIET)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("nothing is to be trained"))
+    train_apart(run, QUIET)
+    monkeypatch.undo()
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()} == before
     changed = create_run(make_recipe(train__max_steps=5), path)
     prepare(changed)
+    assert not is_trained(changed)
     assert (path / "data" / "train.arrow").stat().st_mtime_ns == before[path / "data" / "train.arrow"]
     assert train(changed, QUIET)["steps"] == 5
     made = (path / "data" / "train.arrow").read_bytes()

@@ -21,6 +21,7 @@ def problems(text: str, *overrides: str) -> dict[str, str]:
 
 
 CPU = Hardware("cpu", "a cpu", 2, 2**33, 0, None, "float32", "no bfloat16")
+GPU = Hardware("cuda", "a card", 8, 2**36, 1, 2**34, "bfloat16", "it multiplies it fastest")
 
 
 def recipe(**train: Any) -> Recipe:

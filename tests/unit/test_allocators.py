@@ -46,11 +46,11 @@ with compact_loading():
 in_gaps = getattr(library.mallinfo2(), "8") - begun
 large = torch.zeros(2**19)
 in_heap = getattr(library.mallinfo2(), "7") >= large.nbytes
-print(in_gaps // 2**20, in_heap)
+print(in_gaps < 2**22, in_heap)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_loading_leaves_no_gaps_and_freed_memory_is_kept_afterwards() -> None:
     told = subprocess.run([sys.executable, "-c", _LOADING], capture_output=True, text=True, check=True).stdout
-    assert told.split() == ["0", "True"], told
+    assert told.split() == ["True", "True"], told

@@ -205,11 +205,13 @@ def test_updates_are_those_of_the_optimizer() -> None:
     assert found["bytes"] == [256, 256]
 
 
-def test_a_cpu_has_none() -> None:
+def test_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_TRITON", "1")
+    triton.unsupported_reason.cache_clear()
     assert "cpu" in str(triton.unsupported_reason(torch.device("cpu")))
     assert not triton.computes(torch.ones(3))
 
 
-def test_they_are_turned_off_as_those_for_cpus_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TUNESMITH_NATIVE", "0")
-    assert triton.unsupported_reason.__wrapped__(torch.device("cuda")) == "TUNESMITH_NATIVE is 0"
+def test_they_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUNESMITH_TRITON", raising=False)
+    assert triton.unsupported_reason.__wrapped__(torch.device("cuda")) == "TUNESMITH_TRITON is not 1"

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.support.recipes import CPU, GOOD, problems, recipe
+from tests.support.recipes import CPU, GOOD, GPU, problems, recipe
 from tunesmith.errors import RecipeError
+from tunesmith.hardware import Hardware
 from tunesmith.kernels.liger import liger
 from tunesmith.methods.settings import settle
 
@@ -82,10 +83,27 @@ def test_kernels_are_those_of_the_formulas() -> None:
     assert apart["model"] < 1e-5
 
 
-@pytest.mark.skipif(bool(find_spec("liger_kernel")), reason="liger-kernel is installed")
-def test_what_is_missing_is_named() -> None:
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
     with pytest.raises(RuntimeError, match="liger_kernel"):
         liger(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "hardware", "used"),
+    [
+        ({}, GPU, True),
+        ({}, CPU, False),
+        ({"use_liger_kernel": "false"}, GPU, False),
+        ({"use_liger_kernel": "true"}, GPU, True),
+        ({"torch_compile": "true"}, GPU, False),
+    ],
+)
+def test_a_gpu_uses_them_unless_the_recipe_says_otherwise(asked: dict[str, str], hardware: Hardware, used: bool) -> None:
+    settings = settle(recipe(**asked), 100, hardware)
+    assert settings.use_liger_kernel is used
+    assert (settings.reasons.get("use_liger_kernel", "recipe") != "recipe") == (used and not asked)
 
 
 def test_a_cpu_has_kernels_of_our_own() -> None:

@@ -153,6 +153,18 @@ def test_overlap_counts_runs_of_13_words(tmp_path: Path) -> None:
         Overlap(OverlapSection(humaneval=str(tmp_path / "none.jsonl")))
 
 
+def test_overlap_with_files_of_each_format(small_data: Path) -> None:
+    files = OverlapSection(
+        mmlu=str(small_data / "mmlu"),
+        gsm8k=str(small_data / "gsm8k/test.jsonl"),
+        humaneval=str(small_data / "humaneval/HumanEval.jsonl.gz"),
+    )
+    overlap = Overlap(files)
+    assert overlap.items == {"mmlu": 40, "gsm8k": 20, "humaneval": 20}
+    first = json.loads((small_data / "gsm8k/test.jsonl").read_text(encoding="utf-8").split("\n")[0])["question"]
+    assert "gsm8k" in overlap.check(f"Solve this: {first}")
+
+
 def test_overlap_with_the_published_files(shared_data: Path) -> None:
     files = OverlapSection(
         mmlu=str(shared_data / "mmlu"),

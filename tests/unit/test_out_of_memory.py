@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support.recipes import GPU
 from tunesmith.engine.packing.batch import PaddedCollator, StepCollator
 from tunesmith.engine.packing.tree import Limits
-from tunesmith.hardware import Hardware
 from tunesmith.methods.settings import Settings, settle
 from tunesmith.recipe import parse_recipe
 from tunesmith.stages.train import out_of_memory as out_of_memory_module
@@ -22,8 +22,7 @@ from tunesmith.stages.train.out_of_memory import in_smaller_parts, is_out_of_mem
 
 def settings_of(more: str) -> Settings:
     """As on a GPU, which honours all keys."""
-    gpu = Hardware("cuda", "a card", 8, 2**36, 1, 2**34, "bfloat16", "it multiplies it fastest")
-    return settle(parse_recipe(f"model: m\ndata: {{train: t}}\n{more}", "r", Path()).recipe, 100, gpu)
+    return settle(parse_recipe(f"model: m\ndata: {{train: t}}\n{more}", "r", Path()).recipe, 100, GPU)
 
 
 @pytest.fixture(scope="module")

@@ -261,7 +261,7 @@ def taught(bench: Bench) -> Run:
 def copied(run: Run, folder: Path) -> Run:
     """A copy of the run in another folder."""
     shutil.copytree(run.path, folder / "run")
-    return Run(folder / "run", run.resolved)
+    return Run(folder / "run", run.recipe)
 
 
 def refused(run: Run) -> bool:

@@ -319,7 +319,7 @@ def test_held_out_loss_of_many_rows_and_in_training(tmp_path: Path, small: Any, 
         answer = [draw_id(draw) for _ in range(draw.randint(1, 1 + i % 20))]
         ids, trained = [*begin, *answer, 0], [*[False] * len(begin), *[True] * len(answer), False]
         rows.append({"where": f"t:{i}", "input_ids": ids, "loss_mask": trained, "length": len(ids)})
-    run = Run(tmp_path, parse_recipe("model: m\ndata: {train: t}\n", "recipe.yaml", tmp_path))
+    run = Run(tmp_path, parse_recipe("model: m\ndata: {train: t}\n", "recipe.yaml", tmp_path).recipe)
     (tmp_path / "data").mkdir()
     table = pa.Table.from_pylist(rows)
     with pa.OSFile(str(tmp_path / "data" / "heldout.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import yaml
 
 from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.io.atomic import append_jsonl
@@ -22,11 +23,19 @@ def test_lines_with_unusual_separators_are_read_back(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "absent.jsonl") == []
 
 
-def test_recipe_comes_back_with_its_origins(make_recipe: Any, tmp_path: Path) -> None:
+def test_recipe_comes_back(make_recipe: Any, tmp_path: Path) -> None:
     resolved = make_recipe(method="qlora", train__learning_rate=0.5)
     create_run(resolved, tmp_path / "run")
-    assert open_run(tmp_path / "run").resolved == resolved
+    assert open_run(tmp_path / "run").recipe == resolved.recipe
     assert resolved.origins["method"] == "override"
+
+
+def test_a_formatter_may_remove_the_comments(make_recipe: Any, tmp_path: Path) -> None:
+    resolved = make_recipe()
+    file = create_run(resolved, tmp_path / "run").path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text(encoding="utf-8"))), encoding="utf-8")
+    assert open_run(tmp_path / "run").recipe == resolved.recipe
+    assert create_run(resolved, tmp_path / "run").recipe == resolved.recipe
 
 
 def test_failed_stage_keeps_the_old_output(make_recipe: Any, tmp_path: Path) -> None:

@@ -87,9 +87,9 @@ def _conversation(row: Mapping[str, Any], where: str, row_format: str, system: s
         answer = row.get("answer")
         turns = _turns(row["prompt"], "user") + ([] if answer is None else _turns(answer, "assistant"))
         return _checked(turns, where, system)
-    told = row.get("messages")
-    if isinstance(told, list) and told and isinstance(told[-1], dict) and told[-1].get("role") == "user":
-        return _checked(told, where, system)
+    given = row.get("messages")
+    if isinstance(given, list) and given and isinstance(given[-1], dict) and given[-1].get("role") == "user":
+        return _checked(given, where, system)
     return to_messages(row, where, row_format, system)
 
 

@@ -125,8 +125,8 @@ def _with_prompt(row: Mapping[str, Any], where: str, side: str) -> list[Message]
         return messages if whole else _no_prompt(row, where)
     if whole:
         # UltraFeedback repeats the conversation's question as `prompt`.
-        told = isinstance(prompt, str) and any(message["content"] == prompt for message in messages[:-1])
-        return messages if told else _different(where, f"{side!r} is a whole conversation that does not contain the prompt")
+        repeated = isinstance(prompt, str) and any(message["content"] == prompt for message in messages[:-1])
+        return messages if repeated else _different(where, f"{side!r} is a whole conversation that does not contain the prompt")
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _answer(prompt, where, "prompt")
     return asked if isinstance(asked, Problem) else [*asked, *messages]
 

@@ -78,6 +78,6 @@ def grow_segments() -> None:
     Freed memory then fits later allocations: the peak is about 2 % above the requested bytes instead of 6 % (PyTorch's notes
     on CUDA memory management, `expandable_segments`). The setting is read once, before the first allocation.
     """
-    told = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    if sys.platform == "linux" and not told:
+    configured = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if sys.platform == "linux" and not configured:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

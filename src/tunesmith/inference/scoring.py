@@ -181,16 +181,16 @@ def _tell(model: Any, batch: Batch, labels: list[_Label]) -> Iterator[tuple[_Lab
     places = sorted({label.place for label in labels})
     number = {place: index for index, place in enumerate(places)}
     batch = to_device({**batch, "sources": torch.tensor(places, dtype=torch.long)}, model.device)
-    told = 0
+    begin = 0
     for first, logits in logits_in_chunks(model, batch):  # (positions of the chunk, V)
-        stop = told
+        stop = begin
         while stop < len(labels) and number[labels[stop].place] < first + len(logits):
             stop += 1
-        some = labels[told:stop]
+        some = labels[begin:stop]
         where = torch.tensor([number[label.place] - first for label in some], device=logits.device)
         tokens = torch.tensor([label.token for label in some], device=logits.device)
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_p = exact[where, tokens] - exact.logsumexp(-1)[where]
         best = exact.argmax(-1)[where] == tokens
         yield from zip(some, log_p.tolist(), best.tolist(), strict=True)
-        told = stop
+        begin = stop

@@ -88,8 +88,8 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    told = path.lstat()
-    return told.st_mode, told.st_size, told.st_mtime_ns, told.st_ino
+    status = path.lstat()
+    return status.st_mode, status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _json(path: Path) -> Any:

@@ -90,8 +90,8 @@ def parquet_rows(path: Path) -> Iterator[Read]:
     import pyarrow.parquet as pq
 
     def batches() -> Iterator[Any]:
-        told = pq.read_metadata(path)
-        groups = [told.row_group(number) for number in range(told.num_row_groups)]
+        metadata = pq.read_metadata(path)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         columns = [group.column(number) for group in groups for number in range(group.num_columns)]
         for column in columns:
             if column.total_uncompressed_size > max(_UNPACKED, _RATIO * column.total_compressed_size):

@@ -82,7 +82,7 @@ class Settings:
 #: Keys of the recipe that `settle` resolves; all others are copied.
 _SETTLED = {
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "effective_batch_size"),
-    *("per_device_max_tokens", "max_steps", "num_train_epochs", "compute_dtype"),
+    *("per_device_max_tokens", "max_steps", "num_train_epochs", "compute_dtype", "use_liger_kernel"),
 }
 
 
@@ -135,6 +135,7 @@ def settle(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
         effective_batch_size=batch,
         per_device_max_tokens=tokens,
         micro_batch_start=start,
+        use_liger_kernel=_liger(asked, hardware, reasons),
         max_steps=steps,
         warmup_steps=math.ceil(asked.warmup_ratio * steps),
         num_train_epochs=steps / steps_per_epoch,
@@ -143,6 +144,17 @@ def settle(recipe: Recipe, rows: int, hardware: Hardware) -> Settings:
         lora_alpha=alpha,
         reasons=reasons,
     )
+
+
+def _liger(asked: TrainSection, hardware: Hardware, reasons: dict[str, str]) -> bool:
+    """Whether to use Liger's kernels; a training tells if they are unavailable."""
+    if asked.use_liger_kernel != "auto":
+        reasons["use_liger_kernel"] = "recipe"
+        return asked.use_liger_kernel
+    if hardware.device != "cuda" or asked.torch_compile:
+        return False
+    reasons["use_liger_kernel"] = "norms and gated activations in one pass over memory"
+    return True
 
 
 def _one_micro_batch(asked: TrainSection, micro: int) -> None:

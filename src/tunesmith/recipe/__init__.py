@@ -16,7 +16,7 @@ from tunesmith.recipe.data import (
     SourceSection,
     is_template,
 )
-from tunesmith.recipe.load import dump_recipe, load_recipe, parse_dumped_recipe, parse_recipe
+from tunesmith.recipe.load import dump_recipe, load_recipe, parse_recipe
 from tunesmith.recipe.model import (
     Checkpointing,
     EvaluateSection,
@@ -92,7 +92,6 @@ __all__ = [
     "hardware_problems",
     "is_template",
     "load_recipe",
-    "parse_dumped_recipe",
     "parse_recipe",
     "settled",
 ]

@@ -60,7 +60,7 @@ def hardware_problems(train: TrainSection, *, cpu: bool) -> list[Problem]:
     return [
         Problem("TS007", f"{name} without a GPU", "train", why, f"remove it{instead}")
         for name, why, instead in _FOR_GPUS
-        if getattr(train, name) and cpu
+        if getattr(train, name) is True and cpu
     ]
 
 
@@ -119,7 +119,7 @@ def _of_the_rows(values: Mapping[str, Any], source: str) -> Iterator[Problem]:
 
 def _of_training(recipe: Recipe, source: str) -> Iterator[Problem]:
     asked = recipe.train
-    if asked.torch_compile and asked.use_liger_kernel:
+    if asked.torch_compile and asked.use_liger_kernel is True:
         why = "both replace the same operators, so one of them would not be used"
         yield Problem("TS006", "torch_compile with use_liger_kernel", source, why, "remove one of them")
     if asked.gradient_checkpointing == "keep_attention" and asked.attn_implementation == "eager":

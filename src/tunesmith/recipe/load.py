@@ -1,4 +1,4 @@
-"""Reads and fully checks a YAML recipe, and writes it with the origin of each value.
+"""Reads and fully checks a YAML recipe, and writes it; the origin of each value is a comment for readers, never read back.
 
 Unknown keys are refused with the nearest known name, and all problems are reported together.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -68,23 +68,6 @@ def dump_recipe(resolved: ResolvedRecipe) -> str:
         else:
             lines.append(f"{_yaml_line(key, value)}  # {resolved.origins[key]}")
     return "\n".join(lines) + "\n"
-
-
-def parse_dumped_recipe(text: str, source: str) -> ResolvedRecipe:
-    """The recipe that `dump_recipe` wrote, with the origins from its comments."""
-    resolved = parse_recipe(text, source, base=Path("/"))
-    origins = dict(resolved.origins)
-    section = ""
-    for line in text.splitlines():
-        key = line.strip().partition(":")[0]
-        if not line.startswith(" "):
-            section = key if line.endswith(":") else ""
-        noted = line.rpartition("# ")[2]
-        origin = next((known for known in get_args(Origin) if known == noted), None)
-        dotted = f"{section}.{key}" if section and line.startswith(" ") else key
-        if origin is not None and dotted in origins:
-            origins[dotted] = origin
-    return ResolvedRecipe(recipe=resolved.recipe, origins=origins)
 
 
 def _yaml_line(key: str, value: Any) -> str:

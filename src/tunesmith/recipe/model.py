@@ -95,8 +95,9 @@ class TrainSection(Section):
     it is unavailable, training falls back (flash, sdpa, eager) and logs an event."""
     torch_compile: bool = False
     """Fuse norms and gated activations with torch.compile; needs a C++ compiler, and half a minute at the start."""
-    use_liger_kernel: bool = False
-    """Use Liger's Triton kernels for the same (GPU only, `pip install tunesmith[liger]`); logs an event if unavailable."""
+    use_liger_kernel: bool | Auto = "auto"
+    """Use Liger's Triton kernels for the same (GPU only, `pip install tunesmith[liger]`); `auto` uses them on a GPU unless
+    `torch_compile` is set. An event tells if they are unavailable."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     """NEFTune: noise on the embeddings in training, up to alpha / sqrt(row length x hidden size); 5 to 15 in the paper."""
     eval_steps: PositiveInt | None = None
@@ -215,9 +216,9 @@ class _Common(Section):
 
 def _objective_fields() -> dict[str, Any]:
     """The key `objective`, and a section for every objective that has one."""
-    told = "; ".join(f"`{row.name}` {row.what}" for row in OBJECTIVES.values())
+    objectives = "; ".join(f"`{row.name}` {row.what}" for row in OBJECTIVES.values())
     needs = ", ".join(f"`{row.name}`" for row in OBJECTIVES.values() if row.extra == "trl")
-    described = f"What is learned: {told}. {needs} run in TRL and need `tunesmith[trl]`: see docs/preference.md."
+    described = f"What is learned: {objectives}. {needs} run in TRL and need `tunesmith[trl]`: see docs/preference.md."
     typed = Annotated[Literal[tuple(OBJECTIVES)], Decides("prepare", "plan", "train")]  # type: ignore[valid-type] # built names
     fields: dict[str, Any] = {"objective": (typed, Field(default="sft", description=described))}
     for row in OBJECTIVES.values():

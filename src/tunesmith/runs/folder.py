@@ -33,7 +33,7 @@ from tunesmith.io.atomic import (
     write_json,
     write_text,
 )
-from tunesmith.recipe import Recipe, ResolvedRecipe, decided, dump_recipe, parse_dumped_recipe
+from tunesmith.recipe import Recipe, ResolvedRecipe, decided, dump_recipe, parse_recipe
 
 EVAL_SUITE = "task"
 
@@ -51,15 +51,10 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and its resolved recipe."""
+    """A run folder and its recipe."""
 
     path: Path
-    resolved: ResolvedRecipe
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of this run."""
-        return self.resolved.recipe
+    recipe: Recipe
 
     def status(self) -> dict[str, Any]:
         """The content of run.json."""
@@ -234,9 +229,9 @@ def create_run(resolved: ResolvedRecipe, path: Path) -> Run:
         raise RecipeError(Problem("TS003", "the method is still auto", str(path), why, fix))
     try:
         new = _refuse_foreign(path)
-        _refuse_edited(path / "recipe.yaml", resolved)
+        _refuse_edited(path / "recipe.yaml", resolved.recipe)
         path.mkdir(parents=True, exist_ok=True)
-        run, text = Run(path, resolved), _stamped(dump_recipe(resolved))
+        run, text = Run(path, resolved.recipe), _stamped(dump_recipe(resolved))
         if new or not (path / "recipe.yaml").is_file() or (path / "recipe.yaml").read_bytes() != text.encode():
             with run._alone():  # not while a process uses the earlier recipe
                 if new:
@@ -267,13 +262,13 @@ def _refuse_foreign(path: Path) -> bool:
     return False
 
 
-def _refuse_edited(file: Path, resolved: ResolvedRecipe) -> None:
+def _refuse_edited(file: Path, recipe: Recipe) -> None:
     """Raise RunError if recipe.yaml was edited by hand and differs from the recipe that would replace it."""
     if not file.exists():
         return
     with contextlib.suppress(OSError, ValueError, RecipeError):
         text = file.read_text(encoding="utf-8")
-        if text == _stamped(text.partition("\n")[2]) or parse_dumped_recipe(text, str(file)).recipe == resolved.recipe:
+        if text == _stamped(text.partition("\n")[2]) or _parsed(text, file) == recipe:
             return
     what = "its recipe.yaml was edited by hand and would be replaced"
     fix = f"use `{file}` itself as the recipe, move it away, or name another folder"
@@ -290,5 +285,10 @@ def open_run(path: Path) -> Run:
     if not (path / "run.json").is_file() or not (path / "recipe.yaml").is_file():
         fix = "give the folder that `tunesmith run` or `tunesmith prepare` created"
         raise RunError(Problem("TS010", "not a run folder", str(path), "all stages work in a run folder", fix))
-    text = (path / "recipe.yaml").read_text(encoding="utf-8")
-    return Run(path, parse_dumped_recipe(text, str(path / "recipe.yaml")))
+    file = path / "recipe.yaml"
+    return Run(path, _parsed(file.read_text(encoding="utf-8"), file))
+
+
+def _parsed(text: str, file: Path) -> Recipe:
+    """The recipe of a run; its paths are absolute."""
+    return parse_recipe(text, str(file), base=Path("/")).recipe

@@ -150,8 +150,8 @@ def _version(compiler: str) -> str:
 def _processor() -> bytes:
     """What `-march=native` depends on: the processor's model and its instruction sets."""
     lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
-    told = (b"model", b"cpu family", b"stepping", b"flags", b"features", b"cpu implementer", b"cpu part")
-    return b"\n".join(line for line in lines if line.lower().startswith(told))
+    keys = (b"model", b"cpu family", b"stepping", b"flags", b"features", b"cpu implementer", b"cpu part")
+    return b"\n".join(line for line in lines if line.lower().startswith(keys))
 
 
 def _run(command: list[str]) -> str:

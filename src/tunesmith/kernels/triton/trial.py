@@ -58,7 +58,7 @@ def _told(logits: torch.Tensor, tolerance: float) -> bool:
     """Whether cross-entropy of (5, V) logits and their gradients match PyTorch's."""
     places, weights = torch.arange(5, device=logits.device), torch.linspace(0.5, 2, 5, device=logits.device)
     targets = 200 * places
-    told, into = F.cross_entropy(logits.float(), targets, reduction="none"), logits.float().softmax(1)
+    losses, into = F.cross_entropy(logits.float(), targets, reduction="none"), logits.float().softmax(1)
     into[places, targets] -= 1
     grad_logits = logits.clone()
     found = [
@@ -66,5 +66,5 @@ def _told(logits: torch.Tensor, tolerance: float) -> bool:
         cross_entropy.from_logits(grad_logits, targets, weights),
         grad_logits.float(),
     ]
-    expected = [told, told, into * weights[:, None]]
+    expected = [losses, losses, into * weights[:, None]]
     return all(torch.allclose(*pair, rtol=tolerance, atol=tolerance) for pair in zip(found, expected, strict=True))

@@ -45,8 +45,8 @@ def score_documents(model: Any, rows: Sequence[dict[str, Any]]) -> tuple[dict[st
                 targets = batch["targets"][begin : begin + len(logits)]
                 loss += float(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
                 right += int((logits.argmax(-1) == targets).sum())
-        told = len(batch["targets"])
-        samples.append({"where": row["where"], "score": right / told, "loss": loss / told, "tokens": told})
+        labelled = len(batch["targets"])
+        samples.append({"where": row["where"], "score": right / labelled, "loss": loss / labelled, "tokens": labelled})
     tokens = sum(sample["tokens"] for sample in samples)
     mean = sum(sample["loss"] * sample["tokens"] for sample in samples) / tokens
     return {

@@ -213,13 +213,15 @@ def _samples(subject: Subject, found: Sequence[Likelihood]) -> list[dict[str, An
     """One line of mmlu.jsonl per question; among equally likely choices the first one wins."""
     samples = []
     for number, question in enumerate(subject.questions):
-        told = [likelihood.log_likelihood for likelihood in found[number * len(LETTERS) : (number + 1) * len(LETTERS)]]
-        chosen = told.index(max(told))
+        log_likelihoods = [
+            likelihood.log_likelihood for likelihood in found[number * len(LETTERS) : (number + 1) * len(LETTERS)]
+        ]
+        chosen = log_likelihoods.index(max(log_likelihoods))
         samples.append(
             {
                 "subject": subject.name,
                 "question": number,
-                "log_likelihoods": told,
+                "log_likelihoods": log_likelihoods,
                 "answer": LETTERS[question.answer],
                 "chosen": LETTERS[chosen],
             }

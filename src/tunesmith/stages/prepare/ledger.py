@@ -12,7 +12,7 @@ from tunesmith.recipe import PartSection
 
 _MAX_SHOWN = 20  # kinds of problems named in one error; the rest are counted
 #: The counts that say where rows end up.
-FATES = ("rows_train", "rows_heldout", "rows_unused", "rows_rejected")
+SPLITS = ("rows_train", "rows_heldout", "rows_unused", "rows_rejected")
 _QUANTILES = (50, 90, 95, 99, 100)
 
 
@@ -46,9 +46,9 @@ class Ledger:
 
     def as_dict(self) -> dict[str, Any]:
         """The content of ledger.json; `reasons` maps each reason to its count."""
-        counts = {name: getattr(self, name) for name in ("rows_in", *FATES)}
+        counts = {name: getattr(self, name) for name in ("rows_in", *SPLITS)}
         totals = {name: counter.total() for name, counter in counts.items()}
-        if totals["rows_in"] + self.rows_added != sum(totals[name] for name in FATES):
+        if totals["rows_in"] + self.rows_added != sum(totals[name] for name in SPLITS):
             raise AssertionError("rows in and rows out do not add up")
         return {
             **totals,

@@ -71,7 +71,7 @@ class WholeSet:
         for finding in row.findings:
             self._say(row.where, finding)
         if (reason := self._alike(row, number)) is not None:
-            self._leave_out(number, *reason)
+            self._exclude(number, *reason)
             return
         self._statistics.add(row.facts)
         if row.prompt is not None and row.answer is not None:
@@ -102,7 +102,7 @@ class WholeSet:
         test = None if row.test_signature is None else self._near_tests.find(row.test_signature)
         return None if test is None else f"nearly the same as test row {test}"
 
-    def _leave_out(self, number: int, reason: str, detail: str, *, unused: bool = False) -> None:
+    def _exclude(self, number: int, reason: str, detail: str, *, unused: bool = False) -> None:
         self.splits[number] = OUT
         self._reject(Rejection(self._places[number], self._sources[number], reason, detail, unused))
 
@@ -114,7 +114,7 @@ class WholeSet:
         chosen = set(kept)
         for index, number in enumerate(rows):
             if index not in chosen:
-                self._leave_out(number, reason, detail, unused=True)
+                self._exclude(number, reason, detail, unused=True)
 
     def settle(self, heldout: float) -> dict[str, dict[str, int]]:
         """Decide about all rows: set-wide findings, conflicts, balance, mixture, `max_rows`, held-out. Returns class sizes."""
@@ -135,7 +135,7 @@ class WholeSet:
         for finding in self._statistics.findings(RowFacts(self._answers[number], self._languages[number])):
             self._say(self._places[number], finding)
             if finding.action == "reject":
-                self._leave_out(number, finding.rule, finding.detail)
+                self._exclude(number, finding.rule, finding.detail)
                 return
 
     def _find_conflicts(self) -> None:
@@ -151,7 +151,7 @@ class WholeSet:
                 detail = later[number]
                 self._say(self._places[number], Finding("conflicting-answers", action, detail))
                 if action == "reject":
-                    self._leave_out(number, "conflicting-answers", detail)
+                    self._exclude(number, "conflicting-answers", detail)
 
     def _balance(self) -> dict[str, dict[str, int]]:
         if self._data.balance.label is None:
@@ -178,7 +178,7 @@ class WholeSet:
         asked = {self._prompts[number] for number in rows if self.splits[number] == HELDOUT} - {0}
         for number in rows:
             if self.splits[number] == TRAIN and self._prompts[number] in asked:
-                self._leave_out(number, "leaks-heldout", "has the prompt of a held-out row")
+                self._exclude(number, "leaks-heldout", "has the prompt of a held-out row")
 
     @property
     def sources(self) -> Sequence[int]:

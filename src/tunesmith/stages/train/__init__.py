@@ -1,5 +1,24 @@
-"""Stage `train`: recipe and `data/` in, `train/` out (checkpoint, metrics, settings, summary)."""
+"""Stage `train`: recipe and `data/` in, `train/` out (checkpoint, metrics, settings, summary).
 
-from tunesmith.stages.train.stage import train
+Importing it does not import torch.
+"""
 
-__all__ = ["train"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunesmith.stages.train.inputs import is_trained
+
+if TYPE_CHECKING:
+    from tunesmith.stages.train.stage import train
+
+__all__ = ["is_trained", "train"]
+
+
+def __getattr__(name: str) -> object:
+    """The function `train`, imported on first use."""
+    if name == "train":
+        from tunesmith.stages.train import stage
+
+        return stage.train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -248,7 +248,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                told = str(error)
+                message = str(error)
             model.zero_grad(set_to_none=True)  # partial gradients of the step
             self._start_counting()
             set_random_state(*before)
@@ -258,7 +258,7 @@ class Engine(Trainer):  # type: ignore[misc] # transformers is untyped here
             smaller = None if whole else in_smaller_parts(self.batches, rows, made, tokens)
             if smaller is None:
                 longest = max(self.loss.lengths(self.train_dataset))
-                raise out_of_memory(self.settings, self.base, longest, told)
+                raise out_of_memory(self.settings, self.base, longest, message)
             limit = self.batches.limits.tokens
             text = f"micro-batches of {tokens:,} tokens do not fit: at most {limit:,} from now on, with the same rows per step"
             self.tell("out-of-memory", text)

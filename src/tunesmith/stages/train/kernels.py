@@ -16,12 +16,17 @@ from tunesmith.models.head import causal_of
 def compile_blocks(settings: Settings, model: Any, tell: Callable[..., None]) -> None:
     """Fuse the block's small operators with torch.compile or Liger if the recipe asks for it; an event if that fails.
 
-    Also writes an event if custom kernels cannot be compiled, which makes training slower.
+    Also writes an event if custom kernels cannot be compiled: those for CPUs, which make training faster, and those for GPUs
+    if they are asked for.
     """
-    causal = causal_of(model)
-    reason = cpu.unsupported_reason() if model.device.type == "cpu" else triton.unsupported_reason(model.device)
+    causal, reason = causal_of(model), None
+    if model.device.type == "cpu":
+        reason = cpu.unsupported_reason()
+    elif triton.asked():
+        reason = triton.unsupported_reason(model.device)
     if reason is not None:
-        tell("kernels-off", f"PyTorch's kernels instead of tunesmith's faster ones: {reason}", reason=reason)
+        ours = "tunesmith's faster ones" if model.device.type == "cpu" else "tunesmith's"
+        tell("kernels-off", f"PyTorch's kernels instead of {ours}: {reason}", reason=reason)
     try:
         fuse_asked(settings, causal)
     except RuntimeError as error:

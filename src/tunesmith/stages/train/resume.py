@@ -87,9 +87,9 @@ class Earlier:
         lines = [line for line in written if line["step"] <= step]
         write_jsonl(self._folder / "metrics.jsonl", lines)
         if self.saved is not None:
-            told = self._run.events("train")
+            recorded = self._run.events("train")
             for event in self._events:
-                if event not in told and event.get("step", 0) <= step:  # later ones will occur again
+                if event not in recorded and event.get("step", 0) <= step:  # later ones will occur again
                     append_jsonl(self._folder / "events.jsonl", event)
             self._run.event(self._folder, "resumed", f"resumed after step {step}", step=step)
             self._console.print(f"train: resuming after step {step}")

@@ -18,13 +18,12 @@ from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import read_json, write_json
 from tunesmith.io.terminal import make_console
 from tunesmith.methods import make_method
-from tunesmith.models.load import load_tokenizer, locate, model_digest
+from tunesmith.models.load import load_tokenizer, locate
 from tunesmith.recipe import OBJECTIVES, Objective, RowKind
 from tunesmith.runs import Run, prepared_rows
-from tunesmith.runs.decisions import require_signoff
+from tunesmith.stages.train.inputs import train_inputs
 from tunesmith.stages.train.kernels import compile_blocks
 from tunesmith.stages.train.loops import Work, loop_of
-from tunesmith.stages.train.loops.rewards import reward_digests
 from tunesmith.stages.train.out_of_memory import is_out_of_memory, out_of_memory
 from tunesmith.stages.train.progress import TrainProgress
 from tunesmith.stages.train.ranks import Ranks, folder_of, join
@@ -45,15 +44,7 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
     data that is missing; StoppedError once SIGINT or SIGTERM has stopped it, with exit code 130 or 143.
     """
     recipe = run.recipe
-    if recipe.data.require_review:
-        require_signoff(run)
-    model_folder = locate(recipe.model, recipe.revision)
-    inputs = {
-        "recipe": recipe.stage_digest("train"),
-        "data": run.outputs_digest("prepare"),
-        "model": model_digest(model_folder),
-        **reward_digests(recipe),
-    }
+    inputs, model_folder = train_inputs(run), locate(recipe.model, recipe.revision)
     ranks = join(recipe, cpu=detect().device == "cpu")
     if not ranks.agreed(run.is_current("train", inputs)):
         console = (console or make_console(stderr=True)) if ranks.first else make_console(quiet=True)

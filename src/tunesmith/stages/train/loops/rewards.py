@@ -19,9 +19,7 @@ from tunesmith.chat.fields import equal_fields, parse_json
 from tunesmith.chat.formats import Message
 from tunesmith.chat.template import ChatTemplate
 from tunesmith.errors import Problem, TrainError
-from tunesmith.io.atomic import sha256_file
-from tunesmith.models.load import model_digest
-from tunesmith.recipe import NAMED_REWARDS, OBJECTIVES, Recipe, SamplingSection
+from tunesmith.recipe import NAMED_REWARDS, SamplingSection
 
 Prompts = Sequence[list[Message]]
 References = Sequence[str | None]
@@ -145,19 +143,6 @@ def make_rewards(asked: SamplingSection) -> tuple[list[Reward], list[float]]:
     """The rewards of a section and their weights."""
     rewards = [checked(name, make_reward(name)) for name in asked.reward_funcs]
     return rewards, asked.reward_weights or [1.0] * len(rewards)
-
-
-def reward_digests(recipe: Recipe) -> dict[str, str]:
-    """Digests of the files and folders that the recipe's rewards come from."""
-    if not OBJECTIVES[recipe.objective].sampled:
-        return {}
-    digests = {}
-    for name in recipe.own(SamplingSection).reward_funcs:
-        if name in NAMED_REWARDS or name.startswith("length:"):
-            continue
-        path = Path(name.rpartition(":")[0] or name)
-        digests[f"reward {name}"] = sha256_file(path) if path.is_file() else model_digest(path) if path.is_dir() else "missing"
-    return digests
 
 
 def checked(name: str, reward: Reward) -> Reward:
