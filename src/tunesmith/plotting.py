@@ -34,6 +34,18 @@ def figure(width: float, height: float) -> tuple[Any, Any]:
     return made, axes
 
 
+def logarithmic(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers, since `figure` turns formulas off."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, value: float, pos: int | None = None) -> str:
+            return f"{value:g}" if super().__call__(value, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain(labelOnlyBase=False))
+
+
 def svg(made: Any) -> Markup:
     """The figure's SVG element."""
     buffer = io.StringIO()

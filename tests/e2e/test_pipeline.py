@@ -65,6 +65,7 @@ def test_methods_and_their_comparison(
     page = (folder / "out" / "compare" / "report.html").read_text(encoding="utf-8")
     assert "What the plan promised" in page
     assert page.count("<svg") == 4
+    assert "mathdefault" not in page
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|<script""", page)
     for line in done.stdout.splitlines():
         assert len(line) <= 80 or line.startswith("report:")

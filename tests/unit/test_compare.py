@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
+from tunesmith.stages.compare.plots import loss_curves
 from tunesmith.stages.compare.stage import bootstrap_ratio
 from tunesmith.stages.compare.text import amount, cells, verdict
 
@@ -87,3 +90,15 @@ def test_verdict_names_the_leanest_that_is_close_to_full() -> None:
     rows[0].update(task_score=0.96, of_best_interval=[94.0, 100.5])
     assert "do not distinguish full (99.0 % of the task) from the base model (96.0 %)" in verdict(rows)
     assert verdict([row("base", 0.5), row("lora", 0.5)]).startswith("No method beats the base model's 50.0 %")
+
+
+@pytest.mark.parametrize(
+    ("losses", "labels"),
+    [([1.03, 0.5, 0.1, 0.02], {"0.1", "1"}), ([0.9, 0.7, 0.6, 0.5], {"0.5", "0.6", "0.7", "0.8", "0.9"})],
+)
+def test_losses_are_labelled_with_plain_numbers(losses: list[float], labels: set[str]) -> None:
+    steps = [{"step": 10 * number, "loss": loss} for number, loss in enumerate(losses, start=100)]
+    page = loss_curves({"a $x$ run": steps}, {"a $x$ run": "lora"})
+    assert labels <= set(re.findall(r"<text[^>]*>([^<]*)</text>", page))
+    assert "mathdefault" not in page
+    assert "a $x$ run" in page

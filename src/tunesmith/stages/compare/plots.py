@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tunesmith.plotting import colour, figure, svg
+from tunesmith.plotting import colour, figure, logarithmic, svg
 
 
 def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], methods: Mapping[str, str]) -> Markup:
@@ -19,6 +19,7 @@ def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], methods: Mapp
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss (nats per token)")
     axes.set_yscale("log")
+    logarithmic(axes.yaxis)
     axes.grid(axis="y", which="both", alpha=0.2)
     axes.legend(frameon=False)
     return svg(made)
