@@ -2,10 +2,10 @@
 
     python benchmarks/native_kernels.py --json benchmarks/results/kernels.json      # a minute on two cores
 
-Tree attention against PyTorch's flash kernel, block by block; norms, SwiGLU and
-rotary embedding against torch's operators; the loss with a frozen head against torch's
-`linear_cross_entropy`, and the loss with stored logits against torch's operators. Shapes are those of the built-in model. The
-result is the median of the ratios of consecutive calls; above 1, the custom kernel is faster.
+Tree attention against PyTorch's flash kernel, block by block; norms, SwiGLU and rotary embedding against
+torch's operators; the loss with a frozen head against torch's `linear_cross_entropy`, and the loss with stored logits against
+torch's operators. Shapes are those of the built-in model. The result is the median of the ratios of consecutive calls; above 1,
+the custom kernel is faster.
 """
 
 from __future__ import annotations

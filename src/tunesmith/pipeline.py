@@ -200,7 +200,7 @@ def train_apart(this: Run, console: Console) -> None:
     from tunesmith.stages.train import is_trained
 
     if not is_trained(this):
-        _trained_apart(this)
+        _train_in_child(this)
     facts = read_json(this.path / "train" / "summary.json")
     _say(
         console,
@@ -210,7 +210,7 @@ def train_apart(this: Run, console: Console) -> None:
     )
 
 
-def _trained_apart(this: Run) -> None:
+def _train_in_child(this: Run) -> None:
     command = [sys.executable, "-P", "-m", "tunesmith", "train", str(this.path)]
     with tempfile.TemporaryDirectory() as folder:
         error_file = Path(folder) / "error.json"

@@ -28,8 +28,6 @@ ROWS = {
 }
 TEST_ROWS = {"clinc150": 4500, "gsm8k": 1319, "nlupp": 104, "wnut17": 1287}
 
-JSON = ("nlupp", "wnut17")  # whose answers are JSON
-
 #: Benchmarks must not be trained on; loading them shows what mappings can do.
 OTHERS = {
     "mmlu": (
@@ -51,10 +49,18 @@ OTHERS = {
 }
 
 
-def prepared(source: Path, folder: Path, shared_data: Path) -> tuple[dict[str, Any], Path]:
-    (folder / "data").symlink_to(shared_data)
+def prepared(recipe: str, folder: Path, data: Path) -> tuple[dict[str, Any], Path]:
+    """The ledger and the folder of what a recipe's text prepares from the sets in `data`."""
+    (folder / "data").symlink_to(data)
+    source = folder / "recipe.yaml"
+    source.write_text(recipe, encoding="utf-8")
     run = create_run(load_recipe(source), folder / "run")
     return prepare(run), run.path / "data"
+
+
+def json_answers(data: Path) -> list[Any]:
+    """The answers of the prepared test rows, each of which is JSON."""
+    return [json.loads(row["messages"][-1]["content"]) for row in read_jsonl(data / "test.jsonl")]
 
 
 def whole(ledger: dict[str, Any]) -> bool:
@@ -68,29 +74,15 @@ def test_each_set_has_its_recipe() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_rows_of_the_set_s_format_load(small_data: Path, tmp_path: Path, recipe: Path) -> None:
     """Needs no public data."""
-    copy = tmp_path / recipe.name
-    copy.write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
-    ledger, data = prepared(copy, tmp_path, small_data)
+    ledger, data = prepared(recipe.read_text(encoding="utf-8"), tmp_path, small_data)
     rows, test_rows = small_sets.ROWS[recipe.stem]
     assert (ledger["rows_in"], ledger["test"].get("rows_test")) == (rows, test_rows)
     assert whole(ledger)
     assert ledger["rows_train"] > 0.55 * rows
-    answers = (
-        [json.loads(row["messages"][-1]["content"]) for row in read_jsonl(data / "test.jsonl")] if recipe.stem in JSON else []
-    )
     if recipe.stem == "nlupp":
-        assert answers[1] == {"intents": ["ask", "birch"], "slots": {"stone": "birch"}}
+        assert json_answers(data)[1] == {"intents": ["ask", "birch"], "slots": {"stone": "birch"}}
     if recipe.stem == "wnut17":
-        assert answers[0] == [{"type": "location", "text": "North Ember"}]
-
-
-@pytest.mark.parametrize(("name", "rows"), [("mmlu", small_sets.EACH), ("humaneval", small_sets.EACH)])
-def test_rows_of_a_benchmark_s_format_load_by_a_mapping(small_data: Path, tmp_path: Path, name: str, rows: int) -> None:
-    source = tmp_path / "recipe.yaml"
-    source.write_text(f"model: smollm2-135m-instruct\ndata:{OTHERS[name][0]}  on_bad_row: reject\n", encoding="utf-8")
-    ledger, _ = prepared(source, tmp_path, small_data)
-    assert ledger["rows_in"] == rows
-    assert whole(ledger)
+        assert json_answers(data)[0] == [{"type": "location", "text": "North Ember"}]
 
 
 #: Sets of thousands of rows; smaller ones of the same kinds are in the first tier.
@@ -101,9 +93,7 @@ LARGE = ("clinc150", "gsm8k", "hh_rlhf")
     "recipe", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LARGE)) for path in RECIPES]
 )
 def test_the_set_loads_whole(shared_data: Path, tmp_path: Path, recipe: Path) -> None:
-    copy = tmp_path / recipe.name
-    copy.write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
-    ledger, data = prepared(copy, tmp_path, shared_data)
+    ledger, data = prepared(recipe.read_text(encoding="utf-8"), tmp_path, shared_data)
     assert ledger["rows_in"] == ROWS[recipe.stem]
     assert whole(ledger)
     assert ledger["rows_train"] > 0.55 * ledger["rows_in"]
@@ -112,18 +102,17 @@ def test_the_set_loads_whole(shared_data: Path, tmp_path: Path, recipe: Path) ->
         counts = ledger["balance"]
         assert len(counts) == 151
         assert max(count["after"] for count in counts.values()) <= 50 < max(count["before"] for count in counts.values())
-    if recipe.stem in JSON:
-        for row in read_jsonl(data / "test.jsonl"):
-            json.loads(row["messages"][-1]["content"])
+    if recipe.stem in ("nlupp", "wnut17"):
+        assert json_answers(data)
 
 
 @pytest.mark.parametrize("name", sorted(OTHERS))
-def test_benchmarks_load_by_a_mapping(shared_data: Path, tmp_path: Path, name: str) -> None:
-    data, rows = OTHERS[name]
-    source = tmp_path / "recipe.yaml"
-    source.write_text(f"model: smollm2-135m-instruct\ndata:{data}  on_bad_row: reject\n", encoding="utf-8")
-    ledger, _ = prepared(source, tmp_path, shared_data)
-    assert ledger["rows_in"] == rows
+@pytest.mark.parametrize("data", ["small_data", "shared_data"])
+def test_benchmarks_load_by_a_mapping(request: pytest.FixtureRequest, tmp_path: Path, data: str, name: str) -> None:
+    mapping, rows = OTHERS[name]
+    text = f"model: smollm2-135m-instruct\ndata:{mapping}  on_bad_row: reject\n"
+    ledger, _ = prepared(text, tmp_path, request.getfixturevalue(data))
+    assert ledger["rows_in"] == (small_sets.EACH if data == "small_data" else rows)
     assert whole(ledger)
 
 

@@ -27,25 +27,26 @@ def test_segments_grow_unless_the_user_says_otherwise(monkeypatch: pytest.Monkey
 
 
 _LOADING = """
-import ctypes, sys
+import ctypes
 import torch
-from tunesmith.hardware.allocators import compact_loading, keep_freed_memory, steady_memory
+from tunesmith.hardware.allocators import compact_loading, steady_memory
 
 class Info(ctypes.Structure):  # mallinfo2(3)
-    _fields_ = [(str(at), ctypes.c_size_t) for at in range(10)]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 library = ctypes.CDLL("libc.so.6")
 library.mallinfo2.restype = Info
 steady_memory()
-kept, begun = [], getattr(library.mallinfo2(), "8")
+kept, begun = [], library.mallinfo2().fordblks
 with compact_loading():
     for _ in range(64):
         original = torch.zeros(2**19)
         kept.append(original[: 2**16].clone())
         del original
-in_gaps = getattr(library.mallinfo2(), "8") - begun
+in_gaps = library.mallinfo2().fordblks - begun
 large = torch.zeros(2**19)
-in_heap = getattr(library.mallinfo2(), "7") >= large.nbytes
+in_heap = library.mallinfo2().uordblks >= large.nbytes
 print(in_gaps < 2**22, in_heap)
 """
 

@@ -152,8 +152,13 @@ def test_all_real_questions_are_read(shared_data: Path) -> None:
     assert "abstract_algebra" in subject_names(everything)
 
 
-def test_questions_score_as_row_by_row(small_data: Path, tiny_model: Path, tokenizer: Any) -> None:
-    asked = EvaluateSection(mmlu=str(small_data / "mmlu"), mmlu_subjects=["abstract_algebra"], mmlu_questions=9)
+@pytest.fixture(params=["small_data", "shared_data"])
+def mmlu_folder(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param) / "mmlu")
+
+
+def test_questions_score_as_row_by_row(mmlu_folder: str, tiny_model: Path, tokenizer: Any) -> None:
+    asked = EvaluateSection(mmlu=mmlu_folder, mmlu_subjects=["abstract_algebra"], mmlu_questions=9)
     model = load_model(tiny_model, dtype="float32")
     requests, cut = encode_choices(tokenizer, prompts(read_subjects(asked)[0]), model.config.max_position_embeddings)
     assert cut == 0

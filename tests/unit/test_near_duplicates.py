@@ -153,27 +153,23 @@ def test_overlap_counts_runs_of_13_words(tmp_path: Path) -> None:
         Overlap(OverlapSection(humaneval=str(tmp_path / "none.jsonl")))
 
 
-def test_overlap_with_files_of_each_format(small_data: Path) -> None:
+@pytest.mark.parametrize(
+    ("data", "items"),
+    [
+        ("small_data", {"mmlu": 40, "gsm8k": 20, "humaneval": 20}),
+        ("shared_data", {"mmlu": 14042, "gsm8k": 1319, "humaneval": 164}),
+    ],
+)
+def test_overlap_with_files_of_each_format(request: pytest.FixtureRequest, data: str, items: dict[str, int]) -> None:
+    folder = request.getfixturevalue(data)
     files = OverlapSection(
-        mmlu=str(small_data / "mmlu"),
-        gsm8k=str(small_data / "gsm8k/test.jsonl"),
-        humaneval=str(small_data / "humaneval/HumanEval.jsonl.gz"),
+        mmlu=str(folder / "mmlu"),
+        gsm8k=str(folder / "gsm8k/test.jsonl"),
+        humaneval=str(folder / "humaneval/HumanEval.jsonl.gz"),
     )
     overlap = Overlap(files)
-    assert overlap.items == {"mmlu": 40, "gsm8k": 20, "humaneval": 20}
-    first = json.loads((small_data / "gsm8k/test.jsonl").read_text(encoding="utf-8").split("\n")[0])["question"]
-    assert "gsm8k" in overlap.check(f"Solve this: {first}")
-
-
-def test_overlap_with_the_published_files(shared_data: Path) -> None:
-    files = OverlapSection(
-        mmlu=str(shared_data / "mmlu"),
-        gsm8k=str(shared_data / "gsm8k/test.jsonl"),
-        humaneval=str(shared_data / "humaneval/HumanEval.jsonl.gz"),
-    )
-    overlap = Overlap(files)
-    assert overlap.items == {"mmlu": 14042, "gsm8k": 1319, "humaneval": 164}
-    first = json.loads((shared_data / "gsm8k/test.jsonl").read_text(encoding="utf-8").split("\n")[0])["question"]
+    assert overlap.items == items
+    first = json.loads((folder / "gsm8k/test.jsonl").read_text(encoding="utf-8").split("\n")[0])["question"]
     assert set(overlap.check(f"Solve this: {first}")) == {"gsm8k"}
 
 

@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import SHARED_DATA
 from tunesmith.chat.template import ChatTemplate, Encoded
 from tunesmith.errors import ModelError, Problem
 from tunesmith.recipe import DataSection
 from tunesmith.stages.prepare.candidate import Candidate
 from tunesmith.stages.prepare.overlong import fitted
 
-ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE_DATA = SHARED_DATA / "templates"
+ABSENT_DATA = pytest.mark.skip(reason="../shared/data is not beside this checkout")
 
 USER_FIRST = [
     {"role": "user", "content": "Hello"},
@@ -81,11 +83,9 @@ REWRITES_THOUGHTS = (
 
 def own_and_stock(own: str, name: str, change: tuple[str, str] = ("", "")) -> pytest.MarkDecorator:
     """The parameter `source`: a template of our own, and a model's, which is skipped where it is absent."""
-    path = ROOT.parent / "shared" / "data" / "templates" / "llamacpp" / f"{name}.jinja"
-    if path.is_file():
-        stock = pytest.param(path.read_text(encoding="utf-8").replace(*change), id=name)
-    else:
-        stock = pytest.param(None, id=name, marks=pytest.mark.skip(reason="../shared/data is not beside this checkout"))
+    path = TEMPLATE_DATA / "llamacpp" / f"{name}.jinja"
+    text = path.read_text(encoding="utf-8").replace(*change) if path.is_file() else None
+    stock = pytest.param(text, id=name, marks=[ABSENT_DATA] * (text is None))
     return pytest.mark.parametrize("source", [pytest.param(own, id="own"), stock])
 
 
@@ -137,9 +137,9 @@ def test_template_without_a_system_role_refuses_the_row_and_says_so(tokenizer: A
 
 
 def golden_cases() -> list[Any]:
-    path = ROOT.parent / "shared" / "data" / "templates" / "llamacpp_test_chat_template.json"
+    path = TEMPLATE_DATA / "llamacpp_test_chat_template.json"
     if not path.is_file():
-        return [pytest.param(None, marks=pytest.mark.skip(reason="../shared/data is not beside this checkout"))]
+        return [pytest.param(None, marks=ABSENT_DATA)]
     cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
     assert len(cases) == 36
     return [pytest.param(case, id=case["name"]) for case in cases]

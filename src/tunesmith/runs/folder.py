@@ -118,6 +118,11 @@ class Run:
         status["stages"][stage] = entry
         write_json(self.path / "run.json", status)
 
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage has completed, with whatever inputs."""
+        entry = self.status()["stages"].get(stage)
+        return entry is not None and entry["status"] == "done"
+
     def was_interrupted(self, stage: str) -> bool:
         """Whether the stage was started and has not completed."""
         entry = self.status()["stages"].get(stage)

@@ -30,10 +30,10 @@ def asked() -> bool:
 @cache
 def unsupported_reason(device: torch.device) -> str | None:
     """Why the kernels are unsupported on the device, or None; the first call compiles them and tests them on small tensors."""
-    if not asked():
-        return f"{SWITCH} is not 1"
     if device.type != "cuda":
         return f"they are for GPUs, and this is {device.type}"
+    if not asked():
+        return f"{SWITCH} is not 1"
     try:
         return _tried(device)
     except RuntimeError as error:

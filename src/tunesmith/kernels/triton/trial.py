@@ -17,7 +17,7 @@ def wrong(device: torch.device) -> str | None:
     given = [torch.randn(shape, generator=draw).to(device) for shape in shapes]
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
         cast = [each.to(dtype) for each in given]
-        if not (cpu_blocks.near(blocks, cast, tolerance) and _told(cast[0], tolerance)):
+        if not (cpu_blocks.near(blocks, cast, tolerance) and _loss_matches(cast[0], tolerance)):
             return "the kernels' results do not match the reference formulas"
     if not all(_updates(device, dtype) for dtype in (torch.float32, torch.bfloat16)):
         return "the optimizer kernel's results do not match the reference formula"
@@ -54,7 +54,7 @@ def _nearest(moment: adamw.Moment, values: torch.Tensor) -> bool:
     return bool((apart < 1e-5).all())
 
 
-def _told(logits: torch.Tensor, tolerance: float) -> bool:
+def _loss_matches(logits: torch.Tensor, tolerance: float) -> bool:
     """Whether cross-entropy of (5, V) logits and their gradients match PyTorch's."""
     places, weights = torch.arange(5, device=logits.device), torch.linspace(0.5, 2, 5, device=logits.device)
     targets = 200 * places

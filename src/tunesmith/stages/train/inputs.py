@@ -11,22 +11,26 @@ from tunesmith.runs import Run
 from tunesmith.runs.decisions import require_signoff
 
 
-def train_inputs(run: Run) -> dict[str, str]:
-    """Digests of all inputs. Raises RunError if `prepare` has not run, or if a required sign-off of its rows is missing."""
+def train_inputs(run: Run) -> tuple[Path, dict[str, str]]:
+    """The base model's folder, and digests of all inputs.
+
+    Raises RunError if `prepare` has not run, or if a required sign-off of its rows is missing; ModelError as `locate`.
+    """
     recipe = run.recipe
     if recipe.data.require_review:
         require_signoff(run)
-    return {
+    model_folder = locate(recipe.model, recipe.revision)
+    return model_folder, {
         "recipe": recipe.stage_digest("train"),
         "data": run.outputs_digest("prepare"),
-        "model": model_digest(locate(recipe.model, recipe.revision)),
+        "model": model_digest(model_folder),
         **_reward_digests(recipe),
     }
 
 
 def is_trained(run: Run) -> bool:
-    """Whether `train` would do nothing. Raises as `train_inputs`."""
-    return run.is_current("train", train_inputs(run))
+    """Whether `train` would do nothing; no input is read before a training has finished. Raises as `train_inputs`."""
+    return run.is_done("train") and run.is_current("train", train_inputs(run)[1])
 
 
 def _reward_digests(recipe: Recipe) -> dict[str, str]:

@@ -19,13 +19,12 @@ def compile_blocks(settings: Settings, model: Any, tell: Callable[..., None]) ->
     Also writes an event if custom kernels cannot be compiled: those for CPUs, which make training faster, and those for GPUs
     if they are asked for.
     """
-    causal, reason = causal_of(model), None
+    causal = causal_of(model)
     if model.device.type == "cpu":
-        reason = cpu.unsupported_reason()
-    elif triton.asked():
-        reason = triton.unsupported_reason(model.device)
+        ours, reason = "tunesmith's faster ones", cpu.unsupported_reason()
+    else:
+        ours, reason = "tunesmith's", triton.unsupported_reason(model.device) if triton.asked() else None
     if reason is not None:
-        ours = "tunesmith's faster ones" if model.device.type == "cpu" else "tunesmith's"
         tell("kernels-off", f"PyTorch's kernels instead of {ours}: {reason}", reason=reason)
     try:
         fuse_asked(settings, causal)

@@ -18,7 +18,7 @@ from tunesmith.hardware.memory import PeakMemory
 from tunesmith.io.atomic import read_json, write_json
 from tunesmith.io.terminal import make_console
 from tunesmith.methods import make_method
-from tunesmith.models.load import load_tokenizer, locate
+from tunesmith.models.load import load_tokenizer
 from tunesmith.recipe import OBJECTIVES, Objective, RowKind
 from tunesmith.runs import Run, prepared_rows
 from tunesmith.stages.train.inputs import train_inputs
@@ -44,7 +44,7 @@ def train(run: Run, console: Console | None = None, *, restart: bool = False) ->
     data that is missing; StoppedError once SIGINT or SIGTERM has stopped it, with exit code 130 or 143.
     """
     recipe = run.recipe
-    inputs, model_folder = train_inputs(run), locate(recipe.model, recipe.revision)
+    model_folder, inputs = train_inputs(run)
     ranks = join(recipe, cpu=detect().device == "cpu")
     if not ranks.agreed(run.is_current("train", inputs)):
         console = (console or make_console(stderr=True)) if ranks.first else make_console(quiet=True)
