@@ -17,10 +17,20 @@ from tunesmith.engine.modeling.blocks import fuse_blocks, fusible
 from tunesmith.kernels.dispatch import EAGER, OWN, Kernels, compiled
 
 
+@pytest.fixture(scope="module")
+def warm_inductor() -> None:
+    """On a machine whose cache is empty, the first torch.compile probes the compiler and precompiles headers: 15 s of CPU."""
+    torch.compile(torch.sin)(torch.ones(3))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("make_kernels", [lambda: EAGER, lambda: OWN, compiled], ids=["eager", "own", "compiled"])
-def test_a_fused_model_equals_transformers_in_float64(name: str, adapted: bool, make_kernels: Callable[[], Kernels]) -> None:
+def test_a_fused_model_equals_transformers_in_float64(
+    name: str, adapted: bool, make_kernels: Callable[[], Kernels], request: pytest.FixtureRequest
+) -> None:
+    if make_kernels is compiled:
+        request.getfixturevalue("warm_inductor")
     theirs = exact_model(name).train()
     if adapted:
         config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM")
