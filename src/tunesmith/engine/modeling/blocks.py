@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tunesmith.engine.modeling.adapter import linears
@@ -99,17 +100,15 @@ def _attention(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: Any = None,
-    past_key_values: Any = None,
     places: torch.Tensor | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, Any]:
     """The block's attention, (1, N, H) at `places` if given; transformers' own forward for generation and eager attention."""
     more.pop("last_places", None)  # all blocks get it; the last one passes it on as `places`
     implementation = module.config._attn_implementation
-    if past_key_values is not None or implementation == "eager":
-        own: tuple[torch.Tensor, Any] = type(module).forward(
-            module, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **more
-        )
+    cached = any(isinstance(value, Cache) for value in more.values())  # as past_key_values, in later versions as cache
+    if cached or implementation == "eager":
+        own: tuple[torch.Tensor, Any] = type(module).forward(module, hidden_states, position_embeddings, attention_mask, **more)
         return own if places is None else (at_places(own[0], places), own[1])
     shape = hidden_states.shape[:-1]
     made = linears([module.q_proj, module.k_proj, module.v_proj], hidden_states)
